@@ -224,6 +224,6 @@ def measurement_of(row: Row) -> Measurement:
 
 
 if __name__ == '__main__':
-  command_line.keep_programs()
-  host_memory.keep()
+  command_line.enable_compilation_cache()
+  host_memory.tune_malloc()
   print(json.dumps(measurement_of(json.loads(sys.argv[1]))))

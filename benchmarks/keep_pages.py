@@ -88,9 +88,9 @@ def run(side):
 def main(argv) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
-  config_command_line.keep_programs()
+  config_command_line.enable_compilation_cache()
   if _SIDE.value:
-    if _SIDE.value == 'with' and not host_memory.keep():
+    if _SIDE.value == 'with' and not host_memory.tune_malloc():
       raise SystemExit('keep_pages does nothing on this machine')
     print(json.dumps(measure(_STEPS.value)))
     return

@@ -99,8 +99,8 @@ def of_loop(config) -> float:
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)
-  command_line.keep_programs()
-  host_memory.keep()
+  command_line.enable_compilation_cache()
+  host_memory.tune_malloc()
   with tempfile.TemporaryDirectory() as folder:
     shape = t5.config('small')
     model = t5.T5(shape)

@@ -130,10 +130,10 @@ def main(argv: Sequence[str]) -> int:
     terminal.show(f'error: {error}', file=sys.stderr)
     return 2
   except Exception as error:
-    sentence = command_line.sentence_of(error)
-    if sentence is None:
+    message = command_line.error_message(error)
+    if message is None:
       raise
-    terminal.show(f'error: {sentence}', file=sys.stderr)
+    terminal.show(f'error: {message}', file=sys.stderr)
     return 2
   return 0
 

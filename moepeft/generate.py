@@ -339,5 +339,5 @@ if __name__ == '__main__':
     lower_bound=1,
     upper_bound=65_536,
   )
-  command_line.answer(lambda: refuse_renamed(sys.argv[1:]))
+  command_line.report_errors(lambda: refuse_renamed(sys.argv[1:]))
   command_line.run(main)

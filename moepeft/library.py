@@ -245,7 +245,9 @@ def load_config(path: str) -> ConfigDict:
   >>> moepeft.load_config('configs/molora_t5.py:experts=4,rank=2').method
   'molora(experts=4, rank=2)'
   """
-  file, _, values = command_line.locate(os.path.expanduser(path)).partition(':')
+  file, _, values = command_line.find_config(
+    os.path.expanduser(path)
+  ).partition(':')
   if not os.path.isfile(file):
     raise ValueError(f'there is no config {file!r}')
   return runpy.run_path(file)['get_config'](values)

@@ -107,4 +107,4 @@ if __name__ == '__main__':
     'into', '', 'A document that holds the markers of the table --name.'
   )
   _NAME = flags.DEFINE_string('name', '', 'Of the table in that document.')
-  command_line.run(main, arguments=True)
+  command_line.run(main, takes_arguments=True)

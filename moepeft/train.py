@@ -139,7 +139,7 @@ def run_loop(loop: TrainingLoop, callbacks: Sequence[Callback]) -> None:
   for callback in callbacks:
     callback.on_start(loop)
   # Memory that loading and evaluating took is of no use to a step.
-  host_memory.give_back()
+  host_memory.trim()
   memory_bound = host_memory.Bound()
   if loop.step < loop.steps and not loop.stop_requested:
     loop.progress.phase('compiling the first step')
@@ -188,7 +188,7 @@ def _summarize(
   changes: list[str] = []
   if loop.after:
     summary |= {'before': loop.before, 'after': loop.after}
-    changes = before_after.changes(loop.before, loop.after)
+    changes = before_after.describe_changes(loop.before, loop.after)
   summary['seconds'] = round(seconds, 1)
   distributed.write_json(run.summary_file, summary)
   is_chat = READERS[config.data.source].uses_chat_template and (

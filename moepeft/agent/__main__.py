@@ -322,7 +322,7 @@ def run(argv: Sequence[str] | None = None) -> None:
   try:
     sys.exit(main(arguments))
   except (ValueError, OSError) as e:
-    parser_.exit(2, f'error: {terminal.visible(secrets.hidden(str(e)))}\n')
+    parser_.exit(2, f'error: {terminal.visible(secrets.redact(str(e)))}\n')
 
 
 if __name__ == '__main__':

@@ -21,10 +21,10 @@ from moepeft.checkpoints.t5x import model as t5x
 from moepeft.core.types import Batch, Tree
 from moepeft.models import FAMILIES, ModelFamily, weight_mapping
 from moepeft.nn import initializers
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.nn.expert_padding import PaddedAxis
 from moepeft.peft import Built, build
 from moepeft.peft.build import function_of
-from moepeft.peft.prefix import placeholder_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,22 +201,22 @@ def module(base: Base, config: ConfigDict) -> tuple[Any, Built]:
   ), built
 
 
-def before(
+def adapter_map(
   family: ModelFamily, shape: Any, config: ConfigDict
-) -> tuple[int, ...]:
-  """The ids that a config's method puts before every text.
+) -> AdapterMap:
+  """The adapters of a config's method.
 
   Args:
     family, shape: of `shape`.
   """
-  built = _build(config, family, shape)
-  return placeholder_ids(built.adapter_map, shape.vocab)
+  return _build(config, family, shape).adapter_map
 
 
 def example_batch(rows: int = 1) -> Batch:
   """The smallest batch that a model of any family can be initialised with."""
   ids = jnp.zeros((rows, 2), jnp.int32)
-  return {'inputs': ids, 'decoder_inputs': ids}
+  tasks = {f'{side}_tasks': ids for side in ('inputs', 'targets')}
+  return {'inputs': ids, 'decoder_inputs': ids} | tasks
 
 
 def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:

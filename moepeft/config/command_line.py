@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The start of a command: flags, configs found, and errors in one sentence."""
+"""Parses the flags and the config of a command, and reports user errors."""
 
 import io
 import math
@@ -29,50 +29,57 @@ _TRACEBACK = flags.DEFINE_bool(
 _IMPORTS = flags.DEFINE_string(
   'imports',
   '',
-  'Modules to import first, my_module,other: they register methods, routers, '
-  'objectives and other entries of their own (docs/extending). A run keeps '
-  'their names, and commands that read it import them too.',
+  'Modules to import first, such as my_module,other. They register methods, '
+  'routers, objectives and so on (docs/extending). A run stores their names, '
+  'and commands that read the run import them too.',
 )
-# Caused by users; anything else is a bug and keeps its traceback.
-_ERRORS = (ValueError, OSError)
-_HELP = ('help', 'helpshort', 'helpfull', 'helpxml', '?', 'h')
-_NAMES = ('--config', '-config')
-# Sections of a config whose keys entries or models define, which a locked
-# config does not know, by the flag that sets one key of them.
+# Errors of users. Other errors are bugs and are shown with a traceback.
+_USER_ERRORS = (ValueError, OSError)
+_HELP_FLAGS = ('help', 'helpshort', 'helpfull', 'helpxml', '?', 'h')
+_CONFIG_FLAGS = ('--config', '-config')
+# {flag: section of the config}. The keys of these sections are defined by
+# models and registry entries, so a locked config would refuse them.
 _OPEN_SECTIONS = {'model_shape': 'model.shape', 'router_loss': 'router_losses'}
 PACKAGE = str(pathlib.Path(__file__).resolve().parents[1])
 
 
 def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
-  """The flags --config=FILE[:values] and --config.key=value, or --gin_file."""
+  """Defines the flags of a config.
+
+  They are --config=FILE[:values] and --config.key=value, or --gin_file.
+
+  Args:
+    default: the config file of a command line without --config.
+  """
   gin_flags.define(flags.FLAGS)
   _show_in_help(gin_flags.NAMES)
   for name, section in _OPEN_SECTIONS.items():
     flags.DEFINE_multi_string(
       name, [], f'KEY=VALUE, the same as --config.{section}.KEY=VALUE.'
     )
-  sys.argv[1:] = rewritten(sys.argv[1:])
-  translated = _answered(_translate, sys.argv)
-  if translated is not None:
-    return _define_translated(translated)
-  # As an argument rather than a default: absl reads a default at once, and
-  # would meet a wrong --config.key before `run` can answer for it.
-  if not any(arg.split('=')[0] in _NAMES for arg in sys.argv):
+  sys.argv[1:] = rewrite_flags(sys.argv[1:])
+  gin_config = _exit_on_user_error(_translate_gin, sys.argv)
+  if gin_config is not None:
+    return _define_gin_config(gin_config)
+  # An argument, not a default: absl parses a default immediately, so an error
+  # in --config.key=value would be raised before `run` can report it.
+  if not any(arg.split('=')[0] in _CONFIG_FLAGS for arg in sys.argv):
     sys.argv.insert(1, f'--config={default}')
   holder = config_flags.DEFINE_config_file(
     'config',
     None,
-    'A config file: it has get_config(), and values for it after a colon. Keys '
-    'are changed by --config.key=value; moepeft/config/defaults.py lists all.',
+    'A config file: Python with a function get_config(). Values for it may '
+    'follow after a colon. --config.key=value changes a key; '
+    'moepeft/config/defaults.py lists all keys.',
     lock_config=True,
   )
   _show_in_help(('config',))
   return holder
 
 
-def rewritten(argv: Sequence[str]) -> list[str]:
-  """Arguments with flags of ours in place of --gin.x and open sections."""
-  argv = gin_flags.rewritten(argv)
+def rewrite_flags(argv: Sequence[str]) -> list[str]:
+  """Replaces --gin.x=... and keys of `_OPEN_SECTIONS` by defined flags."""
+  argv = gin_flags.rewrite_flags(argv)
   for name, section in _OPEN_SECTIONS.items():
     pattern = rf'^--?config\.{re.escape(section)}\.'
     argv = [re.sub(pattern, f'--{name}=', arg) for arg in argv]
@@ -80,79 +87,93 @@ def rewritten(argv: Sequence[str]) -> list[str]:
 
 
 def _show_in_help(names: Sequence[str]) -> None:
-  # --help shows the flags of the file that is run alone; these are others'.
+  # --help shows only the flags that the main module defines.
   for name in names:
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def gin_text() -> str:
-  """The command line's gin files and overrides as one file; '' for none."""
-  translated = _translate()
-  return translated.text if translated else ''
+  """The command line's gin files and overrides as one gin file, or ''."""
+  gin_config = _translate_gin()
+  return gin_config.text if gin_config else ''
 
 
-def _translate() -> gin_files.Translated | None:
+def _translate_gin() -> gin_files.GinConfig | None:
   folders = (PACKAGE, os.path.dirname(PACKAGE))
   return gin_flags.translate(sys.argv, folders)
 
 
-def _define_translated(
-  translated: gin_files.Translated,
+def _define_gin_config(
+  gin_config: gin_files.GinConfig,
 ) -> flags.FlagHolder[ConfigDict]:
-  for note in translated.notes:
+  for note in gin_config.notes:
     print(f'gin: {note}', file=sys.stderr)
   if 'workdir' in flags.FLAGS:
-    sys.argv.insert(1, f'--workdir={translated.model_dir}')
-  # absl reads --config.key=value at once here.
-  return _answered(
+    sys.argv.insert(1, f'--workdir={gin_config.model_dir}')
+  # absl parses --config.key=value immediately here.
+  return _exit_on_user_error(
     lambda: config_flags.DEFINE_config_dict(
       'config',
-      translated.config,
-      'What the gin files come to, to be changed by --config.key=value.',
+      gin_config.config,
+      'The config of the gin files; --config.key=value changes a key.',
       lock_config=True,
     ),
     sys.argv,
   )
 
 
-def locate(path: str) -> str:
-  """A config's path: as given, or the one that ships with the package."""
+def find_config(path: str) -> str:
+  """Finds a config file.
+
+  Args:
+    path: FILE or FILE:values.
+
+  Returns:
+    The path, in the package's configs if there is no such file here.
+  """
   file, colon, values = path.partition(':')
-  # In an installed package configs/ lies inside it, in a checkout beside it.
+  # configs/ is in an installed package, and beside the package in a checkout.
   for folder in ('', PACKAGE, os.path.dirname(PACKAGE)):
     if os.path.isfile(os.path.join(folder, file)):
       return os.path.join(folder, file) + colon + values
   return path
 
 
-def run(main: Callable[[Sequence[str]], None], arguments: bool = False) -> None:
-  """`absl.app.run`, with bad input answered by one sentence and exit code 2.
+def run(
+  main: Callable[[Sequence[str]], None], takes_arguments: bool = False
+) -> None:
+  """Runs a command as `absl.app.run` does, and reports errors of its user.
 
   Args:
-    main: takes what is left of the command line, the program's name first.
-    arguments: whether it takes more than options.
+    main: called with the program's name and the positional arguments.
+    takes_arguments: whether positional arguments are allowed.
   """
 
   def safe_main(argv: Sequence[str]) -> None:
-    # Libraries tell their every step at the level of information.
+    # At level INFO, libraries log every step.
     logging.set_verbosity(logging.WARNING)
-    if len(argv) > 1 and not arguments:
-      _stop(f'unexpected argument {argv[1]!r}; options are --name=value')
-    keep_programs()
-    host_memory.keep()
-    answer(lambda: main(argv), _TRACEBACK.value)
+    if len(argv) > 1 and not takes_arguments:
+      _exit_with_error(
+        f'unexpected argument {argv[1]!r}; options are --name=value'
+      )
+    enable_compilation_cache()
+    host_memory.tune_malloc()
+    report_errors(lambda: main(argv), _TRACEBACK.value)
 
   app.run(safe_main, flags_parser=parse)
 
 
-def answer(main: Callable[[], None], with_traceback: bool = False) -> None:
-  """Runs a command's work; what a user can mend ends it with a sentence.
+def report_errors(
+  main: Callable[[], None], with_traceback: bool = False
+) -> None:
+  """Runs `main` and reports errors of users in one line.
 
-  Exit codes are 2, 130 after Ctrl-C, and 141 where the reader of the output,
-  like `head`, has left.
+  The exit code is 2 after such an error, 130 after Ctrl-C, and 141 if the
+  process that reads the output has ended, as `head` does. Other exceptions
+  propagate.
   """
   for stream in (sys.stdout, sys.stderr):
-    # A terminal of ASCII gets escapes in place of an error.
+    # An ASCII terminal gets escapes; without this, writing raises an error.
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors='backslashreplace')
   try:
@@ -162,86 +183,90 @@ def answer(main: Callable[[], None], with_traceback: bool = False) -> None:
     print('\nstopped', file=sys.stderr)
     sys.exit(130)
   except BrokenPipeError:
-    # Python would try to write the rest at exit, and say so.
+    # Python flushes stdout at exit, which would fail with a message.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(141)
   except Exception as e:
-    sentence = sentence_of(e)
-    if sentence is None or with_traceback:
+    message = error_message(e)
+    if message is None or with_traceback:
       raise
-    _stop(sentence)
+    _exit_with_error(message)
 
 
-def sentence_of(error: Exception) -> str | None:
-  """The sentence for an error of a user; None for a fault of the program."""
-  first = (str(error).splitlines() or [''])[0]
+def error_message(error: Exception) -> str | None:
+  """The message for an error that a user can mend; None for a bug."""
+  first_line = (str(error).splitlines() or [''])[0]
+  detail = f' ({first_line})' if first_line else ''
   if is_out_of_memory(error):
-    detail = f' ({first})' if first else ''
     return (
       f'memory ran out{detail}; lower config.batch_size, the lengths of '
       'config.data or --batch_size, raise config.gradient_accumulation_steps, '
-      'or set '
-      'config.model.remat=full or config.model.quantize=int8'
+      'or set config.model.remat=full or config.model.quantize=int8'
     )
-  if isinstance(error, _ERRORS):
+  if isinstance(error, _USER_ERRORS):
     return str(error)
-  if _is_of_start(error):
+  if _is_jax_init_error(error):
     platforms = os.environ.get('JAX_PLATFORMS', '')
     return (
-      f'JAX cannot start with JAX_PLATFORMS={platforms!r}'
-      f'{f" ({first})" if first else ""}; install the JAX of that device, or '
-      'unset JAX_PLATFORMS'
+      f'JAX cannot start with JAX_PLATFORMS={platforms!r}{detail}; install JAX '
+      'for that device, or unset JAX_PLATFORMS'
     )
   return None
 
 
-def _is_of_start(error: Exception) -> bool:
-  """Whether JAX raised it as it looked for devices: it has no type for that."""
+def _is_jax_init_error(error: Exception) -> bool:
+  """Whether JAX raised the error while it initialized its backends.
+
+  JAX has no exception type for that, so the traceback decides.
+  """
   trace = error.__traceback__
   files = [frame.filename for frame in traceback.extract_tb(trace)]
   return any(name.endswith('jax/_src/xla_bridge.py') for name in files)
 
 
-def keep_programs() -> None:
-  """Compiled programs outlive the process (JAX_COMPILATION_CACHE_DIR)."""
+def enable_compilation_cache() -> None:
+  """Stores compiled programs on disk, in JAX_COMPILATION_CACHE_DIR if set."""
   if jax.config.jax_compilation_cache_dir is None:
     path = os.path.join(os.path.expanduser('~'), '.cache', 'moepeft', 'jax')
     jax.config.update('jax_compilation_cache_dir', path)
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """absl's flags of a command line; a wrong one is a sentence and exit 2.
+  """Parses the flags of a command line and returns the other arguments.
 
-  --help ends with 0.
+  The process exits with code 2 and a message after an error, and with code 0
+  after --help.
   """
   _show_in_help((_TRACEBACK.name, _IMPORTS.name))
-  argv = ['--help' if arg == '-h' else _located(arg) for arg in argv]
+  argv = ['--help' if arg == '-h' else _find_config_arg(arg) for arg in argv]
   for arg in argv:
     _check_exists(arg)
 
-  def read() -> list[str]:
-    rest = flags.FLAGS(argv)
+  def parse_flags() -> list[str]:
+    positional = flags.FLAGS(argv)
     _import_modules()
     for name, section in _OPEN_SECTIONS.items():
       for text in flags.FLAGS[name].value if name in flags.FLAGS else ():
         _set_key(flags.FLAGS['config'].value, section, text)
     _check_values()
-    return rest
+    return positional
 
   try:
-    return _answered(read, argv)
+    return _exit_on_user_error(parse_flags, argv)
   except SystemExit as e:
-    # absl ends with 1 after printing the help.
-    if e.code == 1 and any(arg.lstrip('-') in _HELP for arg in argv):
+    # absl exits with 1 after printing the help.
+    if e.code == 1 and any(arg.lstrip('-') in _HELP_FLAGS for arg in argv):
       sys.exit(0)
     raise
 
 
 def _import_modules() -> None:
-  """Imports the modules of --imports and of the config, and records them.
+  """Imports the modules of --imports and of the config.
+
+  Their names are added to `config.imports`.
 
   Raises:
-    ValueError: as `imports.import_modules`.
+    ValueError: see `imports.import_modules`.
   """
   imports.import_modules(_IMPORTS.value, search_current=True)
   config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
@@ -252,10 +277,11 @@ def _import_modules() -> None:
 
 
 def _check_values() -> None:
-  """
+  """Checks the values of flags and of the config.
+
   Raises:
-    ValueError: a flag is not a number, which bounds do not exclude, or a key of
-      the config is out of its range.
+    ValueError: a flag is NaN (absl's bounds admit it), or a key of the config
+      is out of its range.
   """
   for name in flags.FLAGS:
     value = flags.FLAGS[name].value
@@ -267,22 +293,27 @@ def _check_values() -> None:
   if not isinstance(config, ConfigDict):
     raise ValueError(
       f'get_config() of {flags.FLAGS["config"].config_filename} returned '
-      f'{type(config).__name__}; expected that of moepeft.config.defaults'
+      f'{type(config).__name__}; expected a ConfigDict like that of '
+      'moepeft.config.defaults'
     )
   config_check.check_ranges(config)
 
 
 def _set_key(config: ConfigDict, section: str, text: str) -> None:
-  """Sets a key of an open section by 'KEY=VALUE'; 'rope.kind=yarn' is a key."""
+  """Sets a key of an open section.
+
+  Args:
+    text: 'KEY=VALUE'; a key of a subsection is written 'rope.kind=yarn'.
+  """
   key, equals, value = text.partition('=')
   if not key or not equals:
     raise ValueError(
       f'expected --config.{section}.KEY=VALUE; got {key!r} without a value'
     )
   try:
-    typed = parse_literal(value)
+    parsed_value = parse_literal(value)
   except ValueError:
-    typed = value
+    parsed_value = value
   *parents, name = key.split('.')
   with config.unlocked(), config.ignore_type():
     node = config
@@ -290,32 +321,39 @@ def _set_key(config: ConfigDict, section: str, text: str) -> None:
       if not isinstance(node.get(parent), ConfigDict):
         node[parent] = ConfigDict()
       node = node[parent]
-    node[name] = typed
+    node[name] = parsed_value
 
 
-def _answered(read: Callable[[], Any], argv: Sequence[str]) -> Any:
-  """The result of `read`; a sentence and exit code 2 where the user is wrong.
+def _exit_on_user_error(parse: Callable[[], Any], argv: Sequence[str]) -> Any:
+  """Returns the result of `parse`, or exits with code 2 after an exception.
 
-  A config is a user's Python, so any exception may come out of reading one.
+  Every exception counts as a user's error, because `parse` runs the Python code
+  of a user's config.
   """
   try:
-    return read()
+    return parse()
   except flags.UnrecognizedFlagError as e:
     has_config = 'config' in flags.FLAGS
-    _stop(suggestions.unknown_flag(e.flagname, list(flags.FLAGS), has_config))
+    _exit_with_error(
+      suggestions.unknown_flag(e.flagname, list(flags.FLAGS), has_config)
+    )
   except (flags.Error, ValueError, OSError) as e:
-    _stop(_of_keys(argv) or _reason(str(e)))
+    _exit_with_error(_config_key_error(argv) or _reason(str(e)))
   except SyntaxError as e:
-    _stop(f'the config {e.filename!r} is not Python (line {e.lineno}: {e.msg})')
+    _exit_with_error(
+      f'the config {e.filename!r} is not Python (line {e.lineno}: {e.msg})'
+    )
   except Exception as e:
     if '--traceback' in argv:
       raise
     reason = f'{type(e).__name__}: {_reason(str(e))}'
-    _stop(_of_keys(argv) or f'the config cannot be read: {reason}')
+    _exit_with_error(
+      _config_key_error(argv) or f'the config cannot be read: {reason}'
+    )
 
 
-def _of_keys(argv: Sequence[str]) -> str:
-  """The sentence for the first --config.key=value that cannot be, or ''."""
+def _config_key_error(argv: Sequence[str]) -> str:
+  """The message for the first invalid --config.key=value, or ''."""
   keys = [arg for arg in argv if re.match(r'--?config\.', arg)]
   hints = (
     hint(arg)
@@ -326,7 +364,7 @@ def _of_keys(argv: Sequence[str]) -> str:
 
 
 def _reason(message: str) -> str:
-  """The line that says it: the last, where a config's traceback is quoted."""
+  """The first line of a message, or the last of a traceback of a config."""
   lines = [line.strip() for line in message.splitlines() if line.strip()]
   if not lines:
     return 'no reason given'
@@ -335,28 +373,28 @@ def _reason(message: str) -> str:
   return lines[0]
 
 
-def _located(arg: str) -> str:
+def _find_config_arg(arg: str) -> str:
   name, equals, value = arg.partition('=')
-  if name in _NAMES and equals:
-    return f'{name}={locate(value)}'
+  if name in _CONFIG_FLAGS and equals:
+    return f'{name}={find_config(value)}'
   return arg
 
 
 def _check_exists(arg: str) -> None:
   name, equals, value = arg.partition('=')
-  if name not in _NAMES or not equals:
+  if name not in _CONFIG_FLAGS or not equals:
     return
   file = value.partition(':')[0]
   if not os.path.isfile(file):
     folders = (PACKAGE, os.path.dirname(PACKAGE))
-    _stop(suggestions.unknown_config(file, folders))
+    _exit_with_error(suggestions.unknown_config(file, folders))
 
 
 def check_can_write(path: str) -> None:
-  """To be asked before what costs minutes and ends in a file at `path`.
+  """Checks that a file can be written, before minutes of work for it.
 
   Raises:
-    ValueError: there is no folder for it, or the file cannot be written.
+    ValueError: the directory is missing, or the file cannot be written.
   """
   folder = os.path.dirname(os.path.abspath(path))
   if not os.path.isdir(folder):
@@ -367,9 +405,9 @@ def check_can_write(path: str) -> None:
     raise ValueError(f'{path!r} cannot be written: permission is denied')
 
 
-def _stop(message: str) -> NoReturn:
-  # A value of thousands of characters, or of lines, would bury the sentence.
-  message = ' '.join(secrets.hidden(message).splitlines())
+def _exit_with_error(message: str) -> NoReturn:
+  # A long value in the message is shortened, and its line breaks are removed.
+  message = ' '.join(secrets.redact(message).splitlines())
   message = re.sub(r'(\S{100})\S{400,}', r'\1...', message)
   terminal.show(f'error: {message}', file=sys.stderr)
   sys.exit(2)

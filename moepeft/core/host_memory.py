@@ -22,14 +22,13 @@ _ACCELERATORS = ('/dev/nvidiactl', '/dev/kfd', '/dev/accel0', '/dev/vfio/0')
 _MOST = 1.25
 
 
-def keep() -> bool:
-  """Lets the process keep the memory that a step on CPU frees.
+def tune_malloc() -> bool:
+  """Sets glibc's malloc to keep the memory that a step on CPU frees.
 
-  To be called before JAX starts its threads, which would have arenas of their
-  own.
+  Call it before JAX starts its threads, which would get arenas of their own.
 
   Returns:
-    Whether it was done: with glibc, and where no accelerator is seen.
+    Whether the options are set: not without glibc or with an accelerator.
   """
   if any(map(os.path.exists, _ACCELERATORS)):
     return False
@@ -38,11 +37,11 @@ def keep() -> bool:
   return mallopt is not None and all(mallopt(*pair) == 1 for pair in settings)
 
 
-def give_back() -> None:
-  """Gives the system every whole page that is free; nothing without glibc."""
-  trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-  if trim is not None:
-    trim(0)
+def trim() -> None:
+  """Returns free pages to the system; does nothing without glibc."""
+  malloc_trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+  if malloc_trim is not None:
+    malloc_trim(0)
 
 
 def resident() -> int:
@@ -63,9 +62,9 @@ class Bound:
   def __init__(
     self,
     resident_bytes: Callable[[], int] = resident,
-    give_back: Callable[[], None] = give_back,
+    trim: Callable[[], None] = trim,
   ):
-    self._resident_bytes, self._give_back = resident_bytes, give_back
+    self._resident_bytes, self._trim = resident_bytes, trim
     self._most: float | None = None
 
   def begin(self) -> None:
@@ -76,5 +75,5 @@ class Bound:
     """To be called after every step; whether memory was given back."""
     if self._most is None or self._resident_bytes() <= self._most:
       return False
-    self._give_back()
+    self._trim()
     return True

@@ -109,8 +109,15 @@ class IntegerList:
 
 
 @dataclasses.dataclass(frozen=True)
-class Paths:
-  """Lists of paths, one at least."""
+class Texts:
+  """Lists of texts, one at least.
+
+  Attributes:
+    kind, example: for messages, what the texts are, and such a list.
+  """
+
+  kind: str = 'paths'
+  example: str = "['runs/a/adapter']"
 
   def check(self, name: str, value: Any) -> None:
     """
@@ -120,14 +127,14 @@ class Paths:
     is_list = isinstance(value, tuple) and bool(value)
     if not is_list or not all(isinstance(v, str) and v for v in value):
       raise ValueError(
-        f"{name} is a list of paths like ['runs/a/adapter']; got "
+        f'{name} is a list of {self.kind} like {self.example}; got '
         f'{shortened(value)}'
       )
 
 
 def option(
   default: Any,
-  allowed: Range | Choices | IntegerList | Paths | None,
+  allowed: Range | Choices | IntegerList | Texts | None,
   training_only: bool = False,
 ) -> Any:
   """A field of a module with the values that it may take beside its default.

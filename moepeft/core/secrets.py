@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages without keys, tokens and passwords."""
+"""Redaction of keys, tokens and passwords in messages."""
 
 import os
 import re
@@ -25,8 +25,8 @@ _FORMS = (
 )
 
 
-def hidden(text: str) -> str:
-  """A text with what is secret replaced by '***'."""
+def redact(text: str) -> str:
+  """Replaces the secrets in a text by '***'."""
   for name, value in os.environ.items():
     if len(value) >= _LEAST and _NAMES.search(name):
       text = text.replace(value, _MASK)

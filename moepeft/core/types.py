@@ -52,6 +52,8 @@ class Context:
     prompt_mask: bool [b, t], True on the tokens before the first trained one
       of their segment, the prompt; of an encoder on all real tokens. None
       where the batch does not say what is trained.
+    task_ids: int32 [b, t], 1.. for each of the tasks that the method's routers
+      name, 0 on padding; of batches that say which task each example is of.
     segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
     positions: int32 [b, t], position within the segment; in a cached decoder
       with right-padded prompts, also where each token is written.
@@ -72,6 +74,7 @@ class Context:
 
   token_mask: Array | None = None
   prompt_mask: Array | None = None
+  task_ids: Array | None = None
   segment_ids: Array | None = None
   positions: Array | None = None
   routing: 'Routing | None' = None

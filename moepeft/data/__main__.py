@@ -48,10 +48,8 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   tokenizer = load_tokenizer(data.tokenizer, config.model.path)
   family, shape = base_lib.shape(config.model)
   check_vocab_size(tokenizer, shape.vocab)
-  prefix_ids = base_lib.before(family, shape, config)
-  collator = make_model_collator(
-    data, tokenizer, shape, config.seed, prefix_ids
-  )
+  adapters = base_lib.adapter_map(family, shape, config)
+  collator = make_model_collator(data, tokenizer, shape, config.seed, adapters)
   collator = make_collator(config, collator)
   source = open_data(
     data, config.seed, vocab_size=shape.vocab, collator=collator

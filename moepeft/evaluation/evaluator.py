@@ -22,7 +22,11 @@ from moepeft.evaluation.eval_sets import PromptExamples
 from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.plan import EvalPlan, PartialResults
-from moepeft.evaluation.rank_classification import NotFinite, Ranked, Ranker
+from moepeft.evaluation.rank_classification import (
+  EncodedExample,
+  NonFiniteScoreError,
+  Ranker,
+)
 from moepeft.evaluation.results import (
   ACCURACY,
   LOSS,
@@ -125,8 +129,8 @@ class Evaluator:
     so: hours of training are not lost for it.
     """
     lines = []
-    alike = sum(ids.alike for ids in self._encoded)
-    ranked = len(self._encoded) - alike
+    num_unrankable = sum(ids.has_equal_choices for ids in self._encoded)
+    ranked = len(self._encoded) - num_unrankable
     batches = 0 if validated else self.validation_rows
     evaluation: dict[str, Any] = {'when': when, 'step': step}
     with _progress(batches + len(self._encoded), when) as progress:
@@ -141,7 +145,7 @@ class Evaluator:
         measured = self.accuracy(
           variables, self._prompts, progress, self._encoded
         )
-      except NotFinite as e:
+      except NonFiniteScoreError as e:
         measured = []
         lines.append(f'no accuracy: {e}')
     rows = summary.accuracy_rows(self._prompts, measured)
@@ -151,8 +155,8 @@ class Evaluator:
       lines.append(f'accuracy {", ".join(shown)}')
     text = '; '.join(lines) or 'no held-out rows, nothing to judge by'
     print(f'{when}: {text}', flush=True)
-    cut = sum(ids.cut for ids in self._encoded if not ids.alike)
-    for line in summary.warnings(ranked, cut, alike):
+    cut = sum(ids.cut for ids in self._encoded if not ids.has_equal_choices)
+    for line in summary.warnings(ranked, cut, num_unrankable):
       print(line, flush=True)
     return evaluation | {'rows': rows, 'means': means}
 
@@ -245,22 +249,22 @@ class Evaluator:
     variables: Tree,
     prompts: Sequence[PromptExamples],
     progress: Progress = _no_progress,
-    encoded: Sequence[Ranked] | None = None,
+    encoded: Sequence[EncodedExample] | None = None,
   ) -> list[Measurement]:
     """Accuracy of each prompt by rank classification of its choices.
 
-    Examples with two choices alike are left out, and prompts of which none is
+    Examples with two equal choices are left out, and prompts of which none is
     left.
 
     Args:
       encoded: the prompts' examples from `Ranker.prepare`, if they are there.
 
     Raises:
-      NotFinite: a score is no finite number.
+      NonFiniteScoreError: a score is no finite number.
     """
     if encoded is None:
       encoded = self._ranker.prepare(_examples(prompts))
-    rankable = [ids for ids in encoded if not ids.alike]
+    rankable = [ids for ids in encoded if not ids.has_equal_choices]
     if len(rankable) < len(encoded):
       progress(len(encoded) - len(rankable))
     # All prompts at once: fewer batches that are not full.
@@ -268,7 +272,7 @@ class Evaluator:
     measured = []
     for prompt, rows in _by_prompt(prompts, encoded):
       pairs = zip(prompt.examples, rows, strict=True)
-      pairs = [(e, ids) for e, ids in pairs if not ids.alike]
+      pairs = [(e, ids) for e, ids in pairs if not ids.has_equal_choices]
       if not pairs:
         continue
       examples = [e for e, _ in pairs]

@@ -17,6 +17,7 @@ from moepeft.data.batching.collators import Collator, Seq2SeqCollator
 from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.models import decoder_only
+from moepeft.moe.task_names import model_task_names
 from moepeft.objectives.cross_entropy import token_losses
 from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
@@ -38,12 +39,12 @@ def losses(model: Any, variables: Tree, batch: Batch) -> Array:
 
 
 class Likelihood:
-  """Scores the targets of examples, with one compiled program a shape."""
+  """Scores the targets of examples, with one compiled program per shape."""
 
   def __init__(
     self,
     model: Any,
-    vocabulary: Tokenizer,
+    tokenizer: Tokenizer,
     inputs_length: int,
     targets_length: int,
     batch_size: int,
@@ -51,19 +52,22 @@ class Likelihood:
   ):
     """`batch_size` is rounded up to a multiple of the mesh's devices."""
     self._losses = jax.jit(functools.partial(losses, model))
-    front = model_prefix_ids(model)
-    self._form: Collator = Seq2SeqCollator(
-      vocabulary, inputs_length, targets_length, prefix_ids=front
+    options = {
+      'prefix_ids': model_prefix_ids(model),
+      'tasks': model_task_names(model),
+    }
+    self._collator: Collator = Seq2SeqCollator(
+      tokenizer, inputs_length, targets_length, **options
     )
     if decoder_only(model):
       length = inputs_length + targets_length
-      self._form = CausalCollator(vocabulary, length, prefix_ids=front)
+      self._collator = CausalCollator(tokenizer, length, **options)
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, batch_size)
 
   def cut(self, examples: Sequence[Example]) -> np.ndarray:
     """Whether the inputs or targets of each are cut: bool [n]."""
-    return np.array([self._form.count_cut([e]) for e in examples], bool)
+    return np.array([self._collator.count_cut([e]) for e in examples], bool)
 
   def sums(
     self,
@@ -81,15 +85,15 @@ class Likelihood:
     Returns:
       float64 [n] in nats, summed over tokens on the host; int64 [n].
     """
-    encoded = self._form.encode(examples)
-    lengths, tokens = self._form.sizes(encoded)
+    encoded = self._collator.encode(examples)
+    lengths, tokens = self._collator.sizes(encoded)
     nll = np.zeros(len(encoded), np.float64)
-    most = self._form.lengths
+    most = self._collator.lengths
     for shape, places in buckets(
       lengths, _LEAST[: len(most)], most, self._rows
     ):
       filled = [encoded[i] for i in repeat_last(places, self._rows)]
-      batch = self._form.resized(shape).pad(filled)
+      batch = self._collator.resized(shape).pad(filled)
       batch = sharding.shard_whole_batch(self._mesh, batch)
       losses = sharding.gather(self._losses(variables, batch))
       nll[places] = losses[: len(places)].sum(axis=1, dtype=np.float64)

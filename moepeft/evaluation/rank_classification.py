@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank classification, as in T0 and the paper: the likeliest choice wins.
+"""Rank classification predicts the choice that the model finds most likely.
 
-A choice's score is the sum of its tokens' log-probabilities, EOS included,
-not normalised by length; ties go to the first.
+The definition is that of T0 (arXiv:2110.08207) and arXiv:2309.05444. A choice's
+score is the sum of the log-probabilities of its tokens and EOS, without length
+normalization; the first of equal scores wins.
 """
 
 import dataclasses
@@ -19,21 +20,25 @@ from moepeft.core import sharding
 from moepeft.core.types import Array, Batch, Context, Tree
 from moepeft.data.batching import decoder_only as batching_decoder_only
 from moepeft.data.batching import packing, seq2seq
+from moepeft.data.batching.task_ids import add_task_ids, task_id
 from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 from moepeft.models import decoder_only
 from moepeft.models.sites import context
+from moepeft.moe.task_names import model_task_names
 from moepeft.objectives.cross_entropy import sequence_log_likelihood
 from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
 
-# Inputs are padded to a multiple of this, from 4 times it on to a power of two.
-_INPUTS = 64
-# The least length that choices are padded to.
-_TARGETS = 4
-# Short rows go into batches of at most so many times the rows.
-_MORE = 8
-# Choices of as many tokens as there may be that `batch_size` has room for.
-_CHOICES = 4
+# Inputs are padded to a multiple of this, and above 4 times this to a power of
+# two.
+_INPUTS_MULTIPLE = 64
+# Choices are padded to at least this length.
+_MIN_TARGETS_LENGTH = 4
+# A batch of short rows has at most this many times `batch_size` rows.
+_MAX_ROW_FACTOR = 8
+# A batch of `batch_size` rows is full if each row has this many choices of
+# `targets_length` tokens.
+_NOMINAL_CHOICES = 4
 
 
 def score_choices(
@@ -41,9 +46,9 @@ def score_choices(
 ) -> Array:
   """Log-likelihoods [b, c] of c choices for each input.
 
-  The encoder runs once for an input, and so do the keys and values that
-  cross-attention makes of it: its choices are one row of the decoder, packed,
-  each a segment that sees itself alone.
+  The encoder and the keys and values of cross-attention are computed once per
+  input: the choices of an input are packed into one row of the decoder, each as
+  a segment that attends only to itself.
 
   Args:
     batch: inputs [b, s] and inputs_mask.
@@ -51,81 +56,96 @@ def score_choices(
   """
   b, c, t = targets.shape
   if decoder_only(model):
-    return _score_in_rows(model, variables, batch, targets, mask)
+    return _score_decoder_only(model, variables, batch, targets, mask)
   bound = model.bind(variables)
   source_ctx = context(batch, 'inputs', batch['inputs'], train=False)
   encoded = bound.encode(batch['inputs'], source_ctx)
-  row = functools.partial(jnp.reshape, shape=(b, c * t))
-  numbers = jnp.broadcast_to(jnp.arange(c)[:, None], targets.shape)
+  pack = functools.partial(jnp.reshape, shape=(b, c * t))
+  segment_ids = jnp.broadcast_to(jnp.arange(c)[:, None], targets.shape)
+  task_ids = batch.get('inputs_tasks')
+  if task_ids is not None:
+    # That of the row's first token, which is no padding.
+    task_ids = pack(jnp.broadcast_to(task_ids[:, :1, None], mask.shape))
   ctx = source_ctx.replace(
-    token_mask=row(mask),
-    # The token that a choice begins with.
-    prompt_mask=row(jnp.broadcast_to(jnp.arange(t) == 0, mask.shape)),
-    segment_ids=row(numbers),
+    token_mask=pack(mask),
+    task_ids=task_ids,
+    # The first decoder input of each choice.
+    prompt_mask=pack(jnp.broadcast_to(jnp.arange(t) == 0, mask.shape)),
+    segment_ids=pack(segment_ids),
   )
-  logits = bound.decode(row(shift_right(targets)), ctx, encoded, source_ctx)
+  logits = bound.decode(pack(shift_right(targets)), ctx, encoded, source_ctx)
   logits = logits.reshape(b * c, t, -1)
-  flat, real = targets.reshape(b * c, t), mask.reshape(b * c, t)
-  return sequence_log_likelihood(logits, flat, real).reshape(b, c)
+  flat_targets, flat_mask = targets.reshape(b * c, t), mask.reshape(b * c, t)
+  log_likelihoods = sequence_log_likelihood(logits, flat_targets, flat_mask)
+  return log_likelihoods.reshape(b, c)
 
 
-def _score_in_rows(
+def _score_decoder_only(
   model: Any, variables: Tree, batch: Batch, targets: Array, mask: Array
 ) -> Array:
-  """`score_choices` of a decoder: a row for each prompt and choice.
+  """`score_choices` for a decoder-only model, with one row per choice.
 
-  Prompts are moved to the end of their [s], so that a choice follows at once
-  and tokens stand as far apart as in training.
+  Prompts are padded on the left, so that there is no padding between a prompt
+  and its choice and positions are those of training.
   """
   b, c, t = targets.shape
-  real = batch['inputs_mask']
-  s = real.shape[1]
-  short = s - jnp.sum(real, axis=1, keepdims=True)
-  moved = (jnp.arange(s) - short) % s
+  inputs_mask = batch['inputs_mask']
+  s = inputs_mask.shape[1]
+  num_padding = s - jnp.sum(inputs_mask, axis=1, keepdims=True)
+  source_indices = (jnp.arange(s) - num_padding) % s
   prompt, prompt_mask = (
-    jnp.repeat(jnp.take_along_axis(a, moved, axis=1), c, axis=0)
-    for a in (batch['inputs'], real)
+    jnp.repeat(jnp.take_along_axis(a, source_indices, axis=1), c, axis=0)
+    for a in (batch['inputs'], inputs_mask)
   )
-  flat, scored = targets.reshape(b * c, t), mask.reshape(b * c, t)
-  ids = jnp.concatenate([prompt, flat], axis=1)[:, :-1]
-  places = jnp.arange(ids.shape[1]) - jnp.repeat(short, c, axis=0)
+  flat_targets, flat_mask = targets.reshape(b * c, t), mask.reshape(b * c, t)
+  ids = jnp.concatenate([prompt, flat_targets], axis=1)[:, :-1]
+  positions = jnp.arange(ids.shape[1]) - jnp.repeat(num_padding, c, axis=0)
+  task_ids = batch.get('inputs_tasks')
+  if task_ids is not None:
+    first = jnp.repeat(task_ids[:, :1], c, axis=0)
+    task_ids = jnp.broadcast_to(first, ids.shape)
   ctx = Context(
-    token_mask=jnp.concatenate([prompt_mask, scored], axis=1)[:, :-1],
-    prompt_mask=jnp.concatenate([prompt_mask, jnp.zeros_like(scored)], axis=1)[
-      :, :-1
-    ],
-    positions=jnp.maximum(places, 0),
+    token_mask=jnp.concatenate([prompt_mask, flat_mask], axis=1)[:, :-1],
+    prompt_mask=jnp.concatenate(
+      [prompt_mask, jnp.zeros_like(flat_mask)], axis=1
+    )[:, :-1],
+    task_ids=task_ids,
+    positions=jnp.maximum(positions, 0),
   )
   bound = model.bind(variables)
-  # The prompt's last token and the choice's all but last say its logits.
+  # A token is predicted by the state before it: the first token of a choice by
+  # the last state of the prompt.
   states = bound.states(ids, ctx)[:, s - 1 :]
   ctx = ctx.replace(
     token_mask=ctx.token_mask[:, s - 1 :], positions=ctx.positions[:, s - 1 :]
   )
   tied = bound.embed if model.config.tied else None
   logits = bound.head(states, ctx, tied)
-  return sequence_log_likelihood(logits, flat, scored).reshape(b, c)
+  log_likelihoods = sequence_log_likelihood(logits, flat_targets, flat_mask)
+  return log_likelihoods.reshape(b, c)
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranked:
-  """An example as ids.
+class EncodedExample:
+  """A tokenized example.
 
   Attributes:
-    inputs: int [s], with EOS; of a decoder what its answers follow.
+    inputs: int [s], with EOS; for a decoder-only model the prompt, without EOS.
     choices: int [t] each, with EOS.
-    cut: whether the input or a choice is cut.
+    cut: whether the input or a choice is truncated.
+    task: see `batching.task_ids`.
   """
 
   inputs: Sequence[int]
   choices: tuple[Sequence[int], ...]
   cut: bool
+  task: int = 0
 
   @property
-  def alike(self) -> bool:
-    """Whether two choices are one, so that it cannot be ranked.
+  def has_equal_choices(self) -> bool:
+    """Whether two choices have the same ids, so that they cannot be ranked.
 
-    They may be the same to the tokenizer, or in what is left after a cut.
+    The texts may differ: the tokenizer or truncation can make them equal.
     """
     return len({tuple(ids) for ids in self.choices}) < len(self.choices)
 
@@ -138,196 +158,237 @@ def shift_right(targets: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class ScoringBatch:
-  """A batch: `shape` is (rows, choices, inputs, targets)."""
+  """The plan of a batch.
+
+  Attributes:
+    shape: (rows, choices, inputs length, targets length).
+    indices: the examples' indices, at most one per row.
+  """
 
   shape: tuple[int, int, int, int]
-  members: tuple[int, ...]
+  indices: tuple[int, ...]
 
 
-class NotFinite(ValueError):
-  """Scores of which none is the greatest: the weights are not finite."""
+class NonFiniteScoreError(ValueError):
+  """A score is NaN or infinite, so that choices cannot be ranked."""
 
 
 class Ranker:
-  """Ranks examples with one compiled program a shape.
+  """Ranks the choices of examples, with one compiled program per batch shape.
 
-  Rows of like lengths share a batch, and lengths are rounded, so that there is
-  little padding and few shapes occur.
+  A batch has examples of similar lengths, which reduces padding. Lengths are
+  rounded, which reduces the number of shapes.
   """
 
   def __init__(
     self,
     model: Any,
-    vocabulary: Tokenizer,
+    tokenizer: Tokenizer,
     inputs_length: int,
     targets_length: int,
     batch_size: int,
     mesh: Mesh | None = None,
   ):
-    """`batch_size` is of the longest rows; there are more of short ones.
-
-    It is rounded up to a multiple of the mesh's devices.
+    """
+    Args:
+      inputs_length, targets_length: the lengths that inputs and choices are
+        truncated to.
+      batch_size: rows of a batch of the longest examples, rounded up to a
+        multiple of the mesh's devices. A batch of short examples has more rows.
+      mesh: all devices by default.
     """
     self._score = jax.jit(functools.partial(score_choices, model))
-    self._causal, self._before = decoder_only(model), model_prefix_ids(model)
-    self._vocabulary = vocabulary
+    self._is_decoder_only = decoder_only(model)
+    self._prefix_ids = model_prefix_ids(model)
+    self._tokenizer = tokenizer
+    self._tasks = model_task_names(model)
     self._lengths = inputs_length, targets_length
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._batch_size = sharding.round_up(self._mesh, batch_size)
 
-  def prepare(self, rows: Sequence[Example]) -> list[Ranked]:
-    """Examples as ids; every different text is tokenized once."""
-    inputs, targets = self._lengths
-    inputs = packing.length_after_prefix(inputs, self._before, 'the inputs')
-    texts = {row.inputs for row in rows}
-    sources = (
-      self._prompts(texts, inputs) if self._causal else self._ids(texts, inputs)
+  def prepare(self, examples: Sequence[Example]) -> list[EncodedExample]:
+    """Tokenizes examples; each distinct text is tokenized once."""
+    inputs_length, targets_length = self._lengths
+    inputs_length = packing.length_after_prefix(
+      inputs_length, self._prefix_ids, 'the inputs'
     )
-    answers = self._ids({text for row in rows for text in row.choices}, targets)
-    prepared = []
-    for row in rows:
-      x, short = sources[row.inputs]
-      choices, cuts = zip(*[answers[c] for c in row.choices], strict=True)
-      x = packing.prepend(self._before, x)
-      prepared.append(Ranked(x, choices, short or any(cuts)))
-    return prepared
+    encode_inputs = (
+      self._encode_prompts if self._is_decoder_only else self._encode_texts
+    )
+    inputs = encode_inputs({e.inputs for e in examples}, inputs_length)
+    texts = {text for e in examples for text in e.choices}
+    targets = self._encode_texts(texts, targets_length)
+    encoded = []
+    for example in examples:
+      ids, is_cut = inputs[example.inputs]
+      choices, choices_cut = zip(
+        *[targets[c] for c in example.choices], strict=True
+      )
+      ids = packing.prepend(self._prefix_ids, ids)
+      task = task_id(self._tasks, example.task)
+      cut = is_cut or any(choices_cut)
+      encoded.append(EncodedExample(ids, choices, cut, task))
+    return encoded
 
   def scores(
     self,
     variables: Tree,
-    rows: Sequence[Ranked],
-    progress: Callable[[int], None] = lambda done: None,
+    examples: Sequence[EncodedExample],
+    progress: Callable[[int], None] = lambda count: None,
   ) -> list[np.ndarray]:
     """The log-likelihood of every choice of each example: float32 [choices].
 
     Args:
-      progress: told how many more examples are done.
+      progress: called after each batch with its number of examples.
     """
-    by_row: list = [None] * len(rows)
-    for part in self.parts(rows):
-      scores = self._scores(variables, [rows[i] for i in part.members], part)
-      for i, row in zip(part.members, scores, strict=False):
-        by_row[i] = row[: len(rows[i].choices)]
-      progress(len(part.members))
-    return by_row
+    scores: list = [None] * len(examples)
+    for batch in self.plan_batches(examples):
+      batch_scores = self._score_batch(
+        variables, [examples[i] for i in batch.indices], batch.shape
+      )
+      for i, row_scores in zip(batch.indices, batch_scores, strict=False):
+        scores[i] = row_scores[: len(examples[i].choices)]
+      progress(len(batch.indices))
+    return scores
 
   def predict(
     self,
     variables: Tree,
-    rows: Sequence[Ranked],
-    progress: Callable[[int], None] = lambda done: None,
+    examples: Sequence[EncodedExample],
+    progress: Callable[[int], None] = lambda count: None,
   ) -> np.ndarray:
-    """The place of the likeliest choice of each example: int [rows].
+    """The index of the likeliest choice of each example: int [examples].
 
     Raises:
-      NotFinite: a score is no finite number, and would pass for the first.
+      NonFiniteScoreError: a score is NaN or infinite.
     """
-    scores = self.scores(variables, rows, progress)
-    wrong = sum(not np.all(np.isfinite(row_scores)) for row_scores in scores)
-    if wrong:
-      raise NotFinite(
-        f'{wrong} of {len(rows)} ranked examples have scores that are not '
-        'finite: the run has diverged or its weights are not finite; take an '
-        'earlier checkpoint (--checkpoint=STEP), or train again with a lower '
-        'learning rate'
+    scores = self.scores(variables, examples, progress)
+    num_bad = sum(not np.all(np.isfinite(s)) for s in scores)
+    if num_bad:
+      raise NonFiniteScoreError(
+        f'{num_bad} of {len(examples)} ranked examples have scores that are '
+        'not finite: the run has diverged or its weights are not finite; use '
+        'an earlier checkpoint (--checkpoint=STEP), or train again with a '
+        'lower learning rate'
       )
-    return np.array([np.argmax(row_scores) for row_scores in scores], np.int64)
+    return np.array([np.argmax(s) for s in scores], np.int64)
 
-  def parts(self, rows: Sequence[Ranked]) -> Iterator[ScoringBatch]:
-    """The batches that rows are ranked in, of as few shapes as may be.
+  def plan_batches(
+    self, examples: Sequence[EncodedExample]
+  ) -> Iterator[ScoringBatch]:
+    """Groups examples into batches, with few distinct shapes.
 
-    From the longest on, a batch takes the next rows, shorter ones too where
-    those of its shape have run out; so of each number of choices only the
-    last batch is not full.
+    Examples are taken in order of their shapes, the largest first, and a batch
+    is filled with examples that have as many choices. So for each number of
+    choices, only the last batch is not full.
     """
-    sizes = [self._size(row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: sizes[i], reverse=True)
+    shapes = [self._rounded_shape(example) for example in examples]
+    order = sorted(range(len(examples)), key=lambda i: shapes[i], reverse=True)
     while order:
-      c, s, t = sizes[order[0]]
-      near = [i for i in order[: self._rows(c, s, t)] if sizes[i][0] == c]
-      # Rows of shorter inputs may have longer choices.
-      t = max(sizes[i][2] for i in near)
-      count = self._rows(c, s, t)
-      if len(near) < count:
-        # No more have as many choices: a smaller batch will do.
-        least = sharding.round_up(self._mesh, _power(len(near)))
-        count = min(count, least)
-      yield ScoringBatch((count, c, s, t), tuple(near[:count]))
-      order = order[len(near[:count]) :]
+      c, s, t = shapes[order[0]]
+      indices = [
+        i for i in order[: self._num_rows(c, s, t)] if shapes[i][0] == c
+      ]
+      # Examples with shorter inputs may have longer choices.
+      t = max(shapes[i][2] for i in indices)
+      num_rows = self._num_rows(c, s, t)
+      if len(indices) < num_rows:
+        # The last batch with this number of choices can be smaller.
+        min_rows = sharding.round_up(self._mesh, _next_power_of_2(len(indices)))
+        num_rows = min(num_rows, min_rows)
+      indices = indices[:num_rows]
+      yield ScoringBatch((num_rows, c, s, t), tuple(indices))
+      order = order[len(indices) :]
 
-  def _size(self, row: Ranked) -> tuple[int, int, int]:
-    """(choices, inputs, targets), as they are rounded."""
-    inputs, targets = self._lengths
-    count = len(row.choices)
-    s = -(-len(row.inputs) // _INPUTS) * _INPUTS
-    t = _power(max(map(len, row.choices)))
+  def _rounded_shape(self, example: EncodedExample) -> tuple[int, int, int]:
+    """(choices, inputs length, targets length), each rounded up."""
+    inputs_length, targets_length = self._lengths
+    c = len(example.choices)
+    s = -(-len(example.inputs) // _INPUTS_MULTIPLE) * _INPUTS_MULTIPLE
+    s = s if s <= 4 * _INPUTS_MULTIPLE else _next_power_of_2(s)
+    t = _next_power_of_2(max(map(len, example.choices)))
     return (
-      count if count <= 4 else _power(count),
-      min(s if s <= 4 * _INPUTS else _power(s), inputs),
-      min(max(t, _TARGETS), targets),
+      c if c <= 4 else _next_power_of_2(c),
+      min(s, inputs_length),
+      min(max(t, _MIN_TARGETS_LENGTH), targets_length),
     )
 
-  def _rows(self, c: int, s: int, t: int) -> int:
-    """Rows of a batch: its arrays are no larger than those of the longest,
-    whose choices are `_CHOICES`.
-    """
-    inputs, targets = self._lengths
-    room = _CHOICES * targets
-    if c * t > room:
-      least = max(1, self._batch_size * room // (c * t))
-      return sharding.round_up(self._mesh, least)
-    more = min(inputs // s, targets // t, room // (c * t), _MORE)
-    return self._batch_size * (_power(more + 1) // 2)
+  def _num_rows(self, c: int, s: int, t: int) -> int:
+    """The number of rows of a batch.
 
-  def _scores(
-    self, variables, rows: list[Ranked], part: ScoringBatch
+    Arrays are at most as large as in a batch of `batch_size` rows of the
+    longest examples with `_NOMINAL_CHOICES` choices.
+    """
+    inputs_length, targets_length = self._lengths
+    max_tokens = _NOMINAL_CHOICES * targets_length
+    if c * t > max_tokens:
+      num_rows = max(1, self._batch_size * max_tokens // (c * t))
+      return sharding.round_up(self._mesh, num_rows)
+    factor = min(
+      inputs_length // s,
+      targets_length // t,
+      max_tokens // (c * t),
+      _MAX_ROW_FACTOR,
+    )
+    return self._batch_size * (_next_power_of_2(factor + 1) // 2)
+
+  def _score_batch(
+    self,
+    variables: Tree,
+    examples: list[EncodedExample],
+    shape: tuple[int, int, int, int],
   ) -> np.ndarray:
-    count, c, s, t = part.shape
-    # Whole batches, and as many choices each, by repeating the last.
-    filled = rows + [rows[-1]] * (count - len(rows))
+    """Log-likelihoods [rows, choices]; rows after the examples are padding."""
+    num_rows, c, s, t = shape
+    # The last example and the last choice are repeated as padding.
+    padded = examples + [examples[-1]] * (num_rows - len(examples))
     choices = []
-    for row in filled:
-      choices += [*row.choices, *[row.choices[-1]] * (c - len(row.choices))]
-    inputs = [row.inputs for row in filled]
-    arrays = seq2seq.pad_pairs(inputs, inputs, s, s)
-    answers = seq2seq.pad_pairs(choices, choices, t, t)
-    batch = {key: arrays[key] for key in ('inputs', 'inputs_mask')}
+    for example in padded:
+      choices += example.choices
+      choices += [example.choices[-1]] * (c - len(example.choices))
+    inputs = [example.inputs for example in padded]
+    padded_inputs = seq2seq.pad_pairs(inputs, inputs, s, s)
+    padded_choices = seq2seq.pad_pairs(choices, choices, t, t)
+    tasks = [example.task for example in padded]
+    padded_inputs = add_task_ids(padded_inputs, self._tasks, tasks)
+    keys = ('inputs', 'inputs_mask', 'inputs_tasks')
+    batch = {key: padded_inputs[key] for key in keys if key in padded_inputs}
     batch |= {
-      key: answers[key].reshape(count, c, t)
+      key: padded_choices[key].reshape(num_rows, c, t)
       for key in ('targets', 'targets_mask')
     }
     batch = sharding.shard_whole_batch(self._mesh, batch)
     targets, mask = batch.pop('targets'), batch.pop('targets_mask')
     return sharding.gather(self._score(variables, batch, targets, mask))
 
-  def _ids(
+  def _encode_texts(
     self, texts: set[str], length: int
   ) -> dict[str, tuple[list[int], bool]]:
-    """{text: (ids with EOS, whether its end was cut to `length` for it)}."""
-    end = [require_eos(self._vocabulary)]
+    """{text: (at most `length` ids with EOS, whether the end was cut)}."""
+    eos = require_eos(self._tokenizer)
     ordered = sorted(texts)
-    every = map(list, self._vocabulary.encode_all(ordered)) if ordered else ()
+    encoded = map(list, self._tokenizer.encode_all(ordered)) if ordered else ()
     return {
-      text: (ids[: length - 1] + end, len(ids) >= length)
-      for text, ids in zip(ordered, every, strict=True)
+      text: ([*ids[: length - 1], eos], len(ids) >= length)
+      for text, ids in zip(ordered, encoded, strict=True)
     }
 
-  def _prompts(
+  def _encode_prompts(
     self, texts: set[str], length: int
   ) -> dict[str, tuple[list[int], bool]]:
-    """{text: (ids as in training, whether its beginning was cut)}."""
+    """{text: (at most `length` prompt ids, whether the start was cut)}."""
     ordered = sorted(texts)
-    every = batching_decoder_only.encode_prompts(self._vocabulary, ordered)
-    bos = self._vocabulary.bos
+    encoded = batching_decoder_only.encode_prompts(self._tokenizer, ordered)
+    bos = self._tokenizer.bos
     return {
       text: (
         list(batching_decoder_only.keep_last(ids, length, bos)),
         len(ids) > length,
       )
-      for text, ids in zip(ordered, every, strict=True)
+      for text, ids in zip(ordered, encoded, strict=True)
     }
 
 
-def _power(length: int) -> int:
-  """The least power of two that is not below a length."""
-  return 1 << (length - 1).bit_length()
+def _next_power_of_2(n: int) -> int:
+  """The least power of two that is at least `n`."""
+  return 1 << (n - 1).bit_length()

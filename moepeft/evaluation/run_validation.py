@@ -23,7 +23,6 @@ from moepeft.objectives import (
 )
 from moepeft.objectives.batches import make_collator
 from moepeft.objectives.paired_batch import ReferenceFn
-from moepeft.peft.prefix import model_prefix_ids
 
 
 def collator_of(run: LoadedModel) -> collators.Collator:
@@ -36,7 +35,7 @@ def collator_of(run: LoadedModel) -> collators.Collator:
       run.tokenizer,
       run.model,
       config.seed,
-      model_prefix_ids(run.model),
+      run.model.adapter_map,
     ),
   )
 

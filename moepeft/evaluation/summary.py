@@ -104,7 +104,7 @@ def before_after_table(before: Sequence[dict], after: Sequence[dict]) -> str:
 
 
 def warnings(
-  total: int, cut: int, alike: int, kind: str = 'ranked examples'
+  total: int, cut: int, num_unrankable: int, kind: str = 'ranked examples'
 ) -> list[str]:
   """Lines about examples that were cut or could not be ranked."""
   lines = []
@@ -113,9 +113,9 @@ def warnings(
       f'{cut} of {total} {kind} are cut to config.data.inputs_length'
       ' or config.data.targets_length'
     )
-  if alike:
+  if num_unrankable:
     lines.append(
-      f'{alike} examples are left out: two of their choices are the '
+      f'{num_unrankable} examples are left out: two of their choices are the '
       'same to the tokenizer, or after config.data.targets_length'
     )
   return lines
@@ -194,8 +194,10 @@ def print_summary(
   for r in results:
     prompts[r.task, r.prompt].append((r.examples, r.cut, r.left_out))
   most = [map(max, zip(*counts, strict=True)) for counts in prompts.values()]
-  total, cut, alike = map(sum, zip(*most, strict=True)) if most else (0, 0, 0)
-  for line in warnings(total, cut, alike, 'measured examples'):
+  total, cut, num_unrankable = (
+    map(sum, zip(*most, strict=True)) if most else (0, 0, 0)
+  )
+  for line in warnings(total, cut, num_unrankable, 'measured examples'):
     print(line)
   if cut:
     print('--inputs_length and --targets_length let more of them be seen')

@@ -90,7 +90,7 @@ class LoadedModel:
 
     def encode_turns(turns: Sequence[str]) -> list[int]:
       if template:
-        ids = template.prompt(prompts.conversation(turns))
+        ids = template.encode_prompt(prompts.conversation(turns))
       else:
         ids = encode(tokenizer, turns[-1], causal)
       prompts.check_ids(ids, vocab)

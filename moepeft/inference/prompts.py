@@ -78,7 +78,7 @@ def template(
   template_ = chat_dataset.load_chat_template(data, tokenizer)
   # What is asked is dated today, whatever day the run was begun on.
   return dataclasses.replace(
-    template_, system=system or template_.system, date=''
+    template_, system_prompt=system or template_.system_prompt, date=''
   )
 
 
@@ -99,7 +99,9 @@ def eos_token_ids(tokenizer: Tokenizer, folder: str) -> tuple[int, ...]:
   """
   ids_of_ends = [tokenizer.eos]
   if has_chat_template(tokenizer):
-    ids_of_ends += chat_dataset.ChatTemplate(tokenizer.tokenizer).ends()
+    ids_of_ends += chat_dataset.ChatTemplate(
+      tokenizer.tokenizer
+    ).eos_token_ids()
   if folder.endswith(gguf.SUFFIX):
     metadata = gguf.metadata(folder)
     ids_of_ends += [

@@ -14,7 +14,7 @@ SiteAxes = dict[str, tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class HuggingFaceForm:
+class HuggingFaceFormat:
   """A family in Hugging Face's directories: config.json and tensors.
 
   Attributes:
@@ -49,14 +49,14 @@ class HuggingFaceForm:
 
 
 @dataclasses.dataclass(frozen=True)
-class GgufForm:
+class GgufFormat:
   """A family in GGUF files.
 
   Attributes:
     model_types: {`general.architecture`: `model_type` in config.json}.
     fields: (architecture, metadata, factors of RoPE or None) -> config.json.
     rules: config -> a rule for every tensor.
-    reads: metadata -> whether a file of the architecture is of this family.
+    accepts: metadata -> whether a file of the architecture is of this family.
     bias_from_tensors: whether the tensors, and not config.json, say which
       projections have a bias.
     interleaved_rope: whether rows of queries and keys are in the order of
@@ -66,7 +66,7 @@ class GgufForm:
   model_types: Mapping[str, str]
   fields: Callable[[str, Mapping[str, Any], Any], dict[str, Any]]
   rules: Callable[[Any], tuple[Rule, ...]]
-  reads: Callable[[Mapping[str, Any]], bool] = lambda metadata: True
+  accepts: Callable[[Mapping[str, Any]], bool] = lambda metadata: True
   bias_from_tensors: bool = False
   interleaved_rope: bool = False
 
@@ -86,8 +86,8 @@ class ModelFamily:
     axis_sizes: config -> {axis letter: size}.
     depths: config -> {stack: layers}.
     projections: config -> the projections' sites and axes, in model order.
-    hf: the form in Hugging Face's directories.
-    gguf: the form in GGUF files, None for none.
+    hf: the format in Hugging Face's directories.
+    gguf: the format in GGUF files, None for none.
   """
 
   module: Any
@@ -99,8 +99,8 @@ class ModelFamily:
   axis_sizes: Callable[[Any], dict[str, int]]
   depths: Callable[[Any], dict[str, int]]
   projections: Callable[[Any], SiteAxes]
-  hf: HuggingFaceForm
-  gguf: GgufForm | None = None
+  hf: HuggingFaceFormat
+  gguf: GgufFormat | None = None
 
   def activations(self, config: Any) -> SiteAxes:
     """The sites inside feed-forwards that have no weight."""

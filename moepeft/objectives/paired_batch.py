@@ -27,10 +27,12 @@ KEYS = (
   'inputs_mask',
   'inputs_segments',
   'inputs_positions',
+  'inputs_tasks',
   'decoder_inputs',
   'targets',
   'targets_mask',
   'targets_segments',
+  'targets_tasks',
 )
 # (variables, rows of sides joined) -> log p of each target, [k b, t].
 ReferenceFn = Callable[[Tree, Batch], Array]

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from moepeft.core.ranges import Choices, IntegerList, Paths, Range
+from moepeft.core.ranges import Choices, IntegerList, Range, Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Option:
   """
 
   default: Any
-  allowed: Range | Choices | IntegerList | Paths | None = None
+  allowed: Range | Choices | IntegerList | Texts | None = None
   training_only: bool = False
 
 

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft.core.ranges import Choices, IntegerList, Paths, option
+from moepeft.core.ranges import Choices, IntegerList, Texts, option
 from moepeft.core.types import Array, Context
 from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
@@ -62,7 +62,7 @@ class Mixture(nn.Module):
   router: nn.Module = Softmax(10)
   reads: str = option('input', Choices(READS))
   share: str = ''
-  from_adapters: tuple[str, ...] = option((), Paths(), training_only=True)
+  from_adapters: tuple[str, ...] = option((), Texts(), training_only=True)
   train_experts: bool = option(False, None, training_only=True)
 
   @property

@@ -262,4 +262,4 @@ def _evaluation(run: Run) -> list[str]:
     if scores:
       text = ', '.join(f'{key} {value:.4g}' for key, value in scores.items())
       lines.append(f'{name} training: {text}')
-  return lines + before_after.changes(*evaluations.values())
+  return lines + before_after.describe_changes(*evaluations.values())

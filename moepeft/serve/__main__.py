@@ -30,7 +30,10 @@ from moepeft.serve import open_engine, page
 from moepeft.serve.embeddings.encoder import EmbeddingEncoder, SentenceEmbedder
 from moepeft.serve.http import keys as http_keys
 from moepeft.serve.http.chat_templates import ChatSettings
-from moepeft.serve.http.connection import ConnectionLimits, open_files
+from moepeft.serve.http.connection import (
+  ConnectionLimits,
+  reserve_file_descriptors,
+)
 from moepeft.serve.http.keys import ApiKeys
 from moepeft.serve.http.limits import RequestLimits
 from moepeft.serve.http.metrics import Metrics
@@ -101,7 +104,7 @@ def limits() -> RequestLimits:
 
 
 def connection_limits() -> ConnectionLimits:
-  """Those of the flags, and no more than the process may open files for."""
+  """The limits of the flags, lowered to the files that the process may open."""
   limits_ = ConnectionLimits(
     _MAX_CONNECTIONS.value,
     _HEAD_SECONDS.value,
@@ -110,11 +113,12 @@ def connection_limits() -> ConnectionLimits:
     _SEND_SECONDS.value,
     _MAX_HEAD.value,
   )
-  allowed = open_files(limits_)
-  if allowed.count < limits_.count:
+  allowed = reserve_file_descriptors(limits_)
+  if allowed.max_connections < limits_.max_connections:
     print(
-      f'--max_connections={limits_.count} is lowered to {allowed.count}, as '
-      'the process may not open more files (ulimit -n)',
+      f'--max_connections={limits_.max_connections} is lowered to '
+      f'{allowed.max_connections}, as the process may not open more files '
+      '(ulimit -n)',
       file=sys.stderr,
     )
   return allowed
@@ -237,7 +241,7 @@ def run() -> int:
   def start() -> None:
     service.engine.start(shown)
     if service.embedder is not None:
-      service.embedder.warm(shown)
+      service.embedder.warm_up(shown)
     url = url_of(_HOST.value, sock.getsockname()[1])
     vectors = service.embedder.name if service.embedder else ''
     loaded, base = service.engine.adapters(), service.models.base
@@ -381,7 +385,7 @@ class Formatter(logging.Formatter):
   """Lines without secrets and control characters, tracebacks included."""
 
   def format(self, record: logging.LogRecord) -> str:
-    return terminal.visible(secrets.hidden(super().format(record)))
+    return terminal.visible(secrets.redact(super().format(record)))
 
 
 class StartupProgress:

@@ -313,9 +313,9 @@ def build_train_step(
 def _build_collator(
   config: ConfigDict, tokenizer: Tokenizer, family: Any, shape: Any
 ) -> Collator:
-  prefix = base_lib.before(family, shape, config)
+  adapters = base_lib.adapter_map(family, shape, config)
   collator = make_model_collator(
-    config.data, tokenizer, shape, config.seed, prefix
+    config.data, tokenizer, shape, config.seed, adapters
   )
   return make_collator(config, collator)
 

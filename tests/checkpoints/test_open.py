@@ -147,17 +147,18 @@ def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
   turns = (Turn('user', 'a'),)
   expected = chat_dataset.ChatTemplate(
     words.tokenizer, chat_cases.CHATML
-  ).prompt(Conversation((Turn('system', c.data.system_prompt), *turns)))
-  assert chat_dataset.ChatTemplate(run.tokenizer.tokenizer).prompt(
+  ).encode_prompt(Conversation((Turn('system', c.data.system_prompt), *turns)))
+  assert chat_dataset.ChatTemplate(run.tokenizer.tokenizer).encode_prompt(
     Conversation(turns)
   ) == (expected)
   # What has a system's turn keeps it.
   given = Conversation((Turn('system', 'b'), *turns))
-  plain = chat_dataset.ChatTemplate(words.tokenizer, chat_cases.CHATML).prompt(
-    given
-  )
+  plain = chat_dataset.ChatTemplate(
+    words.tokenizer, chat_cases.CHATML
+  ).encode_prompt(given)
   assert (
-    chat_dataset.ChatTemplate(run.tokenizer.tokenizer).prompt(given) == plain
+    chat_dataset.ChatTemplate(run.tokenizer.tokenizer).encode_prompt(given)
+    == plain
   )
   os.remove('own.jinja')
   with pytest.raises(ValueError, match='own.jinja.* cannot be read'):

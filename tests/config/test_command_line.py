@@ -17,7 +17,7 @@ from moepeft.core.memory import is_out_of_memory
 def ended(main, capsys):
   """(exit code, what stderr has) of a command."""
   with pytest.raises(SystemExit) as e:
-    command_line.answer(main)
+    command_line.report_errors(main)
   return e.value.code, capsys.readouterr().err
 
 
@@ -35,7 +35,7 @@ def test_what_a_user_caused_is_a_sentence(capsys):
   )
   # A fault of the program keeps its traceback.
   with pytest.raises(KeyError):
-    command_line.answer(raising(KeyError('x')))
+    command_line.report_errors(raising(KeyError('x')))
 
 
 def test_memory_that_ran_out_says_how_much_and_what_to_lower(capsys):
@@ -61,7 +61,7 @@ def test_an_interrupt_is_no_traceback(capsys):
 def test_a_terminal_of_ascii_gets_escapes(monkeypatch):
   raw = io.BytesIO()
   monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, 'ascii'))
-  command_line.answer(lambda: print('\u00e9\u4f60'))
+  command_line.report_errors(lambda: print('\u00e9\u4f60'))
   assert raw.getvalue() == b'\\xe9\\u4f60\n'
 
 
@@ -71,7 +71,7 @@ from moepeft.config import command_line, default
 def main():
   for _ in range(100_000):
     print('a line of output')
-command_line.answer(main)
+command_line.report_errors(main)
 """
 
 
@@ -96,7 +96,7 @@ def test_a_device_that_jax_does_not_have_is_named(platform):
   code = (
     'import jax\n'
     'from moepeft.config import command_line\n'
-    'command_line.answer(jax.devices)'
+    'command_line.report_errors(jax.devices)'
   )
   done = subprocess.run(
     [sys.executable, '-c', code],
@@ -112,7 +112,7 @@ def test_a_device_that_jax_does_not_have_is_named(platform):
 def test_open_sections_take_keys_that_the_defaults_lack():
   config = default().lock()
   argv = ['train', '--config.router_losses.spread=0.1', '--config.steps=3']
-  _, changed, same = command_line.rewritten(argv)
+  _, changed, same = command_line.rewrite_flags(argv)
   assert (changed, same) == ('--router_loss=spread=0.1', '--config.steps=3')
   command_line._set_key(config, 'router_losses', 'spread=0.1')
   assert config.router_losses.to_dict() == {

@@ -359,7 +359,7 @@ def test_the_text_of_a_translation_reads_back_to_it(tmp_path):
 
 
 def flags(*options):
-  argv = gin_flags.rewritten(['train', *options])
+  argv = gin_flags.rewrite_flags(['train', *options])
   return gin_flags.translate(argv, (str(ROOT),))
 
 

@@ -176,7 +176,7 @@ def test_a_bug_keeps_its_traceback():
     raise ZeroDivisionError
 
   with pytest.raises(ZeroDivisionError):
-    command_line.answer(main)
+    command_line.report_errors(main)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import contextlib
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moepeft.core.ranges import Range, option
+from moepeft.core.ranges import Range, Texts, option
 from moepeft.core.types import Routing
 from moepeft.moe import ROUTERS
 from moepeft.moe.gate import EXPERTS, INIT, gate_logits, top_mask
 from moepeft.moe.router import RouterLoss, RouterSpec
 from moepeft.moe.router_state import router_state
+from moepeft.moe.task_names import require_task_ids
 from moepeft.nn.initializers import peft_param
 from moepeft.nn.numerics import softmax
 
@@ -80,6 +81,21 @@ class PromptMean(nn.Module):
     return Routing(logits, softmax(logits))
 
 
+class TaskTable(nn.Module):
+  """One routing for each task of a list, as in MOELoRA (arXiv:2310.18339)."""
+
+  experts: int = option(1, EXPERTS)
+  tasks: tuple[str, ...] = option((), Texts('tasks', "['cola', 'mrpc']"))
+
+  @nn.compact
+  def __call__(self, x, ctx):
+    shape = (len(self.tasks) + 1, self.experts)
+    # Row 0 is that of padding.
+    table = peft_param(self, 'kernel', INIT, shape, 'ie')
+    logits = table[require_task_ids(ctx)]
+    return Routing(logits, softmax(logits))
+
+
 class Future(nn.Module):
   """Routes by the mean over the whole row: what a decoder must not do."""
 
@@ -95,6 +111,7 @@ class Future(nn.Module):
 
 ENTRIES = {
   'prompt_mean': RouterSpec(PromptMean, pools_prompt=True),
+  'task_table': RouterSpec(TaskTable),
   'future': RouterSpec(Future, causal=False),
   'balanced': RouterSpec(Balanced, normalized=False, update=balance),
   'squared': RouterSpec(

@@ -82,18 +82,24 @@ def others_slow(values, quick=ONE_EACH):
 
 
 def batch(rows=3, s=7, t=5, vocab=37, seed=0):
-  """Ids with padding at the ends of the rows, of all lengths from full to 3."""
+  """Ids with padding at the ends of the rows, of all lengths from full to 3.
+
+  Rows are of the tasks 1, 2, 1, ...
+  """
   rng = np.random.default_rng(seed)
   lengths = np.maximum(s - np.arange(rows) * 2, 3)
   inputs_mask = np.arange(s)[None] < lengths[:, None]
   targets_mask = np.arange(t)[None] < np.maximum(lengths - 2, 2)[:, None]
   targets = rng.integers(2, vocab, (rows, t)) * targets_mask
+  tasks = 1 + np.arange(rows, dtype=np.int32)[:, None] % 2
   return {
     'inputs': jnp.asarray(rng.integers(2, vocab, (rows, s)) * inputs_mask),
     'decoder_inputs': jnp.asarray(np.pad(targets[:, :-1], ((0, 0), (1, 0)))),
     'targets': jnp.asarray(targets),
     'inputs_mask': jnp.asarray(inputs_mask),
     'targets_mask': jnp.asarray(targets_mask),
+    'inputs_tasks': jnp.asarray(tasks * inputs_mask),
+    'targets_tasks': jnp.asarray(tasks * targets_mask),
   }
 
 

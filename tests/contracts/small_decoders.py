@@ -78,7 +78,8 @@ def batch(vocab=37, seed=0):
   rng = np.random.default_rng(seed)
   mask = np.arange(11)[None] < np.array(LENGTHS)[:, None]
   ids = rng.integers(2, vocab, mask.shape) * mask
-  return {'inputs': jnp.asarray(ids), 'inputs_mask': jnp.asarray(mask)}
+  rows = {'inputs': ids, 'inputs_mask': mask, 'inputs_tasks': mask * 1}
+  return {key: jnp.asarray(array) for key, array in rows.items()}
 
 
 def make(config, method='full', noise=0.0, **options):

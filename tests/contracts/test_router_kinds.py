@@ -14,7 +14,7 @@ import pytest
 from moepeft import config as config_lib
 from moepeft.core.types import State
 from moepeft.models import weight_mapping
-from moepeft.moe import router_state, router_stats
+from moepeft.moe import router_state, router_stats, task_names
 from moepeft.training.setup import build_train_step
 
 from . import router_probes, small
@@ -27,6 +27,8 @@ METHOD = (
   " + molora(experts=3, rank=2, router=squared, targets='*/self/q')"
   ' + molora(experts=3, rank=2, router=prompt_mean,'
   " targets='*/cross/q|*/self/v')"
+  ' + molora(experts=3, rank=2, router=task_table('
+  "tasks=['cola', 'mrpc', 'rte']), targets='*/self/o')"
 )
 BATCH = small.batch(rows=6)
 
@@ -226,9 +228,39 @@ def test_an_answer_does_not_move_its_own_routing():
   assert checked
 
 
+def test_a_task_trains_its_own_row_of_a_table(reference):
+  trained, _ = reference
+  start = weight_mapping.flatten(small.variables(METHOD, noise=0.1)['peft'])
+  tables = [p for p in trained if p.endswith('/o/molora_4/router/kernel')]
+  assert len(tables) == 2
+  for path in tables:
+    moved = np.abs(trained[path] - start[path]).max(axis=(0, 2))
+    # Padding, tasks 1 and 2 that the rows are of, task 3 that none is of.
+    assert (moved > 0).tolist() == [False, True, True, False]
+
+
+def test_routers_of_a_method_have_one_list_of_tasks():
+  method = (
+    "molora(router=task_table(tasks=['a', 'b']), targets='*/q')"
+    " + molora(router=task_table(tasks=['b', 'a']), targets='*/v')"
+  )
+  with pytest.raises(ValueError, match='the same list of tasks; got'):
+    task_names.task_names(small.make(method)[1].adapter_map)
+
+
+def test_a_batch_without_tasks_is_refused():
+  batch = {k: a for k, a in BATCH.items() if not k.endswith('_tasks')}
+  model, _ = small.make(METHOD)
+  with pytest.raises(ValueError, match='the batch has no task ids'):
+    model.apply(small.variables(METHOD, noise=0.1), batch)
+
+
 def test_the_engine_refuses_a_router_that_its_caches_cannot_serve():
   from moepeft.inference.adapters.fixed import FixedAdapter
 
   model, _ = small.make('molora(experts=3, router=prompt_mean)')
   with pytest.raises(ValueError, match='router of molora reads the whole prom'):
+    FixedAdapter(model)
+  model, _ = small.make("molora(router=task_table(tasks=['cola', 'mrpc']))")
+  with pytest.raises(ValueError, match='router of molora reads the task of'):
     FixedAdapter(model)

@@ -13,7 +13,7 @@ from moepeft.core.host_memory import Bound
 STORY = """
 import numpy as np
 from moepeft.core import host_memory as pages
-assert pages.keep()
+assert pages.tune_malloc()
 held = []
 def step():
   buffer = np.ones(2**26)

@@ -21,7 +21,7 @@ from moepeft.core import secrets
   ],
 )
 def test_keys_and_passwords_are_masked(text, shown):
-  assert secrets.hidden(text) == shown
+  assert secrets.redact(text) == shown
 
 
 def test_values_of_secret_variables_are_masked_in_every_error(
@@ -30,5 +30,5 @@ def test_values_of_secret_variables_are_masked_in_every_error(
   monkeypatch.setenv('HF_TOKEN', 'moon-rain-leaf')
   monkeypatch.setenv('SOME_KEY', 'no')
   with pytest.raises(SystemExit):
-    command_line._stop('no access with moon-rain-leaf')
+    command_line._exit_with_error('no access with moon-rain-leaf')
   assert capsys.readouterr().err == 'error: no access with ***\n'

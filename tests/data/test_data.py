@@ -133,7 +133,7 @@ def test_bytes_round_trip_and_know_no_special_ids():
 
 def test_a_batch_has_eos_shifted_targets_and_masks():
   rows = [Example('a', 't', 0, 'ab', 'c', (), -1)]
-  x, y = zip(
+  x, y, _ = zip(
     *seq2seq.encode_examples(ByteTokenizer(), rows * 2, 5, 3), strict=True
   )
   batch = seq2seq.pad_pairs(x, y, 5, 3)
@@ -157,7 +157,7 @@ def test_many_texts_are_encoded_as_one_by_one():
   rows = [Example('a', 't', 0, 'naïve 漢字', 'y' * 9, (), -1)] * 2
   rows.append(Example('a', 't', 0, 'b', 'c', (), -1))
   many = seq2seq.encode_examples(ByteTokenizer(), rows, 11, 5)
-  for row, (x, y) in zip(rows, many, strict=True):
+  for row, (x, y, _) in zip(rows, many, strict=True):
     one = seq2seq.encode_example(ByteTokenizer(), row, 11, 5)
     assert (x.tolist(), y.tolist()) == one[:2]
 

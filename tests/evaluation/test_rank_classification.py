@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rank classification by hand: the likeliest choice wins, EOS included."""
 
+import dataclasses
 import json
 import types
 
@@ -16,9 +17,10 @@ from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation import eval_sets
 from moepeft.evaluation.eval_sets import PromptExamples
 from moepeft.evaluation.evaluator import Evaluator
+from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import (
-  NotFinite,
-  Ranked,
+  EncodedExample,
+  NonFiniteScoreError,
   Ranker,
   score_choices,
 )
@@ -28,7 +30,7 @@ from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.objectives import OBJECTIVES
 from moepeft.tasks import Example
 
-from ..contracts import small
+from ..contracts import router_probes, small, small_decoders
 
 WORDS = ByteTokenizer()
 V = WORDS.size
@@ -162,6 +164,39 @@ def test_the_score_of_a_model_is_that_of_a_plain_call():
   np.testing.assert_allclose(found, expected.reshape(2, 3), rtol=1e-4)
 
 
+@pytest.mark.parametrize('kind', ['encoder-decoder', 'decoder'])
+def test_a_router_of_tasks_ranks_as_it_was_trained(kind):
+  """A choice's score is its likelihood as a row of training of that task."""
+  method = (
+    "molora(experts=3, rank=2, router=task_table(tasks=['a', 'b']),"
+    " targets='*/self/q|*/wo')"
+  )
+  with router_probes.registered():
+    if kind == 'decoder':
+      config = dataclasses.replace(small_decoders.CONFIGS['llama'], vocab=263)
+      model, values = small_decoders.make(config, method, noise=0.1)
+    else:
+      config = dataclasses.replace(small.GATED, vocab=263)
+      model, _ = small.make(method, config)
+      values = small.variables(method, config, noise=0.1)
+    rows = [
+      Example(task, '', 0, 'abcd', 'yes', ('yes', 'no'), 0)
+      for task in ('a', 'b')
+    ]
+    ranker = Ranker(model, WORDS, 11, 5, 2)
+    scores = np.array(ranker.scores(values, ranker.prepare(rows)))
+    each = [
+      dataclasses.replace(row, targets=choice)
+      for row in rows
+      for choice in row.choices
+    ]
+    likelihood = Likelihood(model, WORDS, 11, 5, 4)
+    nll, _ = likelihood.sums(values, each)
+  # Logits near ten in float32, in rows of other lengths.
+  np.testing.assert_allclose(scores.reshape(-1), -nll, rtol=1e-4)
+  assert np.abs(scores[0] - scores[1]).max() > 1e-2
+
+
 # Of 2, 3 and 5 choices, so that some are filled up to 4 and 8; more rows than
 # a batch; and one with long inputs and choices, which is a shape of its own.
 ROWS = [
@@ -196,7 +231,7 @@ def test_a_prediction_does_not_depend_on_the_rows_beside_it():
 def rows_of(lengths):
   """One row for each (choices, length of the inputs, of a choice), with EOS."""
   return [
-    Ranked([7] * s, tuple([i + 7] * t for i in range(c)), False)
+    EncodedExample([7] * s, tuple([i + 7] * t for i in range(c)), False)
     for c, s, t in lengths
   ]
 
@@ -204,7 +239,7 @@ def rows_of(lengths):
 def test_rows_of_like_lengths_share_batches_and_all_are_in_one():
   ranker = Ranker(Bigram(), WORDS, 512, 16, 2)
   lengths = [(2, 60, 3)] * 17 + [(2, 300, 3)] + [(3, 65, 5)] * 3
-  parts = list(ranker.parts(rows_of(lengths)))
+  parts = list(ranker.plan_batches(rows_of(lengths)))
   assert [part.shape for part in parts] == [
     # Three rows: four of 128 and 8 are as large as one and a half of the
     # longest, 512 and 16, so there is room for 2 x 2 of them.
@@ -216,23 +251,23 @@ def test_rows_of_like_lengths_share_batches_and_all_are_in_one():
     (8, 2, 64, 4),
     (8, 2, 64, 4),
   ]
-  members = [i for part in parts for i in part.members]
-  assert sorted(members) == list(range(21))
+  indices = [i for part in parts for i in part.indices]
+  assert sorted(indices) == list(range(21))
 
 
 def test_many_choices_make_for_fewer_rows():
   ranker = Ranker(Bigram(), WORDS, 64, 16, 8)
   # There is room for 8 rows of 4 choices of 16 tokens. 16 of 16 take
   # four times that each, 8 of 8 as much as 4 of 16.
-  (first, *_) = ranker.parts(rows_of([(16, 9, 16)] * 9))
+  (first, *_) = ranker.plan_batches(rows_of([(16, 9, 16)] * 9))
   assert first.shape == (2, 16, 64, 16)
-  (first, *_) = ranker.parts(rows_of([(8, 9, 8)] * 9))
+  (first, *_) = ranker.plan_batches(rows_of([(8, 9, 8)] * 9))
   assert first.shape == (8, 8, 64, 8)
 
 
 def test_a_last_batch_is_no_larger_than_its_rows_need():
   ranker = Ranker(Bigram(), WORDS, 64, 16, 32)
-  (part,) = ranker.parts(rows_of([(2, 9, 16)] * 5))
+  (part,) = ranker.plan_batches(rows_of([(2, 9, 16)] * 5))
   assert part.shape == (8, 2, 64, 16)
 
 
@@ -348,7 +383,9 @@ def test_weights_that_are_not_finite_choose_nothing(capsys):
   # NaN would pass for the greatest score, and choose the first.
   table = np.zeros((V, V), np.float32)
   table[0] = np.nan
-  with pytest.raises(NotFinite, match='2 of 2 .* the run has diverged') as e:
+  with pytest.raises(
+    NonFiniteScoreError, match='2 of 2 .* the run has diverged'
+  ) as e:
     predict([make_row('q', 'ab'), make_row('q', 'abc')], variables(table))
   assert '\n' not in str(e.value)
   prompts = (PromptExamples('evaluation', 'x', '', (make_row('q', 'ab'),)),)

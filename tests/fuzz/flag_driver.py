@@ -132,7 +132,7 @@ def trial(argv: list[str]) -> str:
     else:
       flags.FLAGS[name].unparse()
   # The config's flag reads its keys from here.
-  argv = [argv[0], *command_line.rewritten(argv[1:])]
+  argv = [argv[0], *command_line.rewrite_flags(argv[1:])]
   sys.argv[:] = argv
   try:
     with (
@@ -140,7 +140,7 @@ def trial(argv: list[str]) -> str:
       contextlib.redirect_stdout(io.StringIO()),
     ):
       command_line.parse(argv)
-      command_line.answer(lambda: build(argv))
+      command_line.report_errors(lambda: build(argv))
   except SystemExit as e:
     said = errors.getvalue().rstrip('\n').split('\n')
     sentence = said[-1].startswith('error: ') and len(said[-1]) < 2000

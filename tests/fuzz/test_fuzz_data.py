@@ -206,7 +206,7 @@ def words(tmp_path_factory):
 
 def chatting(words):
   used = chat_dataset.ChatTemplate(words.tokenizer)
-  return lambda row: used.render(
+  return lambda row: used.encode(
     chat_formats.check_answered(chat_formats.parse_conversation(row))
   )
 

@@ -388,15 +388,15 @@ def test_a_chat_is_asked_as_it_is_trained(tmp_path):
     for path in ('', str(own)):
       data = chat_data(chat_template=path, system_prompt=system)
       found = prompts.template(words, data)
-      trained = found.render(answered)
+      trained = found.encode(answered)
       # 'd', the end of its turn and a line's end.
-      assert found.prompt(talk) == trained.ids[:-3].tolist()
-      said = words.tokenizer.decode(found.prompt(talk))
+      assert found.encode_prompt(talk) == trained.ids[:-3].tolist()
+      said = words.tokenizer.decode(found.encode_prompt(talk))
       assert (system in said) and ('Be brief.' in said) == bool(system)
       assert said.endswith('ASSISTANT\n' if path else 'assistant\n')
   data = chat_data(system_prompt='Be brief.')
   other = prompts.template(words, data, 'Be long.')
-  said = words.tokenizer.decode(other.prompt(talk))
+  said = words.tokenizer.decode(other.encode_prompt(talk))
   assert 'Be long.' in said and 'Be brief.' not in said
 
 
@@ -406,7 +406,9 @@ def test_a_chat_without_a_template_is_refused():
       prompts.template(words, chat_data())
   refusing = templated_words(template="{{ raise_exception('no turns') }}")
   with pytest.raises(ValueError, match='cannot render the conversation'):
-    prompts.template(refusing, chat_data()).prompt(prompts.conversation(['a']))
+    prompts.template(refusing, chat_data()).encode_prompt(
+      prompts.conversation(['a'])
+    )
 
 
 def test_the_command_answers_from_a_model_and_from_the_terminal():

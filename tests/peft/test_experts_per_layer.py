@@ -20,7 +20,8 @@ from moepeft.moe.router_stats import collect, router_stats, statistics
 from moepeft.moe.routers.topk import TopK
 from moepeft.nn import expert_padding
 from moepeft.nn.initializers import padded_axes, param_metadata
-from moepeft.peft.build import build, expanded, plain
+from moepeft.peft.build import build
+from moepeft.peft.method_text import canonical_text, expanded_text
 from moepeft.runs import metrics_log, router_diagnosis
 from moepeft.runs.history import History
 from moepeft.training.metrics_logger import routing_rows
@@ -55,10 +56,10 @@ def test_texts_round_trip(text):
   built = build(text, SITES)
   assert 'experts=' not in built.method
   assert build(built.method, SITES) == built
-  assert build(plain(text), SITES).adapter_map == built.adapter_map
-  full = expanded(text)
-  assert expanded(full) == full and 'experts=' not in full
-  assert 'experts_per_layer' not in expanded('molora')
+  assert build(canonical_text(text), SITES).adapter_map == built.adapter_map
+  full = expanded_text(text)
+  assert expanded_text(full) == full and 'experts=' not in full
+  assert 'experts_per_layer' not in expanded_text('molora')
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,12 @@ TEXTS = [
 
 @pytest.fixture(scope='module')
 def encoder():
-  return EmbeddingEncoder.open('minilm', rows=(4,))
+  return EmbeddingEncoder.open('minilm', batch_sizes=(4,))
 
 
 def test_the_size_is_minilms(encoder):
   assert hf.load_config(FOLDER) == FAMILIES['bert'].config('minilm-l6')
-  assert (encoder.width, encoder.places) == (384, 256)
+  assert (encoder.dimensions, encoder.max_length) == (384, 256)
 
 
 def test_vectors_are_those_of_transformers(encoder):
@@ -56,7 +56,7 @@ def test_vectors_are_those_of_transformers(encoder):
   found = encoder.embed(TEXTS)
   sizes = [len(ids) for ids in found.tokens.ids]
   assert sizes == batch['attention_mask'].sum(1).tolist()
-  assert found.tokens.cut == (0, 0, 0, 0, 0, 44)
+  assert found.tokens.truncated_tokens == (0, 0, 0, 0, 0, 44)
   # Float32 through six layers; vectors of length one.
   error = np.abs(found.vectors - expected).max() / np.abs(expected).max()
   assert error < 1e-5

@@ -77,7 +77,7 @@ def compare(path, encode, words, rows, lengths, batch_size):
   loaded = hf.load(str(path))
   ranker = Ranker(T5(loaded.config), words, *lengths, batch_size)
   prepared = ranker.prepare(rows)
-  assert not any(ids.cut or ids.alike for ids in prepared)
+  assert not any(ids.cut or ids.has_equal_choices for ids in prepared)
   variables = {'params': loaded.params}
   ours = ranker.scores(variables, prepared)
   predicted = [np.argmax(own) for own in ours]

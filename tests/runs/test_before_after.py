@@ -15,7 +15,7 @@ def evaluation(hits, examples):
 
 
 def test_an_equal_figure_neither_rose_nor_fell():
-  lines = before_after.changes(
+  lines = before_after.describe_changes(
     {'validation_loss': 0.5, 'validation_kl': 1.0},
     {'validation_loss': 0.5, 'validation_kl': 1.00001},
   )
@@ -31,9 +31,9 @@ def test_the_largest_of_many_differences_is_named_only_beyond_chance():
   # these: beyond 1.96, the bound for one task, within 3.3, that for 56.
   before = evaluation({f't{i}': 3 for i in range(56)}, 3)
   after = evaluation({f't{i}': 3 if i else 1 for i in range(56)}, 3)
-  assert before_after.changes(before, after) == []
+  assert before_after.describe_changes(before, after) == []
   after = evaluation({f't{i}': 100 if i else 33 for i in range(56)}, 100)
   before = evaluation({f't{i}': 100 for i in range(56)}, 100)
-  assert before_after.changes(before, after) == [
+  assert before_after.describe_changes(before, after) == [
     'tasks that moved the most: t0 -67 points'
   ]

@@ -17,7 +17,7 @@ from moepeft.data.tokenizers.tokenizer import (
 )
 from moepeft.inference.token_bytes import alphabet
 from moepeft.serve.http.chat_templates import ChatSettings
-from moepeft.serve.http.connection import DEFAULT
+from moepeft.serve.http.connection import DEFAULT_LIMITS
 from moepeft.serve.http.metrics import Metrics
 from moepeft.serve.http.model_registry import ModelRegistry
 from moepeft.serve.http.server import Server, listen, serve
@@ -58,7 +58,7 @@ def byte_tokenizer(path):
 class FakeEmbedder:
   """A vector of a text: how often it has 'a', 'b', 'c'; of unit length."""
 
-  name, width = 'vectors', 3
+  name, dimensions = 'vectors', 3
 
   def encode(self, texts):
     if any('long' in text for text in texts):
@@ -140,7 +140,7 @@ def service(engine, words, **fields):
 
 
 @contextlib.contextmanager
-def running(service, started=True, seconds=5.0, connections=DEFAULT):
+def running(service, started=True, seconds=5.0, connections=DEFAULT_LIMITS):
   """A client of a service that is served; `client.server` ends it."""
   sock = listen('127.0.0.1', 0)
   client = Client(sock.getsockname()[1])

@@ -25,7 +25,7 @@ from moepeft.serve.embeddings import pooling
 from moepeft.serve.embeddings.config import SentenceTransformerConfig
 from moepeft.serve.embeddings.encoder import (
   EmbeddingEncoder,
-  Piece,
+  TextBatch,
   TokenizedTexts,
   bucket_lengths,
   plan_batches,
@@ -85,7 +85,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def encoder(folder):
-  return EmbeddingEncoder.open(str(folder), rows=(1, 4))
+  return EmbeddingEncoder.open(str(folder), batch_sizes=(1, 4))
 
 
 def test_lengths_double_up_to_the_last():
@@ -98,10 +98,10 @@ def test_texts_of_like_lengths_run_together_in_shapes_half_filled():
   result = plan_batches([5, 16, 17, 37, 1, 2, 3, 4, 9], (16, 32, 37), (1, 4))
   # Seven of at most 16 tokens: four, then three of four; the others alone.
   assert result == [
-    Piece((0, 1, 4, 5), 4, 16),
-    Piece((6, 7, 8), 4, 16),
-    Piece((2,), 1, 32),
-    Piece((3,), 1, 37),
+    TextBatch((0, 1, 4, 5), 4, 16),
+    TextBatch((6, 7, 8), 4, 16),
+    TextBatch((2,), 1, 32),
+    TextBatch((3,), 1, 37),
   ]
   # Five: one alone would fill a fourth of the larger shape.
   assert [p.rows for p in plan_batches([3] * 5, (16,), (1, 4))] == [4, 1]
@@ -120,7 +120,7 @@ def test_pooling_looks_at_real_tokens_alone():
 
 
 def test_unit_vectors_have_length_one_and_zeros_stay():
-  result = pooling.unit(np.array([[3.0, -4], [0, 0]], np.float32))
+  result = pooling.l2_normalize(np.array([[3.0, -4], [0, 0]], np.float32))
   np.testing.assert_allclose(result, [[0.6, -0.8], [0, 0]], rtol=1e-6)
 
 
@@ -138,9 +138,9 @@ def test_a_text_has_its_vector_whatever_is_beside_it(encoder):
 
 
 def test_a_longer_shape_gives_the_same_vector(encoder):
-  tokens = encoder.tokens(['a b c'])
+  tokens = encoder.tokenize(['a b c'])
   short, long = (
-    encoder.run(tokens, Piece((0,), 1, length)) for length in (16, 37)
+    encoder.run(tokens, TextBatch((0,), 1, length)) for length in (16, 37)
   )
   np.testing.assert_allclose(short, long, **CLOSE)
 
@@ -158,43 +158,43 @@ def test_vectors_are_means_of_the_models_states(encoder, folder):
 
 
 def test_what_does_not_fit_is_cut_and_counted(encoder):
-  tokens = encoder.tokens(['a b', 'a ' * 50, 'a ' * 35])
+  tokens = encoder.tokenize(['a b', 'a ' * 50, 'a ' * 35])
   assert tokens.ids[0] == (2, 4, 5, 3)
   assert tokens.ids[1] == (2, *[4] * 35, 3)
   # 52 with the special ones, of which 37 are read.
-  assert tokens.cut == (0, 15, 0) and tokens.truncated == 1
-  assert tokens.count == 4 + 37 + 37
+  assert tokens.truncated_tokens == (0, 15, 0) and tokens.num_truncated == 1
+  assert tokens.num_tokens == 4 + 37 + 37
   cut, whole = encoder(['a ' * 50, 'a ' * 35])
   np.testing.assert_array_equal(cut, whole)
 
 
 def test_no_texts_are_no_vectors(encoder):
   assert encoder([]).shape == (0, 21)
-  assert encoder.tokens(['']).ids == ((2, 3),)
+  assert encoder.tokenize(['']).ids == ((2, 3),)
 
 
 def test_after_warming_nothing_is_compiled(encoder):
   stages = []
-  encoder.warm(lambda *expected: stages.append(expected))
+  encoder.warm_up(lambda *expected: stages.append(expected))
   assert stages[0] == ('encoder, 1 x 16 tokens', 0, 6)
   assert [done for _, done, _ in stages] == [*range(6)]
   # Three lengths by two counts of rows.
-  assert encoder.compiled == 6
+  assert encoder.num_compiled == 6
   encoder(TEXTS * 3)
   encoder([])
-  assert encoder.compiled == 6
+  assert encoder.num_compiled == 6
 
 
 def test_texts_become_tokens_on_any_thread(encoder):
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    result = list(pool.map(encoder.tokens, [TEXTS] * 64, timeout=60))
-  assert result == [encoder.tokens(TEXTS)] * 64
+    result = list(pool.map(encoder.tokenize, [TEXTS] * 64, timeout=60))
+  assert result == [encoder.tokenize(TEXTS)] * 64
 
 
 def test_pieces_can_be_run_one_by_one(encoder):
   tokens = TokenizedTexts(((2, 4, 3), (2, 5, 3), (2, 6, 3)), (0, 0, 0))
-  (piece,) = encoder.pieces(tokens)
-  assert encoder.run(tokens, piece).shape == (3, 21)
+  (batch,) = encoder.plan_batches(tokens)
+  assert encoder.run(tokens, batch).shape == (3, 21)
 
 
 @pytest.mark.parametrize('noise', [0, 1])
@@ -208,7 +208,9 @@ def test_an_adapter_acts_once_it_is_off_its_start(
     lora['b'] = noise * lora['b'] + (noise == 0) * np.float32(1e-30)
   method = "lora(rank=7, targets='encoder/self/q|encoder/mlp/wo')"
   peft.save(str(tmp_path / 'a'), CONFIG, AdapterWeights(method, tree))
-  adapted = EmbeddingEncoder.open(str(folder), str(tmp_path / 'a'), rows=(1,))
+  adapted = EmbeddingEncoder.open(
+    str(folder), str(tmp_path / 'a'), batch_sizes=(1,)
+  )
   difference = np.abs(adapted(['a b c']) - encoder(['a b c'])).max()
   assert (difference > 0.01) == bool(noise)
   assert adapted.sha256 == encoder.sha256 != ''
@@ -220,8 +222,8 @@ def test_a_soft_prompt_is_not_for_vectors_of_texts(folder, tmp_path):
   peft.save(
     str(tmp_path / 'a'), CONFIG, AdapterWeights('prompt(length=3)', tree)
   )
-  with pytest.raises(ValueError, match='a soft prompt stands before texts'):
-    EmbeddingEncoder.open(str(folder), str(tmp_path / 'a'), rows=(1,))
+  with pytest.raises(ValueError, match='soft prompts are supported for'):
+    EmbeddingEncoder.open(str(folder), str(tmp_path / 'a'), batch_sizes=(1,))
 
 
 def form_of(folder, tmp_path, **written):
@@ -247,7 +249,7 @@ def test_a_directory_says_how_states_become_vectors(
   folder, tmp_path, pooled, kind
 ):
   form = form_of(folder, tmp_path, pooling=pooled, steps=_STEPS[:2])
-  assert form == SentenceTransformerConfig(kind, normalised=False)
+  assert form == SentenceTransformerConfig(kind, normalize=False)
 
 
 def test_a_directory_says_what_stands_before_texts(folder, tmp_path):
@@ -267,10 +269,10 @@ def test_a_directory_says_what_stands_before_texts(folder, tmp_path):
 def test_prompts_and_lower_case_are_done(folder):
   read = hf.load(str(folder))
   model = EmbeddingEncoder.open(str(folder))._model
-  form = SentenceTransformerConfig(lower=True, prompt='A ')
+  form = SentenceTransformerConfig(lowercase=True, prompt='A ')
   encoder = EmbeddingEncoder(model, {'params': read.params}, words(), form)
-  assert encoder.tokens(['B C']).ids == ((2, 4, 5, 6, 3),)
-  assert encoder.places == 41
+  assert encoder.tokenize(['B C']).ids == ((2, 4, 5, 6, 3),)
+  assert encoder.max_length == 41
 
 
 @pytest.mark.parametrize(

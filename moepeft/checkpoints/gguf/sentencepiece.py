@@ -26,13 +26,13 @@ class SentencePieces:
   Attributes:
     texts: the pieces; spaces in those that text is merged to are SPACE.
     scores, types: one each.
-    prefix: whether a space goes before each text.
+    add_prefix_space: whether texts get a space at their start.
   """
 
   texts: tuple[str, ...]
   scores: tuple[float, ...]
   types: tuple[int, ...]
-  prefix: bool = True
+  add_prefix_space: bool = True
 
   @property
   def unknown(self) -> str | None:
@@ -50,11 +50,11 @@ class SentencePieces:
 
 
 def read(path: str, metadata: Mapping[str, Any]) -> SentencePieces:
-  """The pieces of a file whose tokenizer is of the kind 'llama'.
+  """Reads the pieces of a file whose `tokenizer.ggml.model` is 'llama'.
 
   Raises:
-    CheckpointError: their scores are not ranks of merges: those of a unigram
-      model, or none at all.
+    CheckpointError: the scores are not ranks of merges, as in a unigram model,
+      or are missing.
   """
   texts = metadata['tokenizer.ggml.tokens']
   scores = metadata.get('tokenizer.ggml.scores', ())
@@ -65,8 +65,10 @@ def read(path: str, metadata: Mapping[str, Any]) -> SentencePieces:
       f'them different, {len(scores)} scores and {len(types)} types: expected '
       'as many of each; convert the model again'
     )
-  prefix = bool(metadata.get('tokenizer.ggml.add_space_prefix', True))
-  pieces = SentencePieces(tuple(texts), tuple(scores), tuple(types), prefix)
+  add_prefix_space = bool(metadata.get('tokenizer.ggml.add_space_prefix', True))
+  pieces = SentencePieces(
+    tuple(texts), tuple(scores), tuple(types), add_prefix_space
+  )
   ranks = list(pieces.normal().values())
   if len(set(ranks)) < len(ranks) or any(r != int(r) for r in ranks):
     raise CheckpointError(
@@ -90,8 +92,10 @@ def tokenizer(pieces: SentencePieces) -> Any:
     byte_fallback=pieces.has_bytes,
   )
   result = Tokenizer(bpe)
-  before = [normalizers.Prepend(SPACE)] if pieces.prefix else []
-  after = [decoders.Strip(content=' ', left=1)] if pieces.prefix else []
+  before = [normalizers.Prepend(SPACE)] if pieces.add_prefix_space else []
+  after = (
+    [decoders.Strip(content=' ', left=1)] if pieces.add_prefix_space else []
+  )
   result.normalizer = normalizers.Sequence(
     [*before, normalizers.Replace(' ', SPACE)]
   )
@@ -138,7 +142,9 @@ def model_file(pieces: SentencePieces, ids: Mapping[str, int | None]) -> bytes:
   trained += _int(41, special_ids['bos']) + _int(42, special_ids['eos'])
   trained += _int(43, special_ids['pad'])
   # The text as it is but for its spaces.
-  changed = _bytes(1, b'identity') + _int(3, int(pieces.prefix)) + _int(4, 0)
+  changed = (
+    _bytes(1, b'identity') + _int(3, int(pieces.add_prefix_space)) + _int(4, 0)
+  )
   return b''.join(parts) + _bytes(2, trained) + _bytes(3, changed)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer and the chat template that a GGUF file holds."""
+"""Reads the tokenizer and the chat template of a GGUF file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,31 +11,32 @@ from moepeft.checkpoints.gguf import sentencepiece
 from moepeft.checkpoints.gguf.sentencepiece import CONTROL, USER_DEFINED
 from moepeft.models.weight_mapping import CheckpointError
 
-# How text is split before bytes are merged: GPT-2's own way, Llama 3's and
-# Qwen2's patterns (published in their tokenizer.json).
-_WORDS = (
+# Regular expressions of the pre-tokenizers of Llama 3 and Qwen2, from their
+# tokenizer.json.
+_SPLIT_REGEX = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s|"
   r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
-_PATTERNS = {
-  'llama-bpe': _WORDS % r'\p{N}{1,3}',
-  'qwen2': _WORDS % r'\p{N}',
+_SPLIT_REGEXES = {
+  'llama-bpe': _SPLIT_REGEX % r'\p{N}{1,3}',
+  'qwen2': _SPLIT_REGEX % r'\p{N}',
 }
-SPLITS = ('gpt-2', 'smollm', *_PATTERNS)
-# `tokenizer.ggml.model`: SentencePiece's merges, and bytes' with a SPLIT.
-_PIECES, _BYTES = 'llama', 'gpt2'
+# Supported values of `tokenizer.ggml.pre`, for byte-level BPE.
+PRE_TOKENIZERS = ('gpt-2', 'smollm', *_SPLIT_REGEXES)
+# Supported values of `tokenizer.ggml.model`.
+_SENTENCEPIECE, _BYTE_LEVEL_BPE = 'llama', 'gpt2'
 
 
 def read(path: str) -> Any:
-  """The fast tokenizer of a file, of `transformers`' type.
+  """Reads a file's tokenizer as a `PreTrainedTokenizerFast`.
 
   Raises:
-    CheckpointError: the file has none, or one of a kind that is not
-      supported.
+    CheckpointError: the file has no tokenizer, or an unsupported or damaged
+      one.
   """
   metadata = gguf.metadata(path)
   try:
-    return _tokenizer(path, metadata)
+    return _make_hf_tokenizer(path, metadata)
   except CheckpointError:
     raise
   except Exception as error:  # tokenizers raises plain Exceptions
@@ -47,7 +48,7 @@ def read(path: str) -> Any:
     ) from None
 
 
-def _tokenizer(path: str, metadata: Mapping[str, Any]) -> Any:
+def _make_hf_tokenizer(path: str, metadata: Mapping[str, Any]) -> Any:
   from transformers import PreTrainedTokenizerFast
 
   tokens = metadata.get('tokenizer.ggml.tokens')
@@ -56,29 +57,29 @@ def _tokenizer(path: str, metadata: Mapping[str, Any]) -> Any:
       f'{path} holds no tokenizer: set config.data.tokenizer to a directory '
       'that does'
     )
-  special = {
+  special_tokens = {
     kind.removesuffix('_id'): tokens[i]
     for kind, i in special_ids(metadata).items()
     if i is not None
   }
   return PreTrainedTokenizerFast(
-    tokenizer_object=_build(path, metadata, tokens),
+    tokenizer_object=_make_tokenizer(path, metadata, tokens),
     chat_template=metadata.get('tokenizer.chat_template'),
     clean_up_tokenization_spaces=False,
-    **special,
+    **special_tokens,
   )
 
 
 def special_ids(metadata: Mapping[str, Any]) -> dict[str, int | None]:
-  """'bos_token_id' and so on of a file's metadata; None where unsaid.
+  """{'bos_token_id': id, ...} for BOS, EOS, UNK and PAD; None if absent.
 
   Raises:
-    CheckpointError: one of them is no id.
+    CheckpointError: a value is no token id.
   """
-  kinds = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
+  gguf_names = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
   ids = {
     f'{hf_name}_token_id': metadata.get(f'tokenizer.ggml.{gguf_name}_token_id')
-    for hf_name, gguf_name in kinds.items()
+    for hf_name, gguf_name in gguf_names.items()
   }
   for name, value in ids.items():
     if value is not None and (type(value) is not int or value < 0):
@@ -90,115 +91,126 @@ def special_ids(metadata: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def save(path: str, folder: Path) -> None:
-  """Writes the tokenizer of a file as transformers and llama.cpp read it.
+  """Writes a GGUF file's tokenizer in the format of transformers.
+
+  llama.cpp's converter can read the files too.
+
+  Args:
+    path: the GGUF file.
+    folder: the directory to write to.
 
   Raises:
-    CheckpointError: as of `read`.
+    CheckpointError: see `read`.
   """
   tokenizer = read(path)
   tokenizer.save_pretrained(folder)
   metadata = gguf.metadata(path)
-  if metadata.get('tokenizer.ggml.model') != _PIECES:
+  if metadata.get('tokenizer.ggml.model') != _SENTENCEPIECE:
     return
   pieces = sentencepiece.read(path, metadata)
   model = sentencepiece.model_file(pieces, special_ids(metadata))
   (folder / 'tokenizer.model').write_bytes(model)
-  # llama.cpp's converter asks here for what tokenizer.model does not say.
+  # llama.cpp's converter reads these fields, which tokenizer.model lacks.
   file = folder / 'tokenizer_config.json'
-  more = {
-    'add_bos_token': _begins(metadata, True),
-    'add_prefix_space': pieces.prefix,
+  fields = {
+    'add_bos_token': _adds_bos(metadata, default=True),
+    'add_prefix_space': pieces.add_prefix_space,
     'added_tokens_decoder': {
       str(i): {'content': token.content, 'special': token.special}
       for i, token in tokenizer.added_tokens_decoder.items()
     },
   }
-  directory.write_json(file, directory.read_json(file) | more)
+  directory.write_json(file, directory.read_json(file) | fields)
 
 
-def _build(path: str, metadata: Mapping[str, Any], tokens: list[str]) -> Any:
-  """The `tokenizers.Tokenizer` behind it."""
+def _make_tokenizer(
+  path: str, metadata: Mapping[str, Any], tokens: list[str]
+) -> Any:
+  """Makes the `tokenizers.Tokenizer`."""
   from tokenizers import AddedToken
 
-  if metadata.get('tokenizer.ggml.model') == _PIECES:
+  if metadata.get('tokenizer.ggml.model') == _SENTENCEPIECE:
     tokenizer = sentencepiece.tokenizer(sentencepiece.read(path, metadata))
-    if _begins(metadata, True):
-      tokenizer.post_processor = _start(metadata, tokens)
+    if _adds_bos(metadata, default=True):
+      tokenizer.post_processor = _bos_processor(metadata, tokens)
   else:
-    tokenizer = _of_bytes(path, metadata, tokens)
-  for i, form in enumerate(metadata.get('tokenizer.ggml.token_type', ())):
-    if form in (CONTROL, USER_DEFINED):
-      added = AddedToken(tokens[i], normalized=False, special=form == CONTROL)
-      tokenizer.add_tokens([added])
+    tokenizer = _make_byte_level_bpe(path, metadata, tokens)
+  for i, kind in enumerate(metadata.get('tokenizer.ggml.token_type', ())):
+    if kind in (CONTROL, USER_DEFINED):
+      token = AddedToken(tokens[i], normalized=False, special=kind == CONTROL)
+      tokenizer.add_tokens([token])
   return tokenizer
 
 
-def _of_bytes(path: str, metadata: Mapping[str, Any], tokens: list[str]) -> Any:
+def _make_byte_level_bpe(
+  path: str, metadata: Mapping[str, Any], tokens: list[str]
+) -> Any:
   from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-  split = _split(path, metadata)
+  pre_tokenizer = _pre_tokenizer_name(path, metadata)
   merges = [
     tuple(pair.split(' ')) for pair in metadata.get('tokenizer.ggml.merges', ())
   ]
   bpe = models.BPE(
     vocab={token: i for i, token in enumerate(tokens)},
     merges=merges,
-    # Llama 3 looks a whole word up before it merges.
-    ignore_merges=split == 'llama-bpe',
+    # Llama 3 looks a whole word up in the vocabulary before it merges.
+    ignore_merges=pre_tokenizer == 'llama-bpe',
   )
   tokenizer = Tokenizer(bpe)
-  if split == 'qwen2':
+  if pre_tokenizer == 'qwen2':
     tokenizer.normalizer = normalizers.NFC()
-  tokenizer.pre_tokenizer = _splitter(split)
+  tokenizer.pre_tokenizer = _make_pre_tokenizer(pre_tokenizer)
   tokenizer.decoder = decoders.ByteLevel()
-  usual = split == 'llama-bpe'
-  if _begins(metadata, usual):
-    tokenizer.post_processor = _start(metadata, tokens)
+  if _adds_bos(metadata, default=pre_tokenizer == 'llama-bpe'):
+    tokenizer.post_processor = _bos_processor(metadata, tokens)
   else:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
   return tokenizer
 
 
-def _split(path: str, metadata: Mapping[str, Any]) -> str:
-  """The way in which text is split, one of SPLITS."""
-  kind = metadata.get('tokenizer.ggml.model')
-  split = metadata.get('tokenizer.ggml.pre', 'default')
-  if kind != _BYTES or split not in SPLITS:
+def _pre_tokenizer_name(path: str, metadata: Mapping[str, Any]) -> str:
+  """The value of `tokenizer.ggml.pre`, one of PRE_TOKENIZERS."""
+  model = metadata.get('tokenizer.ggml.model')
+  name = metadata.get('tokenizer.ggml.pre', 'default')
+  if model != _BYTE_LEVEL_BPE or name not in PRE_TOKENIZERS:
     raise CheckpointError(
-      f'the tokenizer in {path} is of the kind {kind!r}, split by {split!r}: '
-      f'supported are {_PIECES!r}, and {_BYTES!r} split by '
-      f'{", ".join(SPLITS)}; set config.data.tokenizer to a directory with '
-      'tokenizer.json'
+      f'the tokenizer in {path} is {model!r} with the pre-tokenizer {name!r}: '
+      f'supported are {_SENTENCEPIECE!r}, and {_BYTE_LEVEL_BPE!r} with one of '
+      f'{", ".join(PRE_TOKENIZERS)}; set config.data.tokenizer to a directory '
+      'with tokenizer.json'
     )
-  return split
+  return name
 
 
-def _splitter(split: str) -> Any:
+def _make_pre_tokenizer(name: str) -> Any:
   from tokenizers import Regex, pre_tokenizers
 
-  if split == 'gpt-2':
+  if name == 'gpt-2':
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
-  if split == 'smollm':
-    first = pre_tokenizers.Digits(individual_digits=True)
-    rest = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  if name == 'smollm':
+    splitter = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
   else:
-    first = pre_tokenizers.Split(Regex(_PATTERNS[split]), 'isolated')
-    rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  return pre_tokenizers.Sequence([first, rest])
+    splitter = pre_tokenizers.Split(Regex(_SPLIT_REGEXES[name]), 'isolated')
+    byte_level = pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=False
+    )
+  return pre_tokenizers.Sequence([splitter, byte_level])
 
 
-def _begins(metadata: Mapping[str, Any], usual: bool) -> bool:
-  """Whether texts begin with the beginning-of-sequence token.
+def _adds_bos(metadata: Mapping[str, Any], default: bool) -> bool:
+  """Whether the tokenizer adds the BOS token to texts.
 
   Args:
-    usual: whether they do where the file is silent.
+    default: the result if the file has no `add_bos_token`.
   """
   if metadata.get('tokenizer.ggml.bos_token_id') is None:
     return False
-  return bool(metadata.get('tokenizer.ggml.add_bos_token', usual))
+  return bool(metadata.get('tokenizer.ggml.add_bos_token', default))
 
 
-def _start(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
+def _bos_processor(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
   from tokenizers import processors
 
   bos = metadata['tokenizer.ggml.bos_token_id']

@@ -29,9 +29,9 @@ _FOREIGN = {
   'pytorch_model*.bin': 'a pickle',
   '*.pt': 'a pickle',
   '*.pth': 'a pickle',
-  '*.h5': "weights of TensorFlow's Keras",
-  '*.ckpt.index': 'a checkpoint of TensorFlow',
-  '*.ckpt-*.index': 'a checkpoint of TensorFlow',
+  '*.h5': 'weights of TensorFlow Keras',
+  '*.ckpt.index': 'a TensorFlow checkpoint',
+  '*.ckpt-*.index': 'a TensorFlow checkpoint',
   'flax_model*.msgpack': "weights of transformers' Flax models",
 }
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """T5X checkpoints of T5, with or without the released code's adapters.
 
-Only weights are read, no optimizer state; the forms of checkpoints are in
-`t5x_files`.
+Only weights are read, no optimizer state. The file formats are in
+`moepeft.checkpoints.t5x.files`.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class LoadedT5X(LoadedCheckpoint):
   Attributes:
     path: the checkpoint that was read, the latest one of a parent directory.
     adapter: method and 'peft' tree, or None.
-    step: of T5X's clock, 0 where the checkpoint has none.
+    step: the training step, 0 where the checkpoint records none.
   """
 
   adapter: AdapterWeights | None
@@ -52,22 +52,22 @@ def load(path: str, dtype: Any = None, top_k: int | None = None) -> LoadedT5X:
     CheckpointError: nothing is found, something is damaged, or names or
       shapes are not those of flaxformer's T5.
   """
-  folder, leaves, step = files.read(path)
+  checkpoint_path, leaves, step = files.open_checkpoint(path)
   shapes = {name: shape for name, (shape, _) in leaves.items()}
   fetch = lambda name: leaves[name][1]()  # noqa: E731
-  loaded = _read(shapes, fetch, str(folder), dtype, top_k)
+  loaded = _read(shapes, fetch, str(checkpoint_path), dtype, top_k)
   return dataclasses.replace(loaded, step=step)
 
 
 def load_config(path: str) -> T5Config:
   """The config as `load` would infer it, without reading the weights."""
-  checkpoint = files.read(path)
+  checkpoint = files.open_checkpoint(path)
   shapes = {
     name: shape
     for name, (shape, _) in checkpoint.leaves.items()
     if not t5x_adapters.is_adapter(name)
   }
-  return _config(shapes, str(checkpoint.folder))
+  return _config(shapes, str(checkpoint.path))
 
 
 def from_arrays(
@@ -102,7 +102,7 @@ def save(
   Args:
     config, params: the base.
     adapter: to go along under the released code's names, in float32.
-    step: of T5X's clock, at least 1.
+    step: the training step, at least 1.
 
   Raises:
     ValueError: the step is less.

@@ -28,8 +28,8 @@ _MAX_CHUNKS = 1_000_000
 _MAX_RATIO, _SLACK = 100_000, 2**20
 
 
-def fields(path: Path) -> dict[str, Any]:
-  """The content of .zarray: 'shape', 'chunks', ...
+def read_metadata(path: Path) -> dict[str, Any]:
+  """Reads .zarray: {'shape': ..., 'chunks': ..., ...}.
 
   Raises:
     CheckpointError: it is absent or damaged.
@@ -70,7 +70,7 @@ def read(path: Path, metadata: Mapping[str, Any]) -> np.ndarray:
   the array has none, as T5X's have none: a lost file would go unnoticed.
 
   Args:
-    metadata: the array's `fields`.
+    metadata: the array's `read_metadata`.
 
   Raises:
     CheckpointError: a chunk is absent or damaged.
@@ -96,8 +96,8 @@ def read(path: Path, metadata: Mapping[str, Any]) -> np.ndarray:
     return opened.read().result()
 
 
-def open_stored(folder: Path, name: str) -> tensorstore.TensorStore:
-  """An array of an Orbax directory: in OCDBT, or in a directory of zarr 3.
+def open_orbax_array(folder: Path, name: str) -> tensorstore.TensorStore:
+  """Opens an array of an Orbax directory, in OCDBT or in a zarr 3 directory.
 
   Raises:
     CheckpointError: there is none of that name, or it is damaged.
@@ -121,10 +121,14 @@ def open_stored(folder: Path, name: str) -> tensorstore.TensorStore:
           raise
 
 
-def read_stored(
+def read_orbax_array(
   folder: Path, name: str, store: tensorstore.TensorStore
 ) -> np.ndarray:
-  """Reads what `open_stored` opened, of which every chunk must be there."""
+  """Reads the array that `open_orbax_array` opened.
+
+  Raises:
+    CheckpointError: a chunk is absent or damaged.
+  """
   path = folder / name
   with _damaged(path):
     chunks = store.chunk_layout.write_chunk.shape

@@ -17,17 +17,17 @@ from moepeft.config.gin.translate import translate
 
 LARGE = 'gin/models/t5_1_1_large.gin'
 
-__all__ = ['LARGE', 'Translated', 'load', 'macro_names']
+__all__ = ['LARGE', 'GinConfig', 'load', 'macro_names']
 
 
-class Translated(NamedTuple):
+class GinConfig(NamedTuple):
   """The config of a stack of gin files.
 
   Attributes:
-    config: every key of `moepeft.config.defaults.default`.
-    model_dir: MODEL_DIR, '' where it is not given.
-    text: all that was said as one gin file, to be kept beside a run.
-    notes: what was assumed or left out, a sentence each.
+    config: a config with every key of `moepeft.config.defaults.default`.
+    model_dir: MODEL_DIR, '' if it is not given.
+    text: the files and overrides as one gin file, to be stored with a run.
+    notes: a sentence for each assumption and each ignored binding.
   """
 
   config: ConfigDict
@@ -41,7 +41,7 @@ def load(
   bindings: Sequence[str] = (),
   folders: Sequence[str] = (),
   cached: str = '',
-) -> Translated:
+) -> GinConfig:
   """Reads stacked gin files and overrides.
 
   Args:
@@ -66,4 +66,4 @@ def load(
     notes.append('RANDOM_SEED = None is seed 0 here: runs repeat')
   config = translate(values, modules, cached)
   model_dir = values.get('MODEL_DIR', '')
-  return Translated(config, model_dir, statements.text(), tuple(notes))
+  return GinConfig(config, model_dir, statements.text(), tuple(notes))

@@ -8,8 +8,8 @@ from absl import logging
 
 from moepeft.models.weight_mapping import CheckpointError
 
-INDEX, ORBAX = 'checkpoint', '_METADATA'
-STEP = re.compile(r'checkpoint_(\d+)')
+INDEX, ORBAX_METADATA = 'checkpoint', '_METADATA'
+STEP_NAME = re.compile(r'checkpoint_(\d+)')
 # T5X's state, and the one item of Orbax's own managers.
 _ITEMS = ('', 'state', 'default')
 
@@ -20,7 +20,7 @@ def holds(path: str) -> bool:
   return bool(_index(folder) or _children(folder))
 
 
-def find(path: str) -> Path:
+def find_index(path: str) -> Path:
   """The index of a checkpoint, or of the latest one inside `path`.
 
   Raises:
@@ -34,8 +34,9 @@ def find(path: str) -> Path:
   if not steps:
     raise CheckpointError(
       f'{path} is no T5X checkpoint: expected a directory checkpoint_<step> '
-      f'with a file {INDEX!r} in it or an Orbax one with {ORBAX!r}, a single '
-      'msgpack file checkpoint_<step>, or a directory that holds such'
+      f'with a file {INDEX!r}, an Orbax directory with {ORBAX_METADATA!r}, a '
+      'single msgpack file checkpoint_<step>, or a directory that contains one '
+      'of these'
     )
   latest = steps[max(steps)]
   logging.info('%s: reading the latest checkpoint, %s', path, latest)
@@ -45,10 +46,10 @@ def find(path: str) -> Path:
 def _index(path: Path) -> Path | None:
   """The index of the checkpoint that a path is."""
   if not path.is_dir():
-    named = path.name == INDEX or STEP.search(path.name)
+    named = path.name == INDEX or STEP_NAME.search(path.name)
     return path if path.exists() and named else None
   for item in _ITEMS:
-    for name in (INDEX, ORBAX):
+    for name in (INDEX, ORBAX_METADATA):
       if (path / item / name).exists() and not (path / item / name).is_dir():
         return path / item / name
   return None
@@ -58,7 +59,7 @@ def _children(folder: Path) -> dict[int, Path]:
   """{step: index} of the checkpoints in a directory."""
   indices = {}
   for child in folder.glob('checkpoint_*'):
-    match = STEP.fullmatch(child.name)
+    match = STEP_NAME.fullmatch(child.name)
     if match and (index := _index(child)):
       indices[int(match[1])] = index
   return indices

@@ -37,8 +37,8 @@ def define(values: flags.FlagValues) -> None:
   )
 
 
-def rewritten(argv: Sequence[str]) -> list[str]:
-  """The same with --gin_bindings=NAME=VALUE for --gin.NAME=VALUE."""
+def rewrite_flags(argv: Sequence[str]) -> list[str]:
+  """Replaces --gin.NAME=VALUE by --gin_bindings=NAME=VALUE."""
   result = []
   for arg in argv:
     name = arg.lstrip('-')
@@ -50,11 +50,11 @@ def rewritten(argv: Sequence[str]) -> list[str]:
 
 def translate(
   argv: Sequence[str], folders: Sequence[str]
-) -> gin_files.Translated | None:
+) -> gin_files.GinConfig | None:
   """The config of a command line's gin flags; None where it has none.
 
   Args:
-    argv: as `rewritten`; other flags are left alone.
+    argv: the result of `rewrite_flags`; other flags are left alone.
     folders: where gin files are looked for, after --gin_search_paths.
 
   Returns:
@@ -85,9 +85,9 @@ def translate(
     )
   cached = values[_CACHES].value or values['config.data.path'].value
   paths = (*values.gin_search_paths, *folders)
-  translated = gin_files.load(files, bindings, paths, cached)
-  return translated._replace(
-    model_dir=_workdir(values.workdir, translated.model_dir, files)
+  gin_config = gin_files.load(files, bindings, paths, cached)
+  return gin_config._replace(
+    model_dir=_workdir(values.workdir, gin_config.model_dir, files)
   )
 
 

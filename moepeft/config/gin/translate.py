@@ -150,9 +150,9 @@ def _restored_step(path: str) -> int | None:
   """The step in the name of a T5X checkpoint; None for other models."""
   index = Path(path).expanduser()
   if path and checkpoint_path.holds(str(index)):
-    index = checkpoint_path.find(str(index))
+    index = checkpoint_path.find_index(str(index))
   # The index is a single file, or lies in the checkpoint or an item of it.
-  steps = (checkpoint_path.STEP.fullmatch(p) for p in index.parts[-3:])
+  steps = (checkpoint_path.STEP_NAME.fullmatch(p) for p in index.parts[-3:])
   return next((int(step[1]) for step in reversed(list(steps)) if step), None)
 
 

@@ -11,9 +11,13 @@ from ml_collections import ConfigDict
 from moepeft.data.batching import packing, seq2seq
 from moepeft.data.batching import packing as batching_packing
 from moepeft.data.batching.decoder_only import CausalCollator, check_too_long
+from moepeft.data.batching.task_ids import add_task_ids, task_id
 from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.models import check_decodes, decoder_only
+from moepeft.moe.task_names import task_names
+from moepeft.nn.adapter_hook import AdapterMap
+from moepeft.peft.prefix import placeholder_ids
 from moepeft.tasks import Example
 
 Rows = dict[str, np.ndarray]  # arrays [rows, ...]
@@ -75,6 +79,7 @@ class Seq2SeqCollator:
     seed: of the packed rows' order.
     prefix_ids: placeholders of a soft prompt, in front of all inputs;
       they count.
+    tasks: see `batching.task_ids`.
   """
 
   tokenizer: Tokenizer
@@ -83,6 +88,7 @@ class Seq2SeqCollator:
   packed: bool = False
   seed: int = 0
   prefix_ids: tuple[int, ...] = ()
+  tasks: tuple[str, ...] = ()
 
   def __post_init__(self):
     batching_packing.length_after_prefix(
@@ -98,14 +104,20 @@ class Seq2SeqCollator:
       else []
     )
     pairs = iter(encoded)
-    every = [next(pairs) if isinstance(e, Example) else e for e in items]
-    return [self._behind(x, y) for x, y in every] if self.prefix_ids else every
+    return [
+      self._with_prefix(*next(pairs)[:2], task_id(self.tasks, item.task))
+      if isinstance(item, Example)
+      else self._with_prefix(*item)
+      for item in items
+    ]
 
-  def _behind(self, x: Sequence[int], y: Sequence[int]) -> packing.IdPair:
+  def _with_prefix(
+    self, x: Sequence[int], y: Sequence[int], task: int = 0
+  ) -> packing.IdPair:
     """Adds the prefix; an example that was cut to a row keeps its EOS."""
-    if len(x) > self.max_lengths[0]:
+    if self.prefix_ids and len(x) > self.max_lengths[0]:
       x = [*x[: self.max_lengths[0] - 1], x[-1]]
-    return batching_packing.prepend(self.prefix_ids, x), y
+    return packing.IdPair(packing.prepend(self.prefix_ids, x), y, task)
 
   def rows(self, number: int, encoded: Sequence[packing.IdPair]) -> Rows:
     """See `packing.pack` and `batching.seq2seq`."""
@@ -118,11 +130,13 @@ class Seq2SeqCollator:
   def pack(
     self, encoded: Sequence[packing.IdPair], bins: Sequence[Sequence[int]]
   ) -> Rows:
-    return packing.pack_pairs(encoded, *self.lengths, bins)
+    rows = packing.pack_pairs(encoded, *self.lengths, bins)
+    return add_task_ids(rows, self.tasks, [e.task for e in encoded], bins)
 
   def pad(self, encoded: Sequence[packing.IdPair]) -> Rows:
-    x, y = zip(*encoded, strict=True)
-    return seq2seq.pad_pairs(x, y, *self.lengths)
+    x, y, tasks = zip(*encoded, strict=True)
+    rows = seq2seq.pad_pairs(x, y, *self.lengths)
+    return add_task_ids(rows, self.tasks, tasks)
 
   def count_cut(self, items: Sequence) -> int:
     texts = [e for e in items if isinstance(e, Example)]
@@ -151,7 +165,8 @@ class Seq2SeqCollator:
   def sizes(
     self, encoded: Sequence[packing.IdPair]
   ) -> tuple[list[tuple[int, int]], list[int]]:
-    return [(len(x), len(y)) for x, y in encoded], [len(y) for _, y in encoded]
+    lengths = [(len(pair.inputs), len(pair.targets)) for pair in encoded]
+    return lengths, [len(pair.targets) for pair in encoded]
 
 
 def make_model_collator(
@@ -159,23 +174,36 @@ def make_model_collator(
   tokenizer: Tokenizer,
   model: Any,
   seed: int,
-  prefix_ids: tuple[int, ...] = (),
+  adapter_map: AdapterMap | None = None,
 ) -> Collator:
   """The collator of a model, with the lengths of config.data.
 
   Args:
     model: a model or its config; None for an encoder-decoder's batches.
-    prefix_ids: of `moepeft.peft.prefix`, of the model's method.
+    adapter_map: of the model's method, which may put a prefix before each text
+      (`moepeft.peft.prefix`) and read the task of an example
+      (`moepeft.moe.task_names`).
 
   Raises:
     ValueError: config.data.truncation is none that there is, or nothing that
       this model's batches look at, or the model has no decoder.
   """
+  prefix_ids, tasks = (), ()
+  if adapter_map is not None:
+    vocab = getattr(model, 'config', model).vocab
+    prefix_ids = placeholder_ids(adapter_map, vocab)
+    tasks = task_names(adapter_map)
   if model is not None:
     check_decodes(model)
   if model is not None and decoder_only(model):
     return CausalCollator(
-      tokenizer, data.length, data.truncation, data.packing, seed, prefix_ids
+      tokenizer,
+      data.length,
+      data.truncation,
+      data.packing,
+      seed,
+      prefix_ids,
+      tasks,
     )
   check_too_long(data.truncation)
   is_single = 'single' in READERS.lookup(data.source).batches
@@ -186,7 +214,9 @@ def make_model_collator(
       "and targets are each cut at their end; set it to 'prompt'"
     )
   lengths = data.inputs_length, data.targets_length
-  return Seq2SeqCollator(tokenizer, *lengths, data.packing, seed, prefix_ids)
+  return Seq2SeqCollator(
+    tokenizer, *lengths, data.packing, seed, prefix_ids, tasks
+  )
 
 
 def scoring_lengths(data: ConfigDict, model: Any) -> tuple[int, int]:

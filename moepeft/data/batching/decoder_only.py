@@ -9,6 +9,7 @@ import numpy as np
 from moepeft.data.batching import packing
 from moepeft.data.batching import packing as batching_packing
 from moepeft.data.batching.seq2seq import PAD
+from moepeft.data.batching.task_ids import add_task_ids, task_id
 from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 from moepeft.tasks import Example
 
@@ -26,11 +27,13 @@ class Sample:
     loss_mask: bool [n], True on the tokens that are trained as targets. The
       first token follows nothing, so it never is.
     cut: whether it was longer and was cut.
+    task: 1.. for each of the collator's tasks, 0 where it has none.
   """
 
   ids: np.ndarray
   loss_mask: np.ndarray
   cut: bool = False
+  task: int = 0
 
   @property
   def has_targets(self) -> bool:
@@ -47,10 +50,12 @@ def check_too_long(too_long: str) -> None:
     )
 
 
-def make_sample(prompt: Sequence[int], answer: Sequence[int]) -> Sample:
+def make_sample(
+  prompt: Sequence[int], answer: Sequence[int], task: int = 0
+) -> Sample:
   """A prompt and an answer as one sample, of which the answer is trained."""
   ids = np.concatenate([np.asarray(x, np.int32) for x in (prompt, answer)])
-  return Sample(ids, np.arange(len(ids)) >= len(prompt))
+  return Sample(ids, np.arange(len(ids)) >= len(prompt), task=task)
 
 
 def encode_prompts(
@@ -111,7 +116,8 @@ def truncate(
     head = int(dropped > 0 and bos is not None and sample.ids[0] == bos)
     places = np.arange(dropped, dropped + most)
     places[:head] = 0
-    sample = Sample(sample.ids[places], sample.loss_mask[places], True)
+    ids, loss_mask = sample.ids[places], sample.loss_mask[places]
+    sample = dataclasses.replace(sample, ids=ids, loss_mask=loss_mask, cut=True)
   return sample if sample.has_targets else None
 
 
@@ -121,9 +127,8 @@ def prepend_prefix(prefix_ids: Sequence[int], sample: Sample) -> Sample:
     return sample
   loss_mask = np.pad(sample.loss_mask, (len(prefix_ids), 0))
   loss_mask[len(prefix_ids)] = False
-  return Sample(
-    batching_packing.prepend(prefix_ids, sample.ids), loss_mask, sample.cut
-  )
+  ids = batching_packing.prepend(prefix_ids, sample.ids)
+  return dataclasses.replace(sample, ids=ids, loss_mask=loss_mask)
 
 
 def pad_samples(
@@ -193,6 +198,7 @@ class CausalCollator:
     seed: of the packed rows' order.
     prefix_ids: placeholders of a soft prompt, in front of all texts; they
       count, and none is trained, nor the token that follows them.
+    tasks: see `batching.task_ids`.
   """
 
   tokenizer: Tokenizer
@@ -201,6 +207,7 @@ class CausalCollator:
   packed: bool = False
   seed: int = 0
   prefix_ids: tuple[int, ...] = ()
+  tasks: tuple[str, ...] = ()
 
   def __post_init__(self):
     check_too_long(self.too_long)
@@ -247,8 +254,10 @@ class CausalCollator:
       if isinstance(item, Sample):
         samples.append(item)
       else:
-        pair = next(encoded_texts) if isinstance(item, Example) else item
-        samples.append(make_sample(*pair))
+        is_text = isinstance(item, Example)
+        pair = next(encoded_texts) if is_text else item
+        task = task_id(self.tasks, item.task) if is_text else 0
+        samples.append(make_sample(*pair, task))
     return samples
 
   def rows(self, number: int, encoded: Sequence[Sample]):
@@ -260,10 +269,12 @@ class CausalCollator:
     return self.pack(encoded, packing.shuffled_bins(lengths, self.lengths, rng))
 
   def pack(self, encoded: Sequence[Sample], bins: Sequence[Sequence[int]]):
-    return pack_samples(encoded, self.length, bins)
+    rows = pack_samples(encoded, self.length, bins)
+    return add_task_ids(rows, self.tasks, [e.task for e in encoded], bins)
 
   def pad(self, encoded: Sequence[Sample]) -> dict[str, np.ndarray]:
-    return pad_samples(encoded, self.length)
+    rows = pad_samples(encoded, self.length)
+    return add_task_ids(rows, self.tasks, [e.task for e in encoded])
 
   def count_cut(self, items: Sequence) -> int:
     """The number of items that are too long."""

@@ -5,6 +5,7 @@ Krell et al., arXiv:2107.02027; segments and positions as in T5X and SeqIO.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,7 +41,17 @@ def length_after_prefix(
   return left
 
 
-IdPair = tuple[Sequence[int], Sequence[int]]  # ids of inputs, of targets
+class IdPair(NamedTuple):
+  """An encoded example of an encoder-decoder.
+
+  Attributes:
+    inputs, targets: their ids.
+    task: as in `decoder_only.Sample`.
+  """
+
+  inputs: Sequence[int]
+  targets: Sequence[int]
+  task: int = 0
 
 
 def assign_bins(
@@ -103,7 +114,7 @@ def pack_pairs(
     the sides inputs [n, s] and targets [n, t]. Decoder inputs are shifted
     within each example, so none begins with the last token of another.
   """
-  lengths = np.array([(len(x), len(y)) for x, y in pairs])
+  lengths = np.array([(len(x), len(y)) for x, y, *_ in pairs])
   out = {}
   for side, length in ((0, inputs_length), (1, targets_length)):
     name = ('inputs', 'targets')[side]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations as ids, by a chat template, with the answers trained.
+"""Reads conversations, applies a chat template and tokenizes the result.
 
-`render` and `answer_spans` have the template's text and the answers in it,
-`tokenize` its ids, and `truncate` cuts them to a row.
+`render` and `answer_spans` render the text and locate its answers, `tokenize`
+makes ids and a loss mask, and `truncate` shortens them to a row.
 """
 
 import dataclasses
@@ -27,32 +27,33 @@ from moepeft.data.example import BadRow, BadRows
 from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 TRAIN_ON = ('answers', 'all')
-# Conversations that are tokenized at once.
-_BATCH = 256
-# Seconds until reading says how far it is, and between two such lines.
-_QUIET = 3.0
+# The number of conversations that are tokenized at once.
+_BATCH_SIZE = 256
+# Seconds between two lines of progress.
+_PROGRESS_INTERVAL = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-  """A chat template with its settings: conversations to ids.
+  """A chat template with its settings; it turns conversations into ids.
 
   Attributes:
-    tokenizer: of Hugging Face, a fast one.
-    text: Jinja; '' for the tokenizer's own.
-    train_on: 'answers', or 'all'.
-    system: put before conversations without a system's turn.
-    date: what the template writes as today's; see `chat_template.dated`.
+    tokenizer: a fast Hugging Face tokenizer.
+    source: Jinja source; '' for the tokenizer's own template.
+    train_on: 'answers' or 'all'.
+    system_prompt: the system turn of conversations that have none.
+    date: the date that the template writes instead of today's, such as
+      '2024-07-26'; '' for today's. See `template.fix_date`.
 
   Raises:
-    ValueError: there is no template, it draws at random, or `train_on` is
-      neither.
+    ValueError: there is no template, its output is random, or `train_on` is
+      not in `TRAIN_ON`.
   """
 
   tokenizer: Any
-  text: str = ''
+  source: str = ''
   train_on: str = 'answers'
-  system: str = ''
+  system_prompt: str = ''
   date: str = ''
 
   def __post_init__(self):
@@ -61,48 +62,48 @@ class ChatTemplate:
         f'config.data.train_on is one of {", ".join(TRAIN_ON)}; got '
         f'{self.train_on!r}'
       )
-    if not self.text and not self.tokenizer.chat_template:
+    if not self.source and not self.tokenizer.chat_template:
       raise ValueError(
         'the tokenizer has no chat template; name a Jinja file with '
         'config.data.chat_template'
       )
-    chat_template.check_fixed(self._whole)
+    chat_template.check_deterministic(self._joined_source)
 
-  def write(self, conversation: Conversation) -> RenderedChat:
-    """A conversation's text; see `chat_text.text`.
+  def render(self, conversation: Conversation) -> RenderedChat:
+    """Renders a conversation; see `render.render_chat`.
 
     Raises:
       BadRow: the template cannot render it, or leaves out part of it.
     """
     conversation = self._with_system(conversation)
-    template_check.check_written(conversation, self._left_out)
-    text = chat_render.render_chat(
-      conversation, self.tokenizer, self.train_on, self._dated
+    template_check.check_features(conversation, self._dropped_features)
+    rendered = chat_render.render_chat(
+      conversation, self.tokenizer, self.train_on, self._dated_source
     )
-    chat_template.check_written(
-      text.whole, (t.content for t in conversation.turns)
+    chat_template.check_contents(
+      rendered.text, (t.content for t in conversation.turns)
     )
-    return text
+    return rendered
 
   @functools.cached_property
-  def remarks(self) -> tuple[str, ...]:
-    """Lines for the user; see `chat_probe.remarks`."""
-    return template_check.template_warnings(self.tokenizer, self.text)
+  def warnings(self) -> tuple[str, ...]:
+    """Warnings for the user; see `template_check.template_warnings`."""
+    return template_check.template_warnings(self.tokenizer, self.source)
 
   @functools.cached_property
-  def _left_out(self) -> frozenset[str]:
-    return template_check.dropped_features(self.tokenizer, self.text)
+  def _dropped_features(self) -> frozenset[str]:
+    return template_check.dropped_features(self.tokenizer, self.source)
 
   @property
-  def _whole(self) -> str:
-    return chat_render.template_source(self.tokenizer, self.text)
+  def _joined_source(self) -> str:
+    return chat_render.template_source(self.tokenizer, self.source)
 
   @functools.cached_property
-  def _dated(self) -> str:
-    """The text, with its date; '' for the tokenizer's own as it is."""
-    if not self.date or not chat_template.reads_clock(self._whole):
-      return self.text
-    template = self.text or self.tokenizer.chat_template
+  def _dated_source(self) -> str:
+    """`source` with `date` in place of calls for today's date."""
+    if not self.date or not chat_template.reads_clock(self._joined_source):
+      return self.source
+    template = self.source or self.tokenizer.chat_template
     if not isinstance(template, str):
       raise ValueError(
         'the tokenizer has several chat templates and one of them asks for '
@@ -110,57 +111,60 @@ class ChatTemplate:
       )
     return chat_template.fix_date(template, self.date)
 
-  def encode(self, texts: Sequence[RenderedChat]) -> list[Sample]:
-    """See `chat_ids.samples`."""
-    return tokenize.encode_chats(self.tokenizer, texts)
+  def encode_batch(self, chats: Sequence[RenderedChat]) -> list[Sample]:
+    """Tokenizes rendered chats; see `tokenize.encode_chats`."""
+    return tokenize.encode_chats(self.tokenizer, chats)
 
-  def render(self, conversation: Conversation) -> Sample:
-    """A conversation's ids.
+  def encode(self, conversation: Conversation) -> Sample:
+    """Renders and tokenizes a conversation.
 
     Raises:
-      BadRow: the template cannot render it, or hides its answers.
+      BadRow: the template cannot render it, leaves out part of it, or rewrites
+        turns so that its answers cannot be located.
     """
-    (sample,) = self.encode([self.write(conversation)])
+    (sample,) = self.encode_batch([self.render(conversation)])
     return sample
 
-  def prompt(self, conversation: Conversation) -> list[int]:
-    """The ids of a conversation up to where the assistant speaks.
+  def encode_prompt(self, conversation: Conversation) -> list[int]:
+    """The ids of a conversation up to and including the generation prompt.
 
     Raises:
       BadRow: the template cannot render it.
     """
     conversation = self._with_system(conversation)
-    text = chat_render.render_prompt(conversation, self.tokenizer, self._dated)
+    text = chat_render.render_prompt(
+      conversation, self.tokenizer, self._dated_source
+    )
     return self.tokenizer(text, add_special_tokens=False)['input_ids']
 
-  def ends(self) -> list[int]:
-    """The special token that ends an answer; [] where none does."""
+  def eos_token_ids(self) -> list[int]:
+    """The id of the special token that ends an answer; [] if there is none."""
     conversation = Conversation((Turn('user', 'a'), Turn('assistant', 'b')))
     try:
-      sample = self.render(conversation)
+      sample = self.encode(conversation)
     except BadRow:
-      # Of what it cannot render, nothing is asked either.
+      # A template that needs other turns; a request gets its own error.
       return []
-    last = sample.ids[sample.loss_mask][-1:].tolist()
-    return [i for i in last if i in tokenize.special_ids(self.tokenizer)]
+    last_ids = sample.ids[sample.loss_mask][-1:].tolist()
+    return [i for i in last_ids if i in tokenize.special_ids(self.tokenizer)]
 
   def _with_system(self, conversation: Conversation) -> Conversation:
-    if not self.system or conversation.turns[0].role == 'system':
+    if not self.system_prompt or conversation.turns[0].role == 'system':
       return conversation
-    turns = (Turn('system', self.system), *conversation.turns)
+    turns = (Turn('system', self.system_prompt), *conversation.turns)
     return dataclasses.replace(conversation, turns=turns)
 
 
 def load_chat_template(data: ConfigDict, tokenizer: Tokenizer) -> ChatTemplate:
-  """The template of a config.
+  """The chat template of `config.data`.
 
   Raises:
-    ValueError: there is none, or the vocabulary is of bytes.
+    ValueError: there is none, or the tokenizer is no Hugging Face tokenizer.
   """
   if not isinstance(tokenizer, HuggingFaceTokenizer):
     raise ValueError(
-      f'conversations need a tokenizer with a chat template, and the '
-      f'vocabulary is {tokenizer}; set config.data.tokenizer'
+      f'conversations need a tokenizer with a chat template, got {tokenizer}; '
+      'set config.data.tokenizer'
     )
   return ChatTemplate(
     tokenizer.tokenizer,
@@ -173,12 +177,12 @@ def load_chat_template(data: ConfigDict, tokenizer: Tokenizer) -> ChatTemplate:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatExample:
-  """A conversation that fits a row.
+  """A tokenized conversation that fits a row.
 
   Attributes:
-    sample: its ids.
-    group: its beginning, the system's turn and the first question:
-      conversations that begin alike are held out together.
+    sample: the ids and the loss mask.
+    group: the contents of the turns up to the first question. The
+      train/validation split is by group.
   """
 
   sample: Sample
@@ -188,124 +192,133 @@ class ChatExample:
 def read_chats(
   data: ConfigDict, tokenizer: Tokenizer, max_length: int = 0
 ) -> tuple[dict[str, list[ChatExample]], tuple[str, ...]]:
-  """({file: its conversations that fit a row}, lines for the user).
+  """Reads and tokenizes the conversations of `data.path`.
 
   Args:
-    max_length: tokens of a row that a conversation may fill; 0 for
-      config.data.length.
+    max_length: the most tokens of a row; 0 for config.data.length.
+
+  Returns:
+    ({file: its conversations that fit a row}, lines for the user).
 
   Raises:
-    ValueError: nothing to read or to train, or a bad row.
+    ValueError: a row is bad, or no conversation is left.
   """
-  template, bad = (
-    load_chat_template(data, tokenizer),
-    BadRows(data.on_bad_row, data.ignore_fields),
-  )
+  template = load_chat_template(data, tokenizer)
+  bad_rows = BadRows(data.on_bad_row, data.ignore_fields)
   chats: dict[str, list[ChatExample]] = {}
-  cut = dropped = 0
-  rows = _with_progress(chat_formats.read_rows(data.path, bad), data.path)
-  while batch := list(itertools.islice(rows, _BATCH)):
-    for file, chat in _read(
-      batch, template, data, bad, max_length or data.length
+  num_truncated = num_dropped = 0
+  rows = _with_progress(chat_formats.read_rows(data.path, bad_rows), data.path)
+  while batch := list(itertools.islice(rows, _BATCH_SIZE)):
+    for file, chat in _tokenize_rows(
+      batch, template, data, bad_rows, max_length or data.length
     ):
       if chat is None:
-        dropped += 1
+        num_dropped += 1
         continue
-      cut += chat.sample.cut
+      num_truncated += chat.sample.cut
       chats.setdefault(file, []).append(chat)
-  count = sum(map(len, chats.values()))
-  notes = _notes(data, bad, count, cut, dropped)
-  return chats, (*notes, *template.remarks)
+  num_chats = sum(map(len, chats.values()))
+  notes = _notes(data, bad_rows, num_chats, num_truncated, num_dropped)
+  return chats, (*notes, *template.warnings)
 
 
-def _read(
+def _tokenize_rows(
   rows: Sequence[tuple[str, str, dict]],
   template: ChatTemplate,
   data: ConfigDict,
-  bad: BadRows,
+  bad_rows: BadRows,
   max_length: int,
 ) -> Iterator[tuple[str, ChatExample | None]]:
-  """(file, conversation) of each good row; None where nothing of it fits."""
-  good, texts = [], []
-  for file, where, row in rows:
+  """(file, example) of each good row; the example is None if it is dropped."""
+  conversations, rendered = [], []
+  for file, location, row in rows:
     try:
       conversation = chat_formats.check_answered(
-        chat_formats.parse_conversation(row, data.format, bad.unused)
+        chat_formats.parse_conversation(row, data.format, bad_rows.unused)
       )
-      texts.append(template.write(conversation))
-      good.append((file, where, conversation))
+      rendered.append(template.render(conversation))
+      conversations.append((file, location, conversation))
     except BadRow as e:
-      bad(where, e)
-  for (file, where, conversation), whole in zip(
-    good, template.encode(texts), strict=True
+      bad_rows(location, e)
+  for (file, location, conversation), sample in zip(
+    conversations, template.encode_batch(rendered), strict=True
   ):
     try:
-      yield (
-        file,
-        _fitted(conversation, whole, template, data.truncation, max_length + 1),
+      # n inputs and n targets come from n + 1 ids.
+      example = _make_example(
+        conversation, sample, template, data.truncation, max_length + 1
       )
+      yield file, example
     except BadRow as e:
-      bad(where, e)
+      bad_rows(location, e)
 
 
-def _fitted(
+def _make_example(
   conversation: Conversation,
   sample: Sample,
   template: ChatTemplate,
-  too_long: str,
-  most: int,
+  truncation: str,
+  max_ids: int,
 ) -> ChatExample | None:
+  """The example of a conversation, truncated to `max_ids`; None if dropped."""
   if not sample.has_targets:
-    raise BadRow('no token of it is trained; mend or remove the row')
-  if len(sample.ids) > most:
-    sample = truncate_chat(conversation, template.render, most, too_long)
+    raise BadRow('the row has no trained token; mend or remove the row')
+  if len(sample.ids) > max_ids:
+    sample = truncate_chat(conversation, template.encode, max_ids, truncation)
   first = next(i for i, t in enumerate(conversation.turns) if t.role == 'user')
   group = tuple(turn.content for turn in conversation.turns[: first + 1])
   return sample and ChatExample(sample, group)
 
 
 def _with_progress(rows: Iterable, path: str) -> Iterator:
-  """The rows; a line says how many were read where that takes long."""
-  last, has_reported = time.monotonic(), False
+  """Yields the rows, and prints the number of rows read at intervals."""
+  last_report, has_reported = time.monotonic(), False
   for count, row in enumerate(rows):
-    if time.monotonic() - last > _QUIET:
+    if time.monotonic() - last_report > _PROGRESS_INTERVAL:
       print(f'\r{path}: {count:,} rows read', end='', file=sys.stderr)
-      last, has_reported = time.monotonic(), True
+      last_report, has_reported = time.monotonic(), True
     yield row
   if has_reported:
     print(file=sys.stderr)
 
 
 def _notes(
-  data: ConfigDict, bad: BadRows, count: int, cut: int, dropped: int
+  data: ConfigDict,
+  bad_rows: BadRows,
+  num_chats: int,
+  num_truncated: int,
+  num_dropped: int,
 ) -> list[str]:
-  """Lines for the user on the rows that were read, cut and dropped.
+  """Lines for the user on the rows that were read, truncated and dropped.
 
   Raises:
-    ValueError: none is left.
+    ValueError: no conversation is left.
   """
-  lines = [f'{data.path}: {count:,} conversations']
-  if bad.reasons:
+  lines = [f'{data.path}: {num_chats:,} conversations']
+  if bad_rows.reasons:
     lines.append(
-      f'skipped {len(bad.reasons):,} bad rows of {data.path}, the first: '
-      f'{bad.reasons[0]}'
+      f'skipped {len(bad_rows.reasons):,} bad rows of {data.path}, the first: '
+      f'{bad_rows.reasons[0]}'
     )
-  if cut:
+  if num_truncated:
     lines.append(
-      f'{cut:,} conversations are longer than config.data.length={data.length} '
-      f'and are cut (config.data.truncation={data.truncation!r})'
+      f'{num_truncated:,} conversations are longer than config.data.length='
+      f'{data.length} and are truncated '
+      f'(config.data.truncation={data.truncation!r})'
     )
-  if dropped:
+  if num_dropped:
+    lacks_room = (
+      ' and no room for the last answer' if data.truncation == 'prompt' else ''
+    )
     lines.append(
-      f'{dropped:,} conversations are dropped: longer than config.data.length='
-      f'{data.length}, with config.data.truncation={data.truncation!r}'
-      + ' and no room for the last answer'
-      * (data.truncation == 'prompt')
+      f'{num_dropped:,} conversations are dropped: longer than '
+      f'config.data.length={data.length}, with '
+      f'config.data.truncation={data.truncation!r}{lacks_room}'
     )
-  if not count and len(lines) == 1:
+  if not num_chats and len(lines) == 1:
     raise ValueError(f'{data.path} is empty; expected conversations in it')
-  lines += bad.notes(data.path)
-  if not count:
+  lines += bad_rows.notes(data.path)
+  if not num_chats:
     raise ValueError(
       f'{data.path} leaves no conversation to train on'
       + ''.join(f'; {line}' for line in lines[1:])

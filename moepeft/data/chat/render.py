@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations as the text of a chat template, and where answers stand."""
+"""Renders conversations with a chat template and locates their answers."""
 
 import dataclasses
 import json
@@ -25,12 +25,12 @@ class RenderedChat:
   """A conversation's text.
 
   Attributes:
-    whole: as the template writes it.
-    spans: [start, end) of each answer that is trained, in order and apart;
-      None where all is trained.
+    text: the output of the template.
+    spans: character range [start, end) of each trained answer, in order and
+      disjoint; None if the whole text is trained.
   """
 
-  whole: str
+  text: str
   spans: tuple[tuple[int, int], ...] | None
 
 
@@ -40,9 +40,9 @@ def render_chat(
   """Renders a conversation.
 
   Args:
-    tokenizer: of Hugging Face.
-    train_on: 'answers', or 'all'.
-    template: Jinja; '' for the tokenizer's own.
+    tokenizer: a Hugging Face tokenizer.
+    train_on: 'answers' or 'all'.
+    template: Jinja source; '' for the tokenizer's own template.
 
   Raises:
     BadRow: the template cannot render it, or rewrites turns so that answers
@@ -59,18 +59,18 @@ def render_chat(
   source = template_source(tokenizer, template)
   messages, tools = template_messages(conversation, source)
   render = make_renderer(tokenizer, template, tools)
-  whole = render(messages, False)
+  text = render(messages, False)
   if train_on == 'all':
-    return RenderedChat(whole, None)
+    return RenderedChat(text, None)
   if answer_spans.has_generation_marks(source):
     whole_template = tokenizer.get_chat_template(template or None, tools=tools)
     marked_template = answer_spans.show_marks(whole_template)
     render_marked = make_renderer(tokenizer, marked_template, tools)
-    spans = answer_spans.marked_spans(render_marked(messages, False), whole)
+    spans = answer_spans.marked_spans(render_marked(messages, False), text)
     if all(is_trained):
       is_trained = [True] * len(spans)
   else:
-    spans = answer_spans.find_answers(render, messages, whole)
+    spans = answer_spans.find_answers(render, messages, text)
   if len(spans) != len(is_trained):
     raise BadRow(
       f'the chat template marks {len(spans)} answers of {len(is_trained)}, so '
@@ -78,13 +78,13 @@ def render_chat(
       'config.data.chat_template'
     )
   pairs = zip(spans, is_trained, strict=True)
-  return RenderedChat(whole, tuple(span for span, trained in pairs if trained))
+  return RenderedChat(text, tuple(span for span, trained in pairs if trained))
 
 
 def render_prompt(
   conversation: Conversation, tokenizer: Any, template: str
 ) -> str:
-  """A conversation up to where the assistant speaks.
+  """A conversation's text up to and including the generation prompt.
 
   Raises:
     BadRow: the template cannot render it.
@@ -96,7 +96,7 @@ def render_prompt(
 
 
 def template_source(tokenizer: Any, template: str) -> str:
-  """All that the template may say, for what it knows of."""
+  """The Jinja source; several templates of a tokenizer are joined."""
   source = template or tokenizer.chat_template
   return source if isinstance(source, str) else '\n'.join(source.values())
 

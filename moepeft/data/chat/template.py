@@ -126,7 +126,7 @@ def with_date(config: ConfigDict, tokenizer: Tokenizer) -> ConfigDict:
   return config
 
 
-def check_fixed(template: str) -> None:
+def check_deterministic(template: str) -> None:
   """
   Raises:
     ValueError: the template draws at random, so that a run that goes on would
@@ -141,7 +141,7 @@ def check_fixed(template: str) -> None:
     )
 
 
-def check_written(text: str, contents: Iterable[str]) -> None:
+def check_contents(text: str, contents: Iterable[str]) -> None:
   """
   Args:
     text: what a template wrote of a conversation.

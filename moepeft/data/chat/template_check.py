@@ -36,7 +36,7 @@ def template_warnings(tokenizer: Any, template: str) -> tuple[str, ...]:
     return ()
   lines = []
   start, end = rendered.spans[-1] if rendered.spans else (0, 0)
-  text_before, _, text_after = rendered.whole[start:end].partition(_ANSWER)
+  text_before, _, text_after = rendered.text[start:end].partition(_ANSWER)
   if not any(token in text_after for token in _ends(tokenizer)):
     lines.append(
       'the chat template ends answers with no special token that is trained, '
@@ -165,10 +165,10 @@ def _in_order(conversation: Conversation) -> bool:
   return True
 
 
-def check_written(conversation: Conversation, missing: frozenset[str]) -> None:
+def check_features(conversation: Conversation, missing: frozenset[str]) -> None:
   """
   Args:
-    missing: of `left_out`.
+    missing: the result of `dropped_features`.
 
   Raises:
     BadRow: the conversation has what the template leaves out.

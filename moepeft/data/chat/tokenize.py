@@ -22,7 +22,7 @@ _CONTEXTS = ('.', 'a', '\n')
 IdsAndOffsets = tuple[list[int], list[int]]
 
 
-def encode_chats(tokenizer: Any, texts: Sequence[RenderedChat]) -> list[Sample]:
+def encode_chats(tokenizer: Any, chats: Sequence[RenderedChat]) -> list[Sample]:
   """Tokenizes rendered chats.
 
   The ids before an answer equal the ids of the text before the answer,
@@ -34,10 +34,10 @@ def encode_chats(tokenizer: Any, texts: Sequence[RenderedChat]) -> list[Sample]:
   text. They are the ids that the model learns to generate, and the next answer
   has them in its prompt.
   """
-  prefix_lengths = [[*_answer_starts(text), len(text.whole)] for text in texts]
+  prefix_lengths = [[*_answer_starts(chat), len(chat.text)] for chat in chats]
   prefixes = [
-    text.whole[:length]
-    for text, lengths in zip(texts, prefix_lengths, strict=True)
+    chat.text[:length]
+    for chat, lengths in zip(chats, prefix_lengths, strict=True)
     for length in lengths
   ]
   encoded = iter(_encode(tokenizer, prefixes) if prefixes else ())
@@ -45,17 +45,17 @@ def encode_chats(tokenizer: Any, texts: Sequence[RenderedChat]) -> list[Sample]:
   return [
     _make_sample(
       tokenizer,
-      text,
+      chat,
       lengths,
       list(itertools.islice(encoded, len(lengths))),
       special_tokens,
     )
-    for text, lengths in zip(texts, prefix_lengths, strict=True)
+    for chat, lengths in zip(chats, prefix_lengths, strict=True)
   ]
 
 
-def _answer_starts(text: RenderedChat) -> list[int]:
-  return [start for start, _ in text.spans or ()]
+def _answer_starts(chat: RenderedChat) -> list[int]:
+  return [start for start, _ in chat.spans or ()]
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[IdsAndOffsets]:
@@ -72,7 +72,7 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> list[IdsAndOffsets]:
 
 def _make_sample(
   tokenizer: Any,
-  text: RenderedChat,
+  chat: RenderedChat,
   prefix_lengths: Sequence[int],
   prefixes: Sequence[IdsAndOffsets],
   special_tokens: set[int],
@@ -84,13 +84,13 @@ def _make_sample(
       to each trained answer; the last prefix is the whole text.
     prefixes: the token ids and offsets of each prefix.
   """
-  if text.spans is None:
+  if chat.spans is None:
     ids = np.array(prefixes[0][0], np.int32)
     return Sample(ids, np.ones(len(ids), bool))
   ids = list(prefixes[0][0])
   loss_mask = [False] * len(ids)
   for (_, answer_end), (start, stop), (prompt, extended) in zip(
-    text.spans,
+    chat.spans,
     itertools.pairwise(prefix_lengths),
     itertools.pairwise(prefixes),
     strict=True,
@@ -98,7 +98,7 @@ def _make_sample(
     prompt_size = len(prompt[0])
     new_ids, offsets = extended[0][prompt_size:], extended[1][prompt_size:]
     if extended[0][:prompt_size] != prompt[0]:
-      new_ids, offsets = _encode_continuation(tokenizer, text.whole[start:stop])
+      new_ids, offsets = _encode_continuation(tokenizer, chat.text[start:stop])
       offsets = [start + offset for offset in offsets]
     ids += new_ids
     count = sum(offset < answer_end for offset in offsets)

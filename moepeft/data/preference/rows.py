@@ -90,7 +90,7 @@ def notes(
       'plain text'
     )
   elif decoder:
-    lines += chat_dataset.load_chat_template(data, collator.tokenizer).remarks
+    lines += chat_dataset.load_chat_template(data, collator.tokenizer).warnings
   if len(bad.reasons) > 1:
     lines.append(f'skipped {len(bad.reasons) - 1:,} bad rows more')
   pairs, same_answers = list(zip(places, spans, strict=True)), set(alike)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from moepeft.data.batching import collators, decoder_only
 from moepeft.data.batching.decoder_only import Sample
+from moepeft.data.batching.packing import IdPair
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
@@ -133,7 +134,7 @@ def make_renderer(data: ConfigDict, tokenizer: Tokenizer) -> Render:
     ValueError: config.data.chat_template cannot be read, or is for bytes.
   """
   if data.chat_template or has_chat_template(tokenizer):
-    return chat_dataset.load_chat_template(data, tokenizer).render
+    return chat_dataset.load_chat_template(data, tokenizer).encode
 
   def plain(whole: Conversation) -> Sample:
     _check_plain(whole)
@@ -225,7 +226,7 @@ def make_side(
   """One answer with its prompt, as the collator of one side encodes it."""
   ids, trained = (part[:cap] for part in answer)
   if not isinstance(collator, decoder_only.CausalCollator):
-    return prompt, ids
+    return IdPair(prompt, ids)
   untrained = np.zeros(len(prompt), bool)
   return Sample(
     np.concatenate([prompt, ids]).astype(np.int32),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
 from moepeft.moe import ROUTERS, RouterSpec
+from moepeft.moe.task_names import router_tasks
 from moepeft.nn.adapter_hook import BaseLayer
 from moepeft.nn.initializers import Constant, peft_param
 from moepeft.peft import Method
@@ -45,6 +46,12 @@ def check_decodes(adapter: nn.Module) -> None:
       f'the router of {adapter.name} reads the whole prompt at each token, '
       'which the caches of the engine do not hold; train it and score with '
       'it, or generate with another router'
+    )
+  if router_tasks(adapter):
+    raise ValueError(
+      f'the router of {adapter.name} reads the task of each example, and a '
+      'request names none; train it and score with it, or generate with '
+      'another router'
     )
 
 

@@ -6,7 +6,7 @@ import functools
 from moepeft.models import config_fields
 from moepeft.models.bert import weights
 from moepeft.models.bert.model import SIZES, Bert, BertConfig, sites
-from moepeft.models.family import HuggingFaceForm, ModelFamily
+from moepeft.models.family import HuggingFaceFormat, ModelFamily
 from moepeft.models.hf_fields import NUMBER, SIZE, SWITCH, TEXT
 
 FAMILY = ModelFamily(
@@ -19,7 +19,7 @@ FAMILY = ModelFamily(
   axis_sizes=weights.axis_sizes,
   depths=weights.depths,
   projections=weights.projections,
-  hf=HuggingFaceForm(
+  hf=HuggingFaceFormat(
     model_types=('bert',),
     from_fields=weights.from_hf_fields,
     to_fields=weights.to_hf_fields,

@@ -62,7 +62,7 @@ def axis_sizes(config: BertConfig) -> dict[str, int]:
 
 
 def tensor_names(fields: Mapping[str, Any]) -> TensorNames:
-  """See `family.HuggingFaceForm`."""
+  """See `family.HuggingFaceFormat`."""
   # One bias for a tied head, which older files repeat; two for one of its
   # own, of which the decoder's is what counts.
   tied = fields.get('tie_word_embeddings') is not False

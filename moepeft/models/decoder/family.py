@@ -11,7 +11,7 @@ from moepeft.models.decoder import arrays
 from moepeft.models.decoder.arrays import DecoderNames
 from moepeft.models.decoder.config import DecoderConfig, from_fields
 from moepeft.models.decoder.model import Decoder, sites
-from moepeft.models.family import GgufForm, HuggingFaceForm, ModelFamily
+from moepeft.models.family import GgufFormat, HuggingFaceFormat, ModelFamily
 from moepeft.models.hf_fields import FieldType
 from moepeft.models.weight_mapping import CheckpointError
 
@@ -49,7 +49,7 @@ LLAMA_NAMES = DecoderNames(
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderForm:
+class DecoderFormat:
   """A family of decoders in Hugging Face's directories.
 
   Attributes:
@@ -59,7 +59,7 @@ class DecoderForm:
       config again; one that Hugging Face's class cannot have is refused.
     tied: whether the head is the embedding where config.json is silent.
     names: of the arrays.
-    field_types, aliases: see `family.HuggingFaceForm`.
+    field_types, aliases: see `family.HuggingFaceFormat`.
   """
 
   model_types: tuple[str, ...]
@@ -112,8 +112,8 @@ class DecoderForm:
 def decoder_family(
   title: str,
   sizes: Mapping[str, DecoderConfig],
-  hf: DecoderForm,
-  gguf: GgufForm | None = None,
+  hf: DecoderFormat,
+  gguf: GgufFormat | None = None,
 ) -> ModelFamily:
   """An entry of FAMILIES.
 
@@ -132,7 +132,7 @@ def decoder_family(
     axis_sizes=arrays.axis_sizes,
     depths=arrays.depths,
     projections=arrays.projections,
-    hf=HuggingFaceForm(
+    hf=HuggingFaceFormat(
       model_types=hf.model_types,
       from_fields=hf.checked_from_fields,
       to_fields=hf.checked_to_fields,

@@ -8,14 +8,14 @@ from typing import Any
 
 from moepeft.models.decoder import gguf
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.family import DecoderForm, decoder_family
+from moepeft.models.decoder.family import DecoderFormat, decoder_family
 from moepeft.models.decoder.hf_config import (
   shape_from_hf,
   shape_to_hf,
   windows_from_hf,
   windows_to_hf,
 )
-from moepeft.models.family import GgufForm
+from moepeft.models.family import GgufFormat
 from moepeft.models.hf_fields import NUMBER, POSITIVE, SWITCH
 from moepeft.models.weight_mapping import CheckpointError
 
@@ -166,7 +166,7 @@ def _gguf_fields(
 FAMILY = decoder_family(
   'Gemma',
   SIZES,
-  DecoderForm(
+  DecoderFormat(
     ('gemma', 'gemma2'),
     from_hf,
     to_hf,
@@ -178,7 +178,7 @@ FAMILY = decoder_family(
       'use_bidirectional_attention': SWITCH,
     },
   ),
-  GgufForm(
+  GgufFormat(
     {'gemma': 'gemma', 'gemma2': 'gemma2'},
     _gguf_fields,
     gguf.NAMES.rules,

@@ -12,7 +12,7 @@ import numpy as np
 
 from moepeft.models.decoder.arrays import DecoderNames
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.family import GgufForm, ModelFamily
+from moepeft.models.family import GgufFormat, ModelFamily
 from moepeft.models.weight_mapping import CheckpointError, Shape
 from moepeft.nn.rope import Rope, frequencies
 
@@ -56,7 +56,7 @@ JOINED_QKV_NAMES = dataclasses.replace(
 
 
 def as_stored_by_hf(
-  name: str, array: np.ndarray, form: GgufForm, config: DecoderConfig
+  name: str, array: np.ndarray, form: GgufFormat, config: DecoderConfig
 ) -> np.ndarray:
   """Undoes changes of llama.cpp's converter.
 
@@ -109,7 +109,7 @@ def config_from_metadata(
   family = next(
     family
     for family in candidates
-    if architecture in family.gguf.model_types and family.gguf.reads(values)
+    if architecture in family.gguf.model_types and family.gguf.accepts(values)
   )
   try:
     fields = family.gguf.fields(architecture, values, rope_factors)
@@ -196,7 +196,7 @@ def _plain(value: Any) -> Any:
 def llama_fields(
   architecture: str, metadata: Mapping[str, Any], rope_factors: Any
 ) -> dict[str, Any]:
-  """config.json in Llama's form; see `family.GgufForm.fields`.
+  """config.json in Llama's form; see `family.GgufFormat.fields`.
 
   Raises:
     KeyError: the metadata lack a size.

@@ -9,12 +9,12 @@ from typing import Any
 from moepeft.models.decoder import gguf
 from moepeft.models.decoder.arrays import DecoderNames
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.family import DecoderForm, decoder_family
+from moepeft.models.decoder.family import DecoderFormat, decoder_family
 from moepeft.models.decoder.hf_config import (
   activation_from_hf,
   activation_to_hf,
 )
-from moepeft.models.family import GgufForm
+from moepeft.models.family import GgufFormat
 from moepeft.models.hf_fields import SIZE, SWITCH, TEXT
 from moepeft.models.weight_mapping import CheckpointError
 
@@ -156,7 +156,7 @@ _SWITCHES = ('scale_attn_weights', 'scale_attn_by_inverse_layer_idx')
 FAMILY = decoder_family(
   'GPT-2',
   SIZES,
-  DecoderForm(
+  DecoderFormat(
     ('gpt2',),
     from_hf,
     to_hf,
@@ -174,5 +174,5 @@ FAMILY = decoder_family(
       'num_hidden_layers': 'n_layer',
     },
   ),
-  GgufForm({'gpt2': 'gpt2'}, _gguf_fields, gguf.JOINED_QKV_NAMES.rules),
+  GgufFormat({'gpt2': 'gpt2'}, _gguf_fields, gguf.JOINED_QKV_NAMES.rules),
 )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama 1 to 3.x (arXiv:2302.13971, 2307.09288, 2407.21783), and what has its
-form: SmolLM2 (arXiv:2502.02737)."""
+"""The model family Llama: Llama 1 to 3.x (arXiv:2302.13971, 2307.09288,
+2407.21783) and SmolLM2 (arXiv:2502.02737), which has the same architecture."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from typing import Any
 
 from moepeft.models.decoder import gguf
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.family import DecoderForm, decoder_family
+from moepeft.models.decoder.family import DecoderFormat, decoder_family
 from moepeft.models.decoder.hf_config import (
   shape_from_hf,
   shape_to_hf,
 )
-from moepeft.models.family import GgufForm
+from moepeft.models.family import GgufFormat
 from moepeft.nn.rope import Rope
 
 _LLAMA3 = Rope(theta=500000.0)
@@ -33,14 +33,16 @@ def _llama2(d_model, heads, kv_heads, ffn, layers) -> DecoderConfig:
   )
 
 
-def _llama3(config: DecoderConfig, rope: Rope, **more: Any) -> DecoderConfig:
+def _llama3(
+  config: DecoderConfig, rope: Rope, **overrides: Any
+) -> DecoderConfig:
   length = 8192 if rope.kind == 'default' else 131072
   return dataclasses.replace(
-    config, vocab=128256, rope=rope, length=length, **more
+    config, vocab=128256, rope=rope, length=length, **overrides
   )
 
 
-_SMOL = DecoderConfig(
+_SMOLLM2 = DecoderConfig(
   vocab=49152,
   tied=True,
   eps=1e-5,
@@ -50,12 +52,12 @@ _SMOL = DecoderConfig(
 _8B = _llama2(4096, 32, 8, 14336, 32)
 _70B = _llama2(8192, 64, 8, 28672, 80)
 
-# From the models' own config.json.
+# The values are those of each model's config.json.
 SIZES = {
   'tiny': DecoderConfig(
     vocab=259, d_model=128, heads=4, kv_heads=2, head_dim=32, ffn=352, layers=4
   ),
-  # Its code says 1e-5, what was released 1e-6.
+  # The released config.json has eps 1e-6, the original code 1e-5.
   '7b': dataclasses.replace(
     _llama2(4096, 32, 32, 11008, 32), length=2048, eps=1e-6
   ),
@@ -71,13 +73,13 @@ SIZES = {
   ),
   '3.2-3b': _llama3(_llama2(3072, 24, 8, 8192, 28), _LLAMA32, tied=True),
   'smollm2-135m': dataclasses.replace(
-    _SMOL, d_model=576, heads=9, kv_heads=3, ffn=1536, layers=30
+    _SMOLLM2, d_model=576, heads=9, kv_heads=3, ffn=1536, layers=30
   ),
   'smollm2-360m': dataclasses.replace(
-    _SMOL, d_model=960, heads=15, kv_heads=5, ffn=2560, layers=32
+    _SMOLLM2, d_model=960, heads=15, kv_heads=5, ffn=2560, layers=32
   ),
   'smollm2-1.7b': dataclasses.replace(
-    _SMOL,
+    _SMOLLM2,
     d_model=2048,
     heads=32,
     kv_heads=32,
@@ -112,13 +114,13 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
 FAMILY = decoder_family(
   'Llama',
   SIZES,
-  DecoderForm(('llama',), from_hf, to_hf),
-  GgufForm(
+  DecoderFormat(('llama',), from_hf, to_hf),
+  GgufFormat(
     {'llama': 'llama'},
     gguf.llama_fields,
     gguf.NAMES.rules,
-    # Mistral's files are of this architecture too.
-    reads=lambda metadata: not metadata.get(gguf.WINDOW),
+    # Mistral's files have the architecture 'llama' too, and a sliding window.
+    accepts=lambda metadata: not metadata.get(gguf.WINDOW),
     bias_from_tensors=True,
     interleaved_rope=True,
   ),

@@ -7,12 +7,12 @@ from typing import Any
 
 from moepeft.models.decoder import gguf
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.family import DecoderForm, decoder_family
+from moepeft.models.decoder.family import DecoderFormat, decoder_family
 from moepeft.models.decoder.hf_config import (
   shape_from_hf,
   shape_to_hf,
 )
-from moepeft.models.family import GgufForm
+from moepeft.models.family import GgufFormat
 from moepeft.nn.rope import Rope
 
 _7B = DecoderConfig(
@@ -71,12 +71,12 @@ def _gguf_fields(
 FAMILY = decoder_family(
   'Mistral',
   SIZES,
-  DecoderForm(('mistral',), from_hf, to_hf),
-  GgufForm(
+  DecoderFormat(('mistral',), from_hf, to_hf),
+  GgufFormat(
     {'llama': 'mistral'},
     _gguf_fields,
     gguf.NAMES.rules,
-    reads=lambda metadata: bool(metadata.get(gguf.WINDOW)),
+    accepts=lambda metadata: bool(metadata.get(gguf.WINDOW)),
     bias_from_tensors=True,
     interleaved_rope=True,
   ),

@@ -7,14 +7,14 @@ from typing import Any
 
 from moepeft.models.decoder import gguf
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.family import DecoderForm, decoder_family
+from moepeft.models.decoder.family import DecoderFormat, decoder_family
 from moepeft.models.decoder.hf_config import (
   shape_from_hf,
   shape_to_hf,
   windows_from_hf,
   windows_to_hf,
 )
-from moepeft.models.family import GgufForm
+from moepeft.models.family import GgufFormat
 from moepeft.nn.rope import Rope
 
 _SIZE = DecoderConfig(
@@ -103,6 +103,6 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
 FAMILY = decoder_family(
   'Qwen2',
   SIZES,
-  DecoderForm(('qwen2',), from_hf, to_hf),
-  GgufForm({'qwen2': 'qwen2'}, gguf.llama_fields, gguf.NAMES.rules),
+  DecoderFormat(('qwen2',), from_hf, to_hf),
+  GgufFormat({'qwen2': 'qwen2'}, gguf.llama_fields, gguf.NAMES.rules),
 )

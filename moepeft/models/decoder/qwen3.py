@@ -7,13 +7,13 @@ from typing import Any
 
 from moepeft.models.decoder import gguf
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.family import DecoderForm, decoder_family
+from moepeft.models.decoder.family import DecoderFormat, decoder_family
 from moepeft.models.decoder.hf_config import (
   shape_to_hf,
   windows_to_hf,
 )
 from moepeft.models.decoder.qwen2 import shape_by_depth
-from moepeft.models.family import GgufForm
+from moepeft.models.family import GgufFormat
 from moepeft.nn.rope import Rope
 
 _SIZE = DecoderConfig(
@@ -70,8 +70,8 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
 FAMILY = decoder_family(
   'Qwen3',
   SIZES,
-  DecoderForm(('qwen3',), from_hf, to_hf),
-  GgufForm(
+  DecoderFormat(('qwen3',), from_hf, to_hf),
+  GgufFormat(
     {'qwen3': 'qwen3'},
     gguf.llama_fields,
     gguf.NAMES.rules,

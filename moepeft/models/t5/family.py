@@ -4,7 +4,7 @@
 import functools
 
 from moepeft.models import config_fields, weight_mapping
-from moepeft.models.family import HuggingFaceForm, ModelFamily
+from moepeft.models.family import HuggingFaceFormat, ModelFamily
 from moepeft.models.hf_fields import INTEGER, NUMBER, SIZE, SWITCH, TEXT
 from moepeft.models.t5 import weights
 from moepeft.models.t5.model import SIZES, T5, T5Config, config, sites
@@ -37,7 +37,7 @@ FAMILY = ModelFamily(
   axis_sizes=weights.axis_sizes,
   depths=weights.depths,
   projections=weights.projections,
-  hf=HuggingFaceForm(
+  hf=HuggingFaceFormat(
     model_types=('t5', 'mt5'),
     from_fields=weights.from_hf_fields,
     to_fields=weights.to_hf_fields,

@@ -36,7 +36,7 @@ class WandB:
       reason = (str(e).splitlines() or [type(e).__name__])[0]
       # Without its cause, whose trace may hold the key.
       raise ValueError(
-        f'Weights & Biases did not begin the run ({secrets.hidden(reason)}); '
+        f'Weights & Biases did not begin the run ({secrets.redact(reason)}); '
         "run `wandb login`, or leave 'wandb' out of config.log.trackers"
       ) from None
 

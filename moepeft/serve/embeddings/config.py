@@ -16,7 +16,7 @@ from moepeft.models.weight_mapping import CheckpointError
 from moepeft.serve.embeddings.pooling import POOLINGS
 
 _MODULES = 'modules.json'
-# Their names of flags, less what all begin with; 'cls_token' is 'cls'.
+# Older files have a flag per pooling, such as pooling_mode_cls_token.
 _MODE, _FLAG = 'pooling_mode', 'pooling_mode_'
 
 
@@ -25,17 +25,17 @@ class SentenceTransformerConfig:
   """Pooling and normalization of an encoder's states.
 
   Attributes:
-    pooling: of `pooling.POOLINGS`.
-    normalised: whether vectors have length one.
-    length: tokens of a text at most; None where only the encoder limits them.
-    lower: whether texts are put in lower case, beside what the tokenizer does.
-    prompt: what stands before every text.
+    pooling: a name of `pooling.POOLINGS`.
+    normalize: whether vectors have length one.
+    max_length: the most tokens of a text; None for the limit of the encoder.
+    lowercase: whether texts are lowercased before tokenization.
+    prompt: a text that is put before every text.
   """
 
   pooling: str = 'mean'
-  normalised: bool = True
-  length: int | None = None
-  lower: bool = False
+  normalize: bool = True
+  max_length: int | None = None
+  lowercase: bool = False
   prompt: str = ''
 
   def __post_init__(self):
@@ -46,10 +46,10 @@ class SentenceTransformerConfig:
 
 
 def read_config(folder: Path) -> SentenceTransformerConfig:
-  """The form that a directory says.
+  """Reads the config of a sentence-transformers directory.
 
   Raises:
-    CheckpointError: it is no such directory, or has a step or a pooling that
+    CheckpointError: it is no such directory, or has a module or a pooling that
       is not supported.
   """
   steps = _steps(folder)
@@ -62,21 +62,21 @@ def read_config(folder: Path) -> SentenceTransformerConfig:
       'that counts; it is not supported'
     )
   try:
-    length = untrusted.field(sentence_config, 'max_seq_length', int, 0)
-    lower = untrusted.field(sentence_config, 'do_lower_case', bool, False)
+    max_length = untrusted.field(sentence_config, 'max_seq_length', int, 0)
+    lowercase = untrusted.field(sentence_config, 'do_lower_case', bool, False)
   except untrusted.Malformed as error:
     raise CheckpointError(
       f'sentence_bert_config.json of {folder}: {error}'
     ) from None
-  if length < 0:
+  if max_length < 0:
     raise CheckpointError(
-      f'{folder} reads texts of max_seq_length {length}: expected 1 or more'
+      f'{folder} reads texts of max_seq_length {max_length}: expected 1 or more'
     )
   return SentenceTransformerConfig(
     _pooling(pooling, folder),
     'Normalize' in steps,
-    length or None,
-    lower,
+    max_length or None,
+    lowercase,
     prompt,
   )
 

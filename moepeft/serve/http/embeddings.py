@@ -44,7 +44,7 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
     raise model_not_found(body.model, [embedder.name])
   stats = request.scope['stats']
   stats.model = embedder.name
-  texts, width = _texts(body, service), _width(body, embedder)
+  texts, dimensions = _texts(body, service), _dimensions(body, embedder)
   seconds = service.limits.seconds
   try:
     work = service.vectors.submit(service.limits.queue, embedder.encode, texts)
@@ -71,7 +71,7 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
           'index': i,
           'embedding': _written(row, body.encoding_format),
         }
-        for i, row in enumerate(_cut(vectors, width))
+        for i, row in enumerate(_cut(vectors, dimensions))
       ],
       'model': embedder.name,
       'usage': {'prompt_tokens': stats.prompt, 'total_tokens': stats.prompt},
@@ -97,21 +97,22 @@ def _texts(body: EmbeddingObject, service: Service) -> list[str]:
   return texts
 
 
-def _width(body: EmbeddingObject, embedder: SentenceEmbedder) -> int:
-  width = body.dimensions or embedder.width
-  if width > embedder.width:
+def _dimensions(body: EmbeddingObject, embedder: SentenceEmbedder) -> int:
+  dimensions = body.dimensions or embedder.dimensions
+  if dimensions > embedder.dimensions:
     raise invalid_request(
-      f'dimensions is at most {embedder.width} of {embedder.name}; got {width}',
+      f'dimensions is at most {embedder.dimensions} of {embedder.name}; got '
+      f'{dimensions}',
       'dimensions',
     )
-  return width
+  return dimensions
 
 
-def _cut(vectors: np.ndarray, width: int) -> np.ndarray:
+def _cut(vectors: np.ndarray, dimensions: int) -> np.ndarray:
   """The first numbers of each vector, made a unit vector again."""
-  if width == vectors.shape[-1]:
+  if dimensions == vectors.shape[-1]:
     return vectors
-  vectors = vectors[:, :width]
+  vectors = vectors[:, :dimensions]
   norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
   return vectors / np.maximum(norms, 1e-12)
 

@@ -13,7 +13,11 @@ from types import FrameType
 import uvicorn
 
 from moepeft.serve.http import app
-from moepeft.serve.http.connection import DEFAULT, ConnectionLimits, limited
+from moepeft.serve.http.connection import (
+  DEFAULT_LIMITS,
+  ConnectionLimits,
+  make_protocol,
+)
 from moepeft.serve.http.service import Service
 
 _LOG = logging.getLogger('moepeft.serve')
@@ -62,7 +66,7 @@ class Server(uvicorn.Server):
     self,
     service: Service,
     seconds: float,
-    connections: ConnectionLimits = DEFAULT,
+    connections: ConnectionLimits = DEFAULT_LIMITS,
   ):
     """
     Args:
@@ -70,15 +74,15 @@ class Server(uvicorn.Server):
     """
     config = uvicorn.Config(
       app.make_app(service),
-      http=limited(connections),
+      http=make_protocol(connections),
       ws='none',
       lifespan='off',
       log_config=None,
       access_log=False,
       server_header=False,
       # The protocol has its own timer.
-      timeout_keep_alive=2 * connections.idle,
-      h11_max_incomplete_event_size=connections.head_bytes,
+      timeout_keep_alive=2 * connections.idle_seconds,
+      h11_max_incomplete_event_size=connections.max_head_bytes,
       timeout_graceful_shutdown=_LAST,
     )
     super().__init__(config)

@@ -147,7 +147,7 @@ class ServedTokenizer:
     if text not in self._template_eos:
       template_eos = chat_dataset.ChatTemplate(
         self._tokenizer.tokenizer, text
-      ).ends()
+      ).eos_token_ids()
       self._template_eos[text] = tuple(
         dict.fromkeys((*self.eos_token_ids, *template_eos))
       )

@@ -85,7 +85,7 @@ def write(path, made, split, kind='gpt2'):
   writer.close()
 
 
-@pytest.mark.parametrize('split', gguf_tokenizer.SPLITS)
+@pytest.mark.parametrize('split', gguf_tokenizer.PRE_TOKENIZERS)
 def test_texts_become_the_ids_that_they_were(split, tmp_path):
   made = trained(split)
   path = str(tmp_path / 'model.gguf')

@@ -141,7 +141,7 @@ def test_an_orbax_index_of_placeholders_is_read(tmp_path, target):
 @pytest.mark.parametrize('name', ['checkpoint', 'model.ckpt-9.index'])
 def test_a_checkpoint_of_tensorflow_is_named(tmp_path, name):
   (tmp_path / name).write_text('model_checkpoint_path: "model.ckpt-9"\n')
-  with pytest.raises(CheckpointError, match='checkpoint of TensorFlow'):
+  with pytest.raises(CheckpointError, match='a TensorFlow checkpoint'):
     form = checkpoint_formats.detect(str(tmp_path))
     checkpoint_formats.FORMS[form].load(str(tmp_path))
 
@@ -219,5 +219,5 @@ def test_odd_zarr_metadata_are_one_sentence(tmp_path, changes):
   file = tmp_path / 'a' / '.zarray'
   file.write_text(json.dumps(json.loads(file.read_text()) | changes))
   with pytest.raises(CheckpointError) as error:
-    zarr.read(tmp_path / 'a', zarr.fields(tmp_path / 'a'))
+    zarr.read(tmp_path / 'a', zarr.read_metadata(tmp_path / 'a'))
   assert '\n' not in str(error.value)

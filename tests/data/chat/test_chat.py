@@ -49,7 +49,7 @@ def saved(tokenizer, tmp_path_factory):
 
 
 def render(talk, tokenizer, train_on='answers', template=''):
-  return chat_dataset.ChatTemplate(tokenizer, template, train_on).render(talk)
+  return chat_dataset.ChatTemplate(tokenizer, template, train_on).encode(talk)
 
 
 def trained(sample, tokenizer):
@@ -360,7 +360,7 @@ def test_reading_that_takes_long_tells_how_far_it_is(
   path = written(tmp_path, ALPACA, LONG)
   opened(path, saved)
   assert capsys.readouterr().err == ''
-  monkeypatch.setattr(chat_dataset, '_QUIET', -1.0)
+  monkeypatch.setattr(chat_dataset, '_PROGRESS_INTERVAL', -1.0)
   opened(path, saved)
   assert f'{path}: 1 rows read' in capsys.readouterr().err
 
@@ -388,7 +388,7 @@ def test_a_template_that_trains_nothing_is_told(tmp_path, saved):
     )
   )
   path = written(tmp_path, ALPACA)
-  with pytest.raises(ValueError, match='row 0: no token of it is trained'):
+  with pytest.raises(ValueError, match='row 0: the row has no trained token'):
     opened(path, saved, chat_template=str(file))
 
 

@@ -34,7 +34,7 @@ TALK = chat_dataset.Conversation(
 
 def text(template, date):
   used = chat_dataset.ChatTemplate(chat_cases.tokenizer(template), date=date)
-  return used.write(TALK).whole
+  return used.render(TALK).text
 
 
 def test_a_template_writes_the_date_that_is_kept():
@@ -126,11 +126,11 @@ def test_a_run_that_goes_on_another_day_trains_on_the_same_text(
   written, workdir = [], str(tmp_path / 'w')
 
   def spy(self, found):
-    written.append(whole := write(self, found))
-    return whole
+    written.append(chat := render(self, found))
+    return chat
 
-  write = chat_dataset.ChatTemplate.write
-  monkeypatch.setattr(chat_dataset.ChatTemplate, 'write', spy)
+  render = chat_dataset.ChatTemplate.render
+  monkeypatch.setattr(chat_dataset.ChatTemplate, 'render', spy)
   for day in (3, 4):
     monkeypatch.setattr(
       chat_template, 'datetime', Clock(datetime.date(2021, 2, day))
@@ -138,7 +138,7 @@ def test_a_run_that_goes_on_another_day_trains_on_the_same_text(
     written.clear()
     config.steps = 2 * (day - 2)
     train.train(config, workdir)
-    assert {'Today: 03 Feb 2021' in one.whole for one in written} == {True}
+    assert {'Today: 03 Feb 2021' in one.text for one in written} == {True}
     with open(f'{workdir}/config.json') as f:
       assert json.load(f)['data']['date'] == '2021-02-03'
   # The caller's config is as it was.
@@ -181,7 +181,7 @@ def test_a_run_without_a_clock_has_no_date(tmp_path):
 # ------------------------------------------------- what a template leaves out
 def rendered(template, *turns):
   used = chat_dataset.ChatTemplate(chat_cases.tokenizer(template))
-  return used.write(chat_dataset.Conversation(turns)).whole
+  return used.render(chat_dataset.Conversation(turns)).text
 
 
 ASKED, SAID = (
@@ -224,7 +224,7 @@ def test_what_a_template_leaves_out_is_refused():
       chat_cases.tokenizer(chat_cases.CHATML + '{% if tools %}{% endif %}')
     )
     tool = {'type': 'function', 'function': {'name': 'f'}}
-    used.write(chat_dataset.Conversation((ASKED, SAID), [tool]))
+    used.render(chat_dataset.Conversation((ASKED, SAID), [tool]))
   named = chat_dataset.Turn('user', 'a', name='Ann')
   with pytest.raises(BadRow, match="row has a user's name"):
     rendered(chat_cases.CHATML, named, SAID)
@@ -279,4 +279,4 @@ def test_a_method_that_a_template_does_not_call_is_no_text():
     (chat_dataset.Turn('user', shown), TALK.turns[1])
   )
   used = chat_dataset.ChatTemplate(chat_cases.tokenizer(chat_cases.CHATML))
-  assert shown in used.write(talk).whole
+  assert shown in used.render(talk).text

@@ -81,6 +81,6 @@ def test_rows_of_tools_are_refused_where_a_template_leaves_them_out():
   with pytest.raises(
     BadRow, match="a tool's turn, and the chat template leaves"
   ):
-    used.render(talk)
-  used.render(chat_dataset.Conversation((turns[0], turns[3])))
-  chat_dataset.ChatTemplate(chat_cases.tokenizer()).render(talk)
+    used.encode(talk)
+  used.encode(chat_dataset.Conversation((turns[0], turns[3])))
+  chat_dataset.ChatTemplate(chat_cases.tokenizer()).encode(talk)

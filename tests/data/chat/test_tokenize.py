@@ -52,7 +52,7 @@ def test_an_answer_follows_the_ids_that_are_generated_from(
   tokenizer, template = tokenizers[kind], getattr(chat_cases, name)
   used = chat_dataset.ChatTemplate(tokenizer, template)
   talk = talk_of('a dog', answer)
-  found, whole = used.render(talk), used.write(talk).whole
+  found, whole = used.encode(talk), used.render(talk).text
   joint = tokenizer(whole, add_special_tokens=False)['input_ids']
   assert tokenizer.decode(found.ids.tolist()) == tokenizer.decode(joint)
   prompt = tokenizer.apply_chat_template(
@@ -75,21 +75,21 @@ def test_ids_are_those_of_the_whole_text_where_no_token_straddles(
   tokenizer = tokenizers[kind]
   talk = talk_of('a dog', 'the mat', 'again', 'and  x', 'it', 'on')
   used = chat_dataset.ChatTemplate(tokenizer)
-  whole = used.write(talk).whole
+  whole = used.render(talk).text
   ids = tokenizer(whole, add_special_tokens=False)['input_ids']
-  assert used.render(talk).ids.tolist() == ids
+  assert used.encode(talk).ids.tolist() == ids
 
 
 def test_a_token_across_an_answer_s_beginning_is_two(tokenizers):
   tokenizer = tokenizers['lines']
   used = chat_dataset.ChatTemplate(tokenizer, chat_cases.PLAIN)
   talk = talk_of('the cat', 'on the mat', 'it', ':) x')
-  whole = used.write(talk).whole
+  whole = used.render(talk).text
   # ':on the mat' begins with ':' and so do others: the tokenizer joins them.
   joint = tokenizer(whole, add_special_tokens=False)['input_ids']
   pieces = {tokenizer.decode([i]) for i in joint}
   assert any(':' in p and not p.endswith(':') for p in pieces)
-  found = used.render(talk)
+  found = used.encode(talk)
   assert tokenizer.decode(found.ids.tolist()) == whole
   assert shown(found, tokenizer) == (
     'user:the cat</s>assistant:[on the mat</s>]user:it</s>assistant:[:) x</s>]'
@@ -101,7 +101,7 @@ def test_an_answer_ends_before_the_next_turn(second):
   tokenizer = chat_cases.tokenizer(chat_cases.FORGETTING)
   said = '<think>\n\n</think>\n\n{}'
   talk = talk_of('one?', said.format('yes'), 'SECRET', said.format(second))
-  found = chat_dataset.ChatTemplate(tokenizer).render(talk)
+  found = chat_dataset.ChatTemplate(tokenizer).encode(talk)
   assert shown(found, tokenizer) == (
     '<|im_start|>user\none?<|im_end|>\n'
     '<|im_start|>assistant\n[yes<|im_end|>]\n'
@@ -119,7 +119,7 @@ def test_an_answer_that_a_template_leaves_out_is_refused():
   tokenizer = chat_cases.tokenizer(template)
   # 'yes' stands nowhere before the next turn but where the user says it.
   with pytest.raises(BadRow, match='rewrites turn 1'):
-    chat_dataset.ChatTemplate(tokenizer).render(
+    chat_dataset.ChatTemplate(tokenizer).encode(
       talk_of('one?', 'yes', 'yes', 'yes')
     )
 
@@ -130,7 +130,7 @@ def test_marks_are_seen_with_blanks_trimmed_as_the_template_says():
   ).replace('{% endgeneration %}', '\n {%- endgeneration %}')
   tokenizer = chat_cases.tokenizer()
   talk = talk_of('one?', 'yes', 'two?', 'no')
-  found = chat_dataset.ChatTemplate(tokenizer, template).render(talk)
+  found = chat_dataset.ChatTemplate(tokenizer, template).encode(talk)
   marked = tokenizer.apply_chat_template(
     [{'role': turn.role, 'content': turn.content} for turn in talk.turns],
     chat_template=template,
@@ -148,14 +148,14 @@ def test_weights_say_which_answers_are_trained():
   turns = list(talk_of('one?', 'yes', 'two?', 'no').turns)
   turns[1] = Turn('assistant', 'yes', trained=False)
   for template in (chat_cases.CHATML, chat_cases.MARKED):
-    found = chat_dataset.ChatTemplate(tokenizer, template).render(
+    found = chat_dataset.ChatTemplate(tokenizer, template).encode(
       Conversation((*turns,))
     )
     text = shown(found, tokenizer)
     assert 'assistant\nyes<|im_end|>' in text and '[no<|im_end|>]' in text
     assert text.count('[') == 1
   with pytest.raises(BadRow, match="config.data.train_on='all' trains every"):
-    chat_dataset.ChatTemplate(tokenizer, train_on='all').render(
+    chat_dataset.ChatTemplate(tokenizer, train_on='all').encode(
       Conversation((*turns,))
     )
 
@@ -165,10 +165,10 @@ def test_thoughts_are_written_by_templates_that_know_them():
     (Turn('user', 'one?'), Turn('assistant', 'yes', thought='hm'))
   )
   tokenizer = chat_cases.tokenizer(chat_cases.FORGETTING)
-  text = shown(chat_dataset.ChatTemplate(tokenizer).render(talk), tokenizer)
+  text = shown(chat_dataset.ChatTemplate(tokenizer).encode(talk), tokenizer)
   assert text.endswith('[<think>\nhm\n</think>\n\nyes<|im_end|>]\n')
   with pytest.raises(BadRow, match="'reasoning_content', which the chat"):
-    chat_dataset.ChatTemplate(chat_cases.tokenizer()).render(talk)
+    chat_dataset.ChatTemplate(chat_cases.tokenizer()).encode(talk)
 
 
 def test_compared_answers_follow_the_ids_that_are_generated_from(
@@ -186,9 +186,9 @@ def test_compared_answers_follow_the_ids_that_are_generated_from(
   prompt = talk_of('a dog', '  x = 1', 'the cat')
   answers = [Turn('assistant', text) for text in ('  x = 1', 'the mat')]
   parts = encode(prompt, answers)
-  assert parts.prompt.tolist() == chat_dataset.ChatTemplate(tokenizer).prompt(
-    prompt
-  )
+  assert parts.prompt.tolist() == chat_dataset.ChatTemplate(
+    tokenizer
+  ).encode_prompt(prompt)
   shown = [words.show(ids.tolist()) for ids, _ in parts.answers]
   assert shown == ['  x = 1<|im_end|>\n', 'the mat<|im_end|>\n']
   assert all(trained[:-1].all() for _, trained in parts.answers)
@@ -196,8 +196,8 @@ def test_compared_answers_follow_the_ids_that_are_generated_from(
 
 def test_generation_begins_as_training_did(tokenizers):
   tokenizer = tokenizers['bytes']
-  ids = chat_dataset.ChatTemplate(tokenizer).prompt(talk_of('a dog'))
-  found = chat_dataset.ChatTemplate(tokenizer).render(
+  ids = chat_dataset.ChatTemplate(tokenizer).encode_prompt(talk_of('a dog'))
+  found = chat_dataset.ChatTemplate(tokenizer).encode(
     talk_of('a dog', '  x = 1')
   )
   assert found.ids[: len(ids)].tolist() == ids

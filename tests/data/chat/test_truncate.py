@@ -32,7 +32,7 @@ def used():
 
 
 def fitted(used, talk, most, too_long='prompt'):
-  found = truncate.truncate_chat(talk, used.render, most, too_long)
+  found = truncate.truncate_chat(talk, used.encode, most, too_long)
   if found is None:
     return None
   assert len(found.ids) <= most and found.cut
@@ -44,20 +44,20 @@ def without(*turns, **changes):
 
 
 def text(used, talk):
-  return used.write(talk).whole
+  return used.render(talk).text
 
 
 def test_whole_turns_go_from_the_oldest_on(used):
   """The oldest exchange, then the call with what it gave."""
   for turns in ((0, 3, 4, 5, 6), (0, 3, 6)):
     rest = without(*turns)
-    most = len(used.render(rest).ids)
+    most = len(used.encode(rest).ids)
     assert fitted(used, TALK, most) == text(used, rest)
 
 
 def test_a_question_loses_its_beginning_before_the_system_does(used):
   rest = without(0, 3, 6)
-  most = len(used.render(rest).ids) - 5
+  most = len(used.encode(rest).ids) - 5
   shown = fitted(used, TALK, most)
   assert shown == text(used, rest).replace(
     'question ' * 3, 'ion ' + 'question ' * 2
@@ -68,7 +68,7 @@ def test_a_system_loses_its_beginning_where_a_question_is_too_short(used):
   rest = Conversation(
     (Turn('system', 'S' * 99), Turn('user', 'ab'), TALK.turns[-1])
   )
-  most = len(used.render(rest).ids) - 40
+  most = len(used.encode(rest).ids) - 40
   shown = fitted(used, rest, most)
   assert shown == text(used, rest).replace('S' * 99, 'S' * 59)
 

@@ -141,7 +141,7 @@ def prompt(template, choice, style):
   tokenizer = chat_cases.tokenizer(template)
   tools = (ToolSpec('weather', 'Of a city.', CITY), ToolSpec('now'))
   found = tools_tools.with_tools(asked, tools, choice, STYLES[style], template)
-  return tokenizer.decode(ChatTemplate(tokenizer).prompt(found))
+  return tokenizer.decode(ChatTemplate(tokenizer).encode_prompt(found))
 
 
 BOTH = Choice('auto', ('weather', 'now'))

@@ -2,6 +2,7 @@
 """Connections that send nothing, slowly or too much, and too many of them."""
 
 import contextlib
+import dataclasses
 import json
 import resource
 import socket
@@ -16,7 +17,12 @@ from tests.serve.fake_engine import FakeEngine, ids_of
 from tests.serve.small_server import running, service, wait_until
 
 SHORT = ConnectionLimits(
-  count=5, head=0.3, body=0.3, idle=0.3, send=0.3, head_bytes=2000
+  max_connections=5,
+  head_seconds=0.3,
+  body_seconds=0.3,
+  idle_seconds=0.3,
+  send_seconds=0.3,
+  max_head_bytes=2000,
 )
 HEAD = (
   b'POST /v1/completions HTTP/1.1\r\nHost: a\r\n'
@@ -201,7 +207,7 @@ def test_pipelined_requests_are_answered_in_order(client):
 
 
 def test_a_client_that_reads_nothing_loses_its_connection():
-  limits = ConnectionLimits(send=0.3)
+  limits = ConnectionLimits(send_seconds=0.3)
   with served(limits) as client, raw(client) as sock:
     # 20,000 kB of an answer are more than the buffers of both sockets hold.
     client.service.page = type('Page', (), {})()
@@ -235,7 +241,7 @@ def test_a_head_that_is_too_long_or_no_http_is_refused(client, head, status):
 
 def test_many_waiting_connections_keep_nobody_out():
   # Longer than the test: none of them is closed by its time.
-  limits = ConnectionLimits(count=5, head=60, idle=60)
+  limits = ConnectionLimits(max_connections=5, head_seconds=60, idle_seconds=60)
   with served(limits) as client, contextlib.ExitStack() as stack:
     socks = [stack.enter_context(raw(client)) for _ in range(30)]
     for sock in socks:
@@ -246,7 +252,7 @@ def test_many_waiting_connections_keep_nobody_out():
 
 
 def test_beyond_the_connections_that_are_answered_a_new_one_gets_503():
-  limits = ConnectionLimits(count=3)
+  limits = ConnectionLimits(max_connections=3)
   with served(limits) as client:
     client.engine.running.clear()
     begun = [client.connect() for _ in range(3)]
@@ -267,10 +273,17 @@ def test_beyond_the_connections_that_are_answered_a_new_one_gets_503():
 
 
 @pytest.mark.parametrize('value', [0, -3, float('nan'), float('inf'), 1e9])
-@pytest.mark.parametrize('name', ['count', 'head', 'body', 'idle', 'send'])
+@pytest.mark.parametrize(
+  'name', [field.name for field in dataclasses.fields(ConnectionLimits)]
+)
 def test_limits_of_connections_are_checked(name, value):
   with pytest.raises(ValueError, match=name):
     ConnectionLimits(**{name: value})
+
+
+def allowed_connections(max_connections):
+  limits = ConnectionLimits(max_connections)
+  return connection.reserve_file_descriptors(limits).max_connections
 
 
 def test_connections_fit_the_files_that_the_process_may_open(monkeypatch):
@@ -282,14 +295,14 @@ def test_connections_fit_the_files_that_the_process_may_open(monkeypatch):
     connection.resource, 'setrlimit', lambda resource_, to: calls.append(to)
   )
   # 64 to refuse and 256 other files leave 680 of 1,000.
-  assert connection.open_files(ConnectionLimits(count=5000)).count == 680
-  assert connection.open_files(ConnectionLimits(count=100)).count == 100
+  assert allowed_connections(5000) == 680
+  assert allowed_connections(100) == 100
   assert calls == [(1000, 1000), (420, 1000)]
   monkeypatch.setattr(
     connection.resource, 'getrlimit', lambda resource_: (300, 300)
   )
   with pytest.raises(ValueError, match='ulimit -n'):
-    connection.open_files(ConnectionLimits())
+    allowed_connections(512)
 
 
 def test_a_limit_of_files_without_bound_is_left_alone(monkeypatch):
@@ -297,4 +310,4 @@ def test_a_limit_of_files_without_bound_is_left_alone(monkeypatch):
   monkeypatch.setattr(
     connection.resource, 'getrlimit', lambda resource_: (endless, endless)
   )
-  assert connection.open_files(ConnectionLimits()).count == 512
+  assert allowed_connections(512) == 512

@@ -21,7 +21,7 @@ RAW = json.dumps({'model': 'vectors', 'input': 'a'}).encode()
 class SlowEmbedder:
   """Waits for the test."""
 
-  name, width = 'vectors', 3
+  name, dimensions = 'vectors', 3
 
   def __init__(self):
     self.begun, self.go = threading.Semaphore(0), threading.Event()

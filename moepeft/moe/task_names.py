@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of the tasks that the routers of a method have ids for.
+
+A router that reads the task of a token has the option `tasks`, a list of
+names, and finds the place of the name in it, from 1, in `Context.task_ids`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+
+from moepeft.core.types import Array, Context
+from moepeft.nn.adapter_hook import AdapterMap
+
+
+def task_names(adapter_map: AdapterMap) -> tuple[str, ...]:
+  """The names of a method's tasks; () where no router reads a task.
+
+  Raises:
+    ValueError: two routers have unlike lists.
+  """
+  lists = {router_tasks(module): None for _, module in adapter_map.entries}
+  lists.pop((), None)
+  if len(lists) > 1:
+    raise ValueError(
+      'all routers of a method have the same list of tasks; got '
+      + ' and '.join(map(str, map(list, lists)))
+    )
+  return next(iter(lists), ())
+
+
+def router_tasks(adapter: nn.Module) -> tuple[str, ...]:
+  """The names that an adapter's router has ids for; () for most routers."""
+  return getattr(getattr(adapter, 'router', None), 'tasks', ())
+
+
+def model_task_names(model: Any) -> tuple[str, ...]:
+  """The names of the tasks that a model's routers have ids for."""
+  return task_names(model.adapter_map)
+
+
+def require_task_ids(ctx: Context) -> Array:
+  """The context's ids.
+
+  Raises:
+    ValueError: the batch has none.
+  """
+  if ctx.task_ids is None:
+    raise ValueError(
+      'a router reads the task of each token, and the batch has no task ids '
+      "('inputs_tasks', 'targets_tasks'); give them, or use another router"
+    )
+  return ctx.task_ids
