@@ -202,7 +202,7 @@ def test_losses_by_hand():
 
 
 def test_statistics_by_hand():
-  values = router_stats.statistics(by_hand())
+  values = statistics(by_hand())
   # A softmax gives every expert weight: the mean of (3/4, 3/4, 1/4) is 7/12,
   # though expert 0 has the largest weight of two tokens of three.
   np.testing.assert_allclose(values.share, [7 / 12, 5 / 12], rtol=1e-6)
@@ -242,14 +242,12 @@ def test_shares_and_entropies_equal_a_direct_form(name):
 
 
 def test_a_token_of_top_k_counts_for_each_of_its_experts():
-  values = router_stats.statistics(
-    router_stats.router_stats(run(TopK(5, k=2)), None)
-  )
+  values = statistics(sums_of(run(TopK(5, k=2)), None))
   np.testing.assert_allclose(jnp.sum(values.share), 2, rtol=1e-6)
   # Every token goes to expert 0 and one other: all of the tokens, not half.
   weights = jnp.array([[[0.6, 0.4, 0], [0.6, 0, 0.4]]], jnp.float32)
   shared = Routing(jnp.log(weights + 1e-9), weights, k=2)
-  values = router_stats.statistics(router_stats.router_stats(shared, None))
+  values = statistics(sums_of(shared, None))
   np.testing.assert_allclose(values.share, [1, 0.5, 0.5])
 
 
@@ -266,15 +264,15 @@ def test_expert_dropout_makes_no_dense_router_sparse(router):
 def test_equal_weights_share_the_load():
   routing = run(ROUTERS['uniform'].module(experts=3))
   np.testing.assert_allclose(
-    router_stats.router_stats(routing, None).load, [10 / 3] * 3, rtol=1e-6
+    sums_of(routing, None).load, [10 / 3] * 3, rtol=1e-6
   )
 
 
 def test_sums_add_up_over_parts_of_a_batch():
   routing = run(TopK(3, k=2))
-  whole = router_stats.router_stats(routing, CTX.token_mask)
+  whole = sums_of(routing, CTX.token_mask)
   halves = [
-    router_stats.router_stats(
+    sums_of(
       jax.tree.map(lambda a, i=i: a[i : i + 1], routing),
       CTX.token_mask[i : i + 1],
     )

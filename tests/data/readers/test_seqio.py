@@ -2,6 +2,8 @@
 """SeqIO in and out: our tasks for its users, its tasks and caches for us."""
 
 import collections
+import importlib
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -11,18 +13,27 @@ import pytest
 
 from moepeft import tasks, train
 from moepeft.data.batching import seq2seq
+from moepeft.data.readers import seqio_cache, seqio_stream
+from moepeft.data.readers.seqio_stream import SeqioStream, end_with_eos
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 
-seqio = pytest.importorskip('seqio')
+from ...lazy_import import LazyModule
+from ...training.test_train import adapter_bytes, base, card  # noqa: F401
 
-from moepeft.data.readers import seqio_cache, seqio_stream  # noqa: E402
-from moepeft.data.readers.seqio_stream import SeqioStream, end_with_eos  # noqa: E402
-from moepeft.tasks import seqio_tasks  # noqa: E402
-
-from ... import seqio_cases as cases  # noqa: E402
-from ...training.test_train import adapter_bytes, base, card  # noqa: E402, F401
+# TensorFlow takes five seconds, which every worker would spend.
+seqio = LazyModule('seqio')
+seqio_tasks = LazyModule('moepeft.tasks.seqio_tasks')
+cases = LazyModule('tests.seqio_cases')
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec('seqio') is None, reason='needs seqio'
+)
 
 LENGTHS = {'inputs': 167, 'targets': 23}
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _our_tasks_are_registered():
+  importlib.import_module('moepeft.tasks.seqio_tasks')
 
 
 @pytest.fixture(scope='module')
