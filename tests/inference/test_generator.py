@@ -88,6 +88,7 @@ def ids(kind, texts=TEXTS):
   return [prompts.encode_text(WORDS, text, kind != 't5') for text in texts]
 
 
+@functools.cache
 def generation(kind, **settings):
   settings = {'max_new_tokens': 11, 'eos_token_ids': (-1,), **settings}
   return Generator(*made(kind), WORDS, GenerationConfig(**settings))
