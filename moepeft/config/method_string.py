@@ -3,7 +3,7 @@
 
 'molora(experts=10, rank=4, router=topk(k=2))' is a `Spec` with a name and
 options. A method is one spec, or several joined by ' + ', which nest where they
-adapt the same module. `moepeft.peft.build` resolves the names.
+adapt the same module. `moepeft.peft.method_text` resolves the names.
 """
 
 import ast

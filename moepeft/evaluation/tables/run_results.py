@@ -9,7 +9,7 @@ from typing import Any
 from moepeft.data.readers import READERS
 from moepeft.evaluation import results
 from moepeft.evaluation.results import HELD_OUT, Result
-from moepeft.peft.build import plain
+from moepeft.peft.method_text import canonical_text
 from moepeft.runs.resume import flatten
 from moepeft.runs.run import Run
 
@@ -188,8 +188,9 @@ def _check_method(folder: str, config: Mapping[str, Any], row: Result) -> None:
   """Raises ValueError if a result is of an earlier run in the directory."""
   if row.method == BASE:
     return
-  expected = plain(config['method'], config['semantics']), config['semantics']
-  if (plain(row.method, row.semantics), row.semantics) != expected:
+  expected = canonical_text(config['method'], config['semantics'])
+  method = canonical_text(row.method, row.semantics)
+  if (method, row.semantics) != (expected, config['semantics']):
     raise ValueError(
       f'{folder!r} holds rows of {row.method!r} ({row.semantics}), its run is '
       f'of {config["method"]!r} ({config["semantics"]}); evaluate it again '

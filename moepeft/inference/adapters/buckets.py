@@ -26,8 +26,14 @@ from moepeft.inference.adapters.served_modules import (
 from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import Built
-from moepeft.peft.build import entry, flat, make, nested, plain
+from moepeft.peft.build import make_adapter
 from moepeft.peft.method import options_of
+from moepeft.peft.method_text import (
+  canonical_text,
+  flatten_expert,
+  method_entry,
+  nest_expert,
+)
 
 _LEAST_RANK = 4
 # Options of a method that become data of a slot.
@@ -40,7 +46,7 @@ class BucketPart:
 
   Attributes:
     name: its entry in the 'peft' tree.
-    kind: its flat spec (`peft.build.flat`) without rank and scale.
+    kind: its flat spec (`peft.method_text`) without rank and scale.
     rank: the largest that fits; of a soft prompt the length; 0 of a method
       without one.
     sites: in the model's order.
@@ -81,7 +87,7 @@ class Bucket:
   def method(self) -> str:
     """As `--form` takes it."""
     return method_string.format_method(
-      tuple(nested(part.sized) for part in self.parts)
+      tuple(nest_expert(part.sized) for part in self.parts)
     )
 
   def holds(self, smaller: 'Bucket') -> bool:
@@ -103,11 +109,11 @@ def bucket_of(built: Built, label: str) -> Bucket:
   """
   parts = []
   for name, spec in instances(built.method).items():
-    spec = flat(spec)
-    if entry(spec).not_pooled:
+    spec = flatten_expert(spec)
+    if method_entry(spec).not_pooled:
       raise ValueError(
         f'{label} is {built.method!r}, which cannot be served beside other '
-        f'adapters: {entry(spec).not_pooled}'
+        f'adapters: {method_entry(spec).not_pooled}'
       )
     entries = built.adapter_map.entries
     for _, module in entries:
@@ -144,15 +150,15 @@ def adapter_map_of(buckets: Sequence[Bucket]) -> AdapterMap:
   entries = []
   for bucket in buckets:
     for part in bucket.parts:
-      adapter = make(part.spec, part.name)
-      module = served_module(entry(part.kind), adapter, part.name)
+      adapter = make_adapter(part.spec, part.name)
+      module = served_module(method_entry(part.kind), adapter, part.name)
       entries += [(path, module) for path in part.sites]
   return AdapterMap(tuple(entries))
 
 
 def size_option(spec: Spec) -> str:
   """The option of a method that is rounded up: 'rank', 'length', or ''."""
-  return entry(spec).size_option
+  return method_entry(spec).size_option
 
 
 def rank_of(spec: Spec) -> int:
@@ -169,7 +175,7 @@ def scale_of(spec: Spec) -> float:
 
 
 def _value(spec: Spec, option: str) -> Any:
-  return spec.get(option, entry(spec).options()[option].default)
+  return spec.get(option, method_entry(spec).options()[option].default)
 
 
 def round_up_rank(rank: int) -> int:
@@ -179,7 +185,9 @@ def round_up_rank(rank: int) -> int:
 
 def _kind(spec: Spec) -> Spec:
   """The same for all adapters of a bucket, defaults left out."""
-  noise = (k for k, o in entry(spec).options().items() if o.training_only)
+  noise = (
+    k for k, o in method_entry(spec).options().items() if o.training_only
+  )
   spec = _without(spec, (*_DATA, *noise))
   router = spec.get('router')
   if isinstance(router, Spec):
@@ -188,7 +196,9 @@ def _kind(spec: Spec) -> Spec:
     noise = (k for k, o in options.items() if o.training_only)
     router = _without(router, (*router_entry.pooled_options, *noise))
     spec = spec.replace(router=router)
-  return flat(method_string.parse(plain(str(nested(spec)))))
+  return flatten_expert(
+    method_string.parse(canonical_text(str(nest_expert(spec))))
+  )
 
 
 def _without(spec: Spec, options: Sequence[str]) -> Spec:
@@ -204,7 +214,7 @@ def _union(a: Bucket, b: Bucket, sites: Mapping[str, str]) -> Bucket:
   """A bucket with the default sites, and the sites and ranks of both."""
   parts = []
   for part, more in zip(a.parts, b.parts, strict=True):
-    groups = entry(part.kind).roles.values()
+    groups = method_entry(part.kind).roles.values()
     roles = {role for group in groups for role in group}
     paths = {path for path, role in sites.items() if role in roles}
     paths |= {*part.sites, *more.sites}

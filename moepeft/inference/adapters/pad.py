@@ -20,7 +20,7 @@ from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.nn.initializers import Constant, ParamMetadata
 from moepeft.nn.quantization import FORMATS
-from moepeft.peft.build import entry, flat
+from moepeft.peft.method_text import flatten_expert, method_entry
 
 
 def bucket_layouts(
@@ -100,7 +100,11 @@ class _Source:
     part: BucketPart,
     base: Base,
   ):
-    self._instance, self._spec, self._part = instance, flat(spec), part
+    self._instance, self._spec, self._part = (
+      instance,
+      flatten_expert(spec),
+      part,
+    )
     self._base = base
     self._arrays: dict[str, dict[str, np.ndarray]] = {}
     for path, array in arrays.items():
@@ -117,7 +121,7 @@ class _Source:
     here = self._arrays[place]
     if leaf == 'on':
       return np.ones(shape, np.float32)
-    pooled_leaf = entry(self._spec).pooled_leaves.get(leaf)
+    pooled_leaf = method_entry(self._spec).pooled_leaves.get(leaf)
     if pooled_leaf is not None:
       return self._pooled(pooled_leaf, place)
     if leaf == 'router/kernel' and leaf not in here:
