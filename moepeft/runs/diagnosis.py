@@ -74,7 +74,7 @@ def _read_rows(path: Path) -> list[dict]:
   rows = []
   for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
     try:
-      row = untrusted.parse_read_json(line)
+      row = untrusted.parse_json(line)
     except ValueError:
       # The last line of a killed run may be incomplete.
       continue
