@@ -45,7 +45,7 @@ def test_a_penalty_makes_what_was_there_less_likely():
   logits = jnp.array([[2.0, -3.0, 5.0, 0.0]])
   seen = jnp.array([[True, True, False, True]])
   # 2 / 2, -3 * 2, 5 as it was, 0 stays.
-  found = sampling.penalise(logits, seen, 2.0)
+  found = sampling.apply_repetition_penalty(logits, seen, 2.0)
   np.testing.assert_array_equal(found, [[1, -6, 5, 0]])
 
 
@@ -64,7 +64,7 @@ def test_rows_may_have_numbers_of_their_own():
   # Rows at 0 are greedy beside one that is drawn.
   s = Sampling(temperature=jnp.array([0.0, 0.0, 50.0]))
   keys = jax.vmap(jax.random.key)(jnp.arange(99))
-  drawn = [sampling.choose(logits, s, keys[i : i + 3]) for i in range(9)]
+  drawn = [sampling.sample_tokens(logits, s, keys[i : i + 3]) for i in range(9)]
   assert {int(row[0]) for row in drawn} == {2}
   assert len({int(row[2]) for row in drawn}) > 1
 
@@ -73,7 +73,7 @@ def test_draws_follow_the_filtered_probabilities():
   n = 4000
   keys = jax.vmap(jax.random.key)(jnp.arange(n))
   s = Sampling(temperature=2.0, top_k=2)
-  drawn = sampling.choose(jnp.tile(LOGITS, (n, 1)), s, keys)
+  drawn = sampling.sample_tokens(jnp.tile(LOGITS, (n, 1)), s, keys)
   counts = np.bincount(drawn, minlength=4) / n
   # At temperature 2 they go as square roots: sqrt(1/2) : sqrt(1/4).
   share = 2**0.5 / (1 + 2**0.5)
@@ -85,9 +85,10 @@ def test_a_draw_is_its_rows_own():
   logits = jax.random.normal(jax.random.key(0), (7, 53))
   keys = jax.vmap(jax.random.key)(jnp.arange(7))
   s = Sampling(temperature=1.3, top_p=0.9, min_p=0.01)
-  together = sampling.choose(logits, s, keys)
+  together = sampling.sample_tokens(logits, s, keys)
   alone = [
-    sampling.choose(logits[i : i + 1], s, keys[i : i + 1])[0] for i in range(7)
+    sampling.sample_tokens(logits[i : i + 1], s, keys[i : i + 1])[0]
+    for i in range(7)
   ]
   assert together.tolist() == [int(token) for token in alone]
   assert len(set(together.tolist())) > 1
@@ -102,8 +103,8 @@ def test_a_draw_is_its_rows_own():
     ({'temperature': 1.0, 'top_k': 0}, 'top_k is at least 1; got 0'),
     ({'temperature': 1.0, 'min_p': 2.0}, 'min_p is at least 0 and at most 1'),
     ({'repetition_penalty': 0.0}, 'repetition_penalty is above 0'),
-    ({'top_k': 3}, 'top_k does nothing without a temperature'),
-    ({'temperature': 0.0, 'min_p': 0.1}, 'min_p does nothing without'),
+    ({'top_k': 3}, 'top_k has no effect without a temperature'),
+    ({'temperature': 0.0, 'min_p': 0.1}, 'min_p has no effect without'),
   ],
 )
 def test_numbers_that_cannot_be_are_refused(values, message):
@@ -120,14 +121,17 @@ def test_filters_equal_those_of_transformers():
   seen = np.zeros(logits.shape, bool)
   np.put_along_axis(seen, ids, True, axis=1)
   pairs = [
-    (process.TemperatureLogitsWarper(0.7), lambda x: sampling.warm(x, 0.7)),
+    (
+      process.TemperatureLogitsWarper(0.7),
+      lambda x: sampling.apply_temperature(x, 0.7),
+    ),
     (process.TopKLogitsWarper(7), lambda x: sampling.top_k(x, 7)),
     (process.TopPLogitsWarper(0.83), lambda x: sampling.top_p(x, 0.83)),
     (process.TopPLogitsWarper(0.1), lambda x: sampling.top_p(x, 0.1)),
     (process.MinPLogitsWarper(0.07), lambda x: sampling.min_p(x, 0.07)),
     (
       process.RepetitionPenaltyLogitsProcessor(1.7),
-      lambda x: sampling.penalise(x, seen, 1.7),
+      lambda x: sampling.apply_repetition_penalty(x, seen, 1.7),
     ),
   ]
   for theirs, ours in pairs:
@@ -166,8 +170,10 @@ def test_filters_stand_in_the_order_of_transformers(values):
   expected = chain(torch.tensor(ids), torch.tensor(logits)).numpy()
   ours = jnp.asarray(logits)
   if 'repetition_penalty' in values:
-    ours = sampling.penalise(ours, seen, values['repetition_penalty'])
-  found = sampling.filtered(ours, Sampling(**values))
+    ours = sampling.apply_repetition_penalty(
+      ours, seen, values['repetition_penalty']
+    )
+  found = sampling.filter_logits(ours, Sampling(**values))
   # A division and a product each.
   np.testing.assert_allclose(found, expected, rtol=1e-6)
   # Of each row something is left and something taken out.

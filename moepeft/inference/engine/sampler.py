@@ -121,7 +121,9 @@ def edit(
     _unpack(bits, logits.shape[1]) for bits in (allowed, previous)
   )
   return jnp.where(
-    allowed, sampling.penalise(logits, previous, penalty), -jnp.inf
+    allowed,
+    sampling.apply_repetition_penalty(logits, previous, penalty),
+    -jnp.inf,
   )
 
 
@@ -152,7 +154,7 @@ def draw_filtered(
 def _draw(logits, edited_logits, s, params):
   key = jax.random.fold_in(jax.random.key(params.seed[0]), params.seed[1])
   key = jax.random.fold_in(key, params.count)
-  tokens = sampling.choose(edited_logits, s, key[None])
+  tokens = sampling.sample_tokens(edited_logits, s, key[None])
   return tokens, score(logits, tokens)
 
 

@@ -12,7 +12,7 @@ from moepeft.inference import api
 from moepeft.inference.api import Constraint
 from moepeft.inference.constraints.grammar import Compiler
 from moepeft.inference.engine.engine import Engine
-from moepeft.inference.length_check import answer_room, check_length
+from moepeft.inference.length_check import check_length, max_answer_length
 from moepeft.inference.sampling import Sampling
 from moepeft.serve.http.errors import (
   invalid_request,
@@ -106,7 +106,7 @@ def answer_length(
     raise refusal_error(e, param) from None
   if requested is not None:
     return requested
-  room = answer_room(prompt, limit, decoder_only, soft_prompt)
+  room = max_answer_length(prompt, limit, decoder_only, soft_prompt)
   return min(most, room, room if default is None else default)
 
 
