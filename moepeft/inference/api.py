@@ -220,7 +220,7 @@ class EngineStats:
     slots: the number of sequences that can run at once.
     finished: {finish reason: number of requests}.
     prompt_tokens, cached_tokens, answer_tokens: totals over finished requests.
-    compiled: the number of compiled programs; constant when the engine is ready.
+    compiled: the number of compiled programs; constant when ready.
     adapters: the number of loaded adapters.
     adapter_bytes: device memory of the adapter pool, empty slots included.
   """

@@ -46,10 +46,10 @@ def check(s: Sampling) -> None:
     ValueError: a parameter is out of range, or has no effect.
   """
   for name, holds, range_text in (
-    ('temperature', lambda v: v >= 0, 'at threshold 0 (greedy)'),
-    ('top_k', lambda v: v >= 1, 'at threshold 1'),
+    ('temperature', lambda v: v >= 0, 'at least 0 (greedy)'),
+    ('top_k', lambda v: v >= 1, 'at least 1'),
     ('top_p', lambda v: 0 < v <= 1, 'above 0 and at most 1'),
-    ('min_p', lambda v: 0 <= v <= 1, 'at threshold 0 and at most 1'),
+    ('min_p', lambda v: 0 <= v <= 1, 'at least 0 and at most 1'),
     ('repetition_penalty', lambda v: v > 0, 'above 0'),
   ):
     value = getattr(s, name)
