@@ -19,7 +19,7 @@ from moepeft.serve.http.errors import (
   refusal_error,
   unavailable,
 )
-from moepeft.serve.http.schemas import Load, Unload
+from moepeft.serve.http.schemas import LoadAdapter, UnloadAdapter
 from moepeft.serve.http.service import Service
 
 _LOG = logging.getLogger('moepeft.serve')
@@ -36,7 +36,7 @@ async def list_adapters(service: Service, request: Request) -> JSONResponse:
 async def load_adapter(service: Service, request: Request) -> JSONResponse:
   """{name, path} of a run or an adapter's directory on the server."""
   _check(service, request)
-  body = await read(request, Load, service.limits.body)
+  body = await read(request, LoadAdapter, service.limits.body)
   try:
     loaded = await asyncio.to_thread(service.models.load, body.name, body.path)
   except Exception as e:
@@ -74,7 +74,7 @@ def _not_loaded(name: str, error: Exception) -> ApiError:
 async def unload_adapter(service: Service, request: Request) -> JSONResponse:
   """{name}."""
   _check(service, request)
-  body = await read(request, Unload, service.limits.body)
+  body = await read(request, UnloadAdapter, service.limits.body)
   return await _unloaded(service, body.name)
 
 

@@ -20,12 +20,12 @@ from moepeft.serve.http.errors import (
   unavailable,
 )
 from moepeft.serve.http.event_bridge import cancel_on_disconnect
-from moepeft.serve.http.schemas import EmbeddingObject
+from moepeft.serve.http.schemas import EmbeddingsBody
 from moepeft.serve.http.service import Service
 
 
 async def embeddings(service: Service, request: Request) -> JSONResponse:
-  body = await read(request, EmbeddingObject, service.limits.body)
+  body = await read(request, EmbeddingsBody, service.limits.body)
   embedder = service.embedder
   if embedder is None:
     raise ApiError(
@@ -79,7 +79,7 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
   )
 
 
-def _texts(body: EmbeddingObject, service: Service) -> list[str]:
+def _texts(body: EmbeddingsBody, service: Service) -> list[str]:
   texts = [body.input] if isinstance(body.input, str) else body.input
   if not isinstance(texts[0], str):
     raise invalid_request(
@@ -97,7 +97,7 @@ def _texts(body: EmbeddingObject, service: Service) -> list[str]:
   return texts
 
 
-def _dimensions(body: EmbeddingObject, embedder: SentenceEmbedder) -> int:
+def _dimensions(body: EmbeddingsBody, embedder: SentenceEmbedder) -> int:
   dimensions = body.dimensions or embedder.dimensions
   if dimensions > embedder.dimensions:
     raise invalid_request(
