@@ -81,8 +81,8 @@ def keys() -> ApiKeys:
     ValueError: a file is wrong, or others would reach a server without keys.
   """
   api_keys = ApiKeys(
-    http_keys.read(_API_KEYS.value, _API_KEYS.name),
-    http_keys.read(_ADMIN_KEYS.value, _ADMIN_KEYS.name),
+    http_keys.read_keys(_API_KEYS.value, _API_KEYS.name),
+    http_keys.read_keys(_ADMIN_KEYS.value, _ADMIN_KEYS.name),
   )
   if not (local(_HOST.value) or api_keys.users or _ALLOW_NO_KEY.value):
     raise ValueError(
@@ -247,7 +247,7 @@ def run() -> int:
     loaded, base = service.engine.adapters(), service.models.base
     shown.done(banner_lines(url, base, loaded, api_keys, vectors))
 
-  server.overdue = lambda: os._exit(130 if server.interrupted else 0)
+  server.on_timeout = lambda: os._exit(130 if server.interrupted else 0)
   serve(server, sock, start)
   # As a shell has it for what Ctrl-C has ended.
   code = 130 if server.interrupted else 0

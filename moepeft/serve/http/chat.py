@@ -13,7 +13,7 @@ from starlette.responses import Response
 from moepeft.inference import api
 from moepeft.serve.http import logprobs
 from moepeft.serve.http import requests as http_requests
-from moepeft.serve.http.body import read
+from moepeft.serve.http.body import read_body
 from moepeft.serve.http.completion_stream import (
   FINISH_REASONS,
   AnswerDelta,
@@ -58,7 +58,7 @@ class ChatRequest(GenerationRequest):
 
 async def chat(service: Service, request: Request) -> Response:
   stats = request.scope['stats']
-  body = await read(request, Chat, service.limits.body)
+  body = await read_body(request, Chat, service.limits.body)
   _check_body(body)
   http_requests.check_choices(body.n, service.limits)
   model = service.find(body.model)

@@ -15,7 +15,7 @@ from moepeft.inference.api import TokenLogprob
 from moepeft.inference.detokenizer import Detokenizer
 from moepeft.serve.http import logprobs
 from moepeft.serve.http import requests as http_requests
-from moepeft.serve.http.body import read
+from moepeft.serve.http.body import read_body
 from moepeft.serve.http.completion_stream import (
   FINISH_REASONS,
   AnswerDelta,
@@ -87,7 +87,7 @@ class CompletionRequest(GenerationRequest):
 
 async def completions(service: Service, request: Request) -> Response:
   stats = request.scope['stats']
-  body = await read(request, Completion, service.limits.body)
+  body = await read_body(request, Completion, service.limits.body)
   model = service.find(body.model)
   stats.model = model.name
   _check_body(body, service)

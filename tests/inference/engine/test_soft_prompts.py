@@ -225,7 +225,9 @@ def test_a_prompt_that_is_loaded_meanwhile_and_does_not_fit_ends_the_request(
     answer = ask(llama.engine, ids, 6, adapter='it')
     llama.banks.load('it', rest)
   assert answer.end.reason == 'failed'
-  assert answer.end.message.startswith('the prompt has 22 tokens, 5 of a')
+  assert answer.end.message.startswith(
+    'the prompt has 22 tokens, its soft prompt 5'
+  )
   llama.engine.unload('it')
   fine = ask(llama.engine, ids, 6, adapter='prompt', logprobs=1)
   check(llama, 'prompt', ids, fine)
