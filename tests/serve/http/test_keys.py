@@ -151,7 +151,7 @@ def test_keys_are_read_a_line_each(tmp_path):
 
 @pytest.mark.parametrize(
   'text, message',
-  [('', 'holds no key'), ('a b', 'key 1'), ('ok\nschlüssel', 'key 2')],
+  [('', 'has no key'), ('a b', 'key 1'), ('ok\nschlüssel', 'key 2')],
 )
 def test_a_file_without_good_keys_is_refused(tmp_path, text, message):
   path = tmp_path / 'keys'
