@@ -33,8 +33,9 @@ from moepeft.core.types import AXIS_NAMES, Tree
 from moepeft.models import weight_mapping
 from moepeft.nn.initializers import ParamMetadata
 from moepeft.peft import Built, build
-from moepeft.peft.build import adapter_function, flat, nested
+from moepeft.peft.build import adapter_function
 from moepeft.peft.method import options_of
+from moepeft.peft.method_text import flatten_expert, nest_expert
 from moepeft.peft.methods import METHODS
 from moepeft.peft.mixture import Mixture, can_be_expert
 
@@ -78,7 +79,7 @@ def resolved(method: str, sites: Mapping[str, str], config: Any) -> str:
   if not reads_files(method):
     return method
   specs = []
-  for spec in map(flat, method_string.parse_method(method)):
+  for spec in map(flatten_expert, method_string.parse_method(method)):
     options = dict(spec.options)
     paths = options.get('from_adapters')
     if not _is_open(spec):
@@ -93,13 +94,17 @@ def resolved(method: str, sites: Mapping[str, str], config: Any) -> str:
     if METHODS[spec.name].expert is None:
       decided['expert'] = first.spec.name
     decided['targets'] = '|'.join(first.sites)
-    specs.append(nested(Spec(spec.name, tuple((decided | options).items()))))
+    specs.append(
+      nest_expert(Spec(spec.name, tuple((decided | options).items())))
+    )
   return method_string.format_method(tuple(specs))
 
 
 def reads_files(method: str) -> bool:
   """Whether `resolved` reads files for a method's text."""
-  return any(map(_is_open, map(flat, method_string.parse_method(method))))
+  return any(
+    map(_is_open, map(flatten_expert, method_string.parse_method(method)))
+  )
 
 
 def _is_open(spec: Spec) -> bool:
@@ -184,7 +189,7 @@ def _read(path: str, sites: Mapping[str, str], config: Any) -> _TrainedExpert:
       'of a run)'
     )
   start = load_adapter(str(folder), config)
-  specs = [flat(s) for s in method_string.parse_method(start.method)]
+  specs = [flatten_expert(s) for s in method_string.parse_method(start.method)]
   if len(specs) > 1 or not can_be_expert(METHODS[specs[0].name]):
     names = ', '.join(name for name in METHODS if can_be_expert(METHODS[name]))
     raise ValueError(

@@ -16,7 +16,7 @@ from moepeft.core.types import Tree
 from moepeft.core.untrusted import Malformed, field
 from moepeft.models import weight_mapping
 from moepeft.peft import Built
-from moepeft.peft.build import portable
+from moepeft.peft.method_text import portable_text
 
 _TYPES = (
   ('method', str),
@@ -43,7 +43,7 @@ def describe_run(
     experts: {'path', 'sha256'} of each file that an expert was read from.
   """
   described = adapter_lib.describe(
-    portable(built.method),
+    portable_text(built.method),
     built.semantics,
     base.path,
     base.sha256,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """'molora(experts=10, rank=4, router=topk(k=2))' <-> a frozen Spec: syntax.
 
-Nothing here knows which methods exist; `moepeft.peft.build` resolves names.
+Nothing here knows which methods exist: `moepeft.peft.method_text` does.
 A method is one Spec or several joined by ' + ', which nest at shared sites.
 """
 

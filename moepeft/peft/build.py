@@ -4,20 +4,16 @@
 import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 
-from moepeft.config import method_string
 from moepeft.config.method_string import Spec
-from moepeft.config.ranges import SEMANTICS
-from moepeft.core.ranges import shortened, suggestion
 from moepeft.core.types import State, Tree
 from moepeft.moe import DEFAULT_ROUTER, ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
-from moepeft.peft.method import Method, Option, options_of
+from moepeft.peft.method import Method, options_of
+from moepeft.peft.method_text import format_specs, method_entry, resolve
 from moepeft.peft.methods import METHODS
-from moepeft.peft.mixture import EXPERT_COUNTS, can_be_expert, mixture_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +72,8 @@ def build(
     ValueError: a name, option or semantics does not exist, or a pattern
       matches no site.
   """
-  if semantics not in SEMANTICS:
-    raise ValueError(
-      f'semantics is one of {", ".join(SEMANTICS)}; got {semantics!r}'
-    )
-  specs = [
-    _resolve(spec, methods, semantics)
-    for spec in method_string.parse_method(method)
-  ]
-  text = _text(specs, methods)
+  specs = resolve(method, semantics, methods)
+  text = format_specs(specs, methods)
   if any(methods[spec.name].module is None for spec in specs):
     if len(specs) > 1:
       raise ValueError(f'{method!r}: full trains alone; drop the others')
@@ -95,8 +84,8 @@ def build(
       raise ValueError(
         f'{method!r}: {spec.name} can stand only once; make one longer'
       )
-    method = entry(spec, methods)
-    adapter = make(spec, _free_name(spec.name, names), methods)
+    method = method_entry(spec, methods)
+    adapter = make_adapter(spec, _free_name(spec.name, names), methods)
     paths = _paths(spec, method, sites, semantics)
     _check_causal(spec, paths)
     entries += [(path, adapter) for path in paths]
@@ -110,86 +99,14 @@ def routers(method: str, semantics: str = 'official') -> dict[str, nn.Module]:
     ValueError: as `build`.
   """
   result, names = {}, set()
-  for spec in method_string.parse_method(method):
-    spec = _resolve(spec, METHODS, semantics)
+  for spec in resolve(method, semantics):
     if METHODS[spec.name].module is None:
       continue
     name = _free_name(spec.name, names)
-    router = getattr(make(spec, name), 'router', None)
+    router = getattr(make_adapter(spec, name), 'router', None)
     if router is not None:
       result[name] = router
   return result
-
-
-def plain(
-  method: str,
-  semantics: str = 'official',
-  methods: Mapping[str, Method] = METHODS,
-) -> str:
-  """A method's text without the modules' defaults, its options in order.
-
-  Two texts of one method have the same: 'lora(alpha=16.0, rank=8)' and
-  'lora(rank=8)'; what the semantics decides is said.
-
-  Raises:
-    ValueError: as `build`.
-  """
-  specs = []
-  for spec in method_string.parse_method(method):
-    spec = _resolve(spec, methods, semantics)
-    options = _unusual(spec, entry(spec, methods).options())
-    router = options.pop('router', None)
-    if router is not None:
-      router_options = options_of(ROUTERS[router.name].module)
-      router_options = _unusual(router, router_options)
-      router = Spec(router.name, tuple(sorted(router_options.items())))
-      options |= {'router': router} if router != Spec(DEFAULT_ROUTER) else {}
-    specs.append(Spec(spec.name, tuple(sorted(options.items()))))
-  return _text(specs, methods)
-
-
-def _unusual(spec: Spec, options: Mapping[str, Option]) -> dict[str, Any]:
-  return {
-    name: value
-    for name, value in spec.options
-    if name not in options or options[name].default != value
-  }
-
-
-def expanded(
-  method: str,
-  semantics: str = 'official',
-  methods: Mapping[str, Method] = METHODS,
-) -> str:
-  """A method's text with each preset as its mixture, every option written.
-
-  Raises:
-    ValueError: as `build`.
-  """
-  specs = []
-  for spec in method_string.parse_method(method):
-    spec = _resolve(spec, methods, semantics)
-    method_entry = entry(spec, methods)
-    options = {k: o.default for k, o in method_entry.options().items()}
-    options |= dict(spec.options)
-    if method_entry.expert:
-      names = (n for n, m in methods.items() if m is method_entry.expert)
-      options = {'expert': next(names)} | options
-      router = options['router']
-      defaults = options_of(ROUTERS[router.name].module)
-      del defaults['experts']
-      usual = {k: option.default for k, option in defaults.items()}
-      router = Spec(router.name, tuple((usual | dict(router.options)).items()))
-      options['router'] = router
-      # Exactly one of them may stand in a method string.
-      count_names = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
-      for name in {*EXPERT_COUNTS} - count_names:
-        del options[name]
-      if 'from_adapters' not in count_names:
-        del options['train_experts']
-    name = 'mixture' if method_entry.expert else spec.name
-    specs.append(Spec(name, tuple(options.items())))
-  return _text(specs, methods)
 
 
 def function_of(adapter_map: AdapterMap) -> tuple:
@@ -214,166 +131,7 @@ def adapter_function(module: nn.Module) -> tuple:
   return (type(module), *fields)
 
 
-def entry(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Method:
-  """The entry of a flat spec; of a mixture, with the facts of its expert.
-
-  Raises:
-    ValueError: the method does not exist, or has no expert that exists.
-  """
-  method = _find(spec.name, methods, 'method')
-  if 'expert' not in options_of(method.module) or method.expert:
-    return method
-  expert = spec.get('expert')
-  if expert is None and spec.get('from_adapters'):
-    raise ValueError(
-      f'{spec.name} has its expert in the files of from_adapters, which are '
-      "read for config.method alone; write `expert` and `targets` as the run's "
-      'first line has them'
-    )
-  if not isinstance(expert, str) or not expert:
-    raise ValueError(
-      f'{spec.name} has an expert like lora or lora(rank=4); got '
-      f'{shortened(expert)}'
-    )
-  expert_method = _find(expert, methods, 'method')
-  if not can_be_expert(expert_method):
-    names = [name for name, m in methods.items() if can_be_expert(m)]
-    raise ValueError(
-      f'{spec.name}: {expert} cannot be an expert; {", ".join(names)} can'
-    )
-  return mixture_of(expert_method)
-
-
-def flat(spec: Spec) -> Spec:
-  """mixture(expert=lora(rank=4), experts=10) as one list of options.
-
-  mixture(expert=lora, rank=4, experts=10): as a preset has them.
-
-  Raises:
-    ValueError: an option of the expert is one of the mixture too.
-  """
-  expert = spec.get('expert')
-  if not isinstance(expert, Spec):
-    return spec
-  twice = dict(spec.options).keys() & dict(expert.options).keys()
-  if twice:
-    raise ValueError(
-      f'{spec.name} and its expert both have {", ".join(sorted(twice))}; '
-      'give it once'
-    )
-  options = []
-  for option, value in spec.options:
-    options += (
-      [(option, expert.name), *expert.options]
-      if option == 'expert'
-      else [(option, value)]
-    )
-  return Spec(spec.name, tuple(options))
-
-
-def nested(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Spec:
-  """The inverse of `flat`: an expert's options stand with the expert."""
-  expert = spec.get('expert')
-  if not isinstance(expert, str):
-    return spec
-  names = methods[expert].options()
-  inner = tuple((k, v) for k, v in spec.options if k in names)
-  return Spec(
-    spec.name,
-    tuple(
-      (k, Spec(expert, inner) if k == 'expert' else v)
-      for k, v in spec.options
-      if k not in names
-    ),
-  )
-
-
-def _text(specs, methods: Mapping[str, Method]) -> str:
-  return method_string.format_method(tuple(nested(s, methods) for s in specs))
-
-
-def _resolve(spec: Spec, methods, semantics: str) -> Spec:
-  """Checks names and options and adds what the semantics decides; flat."""
-  spec = flat(spec)
-  method = entry(spec, methods)
-  user_options = dict(spec.options)
-  decided = dict(method.defaults.get(semantics, {}))
-  options = method.options()
-  if 'router' in options:
-    router = user_options.get('router', DEFAULT_ROUTER)
-    router = Spec(router) if isinstance(router, str) else router
-    if not isinstance(router, Spec):
-      raise ValueError(
-        f'{spec.name}: a router is written like softmax or topk(k=2); got '
-        f'{router!r}'
-      )
-    router_entry = _find(router.name, ROUTERS, 'router')
-    router_options = options_of(router_entry.module)
-    router_options.pop('experts')
-    _check(router, router_options)
-    for option, value in router_entry.defaults.get(semantics, {}).items():
-      if router.get(option) is None:
-        router = router.replace(**{option: value})
-    decided['router'] = user_options['router'] = router
-  extra = {'targets': Option('')} if options else {}
-  if method.expert and method is not methods[spec.name]:
-    extra['expert'] = Option('')
-  _check(spec, options | extra)
-  counts = [name for name in EXPERT_COUNTS if name in user_options]
-  if len(counts) > 1:
-    raise ValueError(
-      f'{spec.name} takes one of {" and ".join(counts)}; drop the others'
-    )
-  _check_from_adapters(spec)
-  return Spec(
-    spec.name, tuple((user_options | (decided | user_options)).items())
-  )
-
-
-def _check_from_adapters(spec: Spec) -> None:
-  """Raises a ValueError for options that do not go with `from_adapters`."""
-  options = dict(spec.options)
-  if 'train_experts' in options and 'from_adapters' not in options:
-    raise ValueError(
-      f'{spec.name}: train_experts is for experts that are given by '
-      'from_adapters; drop it, since others are trained'
-    )
-  if options.get('share') and 'from_adapters' in options:
-    raise ValueError(
-      f'{spec.name}: adapters that were trained apart have no parameter in '
-      'common; drop share'
-    )
-
-
-def portable(method: str) -> str:
-  """A resolved method's text with `experts` in place of `from_adapters`.
-
-  It builds the same function, and describes an adapter whose arrays hold the
-  experts, wherever those files are.
-  """
-  specs = [flat(spec) for spec in method_string.parse_method(method)]
-  if not any(spec.get('from_adapters') for spec in specs):
-    return method
-  portable_specs = []
-  for spec in specs:
-    options = dict(spec.options)
-    # A name alone is parsed as text.
-    if isinstance(options.get('router'), str):
-      options['router'] = Spec(options['router'])
-    options.pop('train_experts', None)
-    portable_specs.append(
-      Spec(
-        spec.name,
-        tuple(
-          ('experts', len(value)) if name == 'from_adapters' else (name, value)
-          for name, value in options.items()
-        ),
-      )
-    )
-  return _text(portable_specs, METHODS)
-
-
-def make(
+def make_adapter(
   spec: Spec, name: str, methods: Mapping[str, Method] = METHODS
 ) -> nn.Module:
   """The unbound adapter of a flat spec that was resolved.
@@ -381,7 +139,7 @@ def make(
   Args:
     name: its entry in the 'peft' tree.
   """
-  method = entry(spec, methods)
+  method = method_entry(spec, methods)
   options = {k: v for k, v in spec.options if k not in ('targets', 'expert')}
   declared = method.options()
   if 'router' in declared:
@@ -430,45 +188,6 @@ def _paths(spec, method, sites, semantics) -> list[str]:
       )
     paths |= set(matched)
   return [path for path in sites if path in paths]
-
-
-def _check(spec: Spec, options: Mapping[str, Option]) -> None:
-  """Raises a ValueError for an option that is not there or cannot be."""
-  unknown = sorted(set(dict(spec.options)) - set(options))
-  if 'sites' in unknown:
-    raise ValueError(
-      f'{spec.name}: the option sites is now targets; write that'
-    )
-  if unknown:
-    raise ValueError(
-      f'{spec.name} has no option {", ".join(unknown)}; it has '
-      f'{", ".join(sorted(options)) or "none"}'
-      f'{suggestion(unknown[0], options)}'
-    )
-  for name, value in spec.options:
-    option = options[name]
-    if isinstance(option.default, nn.Module):
-      continue
-    expected = type(option.default)
-    accepted = (int, float) if expected is float else expected
-    if not isinstance(value, accepted) or (
-      isinstance(value, bool) and expected is not bool
-    ):
-      kind = 'list' if expected is tuple else expected.__name__
-      raise ValueError(
-        f"{spec.name}'s option {name} is of type {kind}; got {shortened(value)}"
-      )
-    if option.allowed is not None:
-      option.allowed.check(f"{spec.name}'s option {name}", value)
-
-
-def _find(name: str, registry, kind: str):
-  if name not in registry:
-    raise ValueError(
-      f'there is no {kind} {name!r}; there are {", ".join(registry)}'
-      f'{suggestion(name, registry)}'
-    )
-  return registry[name]
 
 
 def _free_name(name: str, taken_names: set[str]) -> str:

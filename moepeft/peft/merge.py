@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from moepeft.config.method_string import parse_method
 from moepeft.core.types import Tree
-from moepeft.peft.build import Built, entry, flat
+from moepeft.peft.build import Built
 from moepeft.peft.method import Method
+from moepeft.peft.method_text import flatten_expert, method_entry
 
 # Kernels that are quantised lie under other names.
 _PACKED = ('int8', 'nf4')
@@ -106,7 +107,7 @@ def _mergeable(built: Built) -> dict[type, Method]:
   """{adapter's type: its method}, or the reason why one has no merge."""
   methods = {}
   for spec in parse_method(built.method):
-    method = entry(flat(spec))
+    method = method_entry(flatten_expert(spec))
     if method.merge is None:
       raise ValueError(f'{spec.name} cannot be merged: {method.why_not}')
     methods[method.module] = method

@@ -13,7 +13,7 @@ from moepeft.models import weight_mapping
 from moepeft.moe import router_state
 from moepeft.nn.expert_padding import PaddedAxis, padding_size
 from moepeft.peft import Built
-from moepeft.peft.build import expanded
+from moepeft.peft.method_text import expanded_text
 
 
 def print_summary(
@@ -46,7 +46,7 @@ def print_summary(
     quantized = f', projections in {base.quantise}: {megabytes:.4g} MB in all'
   lines = {
     'method': f'{method.method} ({method.semantics} semantics)',
-    'in full': expanded(method.method, method.semantics),
+    'in full': expanded_text(method.method, method.semantics),
     'base': f'{base.path or "random weights"}, {total:,} parameters{quantized}',
     'trained': f'{trained:,} parameters ({100 * trained / total:.2f} %)'
     + (padding and f' and {padding:,} zeros of padding' or ''),

@@ -16,6 +16,7 @@ import numpy as np
 
 from moepeft import config as config_lib
 from moepeft.checkpoints import adapter, base
+from moepeft.peft.prefix import placeholder_ids
 from tests.invariants import bases
 
 FOLDER = pathlib.Path(__file__).parent / 'exported'
@@ -85,7 +86,7 @@ def main() -> None:
         ).astype(np.float32),
         variables['peft'],
       )
-      prompt_ids = base.before(frozen.family, frozen.config, config)
+      prompt_ids = placeholder_ids(built.adapter_map, frozen.config.vocab)
       computed[name] = logits(model, variables, prompt_ids)
       adapter.save(
         str(FOLDER / name),

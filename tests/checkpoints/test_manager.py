@@ -169,7 +169,7 @@ def run(tmp_path):
   hf.save(str(tmp_path / 'base'), shape, params)
   config = config_lib.default()
   config.model.path = str(tmp_path / 'base')
-  config.method = 'lora(rank=2)'
+  config.method = "lora(rank=2, targets='decoder/cross/q')"
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
   variables = base_lib.initialise(base, model, config.seed)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three training steps of some methods on all devices, saved to a file."""
+"""Three training steps of some methods on one device and on eight, saved.
+
+Run as a command, because a process has as many devices as it begins with.
+"""
 
 import sys
 
@@ -18,7 +21,7 @@ from moepeft.training import optimizers, setup, state_sharding
 from . import router_probes, small
 
 
-def train_three(method: str) -> dict[str, np.ndarray]:
+def train_three(method: str, devices: list) -> dict[str, np.ndarray]:
   """{path: trained array} and the last loss."""
   config = config_lib.default()
   config.router_losses.load_balance = 0.1
@@ -27,7 +30,9 @@ def train_three(method: str) -> dict[str, np.ndarray]:
   variables = small.variables(method, noise=noise)
   optimizer = optimizers.make_optimizer(config.optimizer, 10)
   init = router_state.optimizer_init(optimizer)
-  layout = sharding.layout()
+  layout = sharding.layout(devices=devices)
+  # Host arrays, which lie on no device yet.
+  variables = jax.tree.map(np.asarray, variables)
   trainable = variables.pop(built.trainable)
   state = State(
     step=jnp.int32(0),
@@ -50,10 +55,14 @@ def train_three(method: str) -> dict[str, np.ndarray]:
 
 
 def main(path: str, *methods: str) -> None:
-  arrays = {'devices': np.int32(jax.device_count())}
+  arrays = {}
   with router_probes.registered():
-    for method in methods:
-      arrays |= {f'{method}|{k}': v for k, v in train_three(method).items()}
+    for count in (1, 8):
+      devices = jax.devices()[:count]
+      assert len(devices) == count
+      for method in methods:
+        trained = train_three(method, devices)
+        arrays |= {f'{count}|{method}|{k}': v for k, v in trained.items()}
   np.savez(path, **arrays)
 
 

@@ -35,6 +35,7 @@ _AT = "targets='*/q|*/wo'"
 # Every method of the registry, every router, and two adapters together.
 METHODS = (
   'lora(rank=3)',
+  f'lora(rank=3, {_AT})',
   'dora(rank=3)',
   f'dora(rank=3, {_AT})',
   'ia3',
@@ -58,7 +59,7 @@ METHODS = (
 )
 # One of each method, with each kind of router, for what takes long.
 ONE_EACH = (
-  'lora(rank=3)',
+  f'lora(rank=3, {_AT})',
   f'dora(rank=3, {_AT})',
   'ia3',
   'mov(experts=3)',
@@ -107,6 +108,12 @@ def make(method, config=GATED, semantics='official', **options):
   """(model, built) of a method on a small model."""
   built = build(method, t5.sites(config), semantics)
   return t5.T5(config, built.adapter_map, **options), built
+
+
+@functools.lru_cache(maxsize=64)
+def jitted(model):
+  """`model.apply`, compiled once for all tests that call an equal module."""
+  return jax.jit(model.apply)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contracts of every adapter method, over the whole registry."""
 
+import functools
 import math
 
 import chex
@@ -18,10 +19,6 @@ from moepeft.peft import METHODS, build
 
 from . import small
 
-every_method = pytest.mark.parametrize(
-  'method', small.others_slow(small.METHODS)
-)
-one_each = pytest.mark.parametrize('method', small.ONE_EACH)
 few = pytest.mark.parametrize(
   'method', small.others_slow(small.METHODS, quick=small.FEW)
 )
@@ -34,7 +31,7 @@ CLOSE = dict(rtol=2e-5, atol=2e-5)
 
 
 def apply(model, variables, batch):
-  return jax.jit(model.apply)(variables, batch)
+  return small.jitted(model)(variables, batch)
 
 
 def test_small_methods_cover_the_registry():
@@ -42,10 +39,11 @@ def test_small_methods_cover_the_registry():
   assert named | {'full'} == set(METHODS)
 
 
+# A method whose first output is computed from the base; scales; a mixture.
 IDENTITY = small.others_slow(
-  (m, small.GATED) for m in small.METHODS
+  ((m, small.GATED) for m in small.METHODS), quick=small.ONE_EACH[1:]
 ) + small.others_slow(
-  ((m, small.RELU) for m in small.ONE_EACH), quick=small.FEW
+  ((m, small.RELU) for m in small.ONE_EACH), quick=small.FEW[1:]
 )
 
 
@@ -76,7 +74,7 @@ def test_official_topk_mixture_of_vectors_starts_away_from_the_base():
   assert np.abs(apply(model, variables, small.batch()) - base).max() > 0.01
 
 
-@one_each
+@few
 def test_params_are_untouched_in_values_and_paths(method):
   model, _ = small.make(method)
   chex.assert_trees_all_equal(
@@ -84,26 +82,37 @@ def test_params_are_untouched_in_values_and_paths(method):
   )
 
 
-@mixture
+# In the fast suite tests/peft/test_experts_per_layer.py has it of T5, with
+# gradients; other models have tests of their own.
+@pytest.mark.slow
+@pytest.mark.parametrize('method', small.METHODS)
 def test_scan_equals_loop(method):
   variables = small.variables(method, noise=0.1)
-  scanned, _ = small.make(method)
   looped, _ = small.make(method, scan=False)
-  unrolled, _ = small.make(method, unroll=2)
-  expected = apply(scanned, variables, small.batch())
   apart = {key: small.unstack(tree) for key, tree in variables.items()}
   np.testing.assert_allclose(
-    apply(looped, apart, small.batch()), expected, **CLOSE
-  )
-  np.testing.assert_allclose(
-    apply(unrolled, variables, small.batch()), expected, **CLOSE
+    apply(looped, apart, small.batch()),
+    apply(small.make(method)[0], variables, small.batch()),
+    **CLOSE,
   )
 
 
 @mixture
-@pytest.mark.parametrize(
-  'remat', ['full', pytest.param('dots', marks=pytest.mark.slow)]
-)
+def test_unrolled_layers_equal_scanned_ones(method):
+  # Two at a time, of three: the last is left over.
+  variables = small.variables(method, noise=0.1)
+  unrolled, _ = small.make(method, unroll=2)
+  np.testing.assert_allclose(
+    apply(unrolled, variables, small.batch()),
+    apply(small.make(method)[0], variables, small.batch()),
+    **CLOSE,
+  )
+
+
+# In the fast suite test_router_kinds.py has it, of three mixtures at once.
+@pytest.mark.slow
+@pytest.mark.parametrize('method', small.METHODS)
+@pytest.mark.parametrize('remat', ['full', 'dots'])
 def test_remat_changes_no_gradient(method, remat):
   expected = gradients(method, 'none')
   found = gradients(method, remat)
@@ -132,7 +141,7 @@ def test_vmap_over_a_bank_equals_one_by_one(method):
   def run(peft):
     return apply(model, {'params': one['params'], 'peft': peft}, small.batch())
 
-  both = jax.vmap(run)(bank)
+  both = jax.jit(jax.vmap(run))(bank)
   np.testing.assert_allclose(both[0], run(one['peft']), **CLOSE)
   np.testing.assert_allclose(both[1], run(two['peft']), **CLOSE)
 
@@ -179,7 +188,7 @@ def test_padding_never_moves_logits(method):
   np.testing.assert_allclose(found[real], expected[real], **CLOSE)
 
 
-@one_each
+@few
 def test_one_trace_serves_every_batch_of_a_shape(method):
   model, _ = small.make(method)
   variables = small.variables(method)
@@ -189,10 +198,10 @@ def test_one_trace_serves_every_batch_of_a_shape(method):
   @chex.assert_max_traces(n=1)
   def run(variables, batch):
     # Built anew: equal modules must be equal to jit.
-    return apply(small.make(method)[0], variables, batch)
+    return small.make(method)[0].apply(variables, batch)
 
-  run(variables, small.batch(seed=1))
-  run(variables, small.batch(seed=2))
+  run.trace(variables, small.batch(seed=1))
+  run.trace(variables, small.batch(seed=2))
   assert hash(model) == hash(small.make(method)[0])
 
 
@@ -253,16 +262,19 @@ _IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
   ],
 )
 def test_parameter_count_equals_its_formula(method, semantics, expected):
-  peft = small.variables(method, semantics=semantics)['peft']
+  model, _ = small.make(method, semantics=semantics)
+  shapes = jax.eval_shape(lambda: model.init(small.RNGS, small.batch()))
+  peft = shapes.get('peft', {})
   assert sum(math.prod(a.shape) for a in jax.tree.leaves(peft)) == expected
 
 
 @pytest.mark.parametrize(
   'method',
   [
-    'lora(rank=3)',
-    'dora(rank=3)',
-    "dora(rank=3) + ia3(targets='*/k|*/act')",
+    pytest.param('lora(rank=3)', marks=pytest.mark.slow),
+    pytest.param('dora(rank=3)', marks=pytest.mark.slow),
+    # LoRA's and a ratio, with heads last, first and none, and beside another.
+    "dora(rank=3, targets='*/k|*/cross/o|*/wo') + ia3(targets='*/k|*/act')",
     "ia3(targets='*/k|*/v|*/wo')",
     "ia3(targets='*/wo|*/q', on='input')",
   ],
@@ -272,7 +284,7 @@ def test_merged_equals_unmerged(method):
 
   model, built = small.make(method)
   variables = small.variables(method, noise=0.1)
-  merged = merge(built, variables)
+  merged = jax.jit(functools.partial(merge, built))(variables)
   weight_mapping.check(
     {
       k: a.shape for k, a in weight_mapping.flatten(variables['params']).items()
@@ -313,7 +325,7 @@ def test_merge_of_official_ia3_goes_into_wo():
 
   model, built = small.make('ia3')
   variables = small.variables('ia3', noise=0.1)
-  merged = merge(built, variables)
+  merged = jax.jit(functools.partial(merge, built))(variables)
   np.testing.assert_allclose(
     apply(t5.T5(small.GATED), {'params': merged}, small.batch()),
     apply(model, variables, small.batch()),

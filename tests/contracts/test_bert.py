@@ -25,20 +25,16 @@ from .small_bert import BARE, UNTIED, WHOLE, make
 
 # Float32 sums of a few tens of numbers, in another order, over two layers.
 CLOSE = dict(rtol=2e-5, atol=2e-5)
+MIXTURE = small.ONE_EACH[-1]
 CONFIGS = pytest.mark.parametrize(
   'config', [WHOLE, UNTIED, BARE], ids=['whole', 'untied', 'bare']
 )
 
 
-@functools.cache
-def runner(model):
-  return jax.jit(model.apply)
-
-
 def apply(model, variables, batch=None):
   """The model's outputs for the real tokens, and for rows."""
   batch = batch or small_bert.batch()
-  found = runner(model)(variables, batch)
+  found = small.jitted(model)(variables, batch)
   real = np.asarray(batch['inputs_mask'])
   said = {'states': np.asarray(found.states)[real]}
   if found.logits is not None:
@@ -106,7 +102,7 @@ def test_every_axis_has_the_size_of_its_letter(config):
 
 
 def test_padding_never_moves_what_is_real():
-  model, variables = make(WHOLE, 'mov(experts=3)', 0.1)
+  model, variables = make(WHOLE, MIXTURE, 0.1)
   batch = small_bert.batch()
   noise = jnp.where(batch['inputs_mask'], batch['inputs'], 5)
   before = apply(model, variables)
@@ -142,7 +138,7 @@ def test_types_and_positions_are_told_apart():
 
 
 def test_packed_rows_equal_rows_alone():
-  model, variables = make(WHOLE, 'lora(rank=3)', 0.1)
+  model, variables = make(WHOLE, MIXTURE, 0.1)
   batch = small_bert.batch()
   parts = [
     {key: a[i : i + 1, :n] for key, a in batch.items()}
@@ -164,14 +160,15 @@ def test_packed_rows_equal_rows_alone():
   'options', [{'scan': False}, {'remat': 'full'}, {'attention': 'fused'}]
 )
 def test_other_programs_compute_the_same(options):
-  method = 'molora(experts=3, rank=2)'
-  plain, variables = make(WHOLE, method, 0.1)
-  model, _ = make(WHOLE, method, 0.1, **options)
+  plain, variables = make(WHOLE, MIXTURE, 0.1)
+  model, _ = make(WHOLE, MIXTURE, 0.1, **options)
   own = variables if options.get('scan', True) else small.unstack(variables)
   assert_close(apply(model, own), apply(plain, variables))
 
 
-@pytest.mark.parametrize('method', ['full', 'molora(experts=3, rank=2)'])
+@pytest.mark.parametrize(
+  'method', small.others_slow(('full', MIXTURE), quick=(MIXTURE,))
+)
 def test_the_program_does_not_grow_with_depth(method):
   def program(layers):
     config = dataclasses.replace(WHOLE, layers=layers)
@@ -188,7 +185,9 @@ def test_the_program_does_not_grow_with_depth(method):
   assert program(2) == program(13)
 
 
-@pytest.mark.parametrize('method', small.ONE_EACH)
+@pytest.mark.parametrize(
+  'method', small.others_slow(small.ONE_EACH, quick=('ia3', MIXTURE))
+)
 def test_adapters_are_the_identity_at_first_and_act_when_moved(method):
   model, variables = make(WHOLE, method)
   _, base = make(WHOLE)
@@ -204,12 +203,17 @@ def test_adapters_are_the_identity_at_first_and_act_when_moved(method):
 
 
 @pytest.mark.parametrize(
-  'method', ['lora(rank=3)', 'ia3', 'dora(rank=3)', "ia3(targets='*/hidden')"]
+  'method',
+  small.others_slow(
+    ('lora(rank=3)', 'ia3', 'dora(rank=3)', "ia3(targets='*/hidden')"),
+    quick=('ia3', 'dora(rank=3)'),
+  ),
 )
 def test_a_merged_base_does_what_base_and_adapter_do(method):
   built = build(method, sites(WHOLE))
   model, variables = make(WHOLE, method, 0.1)
-  merged = apply(Bert(WHOLE), {'params': merge(built, variables)})
+  merge_all = jax.jit(functools.partial(merge, built))
+  merged = apply(Bert(WHOLE), {'params': merge_all(variables)})
   assert_close(merged, apply(model, variables), rtol=1e-4, atol=1e-4)
 
 
@@ -241,7 +245,7 @@ def test_sites_outside_of_projections_take_scales():
 def test_bfloat16_is_near():
   plain, variables = make(WHOLE)
   model, _ = make(WHOLE, dtype=jnp.bfloat16)
-  said = runner(model)(variables, small_bert.batch())
+  said = small.jitted(model)(variables, small_bert.batch())
   assert said.states.dtype == jnp.bfloat16
   assert said.logits.dtype == jnp.float32
   found = np.asarray(said.states, np.float32)

@@ -2,6 +2,7 @@
 """Contracts of every decoder-only model: sites, caches, packing, adapters."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -37,7 +38,7 @@ def real_of(logits):
 
 
 def apply(model, variables, batch=None):
-  run = jax.jit(model.apply)
+  run = small.jitted(model)
   return np.asarray(run(variables, batch or small_decoders.batch()))
 
 
@@ -84,14 +85,14 @@ def test_rules_name_every_parameter(name):
 
 @pytest.mark.parametrize(
   'name, attention',
-  small.others_slow(((name, 'naive') for name in CONFIGS), quick=QUICK)
+  # tests/inference/engine/test_cached.py has a llama, in float64.
+  small.others_slow(((name, 'naive') for name in CONFIGS), quick=QUICK[1:])
   + [('gemma2', 'chunked'), ('alibi', 'chunked'), ('mistral', 'fused')],
 )
 def test_cached_decoding_equals_uncached(name, attention):
-  model, variables = make(
-    CONFIGS[name], 'lora(rank=2)', 0.1, attention=attention
-  )
-  plain, _ = make(CONFIGS[name], 'lora(rank=2)')
+  method = "lora(rank=2, targets='*/k|*/wo')"
+  model, variables = make(CONFIGS[name], method, 0.1, attention=attention)
+  plain, _ = make(CONFIGS[name], method)
   whole = apply(plain, variables)
   np.testing.assert_allclose(
     real_of(cached(model, variables)), real_of(whole), **CLOSE
@@ -188,17 +189,24 @@ def test_the_future_and_padding_move_nothing(name):
 
 
 @pytest.mark.parametrize(
-  'name', small.others_slow(('qwen2', 'gemma2', 'gpt2'), quick=QUICK)
+  'name', small.others_slow(('qwen2', 'gemma2', 'gpt2'), quick=('gemma2',))
 )
 def test_scan_equals_loop(name):
-  model, variables = make(CONFIGS[name], 'molora(experts=3, rank=2)', 0.1)
-  loop, _ = make(CONFIGS[name], 'molora(experts=3, rank=2)', scan=False)
+  method = "molora(experts=3, rank=2, targets='*/k|*/wo')"
+  model, variables = make(CONFIGS[name], method, 0.1)
+  loop, _ = make(CONFIGS[name], method, scan=False)
   np.testing.assert_allclose(
     apply(loop, small.unstack(variables)), apply(model, variables), **CLOSE
   )
 
 
-@pytest.mark.parametrize('method', (*small.ONE_EACH, "ia3(targets='*/core')"))
+@pytest.mark.parametrize(
+  'method',
+  small.others_slow(
+    (*small.ONE_EACH, "ia3(targets='*/core')"),
+    quick=(*small.FEW, "ia3(targets='*/core')"),
+  ),
+)
 @pytest.mark.parametrize(
   'name', ['gpt2', pytest.param('gemma2', marks=pytest.mark.slow)]
 )
@@ -221,9 +229,9 @@ def test_advice_may_lengthen_the_keys(attention):
   plain = Decoder(config, adapter_map)
   batch = small_decoders.batch()
   rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
-  variables = plain.init(rngs, batch)
+  variables = jax.jit(plain.init)(rngs, batch)
   model = Decoder(config, adapter_map, attention=attention)
-  without = Decoder(config).apply({'params': variables['params']}, batch)
+  without = apply(Decoder(config), {'params': variables['params']})
   found = apply(model, variables)
   np.testing.assert_allclose(
     real_of(found), real_of(apply(plain, variables)), **CLOSE
@@ -273,12 +281,9 @@ def test_padding_beyond_the_learned_positions_is_harmless():
   logits, cache = [], {}
   for start, end in ((0, 16), (16, 21)):
     places = jnp.broadcast_to(jnp.arange(start, end), (2, end - start))
-    found, cache = model.apply(
-      {**variables, **cache},
-      jnp.asarray(ids[:, start:end]),
-      place(places, 21),
-      method='extend',
-      mutable=['cache'],
+    extend = functools.partial(model.apply, method='extend', mutable=['cache'])
+    found, cache = jax.jit(extend)(
+      {**variables, **cache}, jnp.asarray(ids[:, start:end]), place(places, 21)
     )
     logits.append(found)
   logits = np.concatenate(logits, axis=1)[:, :19]

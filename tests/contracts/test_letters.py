@@ -26,6 +26,16 @@ METHODS = tuple(
     'full',
   )
 )
+# Every site and sublayer, every kind of kernel, and every kind of array.
+QUICK = (
+  "ia3(targets='*')",
+  'dora(rank=13)',
+  'mov(experts=7)',
+  'molora(experts=7, rank=2)',
+  "mixture(expert=lora(rank=2), experts=7, share='a')",
+  "tokens(new='3|5-7')",
+  'prompt(length=2)',
+)
 # The sizes of small.GATED and small.RELU; a router reads d, n h, f or h.
 SIZES = {
   'd': {11},
@@ -65,9 +75,11 @@ def fits(found, sizes):
   return all(found[letter] <= sizes.get(letter, set()) for letter in found)
 
 
-CASES = [(method, small.GATED) for method in METHODS] + [
-  (method, small.RELU) for method in ("ia3(targets='*')", 'full')
-]
+CASES = small.others_slow(
+  ((method, small.GATED) for method in METHODS), quick=QUICK
+) + small.others_slow(
+  ((method, small.RELU) for method in ("ia3(targets='*')", 'full')), quick=()
+)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +95,8 @@ def test_every_axis_has_the_size_of_its_letter(method, config):
 
 
 def test_layers_that_are_written_out_have_no_axis_of_layers():
-  model, _ = small.make('molora(experts=7, rank=2)', scan=False)
+  method = "molora(experts=7, rank=2, targets='*/q|*/wo')"
+  model, _ = small.make(method, scan=False)
   found = sizes_of(model)
   assert fits(found, SIZES), found
   assert 'l' not in found

@@ -49,16 +49,14 @@ def test_every_site_is_reached_and_no_other(config):
       'molora(experts=3, rank=2)',
       "ia3(targets='*/core')",
     ),
-    # tests/inference/engine/test_cached.py has a mixture, in float64.
-    quick=(None,),
+    # tests/inference/engine/test_cached.py has a mixture, in float64, and
+    # test_encoder_decoder.py beside it the base.
+    quick=(),
   ),
 )
 @pytest.mark.parametrize(
   'config',
-  [
-    pytest.param(small.GATED, id='1.1'),
-    pytest.param(small.RELU, id='1.0', marks=pytest.mark.slow),
-  ],
+  [pytest.param(small.GATED, id='1.1'), pytest.param(small.RELU, id='1.0')],
 )
 def test_cached_decoding_equals_uncached(method, config):
   model, variables = t5.T5(config), small.variables('full', config)
@@ -71,7 +69,9 @@ def test_cached_decoding_equals_uncached(method, config):
     assert answer == answers.uncached_greedy(model, variables, prompt, 9)
 
 
-@pytest.mark.parametrize('method', ['full', 'molora(experts=3, rank=2)'])
+@pytest.mark.parametrize(
+  'method', small.others_slow(('full', *small.FEW), quick=small.FEW[1:])
+)
 def test_the_program_does_not_grow_with_depth(method):
   def program(layers):
     config = dataclasses.replace(
@@ -137,32 +137,46 @@ def test_families_have_what_the_commands_ask_of_them():
     assert issubclass(family.module, nn.Module)
 
 
-# Compiling for eight devices takes long; a mixture has every kind of leaf.
-*_OTHERS, _MIXTURE = (*small.ONE_EACH[:-1], 'full', small.ONE_EACH[-1])
+# Compiling for eight devices takes long: one site of heads and one without, and
+# a router with state, which have every kind of leaf.
+_STATEFUL = (
+  'molora(experts=3, rank=2, router=balanced(k=2), '
+  "targets='decoder/self/q|encoder/mlp/wo')"
+)
 
 
 @pytest.mark.parametrize(
   'methods',
   [
-    # A router with state, and a program with every kind of leaf.
-    (_MIXTURE.replace('topk', 'balanced'),),
-    pytest.param((_MIXTURE, *_OTHERS), marks=pytest.mark.slow),
+    (_STATEFUL,),
+    pytest.param(
+      (
+        small.ONE_EACH[-1].replace('topk', 'balanced'),
+        *small.ONE_EACH,
+        'full',
+      ),
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_eight_virtual_devices_equal_one(methods, tmp_path):
-  command = [sys.executable, '-m', 'tests.contracts.devices']
-  arrays = {}
-  for count in (1, 8):
-    path = tmp_path / f'{count}.npz'
-    flag = f'--xla_force_host_platform_device_count={count}'
-    env = os.environ | {
-      'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}',
-      'JAX_PLATFORMS': 'cpu',
+  path = tmp_path / 'trained.npz'
+  flag = '--xla_force_host_platform_device_count=8'
+  env = os.environ | {
+    'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}',
+    'JAX_PLATFORMS': 'cpu',
+  }
+  command = [sys.executable, '-m', 'tests.contracts.devices', path, *methods]
+  subprocess.run(command, env=env, cwd=ROOT, check=True)
+  arrays = np.load(path)
+  one, eight = (
+    {
+      name.removeprefix(f'{count}|'): arrays[name]
+      for name in arrays
+      if name.startswith(f'{count}|')
     }
-    subprocess.run([*command, path, *methods], env=env, cwd=ROOT, check=True)
-    arrays[count] = dict(np.load(path))
-    assert arrays[count].pop('devices') == count
-  one, eight = arrays[1], arrays[8]
+    for count in (1, 8)
+  )
   assert one.keys() == eight.keys()
   for method in methods:
     names = [name for name in one if name.startswith(f'{method}|')]

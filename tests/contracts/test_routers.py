@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contracts of every router, and losses and statistics by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,12 @@ CTX = Context(token_mask=jnp.ones((2, 5), bool))
 
 def run(router, x=X, ctx=CTX, seed=1):
   rngs = {'peft': jax.random.key(seed), 'router': jax.random.key(3)}
-  return router.init_with_output(rngs, x, ctx)[0]
+  return compiled(router)(rngs, x, ctx)[0]
+
+
+@functools.cache
+def compiled(router):
+  return jax.jit(router.init_with_output)
 
 
 @pytest.mark.parametrize('name', ROUTERS)
@@ -152,6 +159,10 @@ def test_a_k_beyond_the_experts_is_an_error():
     run(TopK(3, k=4))
 
 
+sums_of = jax.jit(router_stats.router_stats)
+statistics = jax.jit(router_stats.statistics)
+
+
 def by_hand():
   """Three real tokens and one of padding over two experts.
 
@@ -161,9 +172,7 @@ def by_hand():
   ln3 = np.log(3)
   logits = jnp.array([[[ln3, 0], [ln3, 0], [0, ln3], [0, 0]]], jnp.float32)
   mask = jnp.array([[True, True, True, False]])
-  return router_stats.router_stats(
-    Routing(logits, jax.nn.softmax(logits)), mask
-  )
+  return sums_of(Routing(logits, jax.nn.softmax(logits)), mask)
 
 
 def test_sums_are_over_real_tokens():
@@ -193,7 +202,7 @@ def test_losses_by_hand():
 
 
 def test_statistics_by_hand():
-  values = router_stats.statistics(by_hand())
+  values = statistics(by_hand())
   # A softmax gives every expert weight: the mean of (3/4, 3/4, 1/4) is 7/12,
   # though expert 0 has the largest weight of two tokens of three.
   np.testing.assert_allclose(values.share, [7 / 12, 5 / 12], rtol=1e-6)
@@ -219,9 +228,7 @@ def direct(weights, logits, mask):
 def test_shares_and_entropies_equal_a_direct_form(name):
   mask = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
   routing = run(ROUTERS[name].module(experts=7))
-  values = router_stats.statistics(
-    router_stats.router_stats(routing, jnp.asarray(mask))
-  )
+  values = statistics(sums_of(routing, jnp.asarray(mask)))
   flat = lambda a: np.asarray(a, np.float64).reshape(-1, 7)  # noqa: E731
   weight, share, nats, before = direct(
     flat(routing.combine_weights), flat(routing.logits), mask.ravel()
@@ -235,14 +242,12 @@ def test_shares_and_entropies_equal_a_direct_form(name):
 
 
 def test_a_token_of_top_k_counts_for_each_of_its_experts():
-  values = router_stats.statistics(
-    router_stats.router_stats(run(TopK(5, k=2)), None)
-  )
+  values = statistics(sums_of(run(TopK(5, k=2)), None))
   np.testing.assert_allclose(jnp.sum(values.share), 2, rtol=1e-6)
   # Every token goes to expert 0 and one other: all of the tokens, not half.
   weights = jnp.array([[[0.6, 0.4, 0], [0.6, 0, 0.4]]], jnp.float32)
   shared = Routing(jnp.log(weights + 1e-9), weights, k=2)
-  values = router_stats.statistics(router_stats.router_stats(shared, None))
+  values = statistics(sums_of(shared, None))
   np.testing.assert_allclose(values.share, [1, 0.5, 0.5])
 
 
@@ -259,15 +264,15 @@ def test_expert_dropout_makes_no_dense_router_sparse(router):
 def test_equal_weights_share_the_load():
   routing = run(ROUTERS['uniform'].module(experts=3))
   np.testing.assert_allclose(
-    router_stats.router_stats(routing, None).load, [10 / 3] * 3, rtol=1e-6
+    sums_of(routing, None).load, [10 / 3] * 3, rtol=1e-6
   )
 
 
 def test_sums_add_up_over_parts_of_a_batch():
   routing = run(TopK(3, k=2))
-  whole = router_stats.router_stats(routing, CTX.token_mask)
+  whole = sums_of(routing, CTX.token_mask)
   halves = [
-    router_stats.router_stats(
+    sums_of(
       jax.tree.map(lambda a, i=i: a[i : i + 1], routing),
       CTX.token_mask[i : i + 1],
     )
@@ -284,7 +289,7 @@ def test_the_load_balance_loss_pushes_towards_balance():
     routing = Routing(logits, jax.nn.softmax(logits))
     return aux_losses.load_balance(router_stats.router_stats(routing, None))
 
-  slope = jax.grad(loss)(jnp.array([[[1.0, 0.0], [2.0, 0.0]]]))
+  slope = jax.jit(jax.grad(loss))(jnp.array([[[1.0, 0.0], [2.0, 0.0]]]))
   # Expert 0 has all the load: its logits must fall.
   assert (slope[..., 0] > 0).all() and (slope[..., 1] < 0).all()
 

@@ -7,6 +7,7 @@ Axes: b 3, t 11, d 13; 3 layers, e 3 experts of rank 2.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ from moepeft.training.step import make_train_step
 from . import small, small_decoders
 from .small_decoders import CONFIGS, make, place
 
-METHOD = 'mixture(expert=lora(rank=2), experts=3, router=uniform)'
+AT = "targets='*/wo'"
+METHOD = f'mixture(expert=lora(rank=2), experts=3, router=uniform, {AT})'
 EXPERTS = 3
 CONFIG = CONFIGS['gemma2']
 # Float32 sums of a few tens of numbers, in another order.
@@ -90,8 +92,9 @@ def two_pass(**options):
 
 
 def logits_of(pair, variables, batch=None):
-  run = jax.jit(pair.apply)
-  return np.asarray(run(variables, batch or small_decoders.batch()))
+  return np.asarray(
+    small.jitted(pair)(variables, batch or small_decoders.batch())
+  )
 
 
 def test_each_layer_takes_its_own_part():
@@ -100,7 +103,7 @@ def test_each_layer_takes_its_own_part():
   chosen = np.array([1, 2, 0])
   weights = jnp.eye(3)[chosen][:, None, None]
   weights = jnp.broadcast_to(weights, (3, 3, 11, 3))
-  found = model.apply(
+  found = jax.jit(model.apply)(
     variables, small_decoders.batch(), routing=Routing(weights, weights)
   )
 
@@ -119,12 +122,12 @@ def test_each_layer_takes_its_own_part():
     }
 
   peft = jax.tree_util.tree_map_with_path(pick, variables['peft'])
-  alone, _ = make(CONFIG, 'lora(rank=2)')
-  expected = alone.apply(
+  alone, _ = make(CONFIG, f'lora(rank=2, {AT})')
+  expected = small.jitted(alone)(
     variables | {'peft': renamed(peft)}, small_decoders.batch()
   )
   np.testing.assert_allclose(found, expected, **CLOSE)
-  base = Decoder(CONFIG).apply(
+  base = small.jitted(Decoder(CONFIG))(
     {'params': variables['params']}, small_decoders.batch()
   )
   assert np.abs(found - base).max() > 0.01
@@ -134,9 +137,10 @@ def test_the_first_pass_is_the_base():
   pair, variables = two_pass()
   batch = small_decoders.batch()
   ctx = context(batch, 'inputs', batch['inputs'], train=False)
-  routing, _ = pair.routing(variables, batch['inputs'], ctx)
-  states = Decoder(CONFIG).apply(
-    {'params': variables['params']}, batch['inputs'], ctx, method='states'
+  routing, _ = jax.jit(pair.routing)(variables, batch['inputs'], ctx)
+  states_of = functools.partial(Decoder(CONFIG).apply, method='states')
+  states = jax.jit(states_of)(
+    {'params': variables['params']}, batch['inputs'], ctx
   )
   head = variables['peft']['scaling_head']
   expected = np.einsum('btd,dle->lbte', states, head)

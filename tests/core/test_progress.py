@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The text of the progress bar and lines, by a clock that tests move."""
 
+import contextlib
 import os
 import pty
 import re
 import struct
-import subprocess
 import sys
+import threading
+import types
 
 import pytest
 
-from moepeft.core.progress import Progress, memory_bytes
+from moepeft.core import progress as progress_lib
+from moepeft.core.progress import Pass, Progress, memory_bytes
 
 
 class Clock:
@@ -149,77 +152,82 @@ def test_memory_is_that_of_this_process():
   del ballast
 
 
-RUN = """
-from moepeft.core.progress import Progress
-class Clock:
-  now = 0.0
-  def __call__(self): return self.now
-clock = Clock()
-progress = Progress(500000, 299000, clock, lambda: 1340000000)
-for step in range(299100, 300001, 100):
-  clock.now += 50
-  progress.update(step, 1.23456, 3200, 258000)
-  if step == 299500:
-    progress.print_line('router alarm: decoder/layers/cross/o/molora, layer 0')
-    with progress.paused('saving'):
-      clock.now += 100
-progress.close()
-"""
+def long_run():
+  """Ten intervals of a long run, with an alarm and a pause to save."""
+  clock = Clock()
+  progress = Progress(500_000, 299_000, clock, lambda: 1_340_000_000)
+  for step in range(299_100, 300_001, 100):
+    clock.now += 50
+    progress.update(step, 1.23456, 3200, 258_000)
+    if step == 299_500:
+      progress.print_line(
+        'router alarm: decoder/layers/cross/o/molora, layer 0'
+      )
+      with progress.paused('saving'):
+        clock.now += 100
+  progress.close()
 
 
-STEPS = """
-import time
-from moepeft.core.progress import Pass, Progress
-shown = Pass(20, 'before training')
-for _ in range(4):
-  shown(5)
-shown.close()
-progress = Progress(9, 0)
-progress.phase('compiling the first step')
-for step in range(1, 10):
-  time.sleep(0.11)
-  progress.step(step)
-  if step == 5:
-    progress.update(step, 2.5, 10, 100)
-with progress.paused('validating', 7) as count:
-  for _ in range(7):
-    time.sleep(0.11)
-    count(1)
-progress.close()
-"""
+def short_run(clock):
+  """Nine steps after a pass over examples and before a validation, each a
+  tenth of a second and more by the clock of the terminal."""
+  before = Pass(20, 'before training')
+  for _ in range(4):
+    before(5)
+  before.close()
+  progress = Progress(9, 0)
+  progress.phase('compiling the first step')
+  for step in range(1, 10):
+    clock.now += 0.11
+    progress.step(step)
+    if step == 5:
+      progress.update(step, 2.5, 10, 100)
+  with progress.paused('validating', 7) as count:
+    for _ in range(7):
+      clock.now += 0.11
+      count(1)
+  progress.close()
 
 
-def on_terminal(columns: int, program: str = RUN) -> str:
-  """The output of a program on a terminal of so many columns."""
+@contextlib.contextmanager
+def terminal(columns: int, monkeypatch):
+  """A terminal of so many columns instead of the standard streams.
+
+  Yields:
+    A list, which afterwards has the output as its only element.
+  """
   fcntl = pytest.importorskip('fcntl')
   termios = pytest.importorskip('termios')
-  ours, theirs = pty.openpty()
+  reader, writer = pty.openpty()
   # Nobody has sized a terminal of no columns.
   size = struct.pack('HHHH', 24 if columns else 0, columns, 0, 0)
-  fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
-  env = {k: v for k, v in os.environ.items() if k not in ('COLUMNS', 'LINES')}
-  process = subprocess.Popen(
-    [sys.executable, '-c', program], stdout=theirs, stderr=theirs, env=env
-  )
-  os.close(theirs)
-  found = b''
-  while True:
-    try:
-      part = os.read(ours, 4096)
-    except OSError:  # how Linux says that the other end is closed
-      break
-    if not part:
-      break
-    found += part
-  os.close(ours)
-  assert process.wait() == 0, found.decode()
-  return found.decode()
+  fcntl.ioctl(writer, termios.TIOCSWINSZ, size)
+  parts, output = [], []
+
+  def read():
+    # How Linux says that the other end is closed.
+    with contextlib.suppress(OSError):
+      while part := os.read(reader, 4096):
+        parts.append(part)
+
+  thread = threading.Thread(target=read)
+  thread.start()
+  with monkeypatch.context() as patch, open(writer, 'w') as stream:
+    for name in ('COLUMNS', 'LINES'):
+      patch.delenv(name, raising=False)
+    for name in ('stdout', 'stderr', '__stdout__'):
+      patch.setattr(sys, name, stream)
+    yield output
+  thread.join()
+  os.close(reader)
+  output.append(b''.join(parts).decode())
 
 
 @pytest.mark.parametrize('columns', [80, 100, 120, 200])
-def test_the_bar_fits_its_terminal_and_has_everything(columns):
-  text = on_terminal(columns)
-  states = [s.strip('\n') for s in re.split(r'[\r\n]', text)]
+def test_the_bar_fits_its_terminal_and_has_everything(columns, monkeypatch):
+  with terminal(columns, monkeypatch) as output:
+    long_run()
+  states = [s.strip('\n') for s in re.split(r'[\r\n]', output[0])]
   bars = [s for s in states if '300000/500000' in s]
   # 200,000 steps at 2 a second are 27:46:40.
   for said in ('60%', 'loss 1.2346', '64.0 ex', '5,160 tok', 'ETA 27:46:40'):
@@ -232,9 +240,17 @@ def test_the_bar_fits_its_terminal_and_has_everything(columns):
 
 
 @pytest.mark.parametrize('columns', [0, 100])
-def test_the_bar_moves_at_each_step_and_stands_in_each_phase(columns):
+def test_the_bar_moves_at_each_step_and_stands_in_each_phase(
+  columns, monkeypatch
+):
+  clock = Clock()
+  monkeypatch.setattr(
+    progress_lib, 'time', types.SimpleNamespace(monotonic=clock)
+  )
   # A terminal that nobody has sized has no columns; tqdm draws nothing there.
-  states = re.split(r'[\r\n]', on_terminal(columns, STEPS))
+  with terminal(columns, monkeypatch) as output:
+    short_run(clock)
+  states = re.split(r'[\r\n]', output[0])
   for done in (0, 5, 10, 15, 20):
     assert any(f'| {done}/20' in s and 'before training' in s for s in states)
   for step in range(1, 10):
@@ -247,12 +263,11 @@ def test_the_bar_moves_at_each_step_and_stands_in_each_phase(columns):
     assert any(f'validating {done}/7' in s for s in states), done
 
 
-def test_piped_there_are_plain_lines_only():
-  done = subprocess.run(
-    [sys.executable, '-c', RUN], capture_output=True, text=True
-  )
-  lines = done.stdout.splitlines()
+def test_piped_there_are_plain_lines_only(capsys):
+  long_run()
+  done = capsys.readouterr()
+  lines = done.out.splitlines()
   # Ten intervals and the alarm; no bar on either stream.
-  assert len(lines) == 11 and done.stderr == ''
+  assert len(lines) == 11 and done.err == ''
   assert lines[0].startswith('step 299100/500000  loss 1.2346  64.0 examples/s')
-  assert '\r' not in done.stdout
+  assert '\r' not in done.out

@@ -17,20 +17,21 @@ from ..contracts import small, small_decoders
 
 # By the name that the tests load it under. 'small' has other sites than
 # 'large', another scale and a smaller rank: both are of one form.
+_AT = "targets='*/q|*/wo'"
 ADAPTERS = {
-  'large': 'lora(rank=5, alpha=7.0)',
-  'small': "lora(rank=3, rslora=True, targets='*/q|*/wo')",
+  'large': "lora(rank=5, alpha=7.0, targets='*/q|*/o|*/wo')",
+  'small': f'lora(rank=3, rslora=True, {_AT})',
   'up': "lora(rank=2, targets='*/up')",
-  'dora': 'dora(rank=3, alpha=5.0)',
+  'dora': f'dora(rank=3, alpha=5.0, {_AT})',
   'ia3': 'ia3',
   'inputs': "ia3(on='input', targets='*/wo')",
   'mov': 'mov(experts=3)',
   'output': "mov(experts=3, reads='output', router=topk(k=1))",
-  'molora': 'molora(experts=3, rank=2, alpha=3.0, dropout=0.1)',
-  'topk': 'molora(experts=3, rank=2, router=topk(k=2, jitter=0.1))',
-  'shared': "mixture(expert=lora(rank=2), experts=3, share='a')",
-  'uniform': 'molora(experts=3, rank=2, router=uniform)',
-  'random': 'molora(experts=3, rank=2, router=random(k=2, seed=7))',
+  'molora': f'molora(experts=3, rank=2, alpha=3.0, dropout=0.1, {_AT})',
+  'topk': f'molora(experts=3, rank=2, router=topk(k=2, jitter=0.1), {_AT})',
+  'shared': f"mixture(expert=lora(rank=2), experts=3, share='a', {_AT})",
+  'uniform': f'molora(experts=3, rank=2, router=uniform, {_AT})',
+  'random': f'molora(experts=3, rank=2, router=random(k=2, seed=7), {_AT})',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }
 # Gate and up have names of the family's.

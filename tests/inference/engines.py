@@ -34,7 +34,8 @@ LENGTH = 47
 CONFIG = dataclasses.replace(
   small_decoders.CONFIGS['llama'], length=LENGTH, layers=2
 )
-METHOD = 'molora(experts=3, rank=2)'
+# At a kernel with heads and one without.
+METHOD = "molora(experts=3, rank=2, targets='*/q|*/wo')"
 V = CONFIG.vocab
 # Two rooms, two sizes of chunks and of batches, and no more programs.
 SETTINGS = EngineConfig(

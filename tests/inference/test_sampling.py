@@ -17,6 +17,13 @@ def kept(logits):
   return np.isfinite(np.asarray(logits)).astype(int).tolist()
 
 
+def drawer(sampling_config):
+  """(logits, keys) -> ids, compiled."""
+  return jax.jit(
+    lambda x, keys: sampling.sample_tokens(x, sampling_config, keys)
+  )
+
+
 def test_top_k_keeps_the_greatest_and_their_equals():
   assert kept(sampling.top_k(LOGITS, 1)) == [[0, 0, 1, 0]]
   assert kept(sampling.top_k(LOGITS, 2)) == [[1, 0, 1, 0]]
@@ -64,7 +71,8 @@ def test_rows_may_have_numbers_of_their_own():
   # Rows at 0 are greedy beside one that is drawn.
   s = Sampling(temperature=jnp.array([0.0, 0.0, 50.0]))
   keys = jax.vmap(jax.random.key)(jnp.arange(99))
-  drawn = [sampling.sample_tokens(logits, s, keys[i : i + 3]) for i in range(9)]
+  draw = drawer(s)
+  drawn = [draw(logits, keys[i : i + 3]) for i in range(9)]
   assert {int(row[0]) for row in drawn} == {2}
   assert len({int(row[2]) for row in drawn}) > 1
 
@@ -73,7 +81,7 @@ def test_draws_follow_the_filtered_probabilities():
   n = 4000
   keys = jax.vmap(jax.random.key)(jnp.arange(n))
   s = Sampling(temperature=2.0, top_k=2)
-  drawn = sampling.sample_tokens(jnp.tile(LOGITS, (n, 1)), s, keys)
+  drawn = drawer(s)(jnp.tile(LOGITS, (n, 1)), keys)
   counts = np.bincount(drawn, minlength=4) / n
   # At temperature 2 they go as square roots: sqrt(1/2) : sqrt(1/4).
   share = 2**0.5 / (1 + 2**0.5)
@@ -85,11 +93,9 @@ def test_a_draw_is_its_rows_own():
   logits = jax.random.normal(jax.random.key(0), (7, 53))
   keys = jax.vmap(jax.random.key)(jnp.arange(7))
   s = Sampling(temperature=1.3, top_p=0.9, min_p=0.01)
-  together = sampling.sample_tokens(logits, s, keys)
-  alone = [
-    sampling.sample_tokens(logits[i : i + 1], s, keys[i : i + 1])[0]
-    for i in range(7)
-  ]
+  draw = drawer(s)
+  together = draw(logits, keys)
+  alone = [draw(logits[i : i + 1], keys[i : i + 1])[0] for i in range(7)]
   assert together.tolist() == [int(token) for token in alone]
   assert len(set(together.tolist())) > 1
 

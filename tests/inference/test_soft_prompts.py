@@ -162,11 +162,11 @@ def log_p(model, variables, config, text):
     x = [*AHEAD, *WORDS.encode(x + '\n')]
     batch = {'inputs': [[*x, *y[:-1]]]}
   batch = {key: jnp.array(rows) for key, rows in batch.items()}
-  logits = model.apply(variables, batch)[0, -len(y) :]
+  logits = applied(model)(variables, batch)[0, -len(y) :]
   return jax.nn.log_softmax(logits)[jnp.arange(len(y)), jnp.array(y)]
 
 
-@BOTH
+@LLAMA_FIRST
 def test_likelihoods_and_rankings_are_of_texts_behind_the_prompt(config):
   model, variables = made(config)
   text = EXAMPLES[0]

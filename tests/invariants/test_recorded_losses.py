@@ -8,8 +8,10 @@ import pytest
 
 from . import bases, cases
 
+# The cheapest that have an encoder-decoder with a mixture, a decoder and pairs.
 QUICK = (
-  't5/molora_topk_accumulated_packed',
+  't5/mov_paper_semantics',
+  'llama/prompt_tasks',
   'llama/dpo_molora_packed',
 )
 RECORDED = json.loads(cases.FILE.read_text())

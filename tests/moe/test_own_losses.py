@@ -66,21 +66,23 @@ def test_an_unknown_loss_is_refused_with_the_known_ones():
 
 
 def test_the_loss_of_a_mixture_under_scan_has_a_gradient(registered):
-  from tests.contracts import small
+  from tests.contracts import small_decoders
 
-  method = 'molora(experts=3, rank=2, router=squared)'
-  model, _ = small.make(method)
-  variables = small.variables(method, noise=0.1)
+  method = "molora(experts=3, rank=2, router=squared, targets='*/self/q|*/wo')"
+  config = small_decoders.CONFIGS['gpt2']
+  model, variables = small_decoders.make(config, method, 0.1)
 
   def loss(peft):
     _, collections = model.apply(
-      {**variables, 'peft': peft}, small.batch(), mutable=['routing']
+      {**variables, 'peft': peft},
+      small_decoders.batch(),
+      mutable=['routing'],
     )
     sites = router_stats.collect(collections['routing'])
     return aux_losses.auxiliary_loss(sites, {'square': 1.0})
 
   gradient = jax.jit(jax.grad(loss))(variables['peft'])
-  q = gradient['encoder']['layers']['self']['q']['molora']
+  q = gradient['decoder']['layers']['self']['q']['molora']
   assert float(jnp.abs(q['router']['softmax']['kernel']).min(axis=0).max()) > 0
 
 

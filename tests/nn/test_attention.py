@@ -2,6 +2,7 @@
 """Forms of attention compute the same; one of them in less memory."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -52,14 +53,16 @@ def structured_mask(window=NO_WINDOW, slopes=None):
 
 
 @pytest.mark.parametrize(
-  'window, cap, slopes',
+  'window, cap, slopes, explicit',
   [
-    (NO_WINDOW, 0.0, None),
-    (4, 2.0, None),
-    (7, 0.0, tuple(alibi_slopes(N))),
+    (NO_WINDOW, 0.0, None, False),
+    (7, 0.0, tuple(alibi_slopes(N)), False),
+    (4, 2.0, None, True),
+    pytest.param(NO_WINDOW, 0.0, None, True, marks=pytest.mark.slow),
+    pytest.param(7, 0.0, tuple(alibi_slopes(N)), True, marks=pytest.mark.slow),
+    pytest.param(4, 2.0, None, False, marks=pytest.mark.slow),
   ],
 )
-@pytest.mark.parametrize('explicit', [False, True])
 def test_chunked_equals_naive(window, cap, slopes, explicit):
   seen = structured_mask(window, None if slopes is None else jnp.array(slopes))
   inputs = heads()
@@ -89,6 +92,12 @@ def test_chunked_equals_naive(window, cap, slopes, explicit):
     np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
 
+@functools.cache
+def compiled_attend(form, scale, **options):
+  run = attention.IMPLEMENTATIONS[form]
+  return jax.jit(lambda heads: run(heads, scale, **options))
+
+
 @pytest.mark.parametrize('form', ['naive', 'chunked', 'fused'])
 @pytest.mark.parametrize('grouped', [True, False])
 def test_bfloat16_logits_are_not_rounded(form, grouped):
@@ -100,16 +109,35 @@ def test_bfloat16_logits_are_not_rounded(form, grouped):
   # bfloat16's steps are 1/16 to 1/4 and a weight is off by up to an eighth.
   scale = 16 / H**0.5
   given = Heads(q, k, v, mask=structured_mask().mask())
-  exact = attention.attend(
-    given.replace(**{n: getattr(given, n).astype(jnp.float32) for n in 'qkv'}),
-    scale,
+  wide = given.replace(
+    **{n: getattr(given, n).astype(jnp.float32) for n in 'qkv'}
   )
-  run = attention.IMPLEMENTATIONS[form]
+  exact = compiled_attend('naive', scale)(wide)
   options = dict(chunk=5) if form == 'chunked' else {}
-  error = jnp.abs(run(given, scale, **options).astype(jnp.float32) - exact)
+  rounded = compiled_attend(form, scale, **options)(given)
+  error = np.abs(np.asarray(rounded, np.float32) - exact)
   # Weights and the result are rounded to 2 ** -9 of outputs up to 4, a few
   # times over; rounded logits give 0.1.
   assert error.max() < 0.025
+
+
+def queries_at(queries):
+  return jnp.zeros(S, bool).at[queries].set(True)
+
+
+@jax.jit
+def value_of_queries(window, chosen, q, v):
+  """(sum of squares of the chosen queries' outputs, its gradient)."""
+  places = jnp.broadcast_to(jnp.arange(S), (B, S))
+  one = jnp.ones((B, S), int)
+  seen = AttentionMask(places, places, one, one, window)
+
+  def value(q):
+    given = heads().replace(q=q, v=v, structured_mask=seen)
+    out = chunked_attention.attend(given, chunk=5)
+    return jnp.sum(jnp.where(chosen[:, None, None], out, 0) ** 2)
+
+  return jax.value_and_grad(value)(q)
 
 
 @pytest.mark.parametrize(
@@ -125,19 +153,11 @@ def test_bfloat16_logits_are_not_rounded(form, grouped):
 def test_parts_that_no_query_of_a_part_sees_are_not_computed(
   window, queries, unseen
 ):
-  places = jnp.broadcast_to(jnp.arange(S), (B, S))
-  one = jnp.ones((B, S), int)
-  seen = AttentionMask(places, places, one, one, jnp.int32(window))
   given = heads()
   q = jnp.concatenate([given.q, given.q[:, :6]], axis=1)
-
-  def value(q, v):
-    out = chunked_attention.attend(
-      given.replace(q=q, v=v, structured_mask=seen), chunk=5
-    )
-    return jnp.sum(out[:, queries] ** 2)
-
-  run = jax.jit(jax.value_and_grad(value))
+  run = functools.partial(
+    value_of_queries, jnp.int32(window), queries_at(queries)
+  )
   expected = run(q, given.v)
   # Nought times what is no number would be none.
   found = run(q, given.v.at[:, unseen].set(jnp.nan))
@@ -149,6 +169,13 @@ def test_parts_that_no_query_of_a_part_sees_are_not_computed(
     np.testing.assert_array_equal(left, right)
 
 
+@jax.jit
+@jax.value_and_grad
+def value_of_mask(q, seen):
+  given = heads().replace(q=q, structured_mask=seen)
+  return jnp.sum(chunked_attention.attend(given, chunk=7) ** 2)
+
+
 @pytest.mark.parametrize('where', ['padding', 'future'])
 def test_a_query_that_sees_nothing_stays_finite(where):
   seen = structured_mask()
@@ -156,30 +183,19 @@ def test_a_query_that_sees_nothing_stays_finite(where):
     seen = seen.replace(key_segments=jnp.full((B, S), -1))
   else:
     seen = seen.replace(query_positions=seen.query_positions - S)
-  given = heads()
-
-  def value(q):
-    return jnp.sum(
-      chunked_attention.attend(
-        given.replace(q=q, structured_mask=seen), chunk=7
-      )
-      ** 2
-    )
-
-  out, gradient = jax.value_and_grad(value)(given.q)
+  out, gradient = value_of_mask(heads().q, seen)
   assert np.isfinite(out) and np.isfinite(gradient).all()
 
 
 def test_dropout_keeps_the_mean_and_some_weights():
   given = heads().replace(structured_mask=structured_mask())
   given = given.replace(v=jnp.ones_like(given.v))
-  out = chunked_attention.attend(
-    given, rng=jax.random.key(0), dropout=0.4, chunk=5
-  )
+  attend = functools.partial(chunked_attention.attend, dropout=0.4, chunk=5)
+  out = jax.jit(attend)(given, rng=jax.random.key(0))
   # Each of 2 * 23 * 6 outputs is a mean of 0 or 1 / 0.6: all together 1.
   assert np.abs(np.mean(out) - 1) < 0.1
   assert np.std(out) > 0.1
-  exact = chunked_attention.attend(given, rng=None, dropout=0.4, chunk=5)
+  exact = jax.jit(attend)(given, rng=None)
   np.testing.assert_allclose(exact, jnp.ones_like(out), rtol=1e-5)
 
 
@@ -230,14 +246,16 @@ def test_fused_refuses_what_it_can_not_say():
     dot_product_attention.attend(given, rng=jax.random.key(0), dropout=0.1)
   mask = structured_mask(5).mask()
   np.testing.assert_allclose(
-    dot_product_attention.attend(given.replace(mask=mask), 0.3),
-    attention.attend(given.replace(mask=mask), 0.3),
+    compiled_attend('fused', 0.3)(given.replace(mask=mask)),
+    compiled_attend('naive', 0.3)(given.replace(mask=mask)),
     rtol=1e-5,
     atol=1e-5,
   )
 
 
-@pytest.mark.parametrize('window', [0, 1, 4])
+@pytest.mark.parametrize(
+  'window', [0, pytest.param(1, marks=pytest.mark.slow), 4]
+)
 def test_fused_by_lengths_equals_masks(window):
   given = heads()
   given = given.replace(k=given.k[:, :T], v=given.v[:, :T])
@@ -340,7 +358,7 @@ def test_cudnn_is_asked_for_what_it_knows(capability):
 def test_t5_is_fused_or_refuses():
   batch, variables = small.batch(), small.variables('full')
   naive, ours = (
-    jax.jit(T5(small.GATED, attention=form).apply)(variables, batch)
+    small.jitted(T5(small.GATED, attention=form))(variables, batch)
     for form in ('naive', 'fused')
   )
   real = np.asarray(batch['targets_mask'])

@@ -166,7 +166,7 @@ def test_layers_do_not_share_noise(rng, scan):
 
 def test_layers_do_not_share_first_weights():
   # Drawn by Flax and on the host.
-  model, _ = small.make('lora(rank=3)')
+  model, _ = small.make("lora(rank=3, targets='*/q')")
   drawn = [
     jax.jit(model.init)(small.RNGS, small.batch()),
     init_params(model, small.batch(), 0),

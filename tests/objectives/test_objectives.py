@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives at known points, with a model that gives what it is told."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,14 +30,23 @@ LOGITS = jax.random.normal(jax.random.key(0), (B, T, V))
 def value(name, logits, batch=BATCH, **loss):
   """(mean loss, aux) where the model's logits are given."""
 
+  return compiled_value(name, CrossEntropySettings(**loss))(logits, batch)
+
+
+@functools.cache
+def compiled_value(name, settings):
   def apply(variables, batch, train, rngs, mutable):
     del batch, train, rngs, mutable
     return variables, {}
 
-  total, aux = OBJECTIVES[name].build(CrossEntropySettings(**loss))(
-    apply, logits, batch, None
-  )
-  return mean_loss(total, aux), aux
+  objective = OBJECTIVES[name].build(settings)
+
+  @jax.jit
+  def run(logits, batch):
+    total, aux = objective(apply, logits, batch, None)
+    return mean_loss(total, aux), aux
+
+  return run
 
 
 def permuted(batch, order):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixtures whose layers have unlike counts of experts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,8 @@ from moepeft.moe.router_stats import collect, router_stats, statistics
 from moepeft.moe.routers.topk import TopK
 from moepeft.nn import expert_padding
 from moepeft.nn.initializers import padded_axes, param_metadata
-from moepeft.peft.build import build, expanded, plain
+from moepeft.peft.build import build
+from moepeft.peft.method_text import canonical_text, expanded_text
 from moepeft.runs import metrics_log, router_diagnosis
 from moepeft.runs.history import History
 from moepeft.training.metrics_logger import routing_rows
@@ -55,10 +58,10 @@ def test_texts_round_trip(text):
   built = build(text, SITES)
   assert 'experts=' not in built.method
   assert build(built.method, SITES) == built
-  assert build(plain(text), SITES).adapter_map == built.adapter_map
-  full = expanded(text)
-  assert expanded(full) == full and 'experts=' not in full
-  assert 'experts_per_layer' not in expanded('molora')
+  assert build(canonical_text(text), SITES).adapter_map == built.adapter_map
+  full = expanded_text(text)
+  assert expanded_text(full) == full and 'experts=' not in full
+  assert 'experts_per_layer' not in expanded_text('molora')
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,7 @@ def test_gradients_with_noise_and_losses_are_finite_and_none_of_absent_experts(
     return losses + jnp.sum(routing.combine_weights**2), routing
 
   kernel = jax.random.normal(jax.random.key(5), (7, 5))
-  slope, routing = jax.grad(loss, has_aux=True)(kernel)
+  slope, routing = jax.jit(jax.grad(loss, has_aux=True))(kernel)
   assert np.isfinite(slope).all()
   np.testing.assert_array_equal(slope[:, 3:], 0)
   weights = np.asarray(routing.combine_weights)
@@ -155,7 +158,9 @@ def test_gradients_with_noise_and_losses_are_finite_and_none_of_absent_experts(
   assert (weights.sum(-1) > 0.1).all()
 
 
-@pytest.mark.parametrize('remat', ['none', 'full'])
+@pytest.mark.parametrize(
+  'remat', ['full', pytest.param('none', marks=pytest.mark.slow)]
+)
 def test_scanned_layers_equal_layers_one_by_one(remat):
   variables = small.variables(MOLA, noise=0.3)
 
@@ -176,20 +181,29 @@ def test_scanned_layers_equal_layers_one_by_one(remat):
   scanned, _ = small.make(MOLA, remat=remat)
   looped, _ = small.make(MOLA, scan=False)
   peft = variables['peft']
+  slopes = gradient(scanned)(peft)
   jax.tree.map(
     # Float32 sums in another order.
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    gradient(scanned)(peft),
+    slopes,
     gradient(looped, small.unstack)(peft),
   )
+  check_padding_has_no_gradient(slopes, padded_axes(scanned, small.batch()))
+
+
+def check_padding_has_no_gradient(slopes, padded):
+  for path, slope in weight_mapping.flatten(slopes).items():
+    array = np.array(slope)
+    assert np.abs(array).max() > 0
+    padded[path].clear_padding(array)
+    np.testing.assert_array_equal(array, slope)
 
 
 def test_the_mask_is_that_of_the_layer():
   model, _ = small.make(MOLA)
   variables = small.variables(MOLA, noise=0.3)
-  _, changed = model.apply(
-    variables, small.batch(), mutable=['routing', 'weights']
-  )
+  collect_all = functools.partial(model.apply, mutable=['routing', 'weights'])
+  _, changed = jax.jit(collect_all)(variables, small.batch())
   sites = collect(changed['routing'])
   found = {site: np.asarray(sums.experts) for site, sums in sites.items()}
   encoder = found['encoder/layers/self/q/molora']
@@ -313,6 +327,9 @@ def test_counts_are_of_true_parameters():
   assert found['megabytes']['peft'] == round(2 * 64 * expert * 4 / 1e6, 3)
 
 
+# In the fast suite parts are tests/contracts/test_router_kinds.py's, and the
+# gradient of padding is that of the scanned layers above.
+@pytest.mark.slow
 def test_a_step_in_parts_equals_that_of_the_whole_batch():
   config = config_lib.default()
   config.batch_size = len(small.batch()['inputs'])
@@ -325,14 +342,12 @@ def test_a_step_in_parts_equals_that_of_the_whole_batch():
     step = jax.jit(build_train_step(config, model, built, optimizer))
     state, _ = step(make_state(before, optimizer), small.batch())
     after[parts] = weight_mapping.flatten(state.trainable)
-  padded = padded_axes(model, small.batch())
-  for path, array in weight_mapping.flatten(before['peft']).items():
+  first = weight_mapping.flatten(before['peft'])
+  for path in first:
     # Float32 sums in another order.
     np.testing.assert_allclose(
       after[3][path], after[1][path], rtol=1e-4, atol=1e-6, err_msg=path
     )
-    # The noise in the padding has no gradient.
-    moved = np.array(after[3][path] - array)
-    assert np.abs(moved).max() > 0
-    padded[path].clear_padding(moved)
-    np.testing.assert_array_equal(moved, after[3][path] - array)
+  # The noise in the padding has no gradient.
+  moved = {path: after[3][path] - array for path, array in first.items()}
+  check_padding_has_no_gradient(moved, padded_axes(model, small.batch()))

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from moepeft.models.t5 import model as t5
-from moepeft.peft.build import build, expanded, plain, portable
+from moepeft.peft.build import build
+from moepeft.peft.method_text import (
+  canonical_text,
+  expanded_text,
+  portable_text,
+)
 from moepeft.peft.mixture import Mixture
 
 from ..contracts import small
@@ -84,11 +89,11 @@ TEXTS = (
 def test_texts_round_trip_and_mean_the_same_method(text, semantics):
   built = build(text, SITES, semantics)
   assert build(built.method, SITES, semantics) == built
-  short = plain(text, semantics)
-  assert plain(short, semantics) == short
+  short = canonical_text(text, semantics)
+  assert canonical_text(short, semantics) == short
   assert build(short, SITES, semantics).adapter_map == built.adapter_map
-  full = expanded(text, semantics)
-  assert expanded(full, semantics) == full
+  full = expanded_text(text, semantics)
+  assert expanded_text(full, semantics) == full
   assert 'molora' not in full and 'mov' not in full
 
   def modules(built):
@@ -131,5 +136,5 @@ def test_mistakes_have_one_sentence(text, message):
 @pytest.mark.parametrize('text', TEXTS)
 def test_what_is_exported_has_the_text_of_the_run(text):
   method = build(text, SITES).method
-  assert portable(method) == method
+  assert portable_text(method) == method
   assert "router='" not in method

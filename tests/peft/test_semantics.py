@@ -53,7 +53,8 @@ def projection(place):
 
 def call(module, tree, f, x):
   cast = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (tree, x))
-  return module.apply({'peft': cast[0]}, f, cast[1], Context())
+  run = jax.jit(lambda tree, x: module.apply({'peft': tree}, f, x, Context()))
+  return run(*cast)
 
 
 def softmax(x):
@@ -230,6 +231,7 @@ def test_ia3_scales_features(on):
   )
 
 
+@jax.jit
 def sums_of(logits):
   routing = Routing(logits, jax.nn.softmax(logits))
   return router_stats.router_stats(routing, None)
@@ -249,7 +251,7 @@ def test_the_entropy_loss_is_the_mean_entropy_in_nats():
 
 
 def test_minimising_entropy_sharpens_routing():
-  slope = jax.grad(lambda logits: aux_losses.entropy(sums_of(logits)))(
+  slope = jax.jit(jax.grad(lambda logits: aux_losses.entropy(sums_of(logits))))(
     jnp.array([[[1.0, 0.0]]])
   )
   assert float(slope[0, 0, 0]) < 0 < float(slope[0, 0, 1])

@@ -32,10 +32,10 @@ CONFIG = DecoderConfig(
   length=40,
 )
 METHODS = {
-  'lora': 'lora(rank=3, alpha=5.0)',
-  'molora': 'molora(experts=3, rank=2, router=topk(k=2))',
+  'lora': "lora(rank=3, alpha=5.0, targets='*/q|*/wo')",
+  'molora': "molora(experts=3, rank=2, router=topk(k=2), targets='*/q|*/wo')",
   'ia3': 'ia3',
-  'late': 'lora(rank=2)',
+  'late': "lora(rank=2, targets='*/q|*/wo')",
 }
 # Ranks are padded and scales multiplied in before: float32's last digits.
 CLOSE = 2e-5

@@ -37,10 +37,9 @@ def run(config, gradients, steps=100, start=START):
   optimizer = optimizers.make_optimizer(config, steps)
   params = jnp.array(start, jnp.float32)
   state, changes = optimizer.init(params), []
+  update = jax.jit(optimizer.update)
   for gradient in gradients:
-    change, state = optimizer.update(
-      jnp.array(gradient, jnp.float32), state, params
-    )
+    change, state = update(jnp.array(gradient, jnp.float32), state, params)
     params = optax.apply_updates(params, change)
     changes.append(np.asarray(change))
   return changes, state
@@ -219,9 +218,14 @@ GROUPS = '*/router/*: learning_rate=0.125, weight_decay=0; */b: weight_decay=3'
 
 def train_steps(optimizer, count=3):
   params, state = PARAMS, optimizer.init(PARAMS)
-  for _ in range(count):
+
+  @jax.jit
+  def step(params, state):
     updates, state = optimizer.update(GRADIENT, state, params)
-    params = optax.apply_updates(params, updates)
+    return optax.apply_updates(params, updates), state
+
+  for _ in range(count):
+    params, state = step(params, state)
   return params
 
 

@@ -47,7 +47,7 @@ def card(base, rows, **changes):
       'model.path': base,
       'model.family': '',
       'model.shape': {},
-      'method': 'molora(experts=2, rank=2)',
+      'method': "molora(experts=2, rank=2, targets='*/q|*/wo')",
       'data.tokenizer': '',
       'data.source': 'chat',
       'data.path': rows,

@@ -35,7 +35,7 @@ from moepeft.evaluation.tables.render import (
 )
 from moepeft.evaluation.tables.run_results import RunResults
 from moepeft.evaluation.tables.seeds import SeedGroup
-from moepeft.peft.build import plain
+from moepeft.peft.method_text import canonical_text
 from moepeft.runs.run import Run
 
 
@@ -262,9 +262,9 @@ def _published_row(
   """The paper's row of a run's method."""
   if entry.is_base or not printed:
     return None
-  method = plain(entry.method, entry.semantics)
+  method = canonical_text(entry.method, entry.semantics)
   for row in printed:
-    if row.method and plain(row.method, entry.semantics) == method:
+    if row.method and canonical_text(row.method, entry.semantics) == method:
       return row
   return None
 
@@ -291,7 +291,9 @@ def _same_method(entry: RunResults, text: str) -> bool:
   if entry.is_base or text == run_results.BASE:
     return entry.method == text
   try:
-    return plain(entry.method, entry.semantics) == plain(text, entry.semantics)
+    return canonical_text(entry.method, entry.semantics) == canonical_text(
+      text, entry.semantics
+    )
   except ValueError:
     # Neither a method nor a run: the caller lists what there is.
     return False

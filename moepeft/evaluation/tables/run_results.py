@@ -9,7 +9,7 @@ from typing import Any
 from moepeft.data.readers import READERS
 from moepeft.evaluation import results
 from moepeft.evaluation.results import HELD_OUT, Result
-from moepeft.peft.build import plain
+from moepeft.peft.method_text import canonical_text
 from moepeft.runs.resume import flatten
 from moepeft.runs.run import Run
 
@@ -185,8 +185,11 @@ def _check_method(folder: str, config: Mapping[str, Any], row: Result) -> None:
   """Raises ValueError where rows are of a run that was there before."""
   if row.method == BASE:
     return
-  now = plain(config['method'], config['semantics']), config['semantics']
-  if (plain(row.method, row.semantics), row.semantics) != now:
+  now = (
+    canonical_text(config['method'], config['semantics']),
+    config['semantics'],
+  )
+  if (canonical_text(row.method, row.semantics), row.semantics) != now:
     raise ValueError(
       f'{folder!r} holds rows of {row.method!r} ({row.semantics}), its run is '
       f'of {config["method"]!r} ({config["semantics"]}); evaluate it again '

@@ -24,8 +24,14 @@ from moepeft.inference.adapters.served_modules import (
 from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import Built
-from moepeft.peft.build import entry, flat, make, nested, plain
+from moepeft.peft.build import make_adapter
 from moepeft.peft.method import options_of
+from moepeft.peft.method_text import (
+  canonical_text,
+  flatten_expert,
+  method_entry,
+  nest_expert,
+)
 
 _MIN_RANK = 4
 # Options in which the adapters of a bucket may differ.
@@ -38,7 +44,7 @@ class BucketPart:
 
   Attributes:
     name: the key in the 'peft' tree.
-    kind: the flat spec (`peft.build.flat`) without rank and scale.
+    kind: the flat spec (`peft.method_text`) without rank and scale.
     rank: the largest rank, or soft prompt length, that fits; 0 for a method
       without either.
     sites: the paths of the target modules, in the model's order.
@@ -79,7 +85,7 @@ class Bucket:
   def method(self) -> str:
     """The method string that `--form` takes."""
     return method_string.format_method(
-      tuple(nested(part.sized) for part in self.parts)
+      tuple(nest_expert(part.sized) for part in self.parts)
     )
 
   def holds(self, other_bucket: 'Bucket') -> bool:
@@ -101,11 +107,11 @@ def bucket_of(built: Built, label: str) -> Bucket:
   """
   parts = []
   for name, spec in instances(built.method).items():
-    spec = flat(spec)
-    if entry(spec).not_pooled:
+    spec = flatten_expert(spec)
+    if method_entry(spec).not_pooled:
       raise ValueError(
         f'{label} is {built.method!r}, which cannot be served beside other '
-        f'adapters: {entry(spec).not_pooled}'
+        f'adapters: {method_entry(spec).not_pooled}'
       )
     entries = built.adapter_map.entries
     for _, module in entries:
@@ -142,15 +148,15 @@ def adapter_map_of(buckets: Sequence[Bucket]) -> AdapterMap:
   entries = []
   for bucket in buckets:
     for part in bucket.parts:
-      adapter = make(part.spec, part.name)
-      module = served_module(entry(part.kind), adapter, part.name)
+      adapter = make_adapter(part.spec, part.name)
+      module = served_module(method_entry(part.kind), adapter, part.name)
       entries += [(path, module) for path in part.sites]
   return AdapterMap(tuple(entries))
 
 
 def size_option(spec: Spec) -> str:
   """The option that is padded: 'rank', 'length', or '' for none."""
-  return entry(spec).size_option
+  return method_entry(spec).size_option
 
 
 def rank_of(spec: Spec) -> int:
@@ -167,7 +173,7 @@ def scale_of(spec: Spec) -> float:
 
 
 def _value(spec: Spec, option: str) -> Any:
-  return spec.get(option, entry(spec).options()[option].default)
+  return spec.get(option, method_entry(spec).options()[option].default)
 
 
 def round_up_rank(rank: int) -> int:
@@ -178,7 +184,7 @@ def round_up_rank(rank: int) -> int:
 def _kind(spec: Spec) -> Spec:
   """The spec that all adapters of a bucket share, without default options."""
   training_only = (
-    k for k, o in entry(spec).options().items() if o.training_only
+    k for k, o in method_entry(spec).options().items() if o.training_only
   )
   spec = _without(spec, (*_SLOT_OPTIONS, *training_only))
   router = spec.get('router')
@@ -188,7 +194,9 @@ def _kind(spec: Spec) -> Spec:
     training_only = (k for k, o in options.items() if o.training_only)
     router = _without(router, (*router_entry.pooled_options, *training_only))
     spec = spec.replace(router=router)
-  return flat(method_string.parse(plain(str(nested(spec)))))
+  return flatten_expert(
+    method_string.parse(canonical_text(str(nest_expert(spec))))
+  )
 
 
 def _without(spec: Spec, options: Sequence[str]) -> Spec:
@@ -204,7 +212,7 @@ def _merge(a: Bucket, b: Bucket, sites: Mapping[str, str]) -> Bucket:
   """Merges two buckets of the same kinds, and adds default target modules."""
   parts = []
   for part, other in zip(a.parts, b.parts, strict=True):
-    groups = entry(part.kind).roles.values()
+    groups = method_entry(part.kind).roles.values()
     roles = {role for group in groups for role in group}
     paths = {path for path, role in sites.items() if role in roles}
     paths |= {*part.sites, *other.sites}

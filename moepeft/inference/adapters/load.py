@@ -18,7 +18,7 @@ from moepeft.inference.adapters.buckets import Bucket, bucket_of
 from moepeft.models import weight_mapping
 from moepeft.nn.initializers import ParamMetadata, param_metadata
 from moepeft.peft import Built, build
-from moepeft.peft.build import plain
+from moepeft.peft.method_text import canonical_text
 from moepeft.peft.prefix import placeholder_ids
 
 # {path in a 'peft' tree: (shape, metadata)}.
@@ -67,7 +67,7 @@ def read_adapter(path: str, base: Base) -> TrainedAdapter:
   _check_arrays(arrays, built, path, base)
   content = '\n'.join(
     (
-      plain(file.method, semantics),
+      canonical_text(file.method, semantics),
       semantics,
       weight_mapping.content_hash(arrays),
     )

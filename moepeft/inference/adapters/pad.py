@@ -20,7 +20,7 @@ from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.nn.initializers import Constant, ParamMetadata
 from moepeft.nn.quantization import FORMATS
-from moepeft.peft.build import entry, flat
+from moepeft.peft.method_text import flatten_expert, method_entry
 
 
 def bucket_layouts(
@@ -103,7 +103,11 @@ class _TrainedPart:
     part: BucketPart,
     base: Base,
   ):
-    self._instance, self._spec, self._part = instance, flat(spec), part
+    self._instance, self._spec, self._part = (
+      instance,
+      flatten_expert(spec),
+      part,
+    )
     self._base = base
     self._arrays: dict[str, dict[str, np.ndarray]] = {}
     for path, array in arrays.items():
@@ -120,7 +124,7 @@ class _TrainedPart:
     leaves = self._arrays[target]
     if leaf == 'on':
       return np.ones(shape, np.float32)
-    pooled_leaf = entry(self._spec).pooled_leaves.get(leaf)
+    pooled_leaf = method_entry(self._spec).pooled_leaves.get(leaf)
     if pooled_leaf is not None:
       return self._derived_array(pooled_leaf, target)
     if leaf == 'router/kernel' and leaf not in leaves:

@@ -164,16 +164,15 @@ def test_what_is_written_has_the_form_that_t5x_writes(name, tmp_path):
   ],
 )
 def test_what_a_run_trains_goes_out_and_comes_back(method, tmp_path):
-  jax = pytest.importorskip('jax')
+  pytest.importorskip('jax')
   from moepeft.models.t5.model import T5, sites
+  from moepeft.nn.initializers import init_params
   from moepeft.peft import build
   from moepeft.peft.build import function_of
 
   built = build(method, sites(CONFIG))
   batch = {key: np.ones((1, 2), int) for key in ('inputs', 'decoder_inputs')}
-  keys = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
-  init = jax.jit(T5(CONFIG, built.adapter_map).init)
-  tree = jax.device_get(init(keys, batch)['peft'])
+  tree = init_params(T5(CONFIG, built.adapter_map), batch, 0)['peft']
   adapter = AdapterWeights(built.method, tree)
   t5x.save(tmp_path / 'x', CONFIG, random_params(CONFIG), adapter)
   found = t5x.load(str(tmp_path / 'x')).adapter

@@ -31,7 +31,10 @@ CLOSE = dict(rtol=1e-9, atol=1e-13)
 LENGTHS = ((5, 3), (2, 7), (4, 1), (7, 2), (3, 5))
 ROWS = ((0, 1, 2), (3, 4))
 S, T = 13, 11
-MOLORA = "molora(experts=3, rank=2, targets='*/q|*/wo')"
+MOLORA = (
+  'molora(experts=3, rank=2, '
+  "targets='encoder/mlp/wo|decoder/self/q|decoder/cross/k')"
+)
 CASES = [
   (MOLORA, 'tokens'),
   pytest.param('mov(experts=3)', 'sequences', marks=pytest.mark.slow),

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """No key of the environment reaches a log, an error or a trace."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
 
-pytest.importorskip('seqio')
-
 from moepeft.data.readers import seqio_cache
 from moepeft.data.readers.seqio_stream import SeqioStream
 
-from ... import seqio_cases as cases
+from ...lazy_import import LazyModule
+
+cases = LazyModule('tests.seqio_cases')
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec('seqio') is None, reason='needs seqio'
+)
 
 SECRET = 'sk-qqqqqqqqqqqqqqqqqqqqqqqq'
 READ = """

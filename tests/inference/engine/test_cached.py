@@ -48,10 +48,12 @@ WINDOWED = dataclasses.replace(
 ALIBI = dataclasses.replace(CONFIG, positions='alibi')
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20])
 TOP = 20
-RANDOM = 'molora(experts=3, rank=2, router=random(k=2))'
+AT = "targets='*/q|*/wo'"
+RANDOM = f'molora(experts=3, rank=2, router=random(k=2), {AT})'
 # Soft prompts are tried in tests/inference/test_soft_prompts.py.
 METHODS = (
   'full',
+  RANDOM,
   *(method for method in small.METHODS if not method.startswith('prompt')),
   "lora(rank=2, targets='head|*/o')",
 )
@@ -98,13 +100,13 @@ def check_in_float64(model, variables, prompts):
         *((method, CONFIG) for method in METHODS),
         ('molora(experts=3, rank=2)', WINDOWED),
         ('mov(experts=3)', ALIBI),
+        ('lora(rank=3)', ALIBI),
       ),
       # Its router computes with its path.
-      quick=(small.FEW[0], RANDOM),
+      quick=(RANDOM,),
     ),
-    ('molora(experts=3, rank=2, router=topk(k=2))', GPT2),
-    ('lora(rank=3)', WINDOWED),
-    ('lora(rank=3)', ALIBI),
+    (f'molora(experts=3, rank=2, router=topk(k=2), {AT})', GPT2),
+    (f'lora(rank=3, {AT})', WINDOWED),
   ],
 )
 def test_a_decoders_cached_logits_are_the_uncached(method, config):

@@ -27,11 +27,11 @@ CLOSE = 2e-5
 PLACES = 31
 LLAMA = dataclasses.replace(small_decoders.CONFIGS['llama'], length=PLACES)
 METHODS = {
-  'lora': 'lora(rank=2)',
+  'lora': "lora(rank=2, targets='*/q|*/wo')",
   'prompt': 'prompt(length=3)',
   # Of the same bank.
   'longer': 'prompt(length=5)',
-  'both': 'prompt(length=2) + lora(rank=2)',
+  'both': "prompt(length=2) + lora(rank=2, targets='*/q|*/wo')",
 }
 
 

@@ -3,7 +3,7 @@
 
 import pytest
 
-from moepeft.peft.build import plain
+from moepeft.peft.method_text import canonical_text
 
 SAME = [
   (
@@ -39,14 +39,14 @@ OTHER = [
 
 @pytest.mark.parametrize(('one', 'other', 'semantics'), SAME)
 def test_texts_of_one_method_are_one(one, other, semantics):
-  assert plain(one, semantics) == plain(other, semantics)
+  assert canonical_text(one, semantics) == canonical_text(other, semantics)
 
 
 @pytest.mark.parametrize(('one', 'other', 'semantics'), OTHER)
 def test_texts_of_two_methods_are_two(one, other, semantics):
-  assert plain(one, semantics) != plain(other, semantics)
+  assert canonical_text(one, semantics) != canonical_text(other, semantics)
 
 
 def test_an_unknown_method_is_refused():
   with pytest.raises(ValueError, match="no method 'none'"):
-    plain('none')
+    canonical_text('none')

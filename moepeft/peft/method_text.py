@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts of methods: their options checked, completed and written out.
+
+'molora(experts=10) + ia3' is parsed into a spec for each adapter
+(`config.method_string`). A spec is resolved when its names and options are
+checked and it has the options that the semantics decides. It is flat when an
+expert's options stand among those of its mixture, as a preset has them:
+mixture(expert=lora, rank=4, experts=10).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from moepeft.config import method_string
+from moepeft.config.method_string import Spec
+from moepeft.config.ranges import SEMANTICS
+from moepeft.core.ranges import shortened, suggestion
+from moepeft.moe import DEFAULT_ROUTER, ROUTERS
+from moepeft.peft.method import Method, Option, options_of
+from moepeft.peft.methods import METHODS
+from moepeft.peft.mixture import EXPERT_COUNTS, can_be_expert, mixture_of
+
+
+def resolve(
+  method: str,
+  semantics: str = 'official',
+  methods: Mapping[str, Method] = METHODS,
+) -> list[Spec]:
+  """The flat, resolved specs of a method, the innermost adapter first.
+
+  Args:
+    semantics: decides what the text leaves open; official is the released
+      code, paper the text.
+    methods: the registry.
+
+  Raises:
+    ValueError: a name, option or semantics does not exist.
+  """
+  if semantics not in SEMANTICS:
+    raise ValueError(
+      f'semantics is one of {", ".join(SEMANTICS)}; got {semantics!r}'
+    )
+  return [
+    _resolve(spec, methods, semantics)
+    for spec in method_string.parse_method(method)
+  ]
+
+
+def canonical_text(
+  method: str,
+  semantics: str = 'official',
+  methods: Mapping[str, Method] = METHODS,
+) -> str:
+  """A method's text without the modules' defaults, its options in order.
+
+  Two texts of one method have the same: 'lora(alpha=16.0, rank=8)' and
+  'lora(rank=8)'; what the semantics decides is said.
+
+  Raises:
+    ValueError: as `build`.
+  """
+  specs = []
+  for spec in resolve(method, semantics, methods):
+    options = _unusual(spec, method_entry(spec, methods).options())
+    router = options.pop('router', None)
+    if router is not None:
+      router_options = options_of(ROUTERS[router.name].module)
+      router_options = _unusual(router, router_options)
+      router = Spec(router.name, tuple(sorted(router_options.items())))
+      options |= {'router': router} if router != Spec(DEFAULT_ROUTER) else {}
+    specs.append(Spec(spec.name, tuple(sorted(options.items()))))
+  return format_specs(specs, methods)
+
+
+def _unusual(spec: Spec, options: Mapping[str, Option]) -> dict[str, Any]:
+  return {
+    name: value
+    for name, value in spec.options
+    if name not in options or options[name].default != value
+  }
+
+
+def expanded_text(
+  method: str,
+  semantics: str = 'official',
+  methods: Mapping[str, Method] = METHODS,
+) -> str:
+  """A method's text with each preset as its mixture, every option written.
+
+  Raises:
+    ValueError: as `build`.
+  """
+  specs = []
+  for spec in resolve(method, semantics, methods):
+    entry = method_entry(spec, methods)
+    options = {k: o.default for k, o in entry.options().items()}
+    options |= dict(spec.options)
+    if entry.expert:
+      names = (n for n, m in methods.items() if m is entry.expert)
+      options = {'expert': next(names)} | options
+      router = options['router']
+      defaults = options_of(ROUTERS[router.name].module)
+      del defaults['experts']
+      usual = {k: option.default for k, option in defaults.items()}
+      router = Spec(router.name, tuple((usual | dict(router.options)).items()))
+      options['router'] = router
+      # Exactly one of them may stand in a method string.
+      count_names = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
+      for name in {*EXPERT_COUNTS} - count_names:
+        del options[name]
+      if 'from_adapters' not in count_names:
+        del options['train_experts']
+    name = 'mixture' if entry.expert else spec.name
+    specs.append(Spec(name, tuple(options.items())))
+  return format_specs(specs, methods)
+
+
+def portable_text(method: str) -> str:
+  """A resolved method's text with `experts` in place of `from_adapters`.
+
+  It builds the same function, and describes an adapter whose arrays hold the
+  experts, wherever those files are.
+  """
+  specs = [flatten_expert(spec) for spec in method_string.parse_method(method)]
+  if not any(spec.get('from_adapters') for spec in specs):
+    return method
+  portable_specs = []
+  for spec in specs:
+    options = dict(spec.options)
+    # A name alone is parsed as text.
+    if isinstance(options.get('router'), str):
+      options['router'] = Spec(options['router'])
+    options.pop('train_experts', None)
+    portable_specs.append(
+      Spec(
+        spec.name,
+        tuple(
+          ('experts', len(value)) if name == 'from_adapters' else (name, value)
+          for name, value in options.items()
+        ),
+      )
+    )
+  return format_specs(portable_specs, METHODS)
+
+
+def method_entry(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Method:
+  """The entry of a flat spec; of a mixture, with the facts of its expert.
+
+  Raises:
+    ValueError: the method does not exist, or has no expert that exists.
+  """
+  method = _find(spec.name, methods, 'method')
+  if 'expert' not in options_of(method.module) or method.expert:
+    return method
+  expert = spec.get('expert')
+  if expert is None and spec.get('from_adapters'):
+    raise ValueError(
+      f'{spec.name} has its expert in the files of from_adapters, which are '
+      "read for config.method alone; write `expert` and `targets` as the run's "
+      'first line has them'
+    )
+  if not isinstance(expert, str) or not expert:
+    raise ValueError(
+      f'{spec.name} has an expert like lora or lora(rank=4); got '
+      f'{shortened(expert)}'
+    )
+  expert_method = _find(expert, methods, 'method')
+  if not can_be_expert(expert_method):
+    names = [name for name, m in methods.items() if can_be_expert(m)]
+    raise ValueError(
+      f'{spec.name}: {expert} cannot be an expert; {", ".join(names)} can'
+    )
+  return mixture_of(expert_method)
+
+
+def flatten_expert(spec: Spec) -> Spec:
+  """mixture(expert=lora(rank=4), experts=10) as one list of options.
+
+  mixture(expert=lora, rank=4, experts=10): as a preset has them.
+
+  Raises:
+    ValueError: an option of the expert is one of the mixture too.
+  """
+  expert = spec.get('expert')
+  if not isinstance(expert, Spec):
+    return spec
+  twice = dict(spec.options).keys() & dict(expert.options).keys()
+  if twice:
+    raise ValueError(
+      f'{spec.name} and its expert both have {", ".join(sorted(twice))}; '
+      'give it once'
+    )
+  options = []
+  for option, value in spec.options:
+    options += (
+      [(option, expert.name), *expert.options]
+      if option == 'expert'
+      else [(option, value)]
+    )
+  return Spec(spec.name, tuple(options))
+
+
+def nest_expert(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Spec:
+  """The inverse of `flatten_expert`: an expert has its own options."""
+  expert = spec.get('expert')
+  if not isinstance(expert, str):
+    return spec
+  names = methods[expert].options()
+  inner = tuple((k, v) for k, v in spec.options if k in names)
+  return Spec(
+    spec.name,
+    tuple(
+      (k, Spec(expert, inner) if k == 'expert' else v)
+      for k, v in spec.options
+      if k not in names
+    ),
+  )
+
+
+def _resolve(spec: Spec, methods, semantics: str) -> Spec:
+  """Checks names and options and adds what the semantics decides; flat."""
+  spec = flatten_expert(spec)
+  method = method_entry(spec, methods)
+  user_options = dict(spec.options)
+  decided = dict(method.defaults.get(semantics, {}))
+  options = method.options()
+  if 'router' in options:
+    router = user_options.get('router', DEFAULT_ROUTER)
+    router = Spec(router) if isinstance(router, str) else router
+    if not isinstance(router, Spec):
+      raise ValueError(
+        f'{spec.name}: a router is written like softmax or topk(k=2); got '
+        f'{router!r}'
+      )
+    router_entry = _find(router.name, ROUTERS, 'router')
+    router_options = options_of(router_entry.module)
+    router_options.pop('experts')
+    _check(router, router_options)
+    for option, value in router_entry.defaults.get(semantics, {}).items():
+      if router.get(option) is None:
+        router = router.replace(**{option: value})
+    decided['router'] = user_options['router'] = router
+  extra = {'targets': Option('')} if options else {}
+  if method.expert and method is not methods[spec.name]:
+    extra['expert'] = Option('')
+  _check(spec, options | extra)
+  counts = [name for name in EXPERT_COUNTS if name in user_options]
+  if len(counts) > 1:
+    raise ValueError(
+      f'{spec.name} takes one of {" and ".join(counts)}; drop the others'
+    )
+  _check_from_adapters(spec)
+  return Spec(
+    spec.name, tuple((user_options | (decided | user_options)).items())
+  )
+
+
+def _check_from_adapters(spec: Spec) -> None:
+  """Raises a ValueError for options that do not go with `from_adapters`."""
+  options = dict(spec.options)
+  if 'train_experts' in options and 'from_adapters' not in options:
+    raise ValueError(
+      f'{spec.name}: train_experts is for experts that are given by '
+      'from_adapters; drop it, since others are trained'
+    )
+  if options.get('share') and 'from_adapters' in options:
+    raise ValueError(
+      f'{spec.name}: adapters that were trained apart have no parameter in '
+      'common; drop share'
+    )
+
+
+def _check(spec: Spec, options: Mapping[str, Option]) -> None:
+  """Raises a ValueError for an option that is not there or cannot be."""
+  unknown = sorted(set(dict(spec.options)) - set(options))
+  if 'sites' in unknown:
+    raise ValueError(
+      f'{spec.name}: the option sites is now targets; write that'
+    )
+  if unknown:
+    raise ValueError(
+      f'{spec.name} has no option {", ".join(unknown)}; it has '
+      f'{", ".join(sorted(options)) or "none"}'
+      f'{suggestion(unknown[0], options)}'
+    )
+  for name, value in spec.options:
+    option = options[name]
+    if isinstance(option.default, nn.Module):
+      continue
+    expected = type(option.default)
+    accepted = (int, float) if expected is float else expected
+    if not isinstance(value, accepted) or (
+      isinstance(value, bool) and expected is not bool
+    ):
+      kind = 'list' if expected is tuple else expected.__name__
+      raise ValueError(
+        f"{spec.name}'s option {name} is of type {kind}; got {shortened(value)}"
+      )
+    if option.allowed is not None:
+      option.allowed.check(f"{spec.name}'s option {name}", value)
+
+
+def _find(name: str, registry, kind: str):
+  if name not in registry:
+    raise ValueError(
+      f'there is no {kind} {name!r}; there are {", ".join(registry)}'
+      f'{suggestion(name, registry)}'
+    )
+  return registry[name]
+
+
+def format_specs(specs, methods: Mapping[str, Method]) -> str:
+  return method_string.format_method(
+    tuple(nest_expert(s, methods) for s in specs)
+  )
