@@ -91,8 +91,8 @@ class Bucket:
   def holds(self, other_bucket: 'Bucket') -> bool:
     """Whether the adapters of the other bucket fit into this one."""
     return _kinds(self.parts) == _kinds(other_bucket.parts) and all(
-      part.rank >= other.rank and set(part.sites) >= set(other.sites)
-      for part, other in zip(self.parts, other_bucket.parts, strict=True)
+      part.rank >= other_part.rank and set(part.sites) >= set(other_part.sites)
+      for part, other_part in zip(self.parts, other_bucket.parts, strict=True)
     )
 
 
@@ -211,15 +211,15 @@ def _kinds(parts: Sequence[BucketPart]) -> tuple[Spec, ...]:
 def _merge(a: Bucket, b: Bucket, sites: Mapping[str, str]) -> Bucket:
   """Merges two buckets of the same kinds, and adds default target modules."""
   parts = []
-  for part, other in zip(a.parts, b.parts, strict=True):
+  for part, other_part in zip(a.parts, b.parts, strict=True):
     groups = method_entry(part.kind).roles.values()
     roles = {role for group in groups for role in group}
     paths = {path for path, role in sites.items() if role in roles}
-    paths |= {*part.sites, *other.sites}
+    paths |= {*part.sites, *other_part.sites}
     parts.append(
       dataclasses.replace(
         part,
-        rank=max(part.rank, other.rank),
+        rank=max(part.rank, other_part.rank),
         sites=tuple(path for path in sites if path in paths),
       )
     )

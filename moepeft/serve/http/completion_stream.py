@@ -71,12 +71,12 @@ class AnswerDelta:
   prompt: tuple[TokenLogprob, ...] = ()
   reason: str = ''
 
-  def __add__(self, other: 'AnswerDelta') -> 'AnswerDelta':
+  def __add__(self, delta: 'AnswerDelta') -> 'AnswerDelta':
     return AnswerDelta(
-      self.text + other.text,
-      self.entries + other.entries,
-      self.prompt + other.prompt,
-      self.reason or other.reason,
+      self.text + delta.text,
+      self.entries + delta.entries,
+      self.prompt + delta.prompt,
+      self.reason or delta.reason,
     )
 
 
