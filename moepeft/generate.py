@@ -192,26 +192,26 @@ def main(argv) -> None:
   print(f'reading {_WORKDIR.value or _MODEL.value}', file=sys.stderr)
   run = load()
   config = dataclasses.replace(config, eos_token_ids=run.eos_token_ids)
-  streamed = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
+  stream = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
   num, batch_size = _NUM_RETURN_SEQUENCES.value, _BATCH_SIZE.value
   prompts_at_once = max(1, batch_size // num)
   rows = num * min(prompts_at_once, len(texts) if texts else 1)
   memory_estimate.check_answers(
     run.model,
-    (1 if streamed else rows) * _NUM_BEAMS.value,
+    (1 if stream else rows) * _NUM_BEAMS.value,
     _MAX_NEW_TOKENS.value,
   )
   generator = Generator(
     run.model, run.variables, run.tokenizer, config, max(batch_size, num)
   )
-  repl_config = ReplConfig(streamed, _CHAT.value, _SEED.value, num, batch_size)
+  repl_config = ReplConfig(stream, _CHAT.value, _SEED.value, num, batch_size)
   encode = run.prompt_encoder(_CHAT.value, _SYSTEM.value)
   repl = ChatRepl(generator, encode, repl_config)
   try:
     if texts is None:
-      repl.each(lines())
+      repl.answer_each(lines())
     else:
-      repl.all(texts)
+      repl.answer_all(texts)
   except KeyboardInterrupt:
     # How a conversation ends at a terminal: no bug, so no traceback.
     print(f'\n{repl.speed}', file=sys.stderr)

@@ -88,7 +88,7 @@ class BatchGenerator:
         self._model, variables, self._tokenizer, self._config, self._batch_size
       )
     self._generator.update_weights(variables)
-    return self._generator.texts(ids, progress=progress)
+    return self._generator.generate_texts(ids, progress=progress)
 
   def _encode(self, text: str) -> tuple[list[int], bool]:
     """(ids of an input, whether it was truncated)."""

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to the engine and its answers: token ids, never text.
+"""Requests to the engine, and the events of their answers, as token ids.
 
 The engine (`moepeft.inference.engine.engine`) delivers a request's events to
-the function that was submitted with it, in this order: `PromptLogprobs` where
-they were asked for, a `Token` for each new token, and exactly one `Finished`,
-which is the last.
+the function that was submitted with it, in this order: one `PromptLogprobs` if
+requested, a `Token` for each new token, and one `Finished`.
 """
 
 import dataclasses
@@ -26,17 +25,17 @@ STOP, LENGTH, CANCELLED, TIME, FAILED = (
 
 
 class Constraint(Protocol):
-  """A limit on the next token; one object a request, used on one thread.
+  """Restricts the next token of one request; used on one thread.
 
-  `moepeft.inference.constraints.grammar` makes them of a JSON schema, a regular
-  expression, a grammar or a choice; `moepeft.serve` wraps them.
+  `moepeft.inference.constraints.grammar` implements it for JSON schemas,
+  regular expressions, grammars and choices.
   """
 
   def mask(self) -> np.ndarray:
-    """bool [v], True for tokens that may come next; never all False."""
+    """bool [v], True for the allowed next tokens; never all False."""
 
   def accept(self, token: int) -> bool:
-    """Advances by a token that the mask allows; True if the text must end."""
+    """Advances by an allowed token; returns True if the answer must end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +44,22 @@ class Request:
 
   Attributes:
     id: unique among the requests that have not finished.
-    prompt_ids: tokens of a decoder's text so far, or of T5's inputs.
-    max_new_tokens: 0 where only the prompt's log-probabilities are wanted.
-    adapter: name of a loaded adapter; '' is the base.
-    sampling: numbers, not arrays; greedy by default.
-    seed: the draws depend on it and on nothing beside the request.
-    eos_token_ids: ids that end the answer; the answer includes its end.
-    logprobs: number of alternatives reported with each token; None for no
-      log-probabilities at all.
-    prompt_logprobs: the same for the prompt's tokens (echo); decoders only.
-    constraint: limits the next token.
+    prompt_ids: the ids of a decoder's prompt, or of an encoder's inputs.
+    max_new_tokens: the maximum number of answer tokens; 0 computes only the
+      prompt's log-probabilities.
+    adapter: the name of a loaded adapter; '' is the base.
+    sampling: the sampling parameters, numbers; greedy by default.
+    seed: the sampling seed; an answer does not depend on other requests.
+    eos_token_ids: ids that end the answer and are its last token.
+    logprobs: the number of alternatives reported with each token; None reports
+      no log-probabilities.
+    prompt_logprobs: the same for the prompt's tokens (echo); only for
+      decoder-only models.
+    constraint: restricts the next token.
     routing: whether tokens are reported with their experts' weights.
-    timeout: seconds after which the answer ends with TIME, waiting included.
-    client: requests of different clients take turns; '' is one of them.
-    min_new_tokens: before so many tokens no end is chosen.
+    timeout: seconds, queueing included, after which the answer ends with TIME.
+    client: the client's name; the queue is fair between clients.
+    min_new_tokens: the minimum number of tokens before an eos token.
   """
 
   id: str
@@ -84,9 +85,9 @@ class TokenLogprob:
   Attributes:
     id: the token.
     logprob: in nats; None for a prompt's first token.
-    top: (id, logprob) of the most probable tokens, the best first.
-    experts: {site: weight of each expert, averaged over layers} where
-      `routing` was asked for and the adapter routes.
+    top: (id, logprob) of the most probable tokens, best first.
+    experts: {target module: weight of each expert, averaged over layers}; None
+      without `routing` or without a router.
   """
 
   id: int
@@ -114,12 +115,12 @@ class Finished:
   """The last event of a request.
 
   Attributes:
-    reason: STOP (an end or a finished constraint), LENGTH, CANCELLED, TIME or
-      FAILED.
-    prompt: number of the prompt's tokens.
-    cached: number of prompt tokens that were not computed again.
-    answer: number of the answer's tokens.
-    message: the failure in a sentence; else ''.
+    reason: STOP (an eos token or a finished constraint), LENGTH, CANCELLED,
+      TIME or FAILED.
+    prompt: the number of prompt tokens.
+    cached: the number of prompt tokens taken from the cache.
+    answer: the number of answer tokens.
+    message: the error message if the reason is FAILED; otherwise ''.
   """
 
   reason: str
@@ -137,8 +138,8 @@ class GeneratedAnswer:
   """The whole answer to a request.
 
   Attributes:
-    tokens: the answer's, its end included.
-    finished: the last event.
+    tokens: the tokens of the answer, its eos token included.
+    finished: the last event of the request.
   """
 
   tokens: tuple[TokenLogprob, ...]
@@ -151,12 +152,12 @@ class GeneratedAnswer:
 
 @dataclasses.dataclass(frozen=True)
 class LogprobRequest:
-  """An answer whose log-probability is wanted.
+  """An answer to be scored.
 
   Attributes:
-    prompt_ids: tokens of a decoder's prompt, or of T5's inputs.
-    answer_ids: the tokens that are scored, their end included.
-    adapter: name of a loaded adapter; '' is the base.
+    prompt_ids: the ids of a decoder's prompt, or of an encoder's inputs.
+    answer_ids: the ids that are scored, the eos token included.
+    adapter: the name of a loaded adapter; '' is the base.
   """
 
   prompt_ids: tuple[int, ...]
@@ -165,22 +166,22 @@ class LogprobRequest:
 
 
 class RequestRefused(ValueError):
-  """A request that the engine does not take; a sentence for the user."""
+  """The engine does not accept a request; the message is for the client."""
 
 
 class UnknownAdapter(RequestRefused):
-  """There is no such adapter."""
+  """No adapter has the requested name."""
 
 
 class PromptTooLong(RequestRefused):
-  """Prompt and answer do not fit the model's or the engine's lengths."""
+  """Prompt and answer exceed the maximum length."""
 
 
 class EngineFull(RequestRefused):
-  """The queue, or a bucket's adapter slots, are full.
+  """The queue, or the adapter slots of a bucket, are full.
 
   Attributes:
-    seconds: estimated time until a retry may succeed.
+    seconds: the estimated time until a retry may succeed.
   """
 
   def __init__(self, message: str, seconds: float):
@@ -193,13 +194,13 @@ class LoadedAdapter:
   """An adapter that requests may name.
 
   Attributes:
-    name: its name in requests.
-    method: its text, as 'molora(experts=4, rank=4)'.
-    sha256: hash of its content: the method, semantics and every array.
-    bytes: device memory that it takes.
-    source: the path that it was read from.
-    soft_prompt_length: tokens of its soft prompt. They take cache entries
-      before every request's own tokens and are not counted or reported.
+    name: the name that requests use.
+    method: the method string, such as 'molora(experts=4, rank=4)'.
+    sha256: hash of the method, the semantics and every array.
+    bytes: the device memory of a slot.
+    source: the path from which it was read.
+    soft_prompt_length: the number of tokens of the soft prompt. They take cache
+      entries before each prompt, and are not counted as prompt tokens.
   """
 
   name: str
@@ -212,16 +213,16 @@ class LoadedAdapter:
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-  """Counts since the start, and the present load.
+  """The present load, and counts since the start.
 
   Attributes:
-    running, waiting: requests.
-    slots: sequences that can run at once.
-    finished: {reason: requests}.
-    prompt_tokens, cached_tokens, answer_tokens: totals.
-    compiled: number of compiled programs; constant once the engine is ready.
-    adapters: number of loaded adapters.
-    adapter_bytes: memory of the pool, empty slots included.
+    running, waiting: the numbers of running and waiting requests.
+    slots: the number of sequences that can run at once.
+    finished: {finish reason: number of requests}.
+    prompt_tokens, cached_tokens, answer_tokens: totals over finished requests.
+    compiled: the number of compiled programs; constant when ready.
+    adapters: the number of loaded adapters.
+    adapter_bytes: device memory of the adapter pool, empty slots included.
   """
 
   running: int

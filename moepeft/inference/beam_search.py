@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search: the most probable whole answers that are found.
+"""Beam search, with the semantics of `transformers`' `num_beams`.
 
-Of each request m beams go on and m have ended; a score is the sum of
-log-probabilities over length ** length_penalty. Semantics (what counts as
-ended, when a request is done) are those of `transformers`' `num_beams`.
+Each request has m running beams and up to m finished answers. A score is the
+sum of log-probabilities divided by length ** length_penalty.
 
-A beam is a sequence of the engine, in a slot of its own, read and continued by
-the engine's prefill and decode step. Where several beams continue the same one,
-its slot is copied into those of beams that nothing continues.
+A running beam is a sequence in an engine slot, computed by the engine's prefill
+and decode step. If several beams continue the same one, its slot is copied into
+the slots of beams that are dropped.
 """
 
 import collections
@@ -28,8 +27,8 @@ from moepeft.inference.engine.decode_step import decode_step
 from moepeft.inference.engine.engine_core import EngineCore
 from moepeft.inference.engine.limits import check_request_length
 
-# Below every sum of log-probabilities, and finite, so that it adds up.
-_NEVER = np.float32(-1e9)
+# Below every sum of log-probabilities, but finite so that sums stay finite.
+_MIN_SCORE = np.float32(-1e9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +36,12 @@ class BeamConfig:
   """Settings of a beam search.
 
   Attributes:
-    count: m.
-    length_penalty: 0 compares sums; the greater, the longer the answers.
-    early_stopping: whether a request is done as soon as m of its beams have
-      ended; else it goes on while a better one seems possible, or, with
-      'never', until no better one is.
+    count: the number of beams, m.
+    length_penalty: exponent of the length in scores; 0 compares the sums, and
+      greater values favor longer answers.
+    early_stopping: True stops a request when m answers have finished; False
+      stops when the best running beam scores below them at its present length;
+      'never' stops when it would at every length.
   """
 
   count: int
@@ -59,11 +59,11 @@ class BeamConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BeamAnswer:
-  """An answer that a search has found.
+  """An answer found by beam search.
 
   Attributes:
-    ids: its tokens; the last one ends it, or it was cut at max_new_tokens.
-    score: the sum of log-probabilities over length ** length_penalty.
+    ids: its tokens, up to an eos token or max_new_tokens.
+    score: the sum of log-probabilities divided by length ** length_penalty.
   """
 
   ids: list[int]
@@ -73,15 +73,15 @@ class BeamAnswer:
 def search(
   core: EngineCore, requests: Sequence[Request], beams: BeamConfig
 ) -> list[list[BeamAnswer]]:
-  """The m best answers to each request, best first.
+  """Searches the m best answers to each request, best first.
 
   Args:
-    core: of an idle engine with at least m slots.
+    core: the core of an engine with at least m slots.
 
   Raises:
-    RetryLater: a sequence runs.
-    RequestRefused: a request does not fit.
-    ArithmeticError: the model's logits are no numbers.
+    RetryLater: a sequence is waiting or running.
+    RequestRefused: a prompt and its answer do not fit.
+    ArithmeticError: the model's logits are NaN or infinite.
   """
   if core.scheduler.busy:
     raise RetryLater
@@ -97,8 +97,8 @@ def search(
         active.remove(done)
         done.free(core)
   finally:
-    for unfinished in active:
-      unfinished.free(core, clear=True)
+    for search in active:
+      search.free(core, clear=True)
   return [search.finished for search in searches]
 
 
@@ -114,34 +114,34 @@ def _step(core: EngineCore, active: 'list[BeamSearch]') -> None:
     raise ArithmeticError(sampler.NOT_FINITE)
   for row in batch:
     core.prefill.record_step(row)
-  at = 0
+  first_row = 0
   for search in active:
-    rows = slice(at, at + len(search.rows))
-    search.grow(core, ids[rows], logprobs[rows])
-    at = rows.stop
+    rows = slice(first_row, first_row + len(search.rows))
+    search.advance(core, ids[rows], logprobs[rows])
+    first_row = rows.stop
 
 
 @functools.partial(jax.jit, static_argnames='count')
 def _candidates(logits: tuple[Array, ...], count: int) -> tuple[Array, Array]:
-  """(ids, log-probabilities) of each row's best tokens, [n, count]."""
+  """Each row's `count` most probable (ids, log-probabilities), [n, count]."""
   rows = jnp.concatenate(logits)
-  return sampler.best(rows, min(count, rows.shape[1]))
+  return sampler.top_tokens(rows, min(count, rows.shape[1]))
 
 
 class BeamSearch:
   """The search for the answers to one request.
 
   Attributes:
-    rows: its m beams that go on, the best first; [] before `start`.
-    sums: float32 [m], the sums of their log-probabilities.
-    finished: the best answers so far, at most m, best first.
-    done: whether nothing better is looked for.
+    rows: the m running beams, best first; [] before `start`.
+    sums: float32 [m], the running beams' sums of log-probabilities.
+    finished: the best finished answers, at most m, best first.
+    done: whether the search has ended.
   """
 
   def __init__(self, request: Request, beams: BeamConfig):
     self._request, self._beams = request, beams
-    # All beams are the same at first: only one goes on.
-    self.sums = np.full(beams.count, _NEVER)
+    # All beams are equal at first, so only the first may be continued.
+    self.sums = np.full(beams.count, _MIN_SCORE)
     self.sums[0] = 0
     self.rows: list[sequences.Sequence] = []
     self.finished: list[BeamAnswer] = []
@@ -149,12 +149,11 @@ class BeamSearch:
 
   @property
   def candidates(self) -> int:
-    """So many continuations that m of them go on, whatever the rest ends
-    with."""
+    """The number of continuations to rank, so that m of them do not end."""
     return max(2, 1 + len(self._request.eos_token_ids)) * self._beams.count
 
   def start(self, core: EngineCore) -> None:
-    """Reads the prompt into m slots."""
+    """Prefills the prompt into m slots."""
     runner, request = core.runner, self._request
     adapter = runner.adapters.acquire(request.adapter)
     check_request_length(
@@ -162,17 +161,17 @@ class BeamSearch:
     )
     for _ in range(self._beams.count):
       row = sequences.Sequence(request, lambda event: None)
-      row.use(adapter)
-      core.prefill.begin(row)
+      row.set_adapter(adapter)
+      core.prefill.assign_slot(row)
       self.rows.append(row)
       while not row.prefilled:
-        core.prefill.read([row])
+        core.prefill.read_chunk([row])
 
   def free(self, core: EngineCore, clear: bool = False) -> None:
     """Frees the slots.
 
     Args:
-      clear: whether they may hold what is no number.
+      clear: whether their caches may contain NaN.
     """
     for row in self.rows:
       if clear:
@@ -183,7 +182,7 @@ class BeamSearch:
       core.runner.adapters.release(self.rows[0].adapter)
     self.rows = []
 
-  def grow(
+  def advance(
     self, core: EngineCore, ids: np.ndarray, logprobs: np.ndarray
   ) -> None:
     """Adds a token to every beam.
@@ -203,21 +202,21 @@ class BeamSearch:
     count = len(answers[0])
     ended = np.isin(tokens, request.eos_token_ids)
     ended |= count >= request.max_new_tokens
-    # Worse candidates are there to go on only.
+    # As in `transformers`, only the m best candidates may finish.
     self._finish(answers[:m], sums[:m], ended[:m])
-    going_on = np.where(ended, sums + _NEVER, sums)
-    best = np.argsort(-going_on, kind='stable')[:m]
-    self.sums = going_on[best]
-    at_once = self._beams.early_stopping is True
-    enough = at_once and len(self.finished) == m
-    self.done = enough or ended.all() or not self._may_improve(count)
+    unfinished_sums = np.where(ended, sums + _MIN_SCORE, sums)
+    best = np.argsort(-unfinished_sums, kind='stable')[:m]
+    self.sums = unfinished_sums[best]
+    stop_early = self._beams.early_stopping is True
+    has_enough = stop_early and len(self.finished) == m
+    self.done = has_enough or ended.all() or not self._may_improve(count)
     if not self.done:
-      self._continue(
+      self._assign_slots(
         core, [parents[i] for i in best], [answers[i] for i in best]
       )
 
   def _finish(self, answers: list, sums: np.ndarray, ended: np.ndarray) -> None:
-    """Puts the answers that have ended among the m best."""
+    """Adds the ended answers to the m best."""
     scores = sums / self._length_factor(len(answers[0]))
     self.finished += [
       BeamAnswer(answer, float(score))
@@ -231,18 +230,20 @@ class BeamSearch:
     return np.float32(count) ** np.float32(self._beams.length_penalty)
 
   def _may_improve(self, count: int) -> bool:
-    """Whether a beam that goes on may become better than the m that ended."""
+    """Whether a running beam may still beat the m finished answers."""
     beams = self._beams
-    longest = beams.early_stopping == 'never' and beams.length_penalty > 0
-    size = self._request.max_new_tokens if longest else count
+    assume_longest = (
+      beams.early_stopping == 'never' and beams.length_penalty > 0
+    )
+    size = self._request.max_new_tokens if assume_longest else count
     full = len(self.finished) == beams.count
-    worst = self.finished[-1].score if full else _NEVER
+    worst = self.finished[-1].score if full else _MIN_SCORE
     return bool(self.sums[0] / self._length_factor(size) > worst)
 
-  def _continue(
+  def _assign_slots(
     self, core: EngineCore, parents: list[int], answers: list[list[int]]
   ) -> None:
-    """Gives each new beam its parent's slot, or a copy of it."""
+    """Gives each new beam the slot of its parent, or a copy of that slot."""
     unused = [row for i, row in enumerate(self.rows) if i not in parents]
     rows, used = [], set()
     for parent, answer in zip(parents, answers, strict=True):

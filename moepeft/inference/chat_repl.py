@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts prompts to a model and prints its answers, whole or as they come.
+"""Reads prompts and prints a model's answers, whole or token by token.
 
-Control characters of answers are printed visibly, also where the output is no
-terminal; `BatchGenerator` and the server give the exact text.
+Control characters in answers are escaped, even if the output is not a terminal.
+`Generator` and the server return the exact text.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from moepeft.core import terminal
 from moepeft.core.progress import Pass
 from moepeft.inference.generator import Generator, row_seeds
 
-# The ids of a prompt, the last of the turns of a user and an assistant.
+# Encodes the alternating turns of user and assistant, the prompt last.
 EncodePrompt = Callable[[Sequence[str]], list[int]]
 
 
@@ -22,15 +22,15 @@ class ReplConfig:
   """Settings of prompts and printing.
 
   Attributes:
-    streamed: whether tokens are printed as they come.
-    chat: whether prompts are a user's turns, each after those before it.
-    seed: of sampling; an answer's draws depend on it and on which of the
-      `num` answers to its prompt it is, not on other prompts.
-    num: answers to each prompt.
-    batch_size: answers made at once, where they are not streamed.
+    stream: whether tokens are printed when they are generated.
+    chat: whether the prompts are the user's turns of one conversation.
+    seed: the sampling seed; the i-th answer to a prompt depends on the seed and
+      on i, not on the other prompts.
+    num: the number of answers to each prompt.
+    batch_size: the number of answers generated at once, without `stream`.
   """
 
-  streamed: bool = False
+  stream: bool = False
   chat: bool = False
   seed: int = 0
   num: int = 1
@@ -39,7 +39,7 @@ class ReplConfig:
 
 @dataclasses.dataclass
 class Speed:
-  """Number of generated tokens, and the seconds it took."""
+  """The number of generated tokens, and the seconds that they took."""
 
   tokens: int = 0
   seconds: float = 0.0
@@ -51,7 +51,7 @@ class Speed:
 
 
 class ChatRepl:
-  """A generator that prompts are put to; `speed` counts its tokens."""
+  """Prints a generator's answers; `speed` counts the tokens."""
 
   def __init__(
     self, generator: Generator, encode: EncodePrompt, config: ReplConfig
@@ -60,41 +60,41 @@ class ChatRepl:
     self._seeds = row_seeds(config.seed, config.num)
     self.speed = Speed()
 
-  def all(self, texts: Sequence[str]) -> None:
-    """Prints the answers to prompts of their own, `num` to each.
+  def answer_all(self, texts: Sequence[str]) -> None:
+    """Prints `num` answers to each of several independent prompts.
 
     Raises:
-      ValueError: one of them cannot be answered; none is, then.
+      ValueError: a prompt is empty or too long; nothing is printed then.
     """
     ids = [self._encode([text]) for text in texts]
-    self._generator.check(ids)
+    self._generator.check_prompts(ids)
     size = max(1, self._config.batch_size // self._config.num)
     progress = None
-    if len(ids) > size and not self._config.streamed:
+    if len(ids) > size and not self._config.stream:
       progress = Pass(len(ids), 'answered')
-    for at in range(0, len(ids), size):
-      batch = ids[at : at + size]
-      self._answer(batch)
+    for start in range(0, len(ids), size):
+      batch = ids[start : start + size]
+      self._print_answers(batch)
       if progress is not None:
         progress(len(batch))
     if progress is not None:
       progress.close()
 
-  def each(self, texts: Iterable[str]) -> None:
-    """Answers one prompt after the other; of a chat, in one conversation."""
+  def answer_each(self, texts: Iterable[str]) -> None:
+    """Answers one prompt after the other; with `chat`, in one conversation."""
     turns: list[str] = []
     for text in texts:
-      answer = self._answer([self._encode([*turns, text])])[0]
+      answer = self._print_answers([self._encode([*turns, text])])[0]
       if self._config.chat:
         turns += [text, answer]
 
-  def _answer(self, ids: list[list[int]]) -> list[str]:
+  def _print_answers(self, ids: list[list[int]]) -> list[str]:
     """Prints the answers to a batch of prompts, and returns them."""
     num = self._config.num
     rows = [row for row in ids for _ in range(num)]
     seeds = self._seeds * len(ids)
-    if self._config.streamed:
-      # A terminal shows one after the other.
+    if self._config.stream:
+      # One answer at a time, so that their tokens do not mix.
       pairs = zip(rows, seeds, strict=True)
       return [self._generate([row], [seed])[0] for row, seed in pairs]
     answers = self._generate(rows, seeds)
@@ -103,15 +103,15 @@ class ChatRepl:
     return answers
 
   def _generate(self, rows: list[list[int]], seeds: list[int]) -> list[str]:
-    """The answers to a batch, printed as they come where that is asked for."""
+    """Generates the answers to a batch; with `stream` it prints them too."""
     answers = [''] * len(rows)
     started = time.perf_counter()
     for chunk in self._generator.stream(rows, seeds):
       self.speed.tokens += chunk.token is not None
       answers[chunk.row] += chunk.text
-      if self._config.streamed:
+      if self._config.stream:
         terminal.show(chunk.text, end='')
     self.speed.seconds += time.perf_counter() - started
-    if self._config.streamed:
+    if self._config.stream:
       print(flush=True)
     return answers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation for the commands: batches of prompts to texts, by the engine."""
+"""Generation of answers to batches of prompts, by the engine."""
 
 import concurrent.futures
 import dataclasses
@@ -24,9 +24,9 @@ from moepeft.inference.length_check import check_length
 from moepeft.inference.sampling import Sampling
 from moepeft.peft.prefix import model_prefix_ids
 
-# A shorter length is not worth a program.
+# The smallest cache length; a shorter one is not worth a program.
 _MIN_LENGTH = 64
-_LARGEST = 1 << 30
+_NO_LIMIT = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +34,10 @@ class GenerationConfig:
   """Settings of generation, named as in `transformers`.
 
   Attributes:
-    max_new_tokens: limit on an answer, its end included.
-    eos_token_ids: ids that end an answer and are no text.
-    min_new_tokens: before so many tokens no end is chosen.
-    sampling: greedy by default.
+    max_new_tokens: the maximum number of tokens of an answer, its end included.
+    eos_token_ids: ids that end an answer and are not decoded.
+    min_new_tokens: the minimum number of tokens before an end.
+    sampling: the sampling parameters; greedy by default.
     beams: settings of a beam search instead of sampling, or None.
     stop_strings: an answer ends before the first of them.
   """
@@ -75,9 +75,9 @@ class Chunk:
   """New text of one answer.
 
   Attributes:
-    row: the prompt's number.
-    text: '' while a character, or a stop string, is incomplete.
-    token: the new token; None of an answer's last chunk.
+    row: the index of the prompt.
+    text: the new text; '' while a character or a stop string is incomplete.
+    token: the new token; None in an answer's last chunk.
   """
 
   row: int
@@ -86,14 +86,14 @@ class Chunk:
 
 
 def row_seeds(seed: int, rows: int) -> list[int]:
-  """Seeds of draws, different in each row, of one seed."""
+  """Derives a different seed for each row from one seed."""
   return [seed & 0xFFFFFFFF | row << 32 for row in range(rows)]
 
 
 class Generator:
-  """Answers to prompts, the model's soft prompt before each.
+  """Generates answers to prompts; the model's soft prompt precedes each.
 
-  Prompts are divided among the machine's devices, each with an engine.
+  Prompts are divided among the local devices, each with its own engine.
   """
 
   def __init__(
@@ -106,33 +106,30 @@ class Generator:
   ):
     """
     Args:
-      batch_size: answers that a device computes at once.
+      batch_size: the number of answers that a device computes at once.
     """
     self._model, self._variables = model, variables
     self._tokenizer, self._config = tokenizer, config
     self._batch_size = batch_size
-    self._soft_prompt, decoder_only = (
-      model_prefix_ids(model),
-      hasattr(model, 'extend'),
-    )
-    self._decoder_only = decoder_only
-    # An encoder-decoder may generate padding; it is no text either.
-    self._silent = {*config.eos_token_ids, *(() if decoder_only else (PAD,))}
-    # Slots of an answer.
+    self._soft_prompt = model_prefix_ids(model)
+    self._decoder_only = hasattr(model, 'extend')
+    self._non_text_ids = {*config.eos_token_ids}
+    if not self._decoder_only:
+      # An encoder-decoder may generate padding.
+      self._non_text_ids.add(PAD)
+    # The number of slots of an answer.
     self._beam_count = config.beams.count if config.beams else 1
     self._engines: list[Engine] = []
 
-  def check(self, prompts: Sequence[Sequence[int]]) -> None:
+  def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
     """Checks prompts (ids) before any of them is answered.
 
     Raises:
-      ValueError: one has no token, or the model has no room for its answer.
+      ValueError: a prompt is empty, or its answer does not fit.
     """
     lengths = [len(ids) for ids in prompts]
     if lengths and not min(lengths):
-      raise ValueError(
-        f'prompt {lengths.index(0)} has no token to go on from; leave it out'
-      )
+      raise ValueError(f'prompt {lengths.index(0)} has no token; leave it out')
     if self._decoder_only:
       check_length(
         max(lengths, default=0),
@@ -143,7 +140,7 @@ class Generator:
       )
 
   def update_weights(self, variables: Tree) -> None:
-    """Answers with other values of the weights from now on."""
+    """Replaces the weights; see `Engine.update_weights`."""
     if variables is self._variables:
       return
     self._variables = variables
@@ -153,21 +150,21 @@ class Generator:
     for engine in self._engines:
       engine.update_weights(new)
 
-  def texts(
+  def generate_texts(
     self,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda answers: None,
   ) -> list[str]:
-    """The answer to each prompt (ids), as text.
+    """Generates the answer to each prompt (ids), as text.
 
     Args:
-      seeds: of each row's draws, where there is a temperature.
-      progress: called with the number of answers that are new.
+      seeds: a sampling seed for each prompt; 0 by default.
+      progress: called with the number of newly finished answers.
     """
     if not self._config.stop_strings:
-      answers = self.tokens(prompts, seeds, progress)
-      return [self._tokenizer.decode(self._visible(ids)) for ids in answers]
+      answers = self.generate_ids(prompts, seeds, progress)
+      return [self._tokenizer.decode(self._text_ids(ids)) for ids in answers]
     texts = [''] * len(prompts)
     for chunk in self.stream(prompts, seeds):
       texts[chunk.row] += chunk.text
@@ -175,17 +172,17 @@ class Generator:
         progress(1)
     return texts
 
-  def tokens(
+  def generate_ids(
     self,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda answers: None,
   ) -> list[list[int]]:
-    """The ids of each answer, its end included; stop strings do not count."""
+    """Generates the ids of each answer, eos included, without stop strings."""
     if self._config.beams is not None:
-      return self._search(prompts, progress)
+      return self._beam_search(prompts, progress)
     answers: list[list[int]] = [[] for _ in prompts]
-    for _, request, event in self._events(prompts, seeds):
+    for _, request, event in self._stream_events(prompts, seeds):
       if isinstance(event, Token):
         answers[int(request.id)].append(event.token.id)
       else:
@@ -197,7 +194,7 @@ class Generator:
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None = None,
   ) -> Iterator[Chunk]:
-    """Texts as they come, a chunk for each token and one at each end."""
+    """Yields a chunk for each new token, and one at the end of each answer."""
     texts = [
       TextStream(
         self._tokenizer.decode,
@@ -207,12 +204,12 @@ class Generator:
       for _ in prompts
     ]
     if self._config.beams is not None:
-      for row, answer in enumerate(self._search(prompts)):
+      for row, answer in enumerate(self._beam_search(prompts)):
         for token in answer:
           yield Chunk(row, self._feed(texts[row], token), token)
         yield Chunk(row, texts[row].finish())
       return
-    for engine, request, event in self._events(prompts, seeds):
+    for engine, request, event in self._stream_events(prompts, seeds):
       row = int(request.id)
       if isinstance(event, Finished):
         yield Chunk(row, texts[row].finish())
@@ -223,37 +220,37 @@ class Generator:
           engine.cancel(request.id)
 
   def _feed(self, text: TextStream, token: int) -> str:
-    return text.feed(self._visible([token]))
+    return text.feed(self._text_ids([token]))
 
-  def _visible(self, ids: list[int]) -> list[int]:
-    """The ids that are text."""
-    return [token for token in ids if token not in self._silent]
+  def _text_ids(self, ids: list[int]) -> list[int]:
+    """The ids that are decoded to text."""
+    return [token for token in ids if token not in self._non_text_ids]
 
-  def _events(
+  def _stream_events(
     self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None
   ) -> Iterator[tuple[Engine, Request, Event]]:
-    """The events of all prompts as they come; a request's id is its row.
+    """Yields the events of all prompts; the id of a request is its row.
 
     Raises:
-      ValueError: as `check`.
-      RuntimeError: an answer failed.
+      ValueError: see `check_prompts`.
+      RuntimeError: a request failed.
     """
-    requests = self._requests(prompts, seeds)
-    for engine, request, event in _stream(self._open(prompts), requests):
+    requests = self._make_requests(prompts, seeds)
+    for engine, request, event in _stream(self._get_engines(prompts), requests):
       if isinstance(event, Finished) and event.reason == FAILED:
         raise RuntimeError(f'prompt {request.id} failed: {event.message}')
       yield engine, request, event
 
-  def _requests(
+  def _make_requests(
     self,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None = None,
   ) -> list[Request]:
     """
     Raises:
-      ValueError: as `check`.
+      ValueError: see `check_prompts`.
     """
-    self.check(prompts)
+    self.check_prompts(prompts)
     config = self._config
     return [
       Request(
@@ -268,8 +265,8 @@ class Generator:
       for row, ids in enumerate(prompts)
     ]
 
-  def _open(self, prompts: Sequence[Sequence[int]]) -> list[Engine]:
-    """Engines for prompts; those of an earlier call where they are enough."""
+  def _get_engines(self, prompts: Sequence[Sequence[int]]) -> list[Engine]:
+    """Returns engines for prompts, those of earlier calls if possible."""
     if not prompts:
       return []
     devices = jax.local_devices()[: len(prompts)]
@@ -278,36 +275,39 @@ class Generator:
     size = longest + answer if self._decoder_only else max(longest, answer)
     rows = -(-len(prompts) // len(devices))
     slots = min(self._batch_size, rows) * self._beam_count
-    enough = len(devices) <= len(self._engines) and all(
+    reusable = len(devices) <= len(self._engines) and all(
       engine.max_model_len >= size and engine.slots >= slots
       for engine in self._engines
     )
-    if not enough:
-      # Those before are freed first.
+    if not reusable:
+      # The old engines are freed before the new ones take memory.
       self._engines = []
-      limit = self._model.config.length if self._decoder_only else _LARGEST
+      limit = self._model.config.length if self._decoder_only else _NO_LIMIT
       length = round_up(size, _MIN_LENGTH, limit)
       self._engines = [
-        self._engine(device if i else None, slots, length)
+        self._make_engine(device if i else None, slots, length)
         for i, device in enumerate(devices)
       ]
     return self._engines[: len(devices)]
 
-  def _engine(self, device: Any, slots: int, length: int) -> Engine:
-    """
+  def _make_engine(self, device: Any, slots: int, length: int) -> Engine:
+    """Makes an engine.
+
     Args:
-      device: None for the default.
+      device: the JAX device; None for the default.
     """
     peft = self._variables.get('peft')
     if device is not None:
       peft = jax.device_put(peft, device)
-    # On CPU a batch of prompts takes as long as one after the other.
-    one_by_one = jax.default_backend() == 'cpu'
+    # On CPU a batch of prompts takes as long as one prompt after the other.
+    sequential_prefill = jax.default_backend() == 'cpu'
     config = EngineConfig(
       slots=slots,
       max_model_len=length,
       batch_sizes=tuple(sorted({self._beam_count, slots})),
-      prefill_batch_sizes=(1,) if one_by_one else tuple(sorted({1, slots})),
+      prefill_batch_sizes=(1,)
+      if sequential_prefill
+      else tuple(sorted({1, slots})),
       compile_ahead=False,
     )
     adapter = FixedAdapter(self._model, peft)
@@ -315,12 +315,12 @@ class Generator:
       self._model, self._variables['params'], adapter, config, device
     )
 
-  def _search(
+  def _beam_search(
     self, prompts: Sequence[Sequence[int]], progress: Callable[[int], None]
   ) -> list[list[int]]:
-    """The best answer to each prompt by a beam search."""
-    requests = self._requests(prompts)
-    engines, size = self._open(prompts), self._batch_size
+    """Returns the best answer to each prompt by beam search."""
+    requests = self._make_requests(prompts)
+    engines, size = self._get_engines(prompts), self._batch_size
     answers: list[list[int]] = [[] for _ in prompts]
 
     def run(engine: Engine, rows: range) -> int:
@@ -335,8 +335,8 @@ class Generator:
       range(len(prompts))[i :: len(engines)] for i in range(len(engines))
     ]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-      for at in range(0, max(map(len, shares), default=0), size):
-        batches = [share[at : at + size] for share in shares]
+      for start in range(0, max(map(len, shares), default=0), size):
+        batches = [share[start : start + size] for share in shares]
         for count in pool.map(run, engines, batches):
           progress(count)
     return answers
@@ -345,7 +345,7 @@ class Generator:
 def _stream(
   engines: list[Engine], requests: list[Request]
 ) -> Iterator[tuple[Engine, Request, Event]]:
-  """The events of requests that are divided among engines."""
+  """Divides requests among engines, and yields their events."""
   if len(engines) < 2:
     for engine in engines:
       for request, event in engine.stream(requests):

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a prompt and its answer fit a model: the one check of all callers.
+"""Checks whether a prompt and its answer fit a model.
 
-A decoder has one limit for soft prompt, prompt and answer together; an
-encoder-decoder the same limit for its inputs and for its answer.
+A decoder-only model has one limit for soft prompt, prompt and answer together.
+An encoder-decoder applies the limit to its inputs and to its answer.
 """
 
 from moepeft.inference.api import PromptTooLong
 
 
-def answer_room(
+def max_answer_length(
   prompt: int, limit: int, decoder_only: bool, soft_prompt: int = 0
 ) -> int:
-  """The largest number of tokens that an answer may have; below 0 where the
-  prompt alone does not fit.
+  """The maximum number of answer tokens; below 0 if the prompt does not fit.
 
   Args:
-    prompt, soft_prompt: their tokens.
-    limit: of tokens.
+    prompt, soft_prompt: the numbers of their tokens.
+    limit: the model's maximum number of tokens.
   """
   left = limit - soft_prompt - prompt
   return left if decoder_only or left < 0 else limit
@@ -29,19 +28,20 @@ def check_length(
   decoder_only: bool,
   soft_prompt: int = 0,
 ) -> None:
-  """
+  """Checks the length of a prompt and its answer.
+
   Args:
-    answer: the largest number of its tokens.
+    answer: the maximum number of answer tokens.
 
   Raises:
     PromptTooLong: prompt and answer do not fit.
   """
-  if answer <= answer_room(prompt, limit, decoder_only, soft_prompt):
+  if answer <= max_answer_length(prompt, limit, decoder_only, soft_prompt):
     return
-  before = f', {soft_prompt:,} of a soft prompt before it,' * bool(soft_prompt)
+  soft = f', its soft prompt {soft_prompt:,},' * bool(soft_prompt)
   scope = 'for both together' if decoder_only else 'for each'
   raise PromptTooLong(
-    f'the prompt has {prompt:,} tokens{before} and an answer up to '
+    f'the prompt has {prompt:,} tokens{soft} and an answer up to '
     f'{answer:,}; the model takes {limit:,} {scope}: shorten the prompt, or '
     'the length of the answer'
   )

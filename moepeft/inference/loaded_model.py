@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained run or a base model in memory, ready to evaluate or generate."""
+"""Loads a trained run or a base model for evaluation and generation."""
 
 import dataclasses
 import os
@@ -32,16 +32,16 @@ class LoadedModel:
   """A trained run, a base model alone, or one with an adapter.
 
   Attributes:
-    config: the run's, or the defaults.
-    model, variables: the Flax module and its parameters; of the base alone
-      without an adapter.
-    tokenizer: the one that the model was trained with.
-    step: of the checkpoint; 0 for the base.
-    method: canonical text, 'none' for the base.
-    base: the base's name: the last part of its path, 'random' without one.
-    base_parameters, parameters: of the base, and trained.
-    base_folder: where the base was read, '' for random weights.
-    workdir: of a run; '' for a base, with an adapter or alone.
+    config: the config of the run, or the default config.
+    model: the Flax module, with the adapter if there is one.
+    variables: the Flax collections 'params' and 'peft'.
+    tokenizer: the tokenizer that the model was trained with.
+    step: the training step of the checkpoint; 0 for a base.
+    method: the canonical method string; 'none' for a base.
+    base: the last part of the base's path; 'random' for random weights.
+    base_parameters, parameters: the numbers of base and of trained parameters.
+    base_folder: the directory of the base; '' for random weights.
+    workdir: the work directory of a run; '' for a base or an exported adapter.
   """
 
   config: ConfigDict
@@ -68,21 +68,23 @@ class LoadedModel:
   def prompt_encoder(
     self, chat: bool = False, system: str = ''
   ) -> Callable[[Sequence[str]], list[int]]:
-    """Encodes the turns of a conversation, as the run was trained to read them.
+    """Returns a function that encodes the turns of a conversation.
 
     Args:
-      chat: whether turns are put into the chat template; else the last turn is
-        the prompt.
-      system: of the template, instead of config.data.system_prompt.
+      chat: whether to use the chat template; otherwise the last turn alone is
+        the prompt, encoded as in training.
+      system: a system prompt that replaces config.data.system_prompt.
 
     Raises:
-      ValueError: `chat`, where there is no template. The result raises one
-        where an id is beyond the model's embedding.
+      ValueError: `chat` is set, and there is no chat template. The function
+        raises it if an id is beyond the model's embedding.
     """
     data, tokenizer = self.config.data, self.tokenizer
     causal, vocab = decoder_only(self.model), self.model.config.vocab
-    template = prompts.template(tokenizer, data, system) if chat else None
-    # A model that was not trained here continues the text as it is.
+    template = (
+      prompts.load_chat_template(tokenizer, data, system) if chat else None
+    )
+    # Only runs of this package were trained on examples with a separator.
     as_example = self.workdir and READERS[data.source].has_separator
     encode = (
       prompts.encode_example_prompt if as_example else prompts.encode_text
@@ -90,7 +92,7 @@ class LoadedModel:
 
     def encode_turns(turns: Sequence[str]) -> list[int]:
       if template:
-        ids = template.encode_prompt(prompts.conversation(turns))
+        ids = template.encode_prompt(prompts.to_conversation(turns))
       else:
         ids = encode(tokenizer, turns[-1], causal)
       prompts.check_ids(ids, vocab)
@@ -100,7 +102,7 @@ class LoadedModel:
 
 
 def open_run(workdir: str, checkpoint: str = ''):
-  """(config, model, variables, tokenizer, step) of `load_run`."""
+  """Reads a run as (config, model, variables, tokenizer, step)."""
   run = load_run(workdir, checkpoint)
   return run.config, run.model, run.variables, run.tokenizer, run.step
 
@@ -109,24 +111,27 @@ def load_run(workdir: str, checkpoint: str = '') -> LoadedModel:
   """Reads a run.
 
   Args:
-    checkpoint: 'base' for its base without an adapter, else a checkpoint; see
-      `Checkpoints.restore_trainable`.
+    checkpoint: a checkpoint, see `Checkpoints.restore_trainable`; or 'base' for
+      the run's base without the adapter.
 
   Raises:
-    ValueError: no run is there, its base has changed since, or its chat
-      template is gone.
+    ValueError: the directory is not a run, its base has changed since the
+      training, or its chat template is missing.
   """
   config = Run(workdir).load_config()
-  # A pass over many shapes is mostly compiling, which unrolled layers lengthen.
+  # Evaluation compiles many shapes, and unrolled layers compile slowly.
   config.model.scan_unroll = 1
   base = base_lib.load(config.model)
   if checkpoint == 'base':
-    model, variables = _base_alone(base, config)
+    model, variables = _base_without_adapter(base, config)
     step, method, parameters = 0, 'none', 0
   else:
     model, built = base_lib.module(base, config)
-    variables, step = _trained(base, built, config, workdir, checkpoint)
-    method, parameters = built.method, _size(variables[built.trainable], built)
+    variables, step = _restore_run(base, built, config, workdir, checkpoint)
+    method, parameters = (
+      built.method,
+      _count_trained(variables[built.trainable], built),
+    )
   tokenizer = load_tokenizer(config.data.tokenizer, config.model.path)
   chat_template.set_chat_template(
     tokenizer, config.data.chat_template, config.data.system_prompt
@@ -147,11 +152,11 @@ def load_run(workdir: str, checkpoint: str = '') -> LoadedModel:
 
 
 def load_model(path: str, adapter: str = '') -> LoadedModel:
-  """A base by its path, as it is or with an adapter from another path.
+  """Reads a base model, with an adapter if `adapter` is a path.
 
   Raises:
-    ValueError: no model is there, no adapter, or it is another base's; or
-      the model has no decoder.
+    ValueError: the model or the adapter cannot be read, the adapter belongs to
+      another base, or the model has no decoder.
   """
   config = config_lib.default()
   config.model.path, config.method = path, 'full'
@@ -175,27 +180,29 @@ def load_model(path: str, adapter: str = '') -> LoadedModel:
     built.method if adapter else 'none',
     _base_name(path),
     quantize.parameters(variables['params'], base.config),
-    _size(variables[built.trainable], built) if adapter else 0,
+    _count_trained(variables[built.trainable], built) if adapter else 0,
     base.folder,
   )
 
 
-def _base_alone(base: base_lib.Base, config: ConfigDict) -> tuple[Any, Tree]:
-  """(model, variables) of a base: of random weights, those of the seed."""
+def _base_without_adapter(
+  base: base_lib.Base, config: ConfigDict
+) -> tuple[Any, Tree]:
+  """Returns (model, variables) of a base; random weights use the seed."""
   config = config.copy_and_resolve_references()
   config.method = 'full'
   model, _ = base_lib.module(base, config)
   return model, base_lib.initialise(base, model, config.seed)
 
 
-def _trained(
+def _restore_run(
   base: base_lib.Base,
   built: Built,
   config: ConfigDict,
   workdir: str,
   checkpoint: str,
 ) -> tuple[Tree, int]:
-  """(variables, step) of a checkpoint."""
+  """Returns (variables, step) of a checkpoint."""
   trained, saved = restore_trained(workdir, checkpoint)
   now = describe_run(base, built, config.seed)
   if saved['base']['sha256'] != now['base']['sha256']:
@@ -211,6 +218,6 @@ def _base_name(path: str) -> str:
   return os.path.basename(path.rstrip('/')).split(':')[-1]
 
 
-def _size(tree: Tree, built: Built) -> int:
+def _count_trained(tree: Tree, built: Built) -> int:
   trained, _ = router_state.split(tree, built.frozen_mixtures)
   return sum(leaf.size for leaf in jax.tree.leaves(trained))

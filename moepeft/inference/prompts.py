@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts to token ids, as a model was trained to read them, and what ends
-answers."""
+"""Encodes prompts as in training, and finds the eos tokens of a model."""
 
 import dataclasses
 import os
@@ -20,10 +19,10 @@ from moepeft.data.tokenizers.tokenizer import Tokenizer
 def encode_text(
   tokenizer: Tokenizer, text: str, decoder_only: bool
 ) -> list[int]:
-  """The ids of a text: with its end for an encoder, open for a decoder.
+  """Encodes a text: with eos for an encoder, with bos for a decoder.
 
   Raises:
-    ValueError: it is empty, and a decoder has nothing to go on from.
+    ValueError: a decoder-only model's prompt is empty.
   """
   ids = list(tokenizer.encode(text))
   if not decoder_only:
@@ -31,7 +30,7 @@ def encode_text(
   ids = ids if tokenizer.bos is None else [tokenizer.bos, *ids]
   if not ids:
     raise ValueError(
-      'an empty prompt has no token to go on from; say something'
+      'the prompt is empty, and the tokenizer has no bos token; enter some text'
     )
   return ids
 
@@ -39,51 +38,52 @@ def encode_text(
 def encode_example_prompt(
   tokenizer: Tokenizer, text: str, decoder_only: bool
 ) -> list[int]:
-  """The ids of an example's inputs, as in training on examples."""
+  """Encodes the inputs of an example as in training."""
   if not decoder_only:
     return encode_text(tokenizer, text, decoder_only)
   return batching_decoder_only.encode_prompts(tokenizer, [text])[0]
 
 
 def check_ids(ids: Sequence[int], vocab: int) -> None:
-  """
+  """Checks that a prompt's ids are below `vocab`, the size of the embedding.
+
   Raises:
-    ValueError: an id is beyond the model's embedding, of `vocab` rows.
+    ValueError: an id is not.
   """
-  beyond = [i for i in ids if not 0 <= i < vocab]
-  if beyond:
+  invalid = [i for i in ids if not 0 <= i < vocab]
+  if invalid:
     raise ValueError(
-      f'the prompt has the token {beyond[0]}, the model has tokens 0 to '
+      f'the prompt has the token {invalid[0]}, the model has tokens 0 to '
       f'{vocab - 1}: its tokenizer has more tokens than its embedding; leave '
       'that token out, or use the tokenizer that belongs to the model'
     )
 
 
-def template(
+def load_chat_template(
   tokenizer: Tokenizer, data: ConfigDict, system: str = ''
 ) -> chat_dataset.ChatTemplate:
-  """The chat template of a run's config.data, or of a model's tokenizer.
+  """Loads the chat template of a run's config.data, or of its tokenizer.
 
   Args:
-    system: instead of config.data.system_prompt.
+    system: a system prompt that replaces config.data.system_prompt.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is no chat template.
   """
   if not data.chat_template and not has_chat_template(tokenizer):
     raise ValueError(
-      f'the vocabulary {tokenizer} has no chat template; leave out --chat, '
+      f'the tokenizer {tokenizer} has no chat template; leave out --chat, '
       'or name a model that has one'
     )
-  template_ = chat_dataset.load_chat_template(data, tokenizer)
-  # What is asked is dated today, whatever day the run was begun on.
+  chat_template = chat_dataset.load_chat_template(data, tokenizer)
+  # Prompts have today's date, not that of the training run.
   return dataclasses.replace(
-    template_, system_prompt=system or template_.system_prompt, date=''
+    chat_template, system_prompt=system or chat_template.system_prompt, date=''
   )
 
 
-def conversation(turns: Sequence[str]) -> Conversation:
-  """Turns that change between a user and an assistant."""
+def to_conversation(turns: Sequence[str]) -> Conversation:
+  """Makes a conversation of turns, the first the user's, then alternating."""
   roles = ('user', 'assistant')
   return Conversation(
     tuple(Turn(roles[i % 2], text) for i, text in enumerate(turns))
@@ -91,21 +91,22 @@ def conversation(turns: Sequence[str]) -> Conversation:
 
 
 def eos_token_ids(tokenizer: Tokenizer, folder: str) -> tuple[int, ...]:
-  """Ids that end an answer: the vocabulary's, what its chat template ends
-  answers with, and those that the model's files name.
+  """The ids that end an answer.
+
+  They are the eos tokens of the tokenizer, of its chat template, and of the
+  model's generation_config.json, config.json or GGUF metadata.
 
   Args:
-    folder: the model's directory or GGUF file, '' for none.
+    folder: the model's directory or GGUF file; '' for none.
   """
-  ids_of_ends = [tokenizer.eos]
+  eos_ids = [tokenizer.eos]
   if has_chat_template(tokenizer):
-    ids_of_ends += chat_dataset.ChatTemplate(
-      tokenizer.tokenizer
-    ).eos_token_ids()
+    eos_ids += chat_dataset.ChatTemplate(tokenizer.tokenizer).eos_token_ids()
   if folder.endswith(gguf.SUFFIX):
     metadata = gguf.metadata(folder)
-    ids_of_ends += [
-      metadata.get(f'tokenizer.ggml.{kind}_token_id') for kind in _GGUF
+    eos_ids += [
+      metadata.get(f'tokenizer.ggml.{kind}_token_id')
+      for kind in _GGUF_EOS_KINDS
     ]
   for name in ('generation_config.json', 'config.json'):
     path = os.path.join(folder, name)
@@ -119,9 +120,9 @@ def eos_token_ids(tokenizer: Tokenizer, folder: str) -> tuple[int, ...]:
           'integer or a list of them; copy it again'
         ) from None
       ids = source.get('eos_token_id')
-      ids_of_ends += ids if isinstance(ids, list) else [ids]
-  return tuple(dict.fromkeys(i for i in ids_of_ends if i is not None))
+      eos_ids += ids if isinstance(ids, list) else [ids]
+  return tuple(dict.fromkeys(i for i in eos_ids if i is not None))
 
 
-# The ends of a text, of a turn and of a message.
-_GGUF = ('eos', 'eot', 'eom')
+# End of text, of turn and of message.
+_GGUF_EOS_KINDS = ('eos', 'eot', 'eom')

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits [b, v] to a token a row: penalties, filters, and the draw.
+"""Sampling of a token for each row of logits [b, v].
 
-Each filter is a pure function on float32 logits that sets what it takes out
-to -inf. A row's outcome depends on that row alone. The order is that of
+Each filter is a pure function of float32 logits that sets the logits of removed
+tokens to -inf. A row's token depends on that row alone. The order is that of
 `transformers`: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
@@ -17,18 +17,19 @@ from moepeft.core.types import Array
 
 @struct.dataclass
 class Sampling:
-  """Settings of the choice of a token; None leaves a part out of the program.
+  """Sampling parameters; None leaves an operation out of the program.
 
-  Each is one number, or one for each row [b].
+  Each value is a number, or an array [b] with a number for each row.
 
   Attributes:
-    temperature: logits are divided by it; None, or 0 in a row, is greedy.
-    top_k: so many of the most probable are kept.
-    top_p: the fewest whose probabilities sum to it (arXiv:1904.09751).
-    min_p: those at least so probable as this share of the most probable
-      (arXiv:2407.01082).
-    repetition_penalty: logits of tokens that were there before are divided by
-      it where positive and multiplied where negative (arXiv:1909.05858).
+    temperature: divides the logits; None, or 0 in a row, is greedy.
+    top_k: keeps this many of the most probable tokens.
+    top_p: keeps the fewest most probable tokens whose probabilities sum to at
+      least this value (arXiv:1904.09751).
+    min_p: keeps tokens whose probability is at least this fraction of the
+      highest probability (arXiv:2407.01082).
+    repetition_penalty: divides the positive logits of tokens that occurred
+      before, and multiplies the negative ones (arXiv:1909.05858).
   """
 
   temperature: Any = None
@@ -39,10 +40,10 @@ class Sampling:
 
 
 def check(s: Sampling) -> None:
-  """Looks at numbers that a user gave.
+  """Checks the sampling parameters of a request, which are numbers.
 
   Raises:
-    ValueError: one cannot be, or does nothing; the message names it.
+    ValueError: a parameter is out of range, or has no effect.
   """
   for name, holds, range_text in (
     ('temperature', lambda v: v >= 0, 'at least 0 (greedy)'),
@@ -56,87 +57,87 @@ def check(s: Sampling) -> None:
       raise ValueError(f'{name} is {range_text}; got {value}')
   if not s.temperature:
     filters = ('top_k', 'top_p', 'min_p')
-    idle = [name for name in filters if getattr(s, name) is not None]
-    if idle:
+    unused = [name for name in filters if getattr(s, name) is not None]
+    if unused:
       raise ValueError(
-        f'{", ".join(idle)} does nothing without a temperature above 0; set '
+        f'{", ".join(unused)} has no effect without a temperature above 0; set '
         'one, or leave it out'
       )
 
 
-def penalise(logits: Array, previous: Array, penalty) -> Array:
-  """Logits with tokens that were there before made less likely.
+def apply_repetition_penalty(logits: Array, previous: Array, penalty) -> Array:
+  """Makes the tokens of `previous`, bool [b, v], less likely.
 
   Args:
-    previous: bool [b, v].
+    penalty: a number or an array [b]; 1 changes nothing.
   """
-  penalty = _column(penalty)
-  less = jnp.where(logits < 0, logits * penalty, logits / penalty)
-  return jnp.where(previous, less, logits)
+  penalty = _per_row(penalty)
+  penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+  return jnp.where(previous, penalized, logits)
 
 
-def warm(logits: Array, temperature) -> Array:
-  """Logits over the temperature; rows at 0 stay as they are."""
-  temperature = _column(temperature)
+def apply_temperature(logits: Array, temperature) -> Array:
+  """Divides logits by the temperature; rows at 0 do not change."""
+  temperature = _per_row(temperature)
   return logits / jnp.where(temperature > 0, temperature, 1)
 
 
 def top_k(logits: Array, k) -> Array:
-  """Keeps each row's k greatest, and what equals the least of them."""
+  """Keeps each row's k greatest logits, and ties of the smallest of them."""
   v = logits.shape[-1]
-  places = jnp.clip(v - _column(k).astype(jnp.int32), 0, v - 1)
-  places = jnp.broadcast_to(places, (logits.shape[0], 1))
-  least = jnp.take_along_axis(jnp.sort(logits, axis=-1), places, axis=-1)
-  return jnp.where(logits < least, -jnp.inf, logits)
+  ranks = jnp.clip(v - _per_row(k).astype(jnp.int32), 0, v - 1)
+  ranks = jnp.broadcast_to(ranks, (logits.shape[0], 1))
+  threshold = jnp.take_along_axis(jnp.sort(logits, axis=-1), ranks, axis=-1)
+  return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 def top_p(logits: Array, p) -> Array:
-  """Keeps the fewest of the most probable whose sum is at least p.
+  """Keeps the fewest most probable tokens whose probabilities sum to >= p.
 
-  Of equal ones those of greater ids are kept first, as in `transformers`,
-  whose sort is ascending; the most probable is always kept.
+  Among equal probabilities, greater ids are kept first, as in `transformers`,
+  whose sort is ascending. The most probable token is always kept.
   """
   ids = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
   ordered, ids = jax.lax.sort((logits, ids), dimension=1, num_keys=1)
   below = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-  out = (below <= 1 - _column(p)).at[:, -1].set(False)
+  removed = (below <= 1 - _per_row(p)).at[:, -1].set(False)
   rows = jnp.arange(logits.shape[0])[:, None]
-  out = jnp.zeros(logits.shape, bool).at[rows, ids].set(out)
-  return jnp.where(out, -jnp.inf, logits)
+  removed = jnp.zeros(logits.shape, bool).at[rows, ids].set(removed)
+  return jnp.where(removed, -jnp.inf, logits)
 
 
 def min_p(logits: Array, p) -> Array:
-  """Keeps what is at least p times as probable as the most probable."""
+  """Keeps tokens at least p times as probable as the most probable one."""
   probabilities = jax.nn.softmax(logits, axis=-1)
-  least = _column(p) * jnp.max(probabilities, axis=-1, keepdims=True)
-  return jnp.where(probabilities < least, -jnp.inf, logits)
+  threshold = _per_row(p) * jnp.max(probabilities, axis=-1, keepdims=True)
+  return jnp.where(probabilities < threshold, -jnp.inf, logits)
 
 
-def filtered(logits: Array, s: Sampling) -> Array:
-  """The logits of the draw: temperature, then top-k, top-p and min-p."""
-  logits = warm(logits, s.temperature)
-  for name, keep in (('top_k', top_k), ('top_p', top_p), ('min_p', min_p)):
+def filter_logits(logits: Array, s: Sampling) -> Array:
+  """Applies the temperature, then top-k, top-p and min-p."""
+  logits = apply_temperature(logits, s.temperature)
+  for name, keep_top in (('top_k', top_k), ('top_p', top_p), ('min_p', min_p)):
     value = getattr(s, name)
     if value is not None:
-      logits = keep(logits, value)
+      logits = keep_top(logits, value)
   return logits
 
 
-def choose(logits: Array, s: Sampling, keys: Array | None) -> Array:
-  """A token for each row: int32 [b].
+def sample_tokens(logits: Array, s: Sampling, keys: Array | None) -> Array:
+  """Samples a token for each row: int32 [b].
 
   Args:
-    logits: penalised already, [b, v].
-    keys: of each row's draw, [b]; may be None where all is greedy.
+    logits: [b, v], with the repetition penalty applied.
+    keys: a PRNG key for each row, [b]; may be None if s.temperature is None.
   """
   best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   if s.temperature is None:
     return best
-  drawn = jax.vmap(jax.random.categorical)(keys, filtered(logits, s))
-  warm_rows = jnp.broadcast_to(jnp.asarray(s.temperature) > 0, best.shape)
-  return jnp.where(warm_rows, drawn, best).astype(jnp.int32)
+  sampled = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, s))
+  is_sampled = jnp.broadcast_to(jnp.asarray(s.temperature) > 0, best.shape)
+  return jnp.where(is_sampled, sampled, best).astype(jnp.int32)
 
 
-def _column(value) -> Array:
-  """One number, or one for each row, that broadcasts against [b, v]."""
+def _per_row(value) -> Array:
+  """Reshapes a number, or an array [b], to broadcast against [b, v]."""
   return jnp.reshape(jnp.asarray(value), (-1, 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From paths to an engine: the base, its vocabulary, and its adapters."""
+"""Opens an engine: reads the base, its tokenizer and its adapters."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,45 +17,46 @@ from moepeft.inference.engine.limits import EngineConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
-  """An engine that has not been started, and what its ids say.
+class OpenedEngine:
+  """An engine before its start, with its tokenizer.
 
   Attributes:
-    words: the base's vocabulary.
-    ends: ids that end an answer.
-    sha256: of the base's content, and of how it is kept.
+    tokenizer: the tokenizer of the base.
+    eos_token_ids: ids that end an answer.
+    sha256: hash of the base's weights and of their quantization.
   """
 
   engine: Engine
-  words: Tokenizer
-  ends: tuple[int, ...]
+  tokenizer: Tokenizer
+  eos_token_ids: tuple[int, ...]
   sha256: str = ''
 
 
 def open_engine(
   path: str,
   adapters: Mapping[str, str],
-  forms: Sequence[str],
-  settings: EngineConfig,
-  loaded: int = 9,
+  methods: Sequence[str],
+  engine_config: EngineConfig,
+  slots: int = 9,
   budget: int | None = None,
   quantise: str = '',
   dtype: str = '',
-) -> Opened:
+) -> OpenedEngine:
   """Reads a base and its adapters.
 
   Args:
-    path: of the base, as `moepeft.checkpoints.base.load` takes it.
-    adapters: {name: path} to begin with.
-    forms: methods whose adapters may come later.
-    loaded: adapters of a form that can be in use at once, and the base.
-    budget: bytes of device memory for adapters.
-    quantise: 'int8' or 'nf4'; '' keeps the base as it is.
-    dtype: that is computed in; '' for the config's.
+    path: the path of the base; see `moepeft.checkpoints.base.load`.
+    adapters: {name: path} of the adapters to load.
+    methods: methods of adapters to be loaded later.
+    slots: the number of adapters of a method in use at once, plus one for the
+      base.
+    budget: the maximum device memory for adapters, in bytes.
+    quantise: 'int8' or 'nf4'; '' does not quantize the base.
+    dtype: the dtype of the computation; '' for that of the config.
 
   Raises:
-    ValueError: there is no base, it writes no text, or an adapter cannot be
-      served.
+    ValueError: the base cannot be read or has no decoder, or an adapter cannot
+      be served.
   """
   config = config_lib.default()
   config.model.path, config.method = path, 'full'
@@ -65,11 +66,11 @@ def open_engine(
   models.check_decodes(base.config)
   model, _ = base_lib.module(base, config)
   pool = FixedAdapter(model)
-  if adapters or forms:
-    pool = AdapterPool(base, adapters, forms, loaded, budget)
-  words = load_tokenizer('', path)
-  engine = Engine(model, base.params, pool, settings)
-  ends = prompts.eos_token_ids(words, base.folder)
-  # Codes are not the weights that they stand for.
+  if adapters or methods:
+    pool = AdapterPool(base, adapters, methods, slots, budget)
+  tokenizer = load_tokenizer('', path)
+  engine = Engine(model, base.params, pool, engine_config)
+  eos_token_ids = prompts.eos_token_ids(tokenizer, base.folder)
+  # Quantized weights differ from those that were hashed.
   sha256 = f'{base.sha256}/{quantise}' if quantise else base.sha256
-  return Opened(engine, words, ends, sha256)
+  return OpenedEngine(engine, tokenizer, eos_token_ids, sha256)

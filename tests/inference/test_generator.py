@@ -103,12 +103,12 @@ KINDS = pytest.mark.parametrize(
 def test_texts_are_those_of_whole_calls_and_of_rows_alone(kind):
   model, variables = made(kind)
   rows = ids(kind)
-  found = generation(kind).texts(rows)
+  found = generation(kind).generate_texts(rows)
   assert list(map(len, found)) == [11] * 3
   # The second without padding and neighbours.
   alone = answers.uncached_greedy(model, variables, rows[1], 11)
   assert found[1] == WORDS.decode(alone)
-  assert generation(kind).texts(rows[::-1]) == found[::-1]
+  assert generation(kind).generate_texts(rows[::-1]) == found[::-1]
 
 
 @KINDS
@@ -118,21 +118,21 @@ def test_streamed_texts_are_the_texts(kind):
   for chunk in ours.stream(rows):
     texts[chunk.row] += chunk.text
     tokens[chunk.row] += chunk.token is not None
-  assert texts == ours.texts(rows)
+  assert texts == ours.generate_texts(rows)
   assert tokens == [11] * 3
 
 
 @KINDS
 def test_texts_end_at_stop_strings_and_at_ids(kind):
   rows = ids(kind)
-  free = generation(kind).texts(rows)
+  free = generation(kind).generate_texts(rows)
   stop = free[1][4:6]
   cut = [text.split(stop)[0] for text in free]
   ours = generation(kind, stop_strings=(stop, 'Z'))
-  assert ours.texts(rows) == cut
+  assert ours.generate_texts(rows) == cut
   end = ord(free[0][3]) + 3
   ended = [text.split(free[0][3])[0] for text in free]
-  assert generation(kind, eos_token_ids=(end, 1)).texts(rows) == ended
+  assert generation(kind, eos_token_ids=(end, 1)).generate_texts(rows) == ended
   # No token is computed after the stop string.
   chunks = list(ours.stream(rows[1:2]))
   assert [c.token is None for c in chunks] == [False] * (len(cut[1]) + 2) + [
@@ -144,26 +144,26 @@ def test_texts_end_at_stop_strings_and_at_ids(kind):
 def test_a_seed_says_the_same_again_whatever_stands_beside(kind):
   rows = ids(kind)
   ours = generation(kind, sampling=Sampling(temperature=2.0, top_k=20))
-  found = ours.texts(rows, row_seeds(7, 3))
-  assert ours.texts(rows, row_seeds(7, 3)) == found
-  assert ours.texts(rows, row_seeds(8, 3)) != found
-  assert ours.texts(rows[2:], row_seeds(7, 3)[2:]) == found[2:]
+  found = ours.generate_texts(rows, row_seeds(7, 3))
+  assert ours.generate_texts(rows, row_seeds(7, 3)) == found
+  assert ours.generate_texts(rows, row_seeds(8, 3)) != found
+  assert ours.generate_texts(rows[2:], row_seeds(7, 3)[2:]) == found[2:]
 
 
 @KINDS
 def test_beams_are_texts_too(kind):
   rows = ids(kind)
-  found = generation(kind, beams=BeamConfig(3)).texts(rows)
+  found = generation(kind, beams=BeamConfig(3)).generate_texts(rows)
   assert list(map(len, found)) == [11] * 3
-  one = generation(kind, beams=BeamConfig(1)).texts(rows)
-  assert one == generation(kind).texts(rows)
+  one = generation(kind, beams=BeamConfig(1)).generate_texts(rows)
+  assert one == generation(kind).generate_texts(rows)
 
 
 def test_evaluations_answer_with_decoders_as_with_t5():
   model, variables = made('decoder')
   ours = BatchGenerator(model, WORDS, 64, 11, 2)
   # In the form of training: a line's end stands between inputs and targets.
-  expected = generation('decoder', eos_token_ids=(WORDS.eos,)).texts(
+  expected = generation('decoder', eos_token_ids=(WORDS.eos,)).generate_texts(
     ids('decoder', [f'{text}\n' for text in TEXTS])
   )
   assert ours.texts(variables, TEXTS) == expected
@@ -207,16 +207,16 @@ def test_all_learned_positions_are_used_and_no_other():
   prompt = np.random.default_rng(0).integers(3, 259, 86).tolist()
   expected = uncached(prompt, 11)
   ours = generation('learned')
-  assert ours.tokens([prompt]) == [expected]
-  together = ours.tokens([[5], prompt, prompt[:70]])
+  assert ours.generate_ids([prompt]) == [expected]
+  together = ours.generate_ids([[5], prompt, prompt[:70]])
   assert together == [uncached([5], 11), expected, uncached(prompt[:70], 11)]
   searched = generation('learned', beams=BeamConfig(1))
-  assert searched.tokens([prompt]) == [expected]
+  assert searched.generate_ids([prompt]) == [expected]
   chunks = list(ours.stream([prompt]))
   assert ''.join(chunk.text for chunk in chunks) == WORDS.decode(expected)
   for wrong in (ours, searched):
     with pytest.raises(ValueError, match='87 tokens and an answer up to 11'):
-      wrong.tokens([[5], [*prompt, 5]])
+      wrong.generate_ids([[5], [*prompt, 5]])
 
 
 def test_an_evaluation_uses_all_learned_positions_and_refuses_more():
@@ -250,14 +250,14 @@ def test_settings_that_cannot_be_are_refused(values, message):
 def test_a_prompt_longer_than_the_model_is_refused():
   ours = generation('decoder')
   with pytest.raises(ValueError, match='120 tokens and an answer up to 11'):
-    ours.texts([[5] * 120])
+    ours.generate_texts([[5] * 120])
 
 
 def test_an_empty_prompt_is_refused():
-  with pytest.raises(ValueError, match='an empty prompt'):
+  with pytest.raises(ValueError, match='the prompt is empty'):
     prompts.encode_text(WORDS, '', decoder_only=True)
   with pytest.raises(ValueError, match='prompt 1 has no token'):
-    generation('decoder').texts([[5], []])
+    generation('decoder').generate_texts([[5], []])
   assert prompts.encode_text(ByteTokenizer(bos=2), '', decoder_only=True) == [2]
   assert prompts.encode_text(WORDS, '', decoder_only=False) == [1]
 
@@ -307,13 +307,13 @@ def talk(kind, sampling=None, stops=(), ask=None, **manner):
 
 @KINDS
 def test_a_talk_prints_the_same_streamed_and_in_batches(kind, capsys):
-  expected = generation(kind).texts(ids(kind))
-  for manner in ({}, {'streamed': True}, {'batch_size': 2}):
+  expected = generation(kind).generate_texts(ids(kind))
+  for manner in ({}, {'stream': True}, {'batch_size': 2}):
     ours = talk(kind, **manner)
-    ours.all(TEXTS)
+    ours.answer_all(TEXTS)
     assert capsys.readouterr().out.splitlines() == expected
     assert ours.speed.tokens == 33 and ours.speed.seconds > 0
-  ours.each(iter(TEXTS))
+  ours.answer_each(iter(TEXTS))
   assert capsys.readouterr().out.splitlines() == expected
 
 
@@ -322,26 +322,28 @@ def test_answers_to_a_prompt_differ_and_do_not_depend_on_others(capsys):
   warm = Sampling(temperature=3.0, top_k=5)
 
   def said(texts, **manner):
-    talk('decoder', warm, num=3, seed=5, **manner).all(texts)
+    talk('decoder', warm, num=3, seed=5, **manner).answer_all(texts)
     return capsys.readouterr().out.splitlines()
 
   found = said(TEXTS)
   # Two of three may end at once; all three never do here.
   assert all(len(set(found[i : i + 3])) > 1 for i in (0, 3, 6))
   assert said(TEXTS[1:2]) == found[3:6]
-  assert said(TEXTS[:2], streamed=True) == found[:6]
+  assert said(TEXTS[:2], stream=True) == found[:6]
 
 
 def test_no_prompt_is_answered_where_one_cannot_be(capsys):
   with pytest.raises(ValueError, match='120 tokens and an answer up to 11'):
-    talk('decoder', batch_size=1).all(['a', 'b' * 120])
+    talk('decoder', batch_size=1).answer_all(['a', 'b' * 120])
   assert capsys.readouterr().out == ''
 
 
 def test_far_from_the_end_of_many_prompts_is_told_beside_the_answers(capsys):
-  talk('decoder', batch_size=2).all(TEXTS)
+  talk('decoder', batch_size=2).answer_all(TEXTS)
   said = capsys.readouterr()
-  assert said.out.splitlines() == generation('decoder').texts(ids('decoder'))
+  assert said.out.splitlines() == generation('decoder').generate_texts(
+    ids('decoder')
+  )
   assert 'answered 3/3' in said.err
 
 
@@ -352,11 +354,11 @@ def test_a_chat_asks_with_all_that_was_said_before(capsys):
     asked.append(list(turns))
     return ids('decoder', turns[-1:])[0]
 
-  talk('decoder', ask=ask, chat=True).each(['a', 'b'])
+  talk('decoder', ask=ask, chat=True).answer_each(['a', 'b'])
   first, _ = capsys.readouterr().out.splitlines()
   assert asked == [['a'], ['a', first, 'b']]
   asked.clear()
-  talk('decoder', ask=ask).each(['a', 'b'])
+  talk('decoder', ask=ask).answer_each(['a', 'b'])
   assert asked == [['a'], ['b']]
 
 
@@ -376,7 +378,7 @@ def templated_words(**options):
 
 def test_a_chat_is_asked_as_it_is_trained(tmp_path):
   words = templated_words()
-  talk = prompts.conversation(['a', 'b', 'c'])
+  talk = prompts.to_conversation(['a', 'b', 'c'])
   assert [turn.role for turn in talk.turns] == ['user', 'assistant', 'user']
   # What training makes of it and an answer, up to that answer.
   answered = dataclasses.replace(
@@ -388,7 +390,7 @@ def test_a_chat_is_asked_as_it_is_trained(tmp_path):
   for system in ('', 'Be brief.'):
     for path in ('', str(own)):
       data = chat_data(chat_template=path, system_prompt=system)
-      found = prompts.template(words, data)
+      found = prompts.load_chat_template(words, data)
       trained = found.encode(answered)
       # 'd', the end of its turn and a line's end.
       assert found.encode_prompt(talk) == trained.ids[:-3].tolist()
@@ -396,7 +398,7 @@ def test_a_chat_is_asked_as_it_is_trained(tmp_path):
       assert (system in said) and ('Be brief.' in said) == bool(system)
       assert said.endswith('ASSISTANT\n' if path else 'assistant\n')
   data = chat_data(system_prompt='Be brief.')
-  other = prompts.template(words, data, 'Be long.')
+  other = prompts.load_chat_template(words, data, 'Be long.')
   said = words.tokenizer.decode(other.encode_prompt(talk))
   assert 'Be long.' in said and 'Be brief.' not in said
 
@@ -404,11 +406,11 @@ def test_a_chat_is_asked_as_it_is_trained(tmp_path):
 def test_a_chat_without_a_template_is_refused():
   for words in (WORDS, templated_words(template=None)):
     with pytest.raises(ValueError, match='has no chat template; leave out'):
-      prompts.template(words, chat_data())
+      prompts.load_chat_template(words, chat_data())
   refusing = templated_words(template="{{ raise_exception('no turns') }}")
   with pytest.raises(ValueError, match='cannot render the conversation'):
-    prompts.template(refusing, chat_data()).encode_prompt(
-      prompts.conversation(['a'])
+    prompts.load_chat_template(refusing, chat_data()).encode_prompt(
+      prompts.to_conversation(['a'])
     )
 
 

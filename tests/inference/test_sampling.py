@@ -19,7 +19,9 @@ def kept(logits):
 
 def drawer(sampling_config):
   """(logits, keys) -> ids, compiled."""
-  return jax.jit(lambda x, keys: sampling.choose(x, sampling_config, keys))
+  return jax.jit(
+    lambda x, keys: sampling.sample_tokens(x, sampling_config, keys)
+  )
 
 
 def test_top_k_keeps_the_greatest_and_their_equals():
@@ -50,7 +52,7 @@ def test_a_penalty_makes_what_was_there_less_likely():
   logits = jnp.array([[2.0, -3.0, 5.0, 0.0]])
   seen = jnp.array([[True, True, False, True]])
   # 2 / 2, -3 * 2, 5 as it was, 0 stays.
-  found = sampling.penalise(logits, seen, 2.0)
+  found = sampling.apply_repetition_penalty(logits, seen, 2.0)
   np.testing.assert_array_equal(found, [[1, -6, 5, 0]])
 
 
@@ -107,8 +109,8 @@ def test_a_draw_is_its_rows_own():
     ({'temperature': 1.0, 'top_k': 0}, 'top_k is at least 1; got 0'),
     ({'temperature': 1.0, 'min_p': 2.0}, 'min_p is at least 0 and at most 1'),
     ({'repetition_penalty': 0.0}, 'repetition_penalty is above 0'),
-    ({'top_k': 3}, 'top_k does nothing without a temperature'),
-    ({'temperature': 0.0, 'min_p': 0.1}, 'min_p does nothing without'),
+    ({'top_k': 3}, 'top_k has no effect without a temperature'),
+    ({'temperature': 0.0, 'min_p': 0.1}, 'min_p has no effect without'),
   ],
 )
 def test_numbers_that_cannot_be_are_refused(values, message):
@@ -125,14 +127,17 @@ def test_filters_equal_those_of_transformers():
   seen = np.zeros(logits.shape, bool)
   np.put_along_axis(seen, ids, True, axis=1)
   pairs = [
-    (process.TemperatureLogitsWarper(0.7), lambda x: sampling.warm(x, 0.7)),
+    (
+      process.TemperatureLogitsWarper(0.7),
+      lambda x: sampling.apply_temperature(x, 0.7),
+    ),
     (process.TopKLogitsWarper(7), lambda x: sampling.top_k(x, 7)),
     (process.TopPLogitsWarper(0.83), lambda x: sampling.top_p(x, 0.83)),
     (process.TopPLogitsWarper(0.1), lambda x: sampling.top_p(x, 0.1)),
     (process.MinPLogitsWarper(0.07), lambda x: sampling.min_p(x, 0.07)),
     (
       process.RepetitionPenaltyLogitsProcessor(1.7),
-      lambda x: sampling.penalise(x, seen, 1.7),
+      lambda x: sampling.apply_repetition_penalty(x, seen, 1.7),
     ),
   ]
   for theirs, ours in pairs:
@@ -171,8 +176,10 @@ def test_filters_stand_in_the_order_of_transformers(values):
   expected = chain(torch.tensor(ids), torch.tensor(logits)).numpy()
   ours = jnp.asarray(logits)
   if 'repetition_penalty' in values:
-    ours = sampling.penalise(ours, seen, values['repetition_penalty'])
-  found = sampling.filtered(ours, Sampling(**values))
+    ours = sampling.apply_repetition_penalty(
+      ours, seen, values['repetition_penalty']
+    )
+  found = sampling.filter_logits(ours, Sampling(**values))
   # A division and a product each.
   np.testing.assert_allclose(found, expected, rtol=1e-6)
   # Of each row something is left and something taken out.

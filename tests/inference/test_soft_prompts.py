@@ -191,7 +191,7 @@ def test_cached_answers_are_those_of_whole_texts_behind_the_prompt(config):
   ids = [9, 8, 7]
   settings = GenerationConfig(6, (1000,))
   prompts = [ids, [5, 5, 5, 5, 5, 6]]
-  found = Generator(model, variables, WORDS, settings).tokens(prompts)
+  found = Generator(model, variables, WORDS, settings).generate_ids(prompts)
   for own, answer in zip(prompts, found, strict=True):
     said = [0] if config is T5 else [*AHEAD, *own]
     begin = len(said)
@@ -233,7 +233,7 @@ def test_answers_of_examples_are_behind_the_prompt(config):
   end = WORDS.eos if config is T5 else 13
   for one in (text, longest):
     ids = [*WORDS.encode(one.inputs), end]
-    expected = plain.texts([ids])
+    expected = plain.generate_texts([ids])
     assert generator.answers(variables, [one]) == expected
   assert not generator.cut([longest]).any()
   assert generator.cut([example('a' * 37, '')]).all()
@@ -243,16 +243,16 @@ def test_a_decoders_places_count_the_prompt():
   config = GenerationConfig(7, (1,))
   generation = Generator(*made(LLAMA), WORDS, config)
   # 127 places, 3 of the prompt, 7 of the answer.
-  generation.check([[5] * 117])
-  with pytest.raises(ValueError, match='118 tokens, 3 of a soft'):
-    generation.check([[5] * 118])
+  generation.check_prompts([[5] * 117])
+  with pytest.raises(ValueError, match='118 tokens, its soft prompt 3'):
+    generation.check_prompts([[5] * 118])
 
 
 def test_a_repetition_penalty_knows_nothing_of_placeholders():
   model, variables = made(LLAMA)
   sampling = Sampling(repetition_penalty=1.5)
   config = GenerationConfig(6, (1000,), sampling=sampling)
-  (answer,) = Generator(model, variables, WORDS, config).tokens([[9, 8]])
+  (answer,) = Generator(model, variables, WORDS, config).generate_ids([[9, 8]])
   # Logits of the prompt's and the answer's own tokens are made smaller.
   ids = [*AHEAD, 9, 8]
   for token in answer:

@@ -86,7 +86,7 @@ def engine(place):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(opening, 'load_tokenizer', lambda *args: ByteTokenizer())
     opened = opening.open_engine(str(folder / 'base'), paths, (), settings)
-  assert opened.words.eos in opened.ends
+  assert opened.tokenizer.eos in opened.eos_token_ids
   opened.engine.start()
   yield opened.engine
   assert opened.engine.drain(60)

@@ -68,7 +68,7 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
     run.model, run.variables, run.tokenizer, GenerationConfig(3, (1,))
   )
   ids = [[*run.tokenizer.encode(text), 1] for text in ('a', 'bc')]
-  assert said == generator.texts(ids)
+  assert said == generator.generate_texts(ids)
   served = AdapterPool(base_lib.load(config.model), {'it': str(tmp_path)})
   held = served.acquire('it')
   assert held.soft_prompt_ids == (263, 264, 265, 266, 267)

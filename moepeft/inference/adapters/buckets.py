@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buckets: adapters of one method and shape, which one program serves.
+"""Buckets: groups of adapters with the same method and shapes.
 
 A bucket is a method whose rank is rounded up to 4, 8, 16, ... and whose scale
-is one: smaller ranks are padded with zeros, and alpha / r is multiplied into B.
-It acts wherever the method does by default, and wherever an adapter that was
-named at the start does; an adapter that leaves sites out has the identity
-there.
+is one. Smaller ranks are padded with zeros, and alpha / r is multiplied into B.
+The target modules are the method's default ones and those of the adapters named
+at the start. An adapter without one of them has the identity there.
 
-There is one bucket for each method, of the largest rank that was named, not
-one for each rank: every row reads its slot of every bucket, so a second bucket
-of LoRA would add its bytes, and its operations at every site, to every row.
+Each method has one bucket, with the largest rank named. A bucket for each rank
+would cost more, because every row reads its slot in every bucket.
 """
 
 import dataclasses
@@ -35,21 +33,21 @@ from moepeft.peft.method_text import (
   nest_expert,
 )
 
-_LEAST_RANK = 4
-# Options of a method that become data of a slot.
-_DATA = ('targets', 'rslora', 'rank', 'alpha', 'length')
+_MIN_RANK = 4
+# Options in which the adapters of a bucket may differ.
+_SLOT_OPTIONS = ('targets', 'rslora', 'rank', 'alpha', 'length')
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketPart:
-  """One of the methods that a bucket nests.
+  """One of the methods of a bucket.
 
   Attributes:
-    name: its entry in the 'peft' tree.
-    kind: its flat spec (`peft.method_text`) without rank and scale.
-    rank: the largest that fits; of a soft prompt the length; 0 of a method
-      without one.
-    sites: in the model's order.
+    name: the key in the 'peft' tree.
+    kind: the flat spec (`peft.method_text`) without rank and scale.
+    rank: the largest rank, or soft prompt length, that fits; 0 for a method
+      without either.
+    sites: the paths of the target modules, in the model's order.
   """
 
   name: str
@@ -59,25 +57,25 @@ class BucketPart:
 
   @property
   def spec(self) -> Spec:
-    """Its method, without sites."""
+    """The method with a scale of one, without target modules."""
     if size_option(self.kind) != 'rank':
       return self.sized
     return self.sized.replace(alpha=float(self.rank))
 
   @property
   def sized(self) -> Spec:
-    """Its method with what fits, without sites and scale."""
+    """The method with the bucket's rank, without target modules and scale."""
     option = size_option(self.kind)
     return self.kind.replace(**{option: self.rank}) if option else self.kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-  """The method, rank and sites that the adapters of a bucket share.
+  """The method, rank and target modules that the adapters of a bucket share.
 
   Attributes:
-    name: its key in the pool's tree.
-    parts: one, or the methods that nest, the first innermost.
+    name: the key in the pool's tree.
+    parts: the method, or several nested methods, innermost first.
   """
 
   name: str
@@ -85,27 +83,27 @@ class Bucket:
 
   @property
   def method(self) -> str:
-    """As `--form` takes it."""
+    """The method string that `--form` takes."""
     return method_string.format_method(
       tuple(nest_expert(part.sized) for part in self.parts)
     )
 
-  def holds(self, smaller: 'Bucket') -> bool:
-    """Whether an adapter of the bucket `smaller` fits."""
-    return _kinds(self.parts) == _kinds(smaller.parts) and all(
-      part.rank >= fit.rank and set(part.sites) >= set(fit.sites)
-      for part, fit in zip(self.parts, smaller.parts, strict=True)
+  def holds(self, other_bucket: 'Bucket') -> bool:
+    """Whether the adapters of the other bucket fit into this one."""
+    return _kinds(self.parts) == _kinds(other_bucket.parts) and all(
+      part.rank >= other_part.rank and set(part.sites) >= set(other_part.sites)
+      for part, other_part in zip(self.parts, other_bucket.parts, strict=True)
     )
 
 
 def bucket_of(built: Built, label: str) -> Bucket:
-  """The smallest bucket of an adapter: its own sites, its rank's bucket.
+  """Returns the smallest bucket of an adapter.
 
   Args:
-    label: names the adapter in an error.
+    label: the adapter's name in error messages.
 
   Raises:
-    ValueError: it is not for a pool; the message says what to do.
+    ValueError: the method cannot be served from a pool.
   """
   parts = []
   for name, spec in instances(built.method).items():
@@ -128,25 +126,25 @@ def bucket_of(built: Built, label: str) -> Bucket:
 def merge_buckets(
   required: Sequence[Bucket], sites: Mapping[str, str]
 ) -> tuple[Bucket, ...]:
-  """The fewest buckets that hold all of those; sorted by name.
+  """Merges buckets of the same method; returns them sorted by name.
 
   Args:
-    required: of `bucket_of`.
-    sites: {path: role} of the model.
+    required: the smallest buckets of the adapters, from `bucket_of`.
+    sites: {path: role} of the model's target modules.
   """
   merged: dict[tuple[Spec, ...], Bucket] = {}
   for bucket in required:
     key = _kinds(bucket.parts)
-    merged[key] = _union(merged.get(key, bucket), bucket, sites)
+    merged[key] = _merge(merged.get(key, bucket), bucket, sites)
   named, used_names = [], set()
   for bucket in merged.values():
     methods = '_'.join(part.kind.name for part in bucket.parts)
-    named.append(_renamed(bucket, _unused(methods, used_names)))
+    named.append(_rename_parts(bucket, _unique_name(methods, used_names)))
   return tuple(sorted(named, key=lambda bucket: bucket.name))
 
 
 def adapter_map_of(buckets: Sequence[Bucket]) -> AdapterMap:
-  """The table that the model takes: all buckets nested."""
+  """Returns the model's adapter map, with the modules of all buckets."""
   entries = []
   for bucket in buckets:
     for part in bucket.parts:
@@ -157,12 +155,12 @@ def adapter_map_of(buckets: Sequence[Bucket]) -> AdapterMap:
 
 
 def size_option(spec: Spec) -> str:
-  """The option of a method that is rounded up: 'rank', 'length', or ''."""
+  """The option that is padded: 'rank', 'length', or '' for none."""
   return method_entry(spec).size_option
 
 
 def rank_of(spec: Spec) -> int:
-  """The rank, or a soft prompt's length; 0 of a method without either."""
+  """The rank, or a soft prompt's length; 0 for a method without either."""
   option = size_option(spec)
   return _value(spec, option) if option else 0
 
@@ -170,8 +168,8 @@ def rank_of(spec: Spec) -> int:
 def scale_of(spec: Spec) -> float:
   """The scale of a method with a rank: alpha / r, or alpha / sqrt(r)."""
   rank = rank_of(spec)
-  root = _value(spec, 'rslora')
-  return _value(spec, 'alpha') / (rank**0.5 if root else rank)
+  rslora = _value(spec, 'rslora')
+  return _value(spec, 'alpha') / (rank**0.5 if rslora else rank)
 
 
 def _value(spec: Spec, option: str) -> Any:
@@ -179,22 +177,22 @@ def _value(spec: Spec, option: str) -> Any:
 
 
 def round_up_rank(rank: int) -> int:
-  """The next of 4, 8, 16, ...; 0 stays."""
-  return max(_LEAST_RANK, 1 << (rank - 1).bit_length()) if rank else 0
+  """Rounds a rank up to 4, 8, 16, ...; returns 0 for 0."""
+  return max(_MIN_RANK, 1 << (rank - 1).bit_length()) if rank else 0
 
 
 def _kind(spec: Spec) -> Spec:
-  """The same for all adapters of a bucket, defaults left out."""
-  noise = (
+  """The spec that all adapters of a bucket share, without default options."""
+  training_only = (
     k for k, o in method_entry(spec).options().items() if o.training_only
   )
-  spec = _without(spec, (*_DATA, *noise))
+  spec = _without(spec, (*_SLOT_OPTIONS, *training_only))
   router = spec.get('router')
   if isinstance(router, Spec):
     router_entry = ROUTERS[router.name]
     options = options_of(router_entry.module)
-    noise = (k for k, o in options.items() if o.training_only)
-    router = _without(router, (*router_entry.pooled_options, *noise))
+    training_only = (k for k, o in options.items() if o.training_only)
+    router = _without(router, (*router_entry.pooled_options, *training_only))
     spec = spec.replace(router=router)
   return flatten_expert(
     method_string.parse(canonical_text(str(nest_expert(spec))))
@@ -210,26 +208,26 @@ def _kinds(parts: Sequence[BucketPart]) -> tuple[Spec, ...]:
   return tuple(part.kind for part in parts)
 
 
-def _union(a: Bucket, b: Bucket, sites: Mapping[str, str]) -> Bucket:
-  """A bucket with the default sites, and the sites and ranks of both."""
+def _merge(a: Bucket, b: Bucket, sites: Mapping[str, str]) -> Bucket:
+  """Merges two buckets of the same kinds, and adds default target modules."""
   parts = []
-  for part, more in zip(a.parts, b.parts, strict=True):
+  for part, other_part in zip(a.parts, b.parts, strict=True):
     groups = method_entry(part.kind).roles.values()
     roles = {role for group in groups for role in group}
     paths = {path for path, role in sites.items() if role in roles}
-    paths |= {*part.sites, *more.sites}
+    paths |= {*part.sites, *other_part.sites}
     parts.append(
       dataclasses.replace(
         part,
-        rank=max(part.rank, more.rank),
+        rank=max(part.rank, other_part.rank),
         sites=tuple(path for path in sites if path in paths),
       )
     )
   return Bucket('', tuple(parts))
 
 
-def _renamed(bucket: Bucket, name: str) -> Bucket:
-  """The bucket with entries that no other one has."""
+def _rename_parts(bucket: Bucket, name: str) -> Bucket:
+  """Names a bucket and its parts."""
   several = len(bucket.parts) > 1
   return Bucket(
     name,
@@ -240,9 +238,9 @@ def _renamed(bucket: Bucket, name: str) -> Bucket:
   )
 
 
-def _unused(name: str, used_names: set[str]) -> str:
-  unused, i = name, 2
-  while unused in used_names:
-    unused, i = f'{name}.{i}', i + 1
-  used_names.add(unused)
-  return unused
+def _unique_name(name: str, used_names: set[str]) -> str:
+  unique, i = name, 2
+  while unique in used_names:
+    unique, i = f'{name}.{i}', i + 1
+  used_names.add(unique)
+  return unique

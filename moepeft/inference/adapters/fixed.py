@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one adapter that a model was built with, or none, in place of a pool."""
+"""The single adapter of a model, or none, in place of an adapter pool."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,16 +16,17 @@ from moepeft.peft.prefix import model_prefix_ids
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AcquiredAdapter:
-  """An adapter that a request uses; it must be released.
+  """An adapter in use by a request, which must release it.
 
   Attributes:
-    row: int32 [buckets], the slot of each bucket; 0 is the base. Constant
-      until the release.
+    row: int32 [buckets], the slot in each bucket; 0 is the base. Constant until
+      the release.
     sha256: hash of the adapter's content, a cache key; '' for the base.
-    bucket: name of its bucket; '' for the base.
-    sites: {entry in the tree: the site paths where the adapter acts}; its
-      bucket may have more.
-    soft_prompt_ids: placeholder ids of its soft prompt, put before every text.
+    bucket: the name of its bucket; '' for the base.
+    sites: {key in the 'peft' tree: paths of the target modules}; the bucket may
+      have more.
+    soft_prompt_ids: the placeholder ids of its soft prompt, which precede every
+      prompt.
   """
 
   row: np.ndarray
@@ -36,9 +37,9 @@ class AcquiredAdapter:
 
 
 class FixedAdapter:
-  """The part of `AdapterPool` that an engine calls, for one model as it is.
+  """A pool of one adapter, with the methods that an engine calls.
 
-  Every request has the model's own adapter; none can be loaded.
+  Every request uses the model's own adapter; no other can be loaded.
   """
 
   bytes = 0
@@ -46,8 +47,8 @@ class FixedAdapter:
   def __init__(self, model: Any, peft: Tree | None = None):
     """
     Args:
-      model: its adapter_map acts in every request.
-      peft: the collection of that name; None of a model without adapters.
+      model: the Flax module, with its adapter_map.
+      peft: the collection 'peft'; None for a model without adapters.
     """
     self.adapter_map, self.tree = (
       model.adapter_map,
@@ -66,38 +67,39 @@ class FixedAdapter:
   def row_tree(
     self, tree: Tree, slots: Array, layer: Array | None = None
   ) -> Tree:
-    """The 'peft' tree of a row: the same for all of them.
+    """The 'peft' tree of a row, which is the same for all rows.
 
     Args:
-      layer: int32 scalar, where leaves are [l, ...] and one l is wanted.
+      layer: int32 scalar, to select one layer of leaves [l, ...].
     """
     del slots
     tree = tree.get('model', {})
     return tree if layer is None else jax.tree.map(lambda a: a[layer], tree)
 
   def replace(self, peft: Tree) -> None:
-    """Takes other values of the same arrays."""
+    """Replaces the arrays by others of the same shapes."""
     self.tree = {'model': peft}
 
   def acquire(self, name: str) -> AcquiredAdapter:
-    """
+    """Returns the model's adapter.
+
     Raises:
-      UnknownAdapter: a name is given.
+      UnknownAdapter: the name is not ''.
     """
     if name:
       raise UnknownAdapter(_NONE.format(name))
     return self._acquired
 
   def release(self, acquired: AcquiredAdapter) -> None:
-    """Does nothing: there is always room for the one adapter."""
+    """Does nothing; the adapter is never evicted."""
 
   def loaded(self) -> Sequence[LoadedAdapter]:
     return ()
 
   def read(self, path: str) -> Any:
     raise ValueError(
-      f'the server was started without room for adapters; start it with the '
-      f'forms that it shall take (--form) to load {path!r}'
+      'the server was started without adapter slots; start it with --form and '
+      f'the method of the adapter to load {path!r}'
     )
 
   def put(self, name: str, adapter: Any) -> LoadedAdapter:
@@ -107,4 +109,4 @@ class FixedAdapter:
     raise UnknownAdapter(_NONE.format(name))
 
 
-_NONE = 'there is no adapter {!r}; the base is all that is served'
+_NONE = 'there is no adapter {!r}; only the base is served'

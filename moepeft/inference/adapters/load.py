@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters from wherever they lie, checked whole before they are served."""
+"""Reads adapters from runs, exports and peft directories, and checks them."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from moepeft.peft import Built, build
 from moepeft.peft.method_text import canonical_text
 from moepeft.peft.prefix import placeholder_ids
 
-# {path in a 'peft' tree: its shape, and what it says of itself}.
+# {path in a 'peft' tree: (shape, metadata)}.
 Layout = Mapping[str, tuple[tuple[int, ...], ParamMetadata]]
 
 
@@ -30,12 +30,12 @@ class TrainedAdapter:
   """An adapter on the host, as it was trained.
 
   Attributes:
-    built: its method, ready for the base.
-    bucket: the smallest that holds it.
+    built: the method, built for the base.
+    bucket: the smallest bucket that holds the adapter.
     arrays: {path in the 'peft' tree: float32 array}.
-    sha256: of its content: method, semantics and every array.
-    source: the path that it was read from.
-    soft_prompt_ids: placeholders of its soft prompt.
+    sha256: hash of the method, the semantics and every array.
+    source: the path from which it was read.
+    soft_prompt_ids: the placeholder ids of its soft prompt.
   """
 
   built: Built
@@ -47,27 +47,27 @@ class TrainedAdapter:
 
 
 def read_adapter(path: str, base: Base) -> TrainedAdapter:
-  """Reads a run's work directory, an adapter of ours, or one of peft's.
+  """Reads an adapter: a run's work directory, an export, or a peft directory.
 
   Raises:
-    ValueError: nothing is there, it is damaged, another base's, or not for
-      serving.
-    OSError: something in it is a pipe, a socket or a device.
+    ValueError: there is no adapter, it is damaged, belongs to another base, or
+      cannot be served.
+    OSError: a file is a pipe, a socket or a device.
   """
   check_regular(os.path.expanduser(path))
-  stored = _stored(path, base)
-  _check_base(stored, path, base)
-  semantics = stored.semantics or 'official'
-  built = build(stored.method, base.family.sites(base.config), semantics)
+  file = _read_file(path, base)
+  _check_base(file, path, base)
+  semantics = file.semantics or 'official'
+  built = build(file.method, base.family.sites(base.config), semantics)
   bucket = bucket_of(built, path)
   arrays = {
     name: np.asarray(leaf, np.float32)
-    for name, leaf in weight_mapping.flatten(stored.tree).items()
+    for name, leaf in weight_mapping.flatten(file.tree).items()
   }
   _check_arrays(arrays, built, path, base)
   content = '\n'.join(
     (
-      canonical_text(stored.method, semantics),
+      canonical_text(file.method, semantics),
       semantics,
       weight_mapping.content_hash(arrays),
     )
@@ -78,11 +78,10 @@ def read_adapter(path: str, base: Base) -> TrainedAdapter:
 
 
 def check_regular(path: str) -> None:
-  """Checks all that lies below a path before libraries open it, which would
-  wait for ever for a pipe.
+  """Checks that all files below a path are regular: opening a pipe may block.
 
   Raises:
-    OSError: something is a pipe, a socket or a device.
+    OSError: a file is a pipe, a socket or a device.
   """
   files.check_file(path)
   # Links to directories are followed one level deep, by `check_files`.
@@ -93,8 +92,13 @@ def check_regular(path: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stored:
-  """An adapter's file; `sha256` is the base's, None where it names none."""
+class _AdapterFile:
+  """The contents of an adapter's file.
+
+  Attributes:
+    sha256: hash of the base that the adapter was trained on; None if unknown.
+    quantise: the quantization of that base; None if unknown.
+  """
 
   method: str
   tree: Tree
@@ -105,32 +109,32 @@ class _Stored:
 
 @functools.lru_cache(maxsize=64)
 def arrays_of(model: nn.Module) -> Layout:
-  """The arrays in 'peft' of a model; traced once for a method."""
+  """The layout of a model's 'peft' collection; cached, because it is traced."""
   return param_metadata(model, base_lib.example_batch())
 
 
-def _stored(path: str, base: Base) -> _Stored:
+def _read_file(path: str, base: Base) -> _AdapterFile:
   adapter = base_lib.load_adapter(path, base.config)
-  # Only our own form says it, and what was kept in how many bits with it.
-  is_ours = adapter.quantise is not None
-  return _Stored(
+  # Only this package's own exports record the base's hash and quantization.
+  has_base_hash = adapter.quantise is not None
+  return _AdapterFile(
     adapter.method,
     adapter.tree,
     adapter.semantics,
-    adapter.sha256 if is_ours else None,
+    adapter.sha256 if has_base_hash else None,
     adapter.quantise,
   )
 
 
-def _check_base(stored: _Stored, path: str, base: Base) -> None:
-  if stored.sha256 not in (None, base.sha256):
+def _check_base(file: _AdapterFile, path: str, base: Base) -> None:
+  if file.sha256 not in (None, base.sha256):
     raise ValueError(
       f'{path} was trained on another base than {base.path!r} (their content '
       'hashes differ); start a server with --model set to its own'
     )
-  if stored.quantise not in (None, base.quantise):
+  if file.quantise not in (None, base.quantise):
     raise ValueError(
-      f'{path} was trained on a base kept in {stored.quantise or "full"!r}, '
+      f'{path} was trained on a base kept in {file.quantise or "full"!r}, '
       f'this one is kept in {base.quantise or "full"!r}; start a server with '
       'its own'
     )
@@ -146,9 +150,9 @@ def _check_arrays(
     f'{path} does not fit {built.method!r}',
     'export the adapter again from its run',
   )
-  broken = sorted(n for n, a in arrays.items() if not np.isfinite(a).all())
-  if broken:
+  not_finite = sorted(n for n, a in arrays.items() if not np.isfinite(a).all())
+  if not_finite:
     raise ValueError(
-      f'{path} holds numbers that are infinite or none (in {broken[0]}): its '
+      f'{path} contains NaN or infinite values (in {not_finite[0]}): its '
       'training diverged; serve an earlier checkpoint of it'
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tree of an adapter as one slot of its bucket holds it."""
+"""Pads an adapter's arrays to the shapes of its bucket."""
 
 import dataclasses
 import functools
@@ -26,16 +26,16 @@ from moepeft.peft.method_text import flatten_expert, method_entry
 def bucket_layouts(
   buckets: Sequence[Bucket], adapter_map: AdapterMap, base: Base
 ) -> dict[str, Layout]:
-  """The arrays of one slot of each bucket.
+  """Returns the layout of one slot of each bucket.
 
   Args:
-    adapter_map: of all of them.
+    adapter_map: the adapter map of all buckets.
   """
   arrays = arrays_of(base.family.module(base.config, adapter_map))
   return {
     bucket.name: {
-      path: shape_and_metadata
-      for path, shape_and_metadata in arrays.items()
+      path: spec
+      for path, spec in arrays.items()
       if any(f'/{part.name}/' in path for part in bucket.parts)
     }
     for bucket in buckets
@@ -43,24 +43,27 @@ def bucket_layouts(
 
 
 def slot_bytes(layout: Layout) -> int:
-  """Bytes of one slot."""
+  """The bytes of one slot."""
   return 4 * sum(math.prod(shape) for shape, _ in layout.values())
 
 
 def identity_tree(layout: Layout) -> Tree:
-  """Slot 0: the base's function bit for bit."""
+  """The arrays of slot 0, with which the model computes exactly the base."""
   return weight_mapping.unflatten(
-    {path: _filled(shape, label) for path, (shape, label) in layout.items()}
+    {
+      path: _identity_array(shape, metadata)
+      for path, (shape, metadata) in layout.items()
+    }
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class PaddedAdapter:
-  """An adapter with what is written into a slot, on the host.
+  """An adapter, and its arrays in the shapes of its bucket, on the host.
 
   Attributes:
-    bucket: its name.
-    tree: with the paths and shapes of the bucket's layout.
+    bucket: the name of the bucket.
+    tree: arrays with the paths and shapes of the bucket's layout.
   """
 
   adapter: TrainedAdapter
@@ -71,26 +74,26 @@ class PaddedAdapter:
 def pad_to_bucket(
   adapter: TrainedAdapter, bucket: Bucket, layout: Layout, base: Base
 ) -> PaddedAdapter:
-  """The slot of an adapter.
+  """Pads an adapter to a slot of a bucket.
 
   Raises:
-    ValueError: a DoRA stands where its weight is not one of its own.
+    ValueError: a DoRA adapts a module whose kernel is not a layer's.
   """
-  filled = {}
+  arrays = {}
   specs = instances(adapter.built.method)
   for part, (instance, spec) in zip(bucket.parts, specs.items(), strict=True):
-    source = _Source(adapter.arrays, instance, spec, part, base)
-    for path, (shape, label) in layout.items():
-      place, separator, leaf = path.partition(f'/{part.name}/')
-      if separator and source.at(place):
-        filled[path] = source.leaf(place, leaf, shape, label)
+    source = _TrainedPart(adapter.arrays, instance, spec, part, base)
+    for path, (shape, metadata) in layout.items():
+      target, separator, leaf = path.partition(f'/{part.name}/')
+      if separator and source.has_target(target):
+        arrays[path] = source.padded_leaf(target, leaf, shape, metadata)
       elif separator:
-        filled[path] = _filled(shape, label)
-  return PaddedAdapter(adapter, bucket.name, weight_mapping.unflatten(filled))
+        arrays[path] = _identity_array(shape, metadata)
+  return PaddedAdapter(adapter, bucket.name, weight_mapping.unflatten(arrays))
 
 
-class _Source:
-  """The arrays of one part of an adapter, by place and leaf."""
+class _TrainedPart:
+  """The arrays of one method of an adapter, {target module: {leaf: array}}."""
 
   def __init__(
     self,
@@ -108,48 +111,48 @@ class _Source:
     self._base = base
     self._arrays: dict[str, dict[str, np.ndarray]] = {}
     for path, array in arrays.items():
-      place, separator, leaf = path.partition(f'/{instance}/')
+      target, separator, leaf = path.partition(f'/{instance}/')
       if separator:
-        self._arrays.setdefault(place, {})[leaf] = array
+        self._arrays.setdefault(target, {})[leaf] = array
 
-  def at(self, place: str) -> dict[str, np.ndarray] | None:
-    return self._arrays.get(place)
+  def has_target(self, target: str) -> bool:
+    return target in self._arrays
 
-  def leaf(
-    self, place: str, leaf: str, shape: Any, label: ParamMetadata
+  def padded_leaf(
+    self, target: str, leaf: str, shape: Any, metadata: ParamMetadata
   ) -> np.ndarray:
-    here = self._arrays[place]
+    leaves = self._arrays[target]
     if leaf == 'on':
       return np.ones(shape, np.float32)
     pooled_leaf = method_entry(self._spec).pooled_leaves.get(leaf)
     if pooled_leaf is not None:
-      return self._pooled(pooled_leaf, place)
-    if leaf == 'router/kernel' and leaf not in here:
+      return self._derived_array(pooled_leaf, target)
+    if leaf == 'router/kernel' and leaf not in leaves:
       router = self._spec.get('router')
-      path = (*place.split('/'), self._instance, 'router')
+      path = (*target.split('/'), self._instance, 'router')
       return ROUTERS[router.name].pooled_kernel(
         path, dict(router.options), shape
       )
-    array = here[leaf]
+    array = leaves[leaf]
     if leaf == 'b' and self._part.rank:
       array = array * np.float32(scale_of(self._spec))
-    return _padded(array, shape)
+    return _pad_rank(array, shape)
 
-  def _pooled(self, pooled_leaf: Callable, place: str) -> np.ndarray:
-    """An array that is worked out from the base's kernel, layer by layer."""
-    if '/layers/' not in place:
+  def _derived_array(self, pooled_leaf: Callable, target: str) -> np.ndarray:
+    """Derives an array from the base's kernels, layer by layer."""
+    if '/layers/' not in target:
       raise ValueError(
-        f'{self._spec.name} at {place} cannot be served, only at projections '
+        f'{self._spec.name} at {target} cannot be served, only at projections '
         'within layers; merge the adapter (python -m moepeft.convert --to=hf) '
         'and serve the result as a base of its own'
       )
-    arrays, scale = self._arrays[place], scale_of(self._spec)
+    arrays, scale = self._arrays[target], scale_of(self._spec)
     depth = len(next(iter(arrays.values())))
     return np.stack(
       [
         pooled_leaf(
           {name: array[layer] for name, array in arrays.items()},
-          functools.partial(_kernel, self._base, place, layer),
+          functools.partial(_kernel, self._base, target, layer),
           scale,
         )
         for layer in range(depth)
@@ -158,28 +161,32 @@ class _Source:
 
 
 def _kernel(
-  base: Base, place: str, layer: int, shape: tuple[int, int]
+  base: Base, target: str, layer: int, shape: tuple[int, int]
 ) -> np.ndarray:
-  """The weight of a projection, float32 [inputs, outputs]."""
+  """Returns the kernel of a projection, float32 [inputs, outputs]."""
   flat = weight_mapping.flatten(base.params)
-  if f'{place}/kernel' in flat:
-    weight = flat[f'{place}/kernel'][layer].astype(np.float32)
+  if f'{target}/kernel' in flat:
+    weight = flat[f'{target}/kernel'][layer].astype(np.float32)
     return weight.reshape(shape)
   kind = base.quantise
-  codes, scale = (flat[f'{place}/kernel_{n}'] for n in (kind, 'scale'))
+  codes, scale = (flat[f'{target}/kernel_{n}'] for n in (kind, 'scale'))
   kernel = FORMATS[kind].decode(codes[layer], scale[layer], shape)
   return np.asarray(kernel, np.float32).reshape(shape)
 
 
-def _filled(shape: Sequence[int], label: ParamMetadata) -> np.ndarray:
-  """The identity, where no adapter is."""
+def _identity_array(
+  shape: Sequence[int], metadata: ParamMetadata
+) -> np.ndarray:
+  """The array with which the adapter computes the identity."""
   value = (
-    label.initializer.value if isinstance(label.initializer, Constant) else 0
+    metadata.initializer.value
+    if isinstance(metadata.initializer, Constant)
+    else 0
   )
   return np.full(shape, value, np.float32)
 
 
-def _padded(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-  """With zeros after the last rank; other axes are of one size."""
+def _pad_rank(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+  """Pads the rank axis with zeros; the other axes have equal sizes."""
   pairs = zip(shape, array.shape, strict=True)
   return np.pad(array, [(0, new - old) for new, old in pairs])

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool of adapters that one program serves, many in a batch.
+"""The adapter pool: many adapters served in one batch.
 
-Adapters of one bucket (`moepeft.inference.adapters.buckets`) are 'peft' trees
-of the same paths and shapes, stacked on an axis z in front of all others. Slot
-0 is the base, bit for bit. A row of a batch takes one slot of every bucket; all
-but one of them are slot 0. Loading writes a slot, so no program is compiled
-again.
+The adapters of a bucket (`moepeft.inference.adapters.buckets`) are 'peft' trees
+with the same paths and shapes, stacked on a leading slot axis z. Slot 0
+computes exactly the base model. A row of a batch has a slot in every bucket;
+all but one of them are slot 0. Loading an adapter writes a slot and compiles
+nothing.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ from moepeft.inference.adapters.pad import Layout, PaddedAdapter
 from moepeft.inference.api import LoadedAdapter, UnknownAdapter
 from moepeft.peft import build
 
-# Slots of a bucket, that of the base among them.
-SLOTS = 9
+# The number of slots of a bucket, slot 0 included.
+DEFAULT_SLOTS = 9
 
 
 @dataclasses.dataclass
-class _Content:
-  """An adapter by its hash, and the names under which it is loaded."""
+class _PooledAdapter:
+  """An adapter, and the names under which it is loaded."""
 
   padded: PaddedAdapter
   names: set[str]
@@ -48,16 +48,15 @@ class _Content:
 
 
 class AdapterPool:
-  """The adapters of a server; any thread may call, and takes turns.
+  """The adapters of a server; its methods are thread-safe.
 
-  Loaded adapters stay on the host, as they were trained and as a slot holds
-  them, which no budget counts. The slots are for those that requests use, and
-  for as many others as fit; the one used longest ago is evicted first, and an
-  evicted one is written again when a request names it.
+  Loaded adapters stay in host memory, which the budget does not limit. Adapters
+  in use have a slot on the device, and the other slots keep the most recently
+  used ones. A request for an evicted adapter writes it to a slot again.
 
   Attributes:
-    buckets: in the order of a row's slots.
-    adapter_map: for the model: all buckets, nested.
+    buckets: the buckets, in the order of a row's slots.
+    adapter_map: the model's adapter map, with the adapters of all buckets.
   """
 
   row_tree = staticmethod(stacking.row_tree)
@@ -66,86 +65,89 @@ class AdapterPool:
     self,
     base: Base,
     adapters: Mapping[str, str] | None = None,
-    texts: Sequence[str] = (),
-    slots: int = SLOTS,
+    methods: Sequence[str] = (),
+    slots: int = DEFAULT_SLOTS,
     budget: int | None = None,
     semantics: str = 'official',
   ):
-    """Makes buckets that hold all that is named, and loads it.
+    """Makes the buckets, and loads the adapters.
 
     Args:
-      base: with its weights.
-      adapters: {name: path}.
-      texts: methods whose adapters may come later: 'lora(rank=16)'.
-      slots: limit for each bucket, the slot of the base among them.
-      budget: bytes that all buckets may take: it lowers `slots`.
-      semantics: decides the options that `texts` leave open.
+      base: the base model, with its weights.
+      adapters: {name: path} of the adapters to load.
+      methods: methods of adapters to be loaded later, such as 'lora(rank=16)'.
+      slots: the maximum number of slots of each bucket, slot 0 included.
+      budget: the maximum number of bytes of all buckets; it lowers `slots`.
+      semantics: decides the options that `methods` leave unset.
 
     Raises:
       ValueError: an adapter cannot be served, or the budget is too small for
-        two slots of each bucket.
+        two slots in each bucket.
     """
     self._base, self._sites = base, base.family.sites(base.config)
     self._lock = threading.RLock()
     self._max_slots, self._budget = slots, budget
     self._loaded: dict[str, LoadedAdapter] = {}
-    self._contents: dict[str, _Content] = {}
+    self._by_sha256: dict[str, _PooledAdapter] = {}
     trained = {
       name: read_adapter(path, base) for name, path in (adapters or {}).items()
     }
-    self._required = [adapter.bucket for adapter in trained.values()]
-    self._required += [self._bucket_of(text, semantics) for text in texts]
-    self._make()
+    self._required_buckets = [adapter.bucket for adapter in trained.values()]
+    self._required_buckets += [
+      self._make_bucket(text, semantics) for text in methods
+    ]
+    self._make_buckets()
     for name, adapter in trained.items():
       self.put(name, self._pad(adapter))
 
   @property
   def tree(self) -> Tree:
-    """{bucket: leaves [z, ...]}; never changed in place, so a step may keep
-    it."""
+    """{bucket: 'peft' tree, [z, ...] each}; never changed in place."""
     return self._tree
 
   @property
   def bytes(self) -> int:
-    """Memory of all slots, empty ones included."""
-    return self._slots_each * sum(map(pad.slot_bytes, self._layouts.values()))
+    """Device memory of all slots, empty slots included."""
+    return self._slots_per_bucket * sum(
+      map(pad.slot_bytes, self._layouts.values())
+    )
 
   def bucket(self, name: str) -> Bucket:
     return next(bucket for bucket in self.buckets if bucket.name == name)
 
   def add_bucket(self, text: str, semantics: str = 'official') -> None:
-    """Makes the slots again, with a bucket for another method's adapters.
+    """Adds a bucket for the adapters of another method, and empties all slots.
 
-    `adapter_map` changes, so programs compiled before do not fit: call it
-    before the start.
+    `adapter_map` changes, so this must be called before the engine starts.
 
     Raises:
-      ValueError: the method cannot be served, or requests are under way.
+      ValueError: the method cannot be served, or requests use adapters.
     """
     with self._lock:
       if self._in_use():
-        raise ValueError('requests are under way; add forms before the start')
-      self._required.append(self._bucket_of(text, semantics))
-      self._make()
-      for content in self._contents.values():
-        content.padded = self._pad(content.padded.adapter)
+        raise ValueError('requests use adapters; add buckets before the start')
+      self._required_buckets.append(self._make_bucket(text, semantics))
+      self._make_buckets()
+      for pooled in self._by_sha256.values():
+        pooled.padded = self._pad(pooled.padded.adapter)
 
   def load(self, name: str, path: str) -> LoadedAdapter:
-    """Reads an adapter and puts it under a name; running requests continue
-    with the one that they have.
+    """Reads an adapter, and adds or replaces it under a name.
+
+    Running requests keep the adapter with which they started.
 
     Raises:
-      ValueError: it cannot be read, is another base's, or fits no bucket; what
-        was loaded stays.
+      ValueError: the adapter cannot be read, belongs to another base, or fits
+        no bucket; the loaded adapters do not change.
     """
     return self.put(name, self.read(path))
 
   def read(self, path: str) -> PaddedAdapter:
-    """The part of `load` that takes long, for another thread."""
+    """Reads an adapter; the slow part of `load`."""
     return self._pad(read_adapter(path, self._base))
 
   def put(self, name: str, padded: PaddedAdapter) -> LoadedAdapter:
-    """The part of `load` that writes a slot, if one is not in use.
+    """Adds or replaces an adapter; writes it to a slot if one is not in use.
 
     Raises:
       ValueError: the name is empty.
@@ -155,11 +157,11 @@ class AdapterPool:
     with self._lock:
       adapter, sha256 = padded.adapter, padded.adapter.sha256
       previous = self._loaded.get(name)
-      if sha256 not in self._contents:
-        self._contents[sha256] = _Content(padded, set())
-        if self._slots[padded.bucket].has_room():
+      if sha256 not in self._by_sha256:
+        self._by_sha256[sha256] = _PooledAdapter(padded, set())
+        if self._slots[padded.bucket].has_free():
           self._write(sha256)
-      self._contents[sha256].names.add(name)
+      self._by_sha256[sha256].names.add(name)
       self._loaded[name] = LoadedAdapter(
         name,
         adapter.built.method,
@@ -173,10 +175,10 @@ class AdapterPool:
       return self._loaded[name]
 
   def unload(self, name: str) -> None:
-    """Removes a name at once, its slot once no request uses it.
+    """Removes a name now, and its slot when no request uses it.
 
     Raises:
-      UnknownAdapter: there is no such adapter.
+      UnknownAdapter: no adapter has this name.
     """
     with self._lock:
       self._remove_name(name, self._find(name).sha256)
@@ -187,37 +189,37 @@ class AdapterPool:
       return [self._loaded[name] for name in sorted(self._loaded)]
 
   def acquire(self, name: str) -> AcquiredAdapter:
-    """An adapter for one request, written to a slot if it was evicted.
+    """Acquires an adapter for a request; writes it to a slot if necessary.
 
     Args:
-      name: '' for the base.
+      name: the adapter's name; '' for the base.
 
     Raises:
-      UnknownAdapter: there is no such adapter.
-      EngineFull: requests use every slot of its bucket.
+      UnknownAdapter: no adapter has this name.
+      EngineFull: requests use every slot of the adapter's bucket.
     """
     row = np.zeros(len(self.buckets), np.int32)
     if not name:
       return AcquiredAdapter(row)
     with self._lock:
       sha256 = self._find(name).sha256
-      content = self._contents[sha256]
-      slots = self._slots[content.bucket]
+      pooled = self._by_sha256[sha256]
+      slots = self._slots[pooled.bucket]
       if sha256 not in slots:
         self._write(sha256)
       slots.acquire(sha256)
       names = [bucket.name for bucket in self.buckets]
-      row[names.index(content.bucket)] = slots[sha256]
+      row[names.index(pooled.bucket)] = slots[sha256]
       return AcquiredAdapter(
         row,
         sha256,
-        content.bucket,
+        pooled.bucket,
         self._sites_of(sha256),
-        content.padded.adapter.soft_prompt_ids,
+        pooled.padded.adapter.soft_prompt_ids,
       )
 
   def release(self, acquired: AcquiredAdapter) -> None:
-    """Ends one use of what `acquire` gave."""
+    """Releases an adapter that `acquire` returned."""
     if not acquired.bucket:
       return
     with self._lock:
@@ -225,41 +227,45 @@ class AdapterPool:
       self._remove_unused(acquired.sha256)
 
   def row(self, name: str) -> np.ndarray:
-    """int32 [buckets]: an adapter's slots now; it may be evicted from them.
+    """An adapter's present slot in each bucket, int32 [buckets].
 
-    Raises: as `acquire`.
+    Raises:
+      UnknownAdapter, EngineFull: see `acquire`.
     """
     acquired = self.acquire(name)
     self.release(acquired)
     return acquired.row
 
-  def _bucket_of(self, text: str, semantics: str) -> Bucket:
+  def _make_bucket(self, text: str, semantics: str) -> Bucket:
     return bucket_of(build(text, self._sites, semantics), repr(text))
 
-  def _make(self) -> None:
-    """Makes the buckets, with the identity in every slot."""
-    self.buckets = merge_buckets(self._required, self._sites)
+  def _make_buckets(self) -> None:
+    """Makes the buckets, with the base in every slot."""
+    self.buckets = merge_buckets(self._required_buckets, self._sites)
     self.adapter_map = adapter_map_of(self.buckets)
     self._layouts = pad.bucket_layouts(
       self.buckets, self.adapter_map, self._base
     )
-    self._slots_each = self._slot_count()
-    self._slots = {name: LruSlots(self._slots_each) for name in self._layouts}
+    self._slots_per_bucket = self._slot_count()
+    self._slots = {
+      name: LruSlots(self._slots_per_bucket) for name in self._layouts
+    }
     self._tree = {
       name: self._empty(layout) for name, layout in self._layouts.items()
     }
 
   def _slot_count(self) -> int:
-    """The number of each bucket's slots."""
+    """The number of slots that each bucket gets."""
     size = sum(map(pad.slot_bytes, self._layouts.values()))
     count = self._max_slots
     if self._budget is not None and size:
       count = min(count, self._budget // size)
     if count < 2:
       raise ValueError(
-        f'a bank needs two slots, the base and one adapter: {2 * size:,} bytes '
+        f'a bucket needs two slots, for the base and one adapter; that is '
+        f'{2 * size:,} bytes '
         f'for {self._methods()}; got slots={self._max_slots} and a budget of '
-        f'{self._budget}: raise them, or name fewer adapters and forms'
+        f'{self._budget}: raise them, or name fewer adapters and methods'
       )
     memory.check_arrays(
       count * size,
@@ -269,10 +275,10 @@ class AdapterPool:
     return count
 
   def _empty(self, layout: Layout) -> Tree:
-    """A bucket's arrays with the identity in every slot."""
+    """Makes a bucket's arrays with the base in every slot."""
     identity = pad.identity_tree(layout)
-    copies = stacking.stack_copies(identity, self._slots_each)
-    # Compiled here, not under traffic.
+    copies = stacking.stack_copies(identity, self._slots_per_bucket)
+    # Compiles `write_slot` before requests wait for it.
     return stacking.write_slot(copies, np.int32(0), identity)
 
   def _pad(self, adapter: TrainedAdapter) -> PaddedAdapter:
@@ -282,13 +288,13 @@ class AdapterPool:
         return pad.pad_to_bucket(adapter, bucket, layout, self._base)
     raise ValueError(
       f'{adapter.source} is {adapter.built.method!r}, which fits none of the '
-      f'forms that this server was started with ({self._methods()}); start it '
+      f'methods that the server was started with ({self._methods()}); start it '
       f'with --form={adapter.built.method!r} too'
     )
 
   def _sites_of(self, sha256: str) -> dict[str, frozenset[str]]:
-    padded = self._contents[sha256].padded
-    # The adapter's own parts have names of their own, in the same order.
+    padded = self._by_sha256[sha256].padded
+    # The parts of bucket and adapter differ in name but not in order.
     return {
       part.name: frozenset(trained.sites)
       for part, trained in zip(
@@ -310,33 +316,33 @@ class AdapterPool:
     return self._loaded[name]
 
   def _write(self, sha256: str) -> None:
-    """Writes a content to a slot of its bucket."""
-    padded = self._contents[sha256].padded
+    """Writes an adapter to a slot of its bucket."""
+    padded = self._by_sha256[sha256].padded
     slots, arrays = self._slots[padded.bucket], self._tree[padded.bucket]
     slot = np.int32(slots.take(sha256))
     try:
       arrays = stacking.write_slot(arrays, slot, padded.tree)
     except BaseException:
-      # Else the next to ask would be served what lies there still.
+      # Otherwise the next request would get the slot's old adapter.
       slots.drop(sha256)
       raise
     self._tree = self._tree | {padded.bucket: arrays}
 
   def _remove_name(self, name: str, sha256: str) -> None:
-    """Takes one of a content's names away."""
-    self._contents[sha256].names.discard(name)
+    """Removes one of an adapter's names."""
+    self._by_sha256[sha256].names.discard(name)
     self._remove_unused(sha256)
 
   def _remove_unused(self, sha256: str) -> None:
-    """Removes a content that has no name and no user."""
-    content = self._contents[sha256]
-    slots = self._slots[content.bucket]
-    if not content.names and not slots.users(sha256):
+    """Removes an adapter that has no name and that no request uses."""
+    pooled = self._by_sha256[sha256]
+    slots = self._slots[pooled.bucket]
+    if not pooled.names and not slots.users(sha256):
       slots.drop(sha256)
-      del self._contents[sha256]
+      del self._by_sha256[sha256]
 
   def _in_use(self) -> bool:
     return any(
-      self._slots[content.bucket].users(sha256)
-      for sha256, content in self._contents.items()
+      self._slots[pooled.bucket].users(sha256)
+      for sha256, pooled in self._by_sha256.items()
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that stand in a bank for those that were trained.
+"""The modules that replace trained adapters in an adapter pool.
 
-They compute the same, from arrays alone: what a trained module takes from its
-path or works out anew from the base's weights is worked out once, in loading.
+They compute the same function from arrays alone. Values that a trained module
+derives from its path or from the base weights are computed once, on loading.
 """
 
 import dataclasses
@@ -19,12 +19,13 @@ from moepeft.peft import Method
 
 
 class SwitchedAdapter(nn.Module):
-  """y = adapter(f, x) where `on`, else f(x) bit for bit.
+  """y = adapter(f, x) if `on`, otherwise exactly f(x).
 
-  For adapters that no values make exactly the base: a mixture of vectors
-  whose weights sum to one only nearly, or to less. f(x) is computed once.
+  It serves adapters that cannot equal the base for any parameters, such as a
+  mixture of vectors whose weights do not sum exactly to one. f(x) is computed
+  once.
 
-  Parameters: on [], 0 or 1, beside the adapter's own, under its name.
+  Parameters: on [], 0 or 1, in addition to the adapter's parameters.
   """
 
   adapter: nn.Module
@@ -34,39 +35,43 @@ class SwitchedAdapter(nn.Module):
     nn.share_scope(self, self.adapter)
     on = peft_param(self, 'on', Constant(0), (), '')
     y = f(x)
-    once = dataclasses.replace(f, call=lambda z: y if z is x else f(z))
-    return jnp.where(on > 0, self.adapter(once, x, ctx), y)
+    cached_base = dataclasses.replace(f, call=lambda z: y if z is x else f(z))
+    return jnp.where(on > 0, self.adapter(cached_base, x, ctx), y)
 
 
 def check_decodes(adapter: nn.Module) -> None:
-  """Raises ValueError for a router that the engine's caches cannot serve."""
+  """Checks that the engine can run an adapter's router.
+
+  Raises:
+    ValueError: the router reads the whole prompt, or the task of an example.
+  """
   entry = router_entry(adapter)
   if entry is not None and entry.pools_prompt:
     raise ValueError(
       f'the router of {adapter.name} reads the whole prompt at each token, '
-      'which the caches of the engine do not hold; train it and score with '
-      'it, or generate with another router'
+      'which the KV cache does not contain; train it and score with it, or '
+      'generate with another router'
     )
   if router_tasks(adapter):
     raise ValueError(
       f'the router of {adapter.name} reads the task of each example, and a '
-      'request names none; train it and score with it, or generate with '
+      'request has no task; train it and score with it, or generate with '
       'another router'
     )
 
 
 def router_entry(adapter: nn.Module) -> RouterSpec | None:
-  """The entry of an adapter's router; None without one."""
+  """The registry entry of an adapter's router; None without a router."""
   router = type(getattr(adapter, 'router', None))
   return next((r for r in ROUTERS.values() if r.module is router), None)
 
 
 def served_module(method: Method, adapter: nn.Module, name: str) -> nn.Module:
-  """The module that stands for a trained adapter in a pool.
+  """Returns the module that replaces a trained adapter in a pool.
 
   Args:
-    method: the adapter's entry.
-    name: its name in the pool's tree.
+    method: the registry entry of the adapter's method.
+    name: the module's name in the pool's tree.
   """
   entry = router_entry(adapter)
   if entry is not None and entry.pooled_module:
@@ -76,6 +81,6 @@ def served_module(method: Method, adapter: nn.Module, name: str) -> nn.Module:
     return method.pooled_module(adapter, name)
   if method.exact_identity:
     return adapter.clone(name=name, parent=None)
-  # Its scope is the wrapper's.
+  # `share_scope` gives it the scope of the wrapper.
   inner = adapter.clone(name=None, parent=None)
   return SwitchedAdapter(inner, name=name, parent=None)

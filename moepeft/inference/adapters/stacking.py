@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees of one bucket, stacked on an axis z: a row reads a slot of each.
+"""Adapter trees of a bucket, stacked on a slot axis z.
 
-Bytes, for b rows and buckets of S bytes a slot: a gather reads b S and writes b
-S, and the products read b S once more, against the base's weights, which are
-read once for all rows. With SmolLM2-135M (538 MB in float32) and LoRA of rank
-16 at all projections, S is 30 layers x 10,176 features in and out x 16 x 4
-bytes = 20 MB. Layers come one by one (`moepeft.inference.engine.per_layer`),
-and what is gathered of one for eight rows is 5 MB, which the products find in
-the cache: of the 470 MB that eight rows add, 156 come from memory.
+Memory traffic, for b rows and S bytes a slot: the gather reads and writes b S
+bytes, and the matrix products read b S again. The base weights are read once
+for all rows. With SmolLM2-135M (538 MB in float32) and LoRA of rank 16 on all
+projections, S is 30 layers x 10,176 features in and out x 16 x 4 bytes = 20 MB.
+A layer's gathered arrays (`moepeft.inference.engine.per_layer`) are 5 MB for
+eight rows and stay in the CPU cache, so of the 470 MB that eight rows add, 156
+MB come from memory.
 """
 
 import jax
@@ -17,42 +17,40 @@ from moepeft.core.types import Array, Tree
 
 
 def row_tree(tree: Tree, slots: Array, layer: Array | None = None) -> Tree:
-  """The 'peft' tree of one row, for a model with `Banks.adapter_map`.
+  """Selects the 'peft' tree of one row, for `AdapterPool.adapter_map`.
 
-  Pure: under `vmap` over `slots`, a batched gather.
+  Under `vmap` over `slots` it is a batched gather.
 
   Args:
-    tree: `Banks.tree`, {bucket: 'peft' tree with z in front of every leaf}.
-    slots: int32 [buckets], a slot of each bucket in the order of their names.
-    layer: int32 scalar, where leaves are those of all layers, [z, l, ...], and
-      one layer's are wanted.
+    tree: `AdapterPool.tree`, {bucket: 'peft' tree with leaves [z, ...]}.
+    slots: int32 [buckets], the slot in each bucket, sorted by bucket name.
+    layer: int32 scalar, to select one layer of leaves [z, l, ...].
   """
   merged = {}
   for slot, name in zip(slots, sorted(tree), strict=True):
-    place = slot if layer is None else (slot, layer)
-    row = jax.tree.map(lambda a, place=place: a[place], tree[name])
-    merged = _merged(merged, row)
+    index = slot if layer is None else (slot, layer)
+    row = jax.tree.map(lambda a, index=index: a[index], tree[name])
+    merged = _merge(merged, row)
   return merged
 
 
-def _merged(a: Tree, b: Tree) -> Tree:
-  """Both trees; no path is in both, as buckets have entries of their own."""
+def _merge(a: Tree, b: Tree) -> Tree:
+  """Merges two trees, which have no path in common."""
   merged = dict(a)
   for key, value in b.items():
-    merged[key] = _merged(merged[key], value) if key in merged else value
+    merged[key] = _merge(merged[key], value) if key in merged else value
   return merged
 
 
 def stack_copies(tree: Tree, slots: int) -> Tree:
-  """The arrays of a bucket with one tree in every slot."""
+  """Stacks copies of a tree, one for each slot."""
   return jax.tree.map(lambda a: jnp.broadcast_to(a, (slots, *a.shape)), tree)
 
 
 @jax.jit
-def write_slot(bank: Tree, slot: Array, tree: Tree) -> Tree:
-  """The arrays of a bucket with a slot filled.
+def write_slot(stack: Tree, slot: Array, tree: Tree) -> Tree:
+  """Returns a copy of a bucket's arrays with `tree` written to a slot.
 
-  A copy: a step that is under way still reads the old ones. While it lasts,
-  they are there twice.
+  It is a copy because a running step still reads the old arrays.
   """
-  return jax.tree.map(lambda a, new: a.at[slot].set(new), bank, tree)
+  return jax.tree.map(lambda a, new: a.at[slot].set(new), stack, tree)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs of an engine, compiled ahead of their calls."""
+"""The programs of an engine, compiled before requests call them."""
 
 import functools
 import math
@@ -17,35 +17,35 @@ from moepeft.inference.engine.per_layer import LayeredMethod
 from moepeft.inference.engine.weights import Weights
 
 Key = tuple[Hashable, ...]
-# (function, shapes of its arguments, numbers of donated arguments).
+# (function, shapes of its arguments, indices of donated arguments).
 Plan = tuple[Callable, tuple, tuple[int, ...]]
 
 
 class Programs:
-  """Compiled functions by name and sizes.
+  """The compiled functions of an engine, by key (name and sizes).
 
-  A call with other shapes or types is an error, so that none is compiled in
-  the middle of the traffic.
+  A call with other shapes or dtypes raises an error, so that serving never
+  waits for the compiler.
 
   Attributes:
-    weights: their first arguments; see `Weights`.
-    methods: {key: method} of the programs that call layers.
-    cache: shapes of all layers' caches.
+    weights: the weights, which are the first arguments of the programs.
+    methods: {key: method} for the programs that call layers.
+    cache: the shapes of all layers' caches.
   """
 
   def __init__(self, weights: Weights, slots: int, compile_ahead: bool):
     """
     Args:
-      compile_ahead: whether a program that `compile` has not made is an
-        error; else it is made when it is needed.
+      compile_ahead: whether calling a program that `compile` has not compiled
+        is an error; otherwise the call compiles it.
     """
     self.weights = weights
     self.methods: dict[Key, LayeredMethod] = {}
     self.cache: Any = ()
     self._slots, self._compile_ahead = slots, compile_ahead
-    # Tracing takes time, so it is done when a program is compiled.
-    self._planned: dict[Key, Callable[[], Plan]] = {}
-    # Programs that no request of a server needs.
+    # Functions, because tracing takes time: it waits for the compilation.
+    self._plans: dict[Key, Callable[[], Plan]] = {}
+    # Keys of programs that a server's requests never call.
     self._on_demand: set[Key] = set()
     self._compiled: dict[Key, Callable] = {}
 
@@ -62,22 +62,24 @@ class Programs:
   def plan(
     self, key: Key, f: Callable, *args: Any, donate: tuple[int, ...] = ()
   ) -> None:
-    """
+    """Plans a function that calls no layers.
+
     Args:
-      key: the name, then sizes.
+      key: the name, then the sizes.
       args: arrays, or their shapes.
-      donate: numbers of arguments whose memory the result may take.
+      donate: indices of the arguments whose memory the result may reuse.
     """
-    self._planned[key] = lambda: (f, args, donate)
+    self._plans[key] = lambda: (f, args, donate)
 
   def plan_cache(
     self, method: LayeredMethod, length: int, *inputs: Any
   ) -> None:
-    """Decides the cache's shapes, and plans `copy`, a slot's keys and values to
-    another, and `clear`, zeros in one.
+    """Computes the shapes of the cache, and plans `copy` and `clear` of slots.
 
     Args:
-      method: any of one row that makes a cache; inputs: shapes of its own.
+      method: a method of one row that creates a cache.
+      length: the number of cache entries of a slot.
+      inputs: the shapes of the method's inputs.
 
     Raises:
       ValueError: the cache does not fit into memory.
@@ -88,7 +90,7 @@ class Programs:
       method.side,
       method.arguments,
       method.outputs,
-      put=lambda cache, rows, positions, new: new,
+      write_cache=lambda cache, rows, positions, new: new,
     )
     layer, args = self._layer(method, {}, inputs)
     _, row, _ = jax.eval_shape(layer, *args)
@@ -111,8 +113,8 @@ class Programs:
     self.cache = self._shapes(self.cache)
     copy = functools.partial(kv_cache.copy, axis=axis)
     clear = functools.partial(kv_cache.clear, axis=axis)
-    self.plan(('copy',), copy, self.cache, ints(), ints(), donate=(0,))
-    self.plan(('clear',), clear, self.cache, ints(), donate=(0,))
+    self.plan(('copy',), copy, self.cache, int32(), int32(), donate=(0,))
+    self.plan(('clear',), clear, self.cache, int32(), donate=(0,))
 
   def plan_method(
     self, key: Key, method: LayeredMethod, *inputs: Any, on_demand: bool = False
@@ -120,12 +122,12 @@ class Programs:
     """Plans a method of n rows.
 
     Args:
-      inputs: shapes [n, ...] of its own.
-      on_demand: whether it is compiled when it is first needed, in any engine.
+      inputs: the shapes [n, ...] of the method's inputs.
+      on_demand: whether the first call compiles it, even if `compile_ahead`.
     """
     self.methods[key] = method
-    cache = self._layer_cache() if method.put is not None else {}
-    # Two of the programs need it.
+    cache = self._layer_cache() if method.write_cache is not None else {}
+    # Cached because two plans need it.
     layer = functools.cache(lambda: self._layer(method, cache, inputs))
     if self.weights.scan:
       plans = {key: lambda: self._scanned(method, layer()[0], inputs)}
@@ -135,42 +137,43 @@ class Programs:
         (*key, 'layer'): lambda: (*layer(), (2,)),
         (*key, 'after'): lambda: self._after(method, *layer(), inputs),
       }
-    self._planned |= plans
+    self._plans |= plans
     if on_demand:
       self._on_demand.update(plans)
 
   def result(self, key: Key) -> Tree:
-    """Shapes of a planned method's outputs."""
+    """Returns the shapes of a planned method's outputs."""
     if self.weights.scan:
-      f, args, _ = self._planned[key]()
+      f, args, _ = self._plans[key]()
       return jax.eval_shape(f, *args)[1]
-    f, args, _ = self._planned[(*key, 'after')]()
+    f, args, _ = self._plans[(*key, 'after')]()
     return jax.eval_shape(f, *args)
 
   def compile(self, progress: Callable[[str, int, int], None]) -> None:
-    """Compiles all that is planned, but for programs on demand.
+    """Compiles all planned programs except those on demand.
 
     Args:
-      progress: called with (program, number done, number in all).
+      progress: called before each program with (its name, the number of
+        compiled programs, the total number).
     """
     if not self._compile_ahead:
       return
-    todo = [
+    keys = [
       key
-      for key in self._planned
+      for key in self._plans
       if key not in self._compiled and key not in self._on_demand
     ]
-    for done_count, key in enumerate(todo):
-      progress(' '.join(map(str, key)), done_count, len(todo))
+    for done_count, key in enumerate(keys):
+      progress(' '.join(map(str, key)), done_count, len(keys))
       self._compile(key)
 
   def _compile(self, key: Key) -> None:
-    f, args, donate = self._planned[key]()
+    f, args, donate = self._plans[key]()
     jitted = jax.jit(f, donate_argnums=donate)
     self._compiled[key] = jitted.lower(*self._shapes(args)).compile()
 
   def _shapes(self, args: Any) -> Any:
-    """Shapes of arrays, on the engine's device."""
+    """Replaces arrays by their shapes on the engine's device."""
     sharding = None
     if self.weights.device is not None:
       sharding = jax.sharding.SingleDeviceSharding(self.weights.device)
@@ -182,11 +185,11 @@ class Programs:
 
   def _row_args(self, inputs) -> tuple:
     w = self.weights
-    adapters = ints(inputs[0].shape[0], w.buckets)
-    return self._shapes((w.params, w.bank, adapters, *inputs))
+    adapters = int32(inputs[0].shape[0], w.buckets)
+    return self._shapes((w.params, w.adapter_params, adapters, *inputs))
 
   def _layer_cache(self) -> Tree:
-    """Shapes of one layer's cache."""
+    """Returns the shapes of one layer's cache."""
     if not self.weights.scan:
       return self.cache[0]
     return jax.tree.map(
@@ -194,54 +197,82 @@ class Programs:
     )
 
   def _layer(self, method, cache, inputs) -> tuple[Callable, tuple]:
-    """A layer's program, and shapes of its arguments."""
+    """Returns a layer's function and the shapes of its arguments."""
     w, n = self.weights, inputs[0].shape[0]
     args = self._row_args(inputs)
     layer = functools.partial(method.layer, block=method.block(*args))
-    x, flow = jax.eval_shape(method.before, *args)
-    bank, first = w.layer_bank(method.side), w.layer(method.side)
-    rows = ints(n, w.buckets), ints(n), ints(n), ints()
-    return layer, self._shapes((first, bank, cache, *rows, x, flow))
+    x, layer_args = jax.eval_shape(method.before, *args)
+    adapter_params, first_layer = (
+      w.layer_adapters(method.side),
+      w.layer(method.side),
+    )
+    rows = int32(n, w.buckets), int32(n), int32(n), int32()
+    return layer, self._shapes(
+      (first_layer, adapter_params, cache, *rows, x, layer_args)
+    )
 
   def _after(self, method, layer, args, inputs) -> Plan:
     x, _, weights = jax.eval_shape(layer, *args)
     layer_weights = [weights] * self.weights.depth(method.side)
-    params, bank, adapters, *_ = self._row_args(inputs)
-    args = params, bank, adapters, x, layer_weights, *inputs
+    params, adapter_params, adapters, *_ = self._row_args(inputs)
+    args = params, adapter_params, adapters, x, layer_weights, *inputs
     return method.after, args, ()
 
   def _scanned(self, method, layer, inputs) -> Plan:
-    """All layers in one program."""
+    """Returns the plan of one program with all layers."""
     w, n = self.weights, inputs[0].shape[0]
     args = (
-      *(w.params, w.layers[method.side], w.bank, w.layer_bank(method.side)),
-      self.cache if method.put is not None else {},
-      *(ints(n, w.buckets), ints(n), ints(n), *inputs),
+      *(
+        w.params,
+        w.layers[method.side],
+        w.adapter_params,
+        w.layer_adapters(method.side),
+      ),
+      self.cache if method.write_cache is not None else {},
+      *(int32(n, w.buckets), int32(n), int32(n), *inputs),
     )
     depth = w.depth(method.side)
     return functools.partial(_scan, method, layer, depth), args, (4,)
 
 
 def _scan(
-  method, layer, depth, params, layers, bank, layer_bank, cache, *args
+  method,
+  layer,
+  depth,
+  params,
+  layers,
+  adapter_params,
+  layer_adapters,
+  cache,
+  *args,
 ) -> tuple[Tree, Any]:
-  """All in one, the layers scanned: (the cache, the outputs)."""
+  """Runs a method with a scan over its layers: (the cache, the outputs)."""
   adapters, rows, positions, *inputs = args
-  x, flow = method.before(params, bank, adapters, *inputs)
+  x, layer_args = method.before(params, adapter_params, adapters, *inputs)
 
-  def step(x, of_layer):
-    params, cache, number = of_layer
+  def step(x, layer_inputs):
+    params, cache, number = layer_inputs
     x, cache, weights = layer(
-      params, layer_bank, cache, adapters, rows, positions, number, x, flow
+      params,
+      layer_adapters,
+      cache,
+      adapters,
+      rows,
+      positions,
+      number,
+      x,
+      layer_args,
     )
     return x, (cache, weights)
 
   number = jnp.arange(depth, dtype=jnp.int32)
   x, (cache, weights) = jax.lax.scan(step, x, (layers, cache, number))
   weights = [jax.tree.map(lambda a, i=i: a[i], weights) for i in range(depth)]
-  return cache, method.after(params, bank, adapters, x, weights, *inputs)
+  return cache, method.after(
+    params, adapter_params, adapters, x, weights, *inputs
+  )
 
 
-def ints(*shape: int) -> jax.ShapeDtypeStruct:
-  """int32 of a shape."""
+def int32(*shape: int) -> jax.ShapeDtypeStruct:
+  """Returns an int32 array's shape for tracing."""
   return jax.ShapeDtypeStruct(shape, jnp.int32)

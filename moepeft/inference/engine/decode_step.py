@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from moepeft.inference.engine.limits import at_least
+from moepeft.inference.engine.limits import padded_size
 from moepeft.inference.engine.model_runner import ModelRunner
 from moepeft.inference.engine.prefill import (
   DecoderPrefill,
@@ -23,13 +23,13 @@ def decode_step(
   Returns:
     n rows, n at least the number of sequences; theirs are the first.
   """
-  n = at_least(runner.config.batch_sizes, len(batch))
+  n = padded_size(runner.config.batch_sizes, len(batch))
   # A row that no sequence has computes the first again.
   rows = [*batch, *[batch[0]] * (n - len(batch))]
   return runner.decode(
     n,
-    at_least(runner.cache_lens, max(map(prefill.cache_len, batch))),
+    padded_size(runner.cache_lens, max(map(prefill.cache_len, batch))),
     np.stack([sequence.adapter.row for sequence in rows]),
     np.array([sequence.slot.number for sequence in rows], np.int32),
-    *prefill.inputs(rows),
+    *prefill.decode_inputs(rows),
   )

@@ -2,7 +2,7 @@
 """The programs of a decoder-only model: prefill of a chunk of prompts, decode
 of a token, and log-probabilities of prompts.
 
-z is the number of buckets that adapters have.
+z is the number of adapter buckets.
 """
 
 import functools
@@ -12,46 +12,53 @@ import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context, Tree
 from moepeft.inference.engine import kv_cache, sampler
-from moepeft.inference.engine.compiled import Programs, ints
-from moepeft.inference.engine.limits import TOP, EngineConfig
+from moepeft.inference.engine.compiled import Programs, int32
+from moepeft.inference.engine.limits import MAX_LOGPROBS, EngineConfig
 from moepeft.inference.engine.per_layer import LayeredMethod, ServedModel
 
 
 def cache_lens(config: EngineConfig) -> tuple[int, ...]:
-  """Lengths of keys and values: the last chunk's padding has entries too."""
+  """The cache lengths, the last one with room for the last chunk's padding."""
   return (*config.cache_lens[:-1], config.max_model_len + config.chunks[0])
 
 
 def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
-  """Plans `prefill`, `decode` and `score`, the functions of these names."""
+  """Plans the programs `prefill`, `decode` and `score`."""
   lengths = cache_lens(config)
   longest = prefill(model, 1, 1, lengths[-1])
-  programs.plan_cache(longest, lengths[-1], ints(1, 1), ints(1), ints(1))
+  programs.plan_cache(longest, lengths[-1], int32(1, 1), int32(1), int32(1))
   for length in lengths:
     for n in config.prefill_batch_sizes:
       for t in config.chunks:
         if t <= length:
           key, method = ('prefill', n, t, length), prefill(model, n, t, length)
-          programs.plan_method(key, method, ints(n, t), ints(n), ints(n))
+          programs.plan_method(key, method, int32(n, t), int32(n), int32(n))
     for n in config.batch_sizes:
       key, method = ('decode', n, length), decode(model, n, length)
-      programs.plan_method(key, method, ints(n), ints(n))
+      programs.plan_method(key, method, int32(n), int32(n))
   d, dtype = model.module.config.d_model, model.module.dtype
   for n in config.prefill_batch_sizes:
     for t in config.chunks:
       if t <= lengths[-1]:
         states = jax.ShapeDtypeStruct((n, t, d), dtype)
         w, f = programs.weights, functools.partial(score, model)
-        args = w.params, w.bank, ints(n, w.buckets), states, ints(n, t)
+        args = (
+          w.params,
+          w.adapter_params,
+          int32(n, w.buckets),
+          states,
+          int32(n, t),
+        )
         programs.plan(('score', n, t), f, *args)
 
 
 def prefill(model: ServedModel, n: int, t: int, length: int) -> LayeredMethod:
-  """Reads t tokens of each of n prompts, of which `count` are real.
+  """Reads a chunk of t tokens of each of n prompts.
 
-  Takes ids int32 [n, t], the position of each first one, int32 [n], with
-  position + t <= length, and the counts, int32 [n]; gives states [n, t, d], and
-  experts' weights {site: [n, t, e]}.
+  The inputs are ids, int32 [n, t]; the position of each row's first token,
+  int32 [n], with position + t <= length; and the number of each row's ids that
+  are not padding, int32 [n]. The outputs are states [n, t, d] and the experts'
+  weights {path: [n, t, e]}.
   """
 
   def arguments(stack, ids, position, count):
@@ -67,15 +74,15 @@ def prefill(model: ServedModel, n: int, t: int, length: int) -> LayeredMethod:
   def outputs(states, weights, *rows):
     return states[:, 0], weights
 
-  cache = _cached(n, t, length)
+  cache = _cache_functions(n, t, length)
   return LayeredMethod(model, 'states', 'decoder', arguments, outputs, *cache)
 
 
 def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
-  """Continues n sequences by a token.
+  """Computes the next token of n sequences.
 
-  Takes the newest tokens and their positions, int32 [n] each; gives
-  `sampler.StepOutput`.
+  The inputs are each sequence's last token and its position, int32 [n] each.
+  The output is a `sampler.StepOutput`.
   """
 
   def arguments(stack, token, position):
@@ -94,49 +101,49 @@ def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
       logits, {path: a[:, 0] for path, a in weights.items()}
     )
 
-  cache = _cached(n, 1, length)
+  cache = _cache_functions(n, 1, length)
   return LayeredMethod(model, 'extend', 'decoder', arguments, outputs, *cache)
 
 
-def _cached(n: int, t: int, length: int):
-  """(cut, put) of a layer's keys and values."""
+def _cache_functions(n: int, t: int, length: int):
+  """The `read_cache` and `write_cache` of a `LayeredMethod`."""
 
-  def cut(cache, rows):
-    return kv_cache.cut(cache, rows, n, length)
+  def read_cache(cache, rows):
+    return kv_cache.read_rows(cache, rows, n, length)
 
-  def put(cache, rows, positions, new):
-    return kv_cache.put(cache, rows, new, positions, t)
+  def write_cache(cache, rows, positions, new):
+    return kv_cache.write_rows(cache, rows, new, positions, t)
 
-  return cut, put
+  return read_cache, write_cache
 
 
 def score(
   model: ServedModel,
   params: Tree,
-  bank: Tree,
+  adapter_params: Tree,
   adapters: Array,
   states: Array,
   next_ids: Array,
 ):
-  """Log-probabilities of the tokens that follow those of a chunk.
+  """Computes the log-probability of the token after each token of a chunk.
 
   Args:
     adapters: int32 [n, z].
-    states: of `prefill`, [n, t, d].
-    next_ids: int32 [n, t].
+    states: the outputs of `prefill`, [n, t, d].
+    next_ids: int32 [n, t], the token after each token.
 
   Returns:
-    Their log-probabilities [n, t], and ids and log-probabilities [n, t, top]
-    of the most probable tokens.
+    The log-probabilities [n, t], and the ids and the log-probabilities
+    [n, t, top] of the most probable tokens.
   """
 
-  def of_row(adapters, states, next_ids):
-    peft = model.row_tree(bank, adapters)
+  def compute_row(adapters, states, next_ids):
+    peft = model.row_tree(adapter_params, adapters)
     ctx = Context(token_mask=jnp.ones((1, len(states)), bool))
     variables = {'params': params, 'peft': peft}
     logits = model.module.apply(variables, states[None], ctx, method='logits')
-    raw = logits[0].astype(jnp.float32)
-    top = min(TOP, raw.shape[-1])
-    return sampler.score(raw, next_ids), *sampler.best(raw, top)
+    logits = logits[0].astype(jnp.float32)
+    top = min(MAX_LOGPROBS, logits.shape[-1])
+    return sampler.score(logits, next_ids), *sampler.top_tokens(logits, top)
 
-  return jax.vmap(of_row)(adapters, states, next_ids)
+  return jax.vmap(compute_row)(adapters, states, next_ids)

@@ -2,8 +2,8 @@
 """The programs of an encoder-decoder: encode and attach inputs, decode a token
 of their answers, and log-probabilities of given answers.
 
-z is the number of buckets that adapters have. Inputs and answer have the same
-cache length: that of the longer.
+z is the number of adapter buckets. Inputs and answer have the same cache
+length, that of the longer.
 """
 
 import jax
@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from moepeft.core.types import Array, Context
 from moepeft.data.batching.seq2seq import PAD
 from moepeft.inference.engine import kv_cache, sampler
-from moepeft.inference.engine.compiled import Programs, ints
-from moepeft.inference.engine.limits import EngineConfig, at_least
+from moepeft.inference.engine.compiled import Programs, int32
+from moepeft.inference.engine.limits import EngineConfig, padded_size
 from moepeft.inference.engine.per_layer import LayeredMethod, ServedModel
 
 
 def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
-  """Plans `encode`, `attach`, `decode` and `score`, the functions of these
-  names."""
+  """Plans the programs `encode`, `attach`, `decode` and `score`."""
   d, dtype = model.module.config.d_model, model.module.dtype
 
   def states(n, length):
@@ -27,34 +26,39 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
 
   longest = config.cache_lens[-1]
   programs.plan_cache(
-    attach(model, longest), longest, states(1, longest), ints(1)
+    attach(model, longest), longest, states(1, longest), int32(1)
   )
   for s in config.input_lens:
-    length = at_least(config.cache_lens, s)
+    length = padded_size(config.cache_lens, s)
     method = encode(model, s, length)
-    programs.plan_method(('encode', s), method, ints(1, s), ints(1))
+    programs.plan_method(('encode', s), method, int32(1, s), int32(1))
   for length in config.cache_lens:
     method = attach(model, length)
-    programs.plan_method(('attach', length), method, states(1, length), ints(1))
+    programs.plan_method(
+      ('attach', length), method, states(1, length), int32(1)
+    )
     for n in config.batch_sizes:
-      method, rows = decode(model, n, length), (ints(n), ints(n), ints(n))
+      method, rows = decode(model, n, length), (int32(n), int32(n), int32(n))
       programs.plan_method(('decode', n, length), method, *rows)
     method = score(model, length)
-    rows = ints(1, length), ints(1, length), states(1, length), ints(1)
+    rows = int32(1, length), int32(1, length), states(1, length), int32(1)
     programs.plan_method(('score', length), method, *rows, on_demand=True)
 
 
-def _source(size: Array, length: int, stack=None) -> Context:
+def _encoder_context(size: Array, length: int, stack=None) -> Context:
   mask = (jnp.arange(length) < size)[None]
   return Context(token_mask=mask, run_layers=stack)
 
 
 def encode(model: ServedModel, s: int, length: int) -> LayeredMethod:
-  """Reads inputs, int32 [1, s], of which `size` are real, int32 [1]: gives
-  states [length, d]."""
+  """Encodes input ids.
+
+  The inputs are ids, int32 [1, s], and the number of ids that are not padding,
+  int32 [1]. The output is states [length, d].
+  """
 
   def arguments(stack, ids, size):
-    return ids[None], _source(size, s, stack)
+    return ids[None], _encoder_context(size, s, stack)
 
   def outputs(states, weights, *rows):
     return jnp.pad(states[0, 0], ((0, length - s), (0, 0)))
@@ -63,8 +67,11 @@ def encode(model: ServedModel, s: int, length: int) -> LayeredMethod:
 
 
 def attach(model: ServedModel, length: int) -> LayeredMethod:
-  """Writes keys and values of encoded inputs [1, length, d], of a size int32
-  [1], to a slot; gives nothing."""
+  """Writes the cross-attention's keys and values to a slot.
+
+  The inputs are encoder states [1, length, d] and the number of them that are
+  not padding, int32 [1]. There is no output.
+  """
 
   def arguments(stack, states, size):
     ctx = Context(
@@ -75,21 +82,27 @@ def attach(model: ServedModel, length: int) -> LayeredMethod:
       run_layers=stack,
     )
     ids = jnp.full((1, 1), PAD, jnp.int32)
-    return ids, ctx, states[None], _source(size, length)
+    return ids, ctx, states[None], _encoder_context(size, length)
 
-  def put(cache, rows, positions, new):
-    return kv_cache.put_cross(cache, rows, new)
+  def write_cache(cache, rows, positions, new):
+    return kv_cache.write_cross(cache, rows, new)
 
-  # The logits of the decoder's first token are left out by the compiler.
+  # The compiler removes the computation of the logits, which are unused.
   return LayeredMethod(
-    model, 'decode', 'decoder', arguments, lambda *_: (), lambda *_: {}, put
+    model,
+    'decode',
+    'decoder',
+    arguments,
+    lambda *_: (),
+    lambda *_: {},
+    write_cache,
   )
 
 
 def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
-  """As `decoder_programs.decode`.
+  """Computes the next token of n answers; see `decoder_programs.decode`.
 
-  Takes one more, int32 [n]: the number of tokens of each row's inputs.
+  A third input, int32 [n], is the number of tokens of each row's inputs.
   """
 
   def arguments(stack, token, position, size):
@@ -100,10 +113,10 @@ def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
       cache_length=length,
       run_layers=stack,
     )
-    # Its keys and values are in the cache: it is not read.
+    # Unused: the cross-attention reads its keys and values from the cache.
     module = model.module
     encoded = jnp.zeros((1, length, module.config.d_model), module.dtype)
-    return token[None, None], ctx, encoded, _source(size, length)
+    return token[None, None], ctx, encoded, _encoder_context(size, length)
 
   def outputs(logits, weights, *rows):
     logits = logits[:, 0, 0].astype(jnp.float32)
@@ -111,29 +124,31 @@ def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
       logits, {path: a[:, 0] for path, a in weights.items()}
     )
 
-  def cut(cache, rows):
-    return kv_cache.cut(cache, rows, n, length)
+  def read_cache(cache, rows):
+    return kv_cache.read_rows(cache, rows, n, length)
 
-  def put(cache, rows, positions, new):
-    return kv_cache.put(cache, rows, new, positions, 1)
+  def write_cache(cache, rows, positions, new):
+    return kv_cache.write_rows(cache, rows, new, positions, 1)
 
-  return LayeredMethod(model, 'decode', 'decoder', arguments, outputs, cut, put)
+  return LayeredMethod(
+    model, 'decode', 'decoder', arguments, outputs, read_cache, write_cache
+  )
 
 
 def score(model: ServedModel, length: int) -> LayeredMethod:
-  """Log-probabilities of a given answer, without a cache.
+  """Computes the log-probabilities of a given answer, without a cache.
 
-  Takes the decoder's inputs and the tokens that follow them, int32 [1, length]
-  each, and the encoded inputs as `attach`; gives float32 [length].
+  The inputs are the decoder's inputs and the tokens after them, int32
+  [1, length] each, then the inputs of `attach`. The output is float32 [length].
   """
 
   def arguments(stack, ids, next_ids, states, size):
-    # What comes after a token does not reach it, so padding needs no mask.
+    # Attention is causal, so the padding after the answer needs no mask.
     ctx = Context(token_mask=jnp.ones((1, length), bool), run_layers=stack)
-    return ids[None], ctx, states[None], _source(size, length)
+    return ids[None], ctx, states[None], _encoder_context(size, length)
 
   def outputs(logits, weights, ids, next_ids, states, size):
-    raw = logits[0, 0].astype(jnp.float32)
-    return sampler.score(raw, next_ids[0])
+    logits = logits[0, 0].astype(jnp.float32)
+    return sampler.score(logits, next_ids[0])
 
   return LayeredMethod(model, 'decode', 'decoder', arguments, outputs)

@@ -39,7 +39,7 @@ from moepeft.inference.beam_search import BeamAnswer, BeamConfig, search
 from moepeft.inference.engine import scoring
 from moepeft.inference.engine import sequence as sequences
 from moepeft.inference.engine.calls import EngineCall, RetryLater
-from moepeft.inference.engine.engine_core import EngineCore, check_runs
+from moepeft.inference.engine.engine_core import EngineCore, check_generation
 from moepeft.inference.engine.limits import (
   EngineConfig,
   check_request,
@@ -439,7 +439,7 @@ class Engine:
     self._params = None
     runner.compile(progress)
     if self._config.compile_ahead:
-      check_runs(runner)
+      check_generation(runner)
     core = EngineCore(runner, self._remove_sequence)
     with self._condition:
       self._core = core

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of the engine: the scheduler's decisions done by the model runner, and
-the ends of sequences, failures included.
+"""The engine's step: runs the scheduler's batches on the model runner.
 
-For the engine's thread alone.
+It also finishes sequences, including those whose computation failed. Only the
+engine thread uses it.
 """
 
 import collections
@@ -37,21 +37,20 @@ from moepeft.inference.engine.prefix_cache import PrefixCache
 from moepeft.inference.engine.scheduler import Scheduler
 from moepeft.inference.engine.sequence import Sequence
 
-# So many computations that fail one after the other are no request's fault.
-_BROKEN = 4
+# After this many consecutive failures the engine, not a request, is at fault.
+_MAX_FAILURES = 4
 
 
 class EngineCore:
-  """A scheduler with the model that computes.
+  """Runs the batches of a scheduler on a model runner.
 
   Attributes:
     runner: the model with its adapters.
-    scheduler: the sequences.
-    prefill: reads prompts.
-    finished: number of requests by the reason of their end.
-    prompt_tokens, cached_tokens, answer_tokens: totals of those.
-    failure_message: why the engine can compute nothing any more; '' while it
-      works.
+    scheduler: the waiting and the running sequences.
+    prefill: the prefill of the model's kind.
+    finished: {finish reason: number of requests}.
+    prompt_tokens, cached_tokens, answer_tokens: totals over finished requests.
+    failure_message: why the engine has stopped computing; '' while it works.
   """
 
   def __init__(
@@ -73,7 +72,7 @@ class EngineCore:
     self.failure_message = ''
 
   def step(self) -> None:
-    """Ends what is cancelled or late, admits, prefills a chunk, and decodes."""
+    """Finishes expired sequences, admits others, prefills a chunk, decodes."""
     for sequence, reason in self.scheduler.expired():
       self.finish(sequence, reason)
     self.scheduler.admit(self._begin)
@@ -108,17 +107,17 @@ class EngineCore:
     self._on_finish(sequence)
 
   def update_weights(self, variables: Tree) -> None:
-    """As `Engine.update_weights`, once no sequence runs.
+    """Replaces the weights; see `Engine.update_weights`.
 
     Raises:
-      RetryLater: one does.
+      RetryLater: a sequence is waiting or running.
     """
     if self.scheduler.busy:
       raise RetryLater
     unknown = variables.keys() - {'params', 'peft'}
     if unknown or not variables:
       raise ValueError(
-        f"weights are those of 'params' and 'peft'; got {sorted(variables)}"
+        f"expected the collections 'params' and 'peft'; got {sorted(variables)}"
       )
     if variables.get('peft'):
       if not isinstance(self.runner.adapters, FixedAdapter):
@@ -131,50 +130,53 @@ class EngineCore:
       self.runner.adapters.replace(peft)
     if 'params' in variables:
       self.runner.weights.update(variables['params'])
-    # All prefixes and encoded inputs are those of the old weights.
+    # Cached prefixes and encoder states were computed with the old weights.
     self.scheduler.slots.invalidate()
     if isinstance(self.prefill, EncoderDecoderPrefill):
-      self.prefill.forget()
+      self.prefill.clear_cache()
 
   def _free_slot(self, sequence: Sequence, reason: str) -> None:
     """Clears a slot whose cache may contain NaN before it is reused."""
     slot = sequence.slot
     if reason == FAILED or not sequence.finite:
       slot.ids = []
-      self._try(lambda: self.runner.clear(slot.number))
+      self._run_or_stop(lambda: self.runner.clear(slot.number))
     self.scheduler.slots.release(slot)
 
   def _begin(self, sequence: Sequence) -> bool:
-    """Takes an adapter and a slot; False where the sequence has ended.
+    """Acquires an adapter and a slot.
+
+    Returns:
+      False if that failed; the sequence is finished then.
 
     Raises:
-      EngineFull: there is no room for the adapter now.
+      EngineFull: no slot is free for the adapter now.
     """
     request, runner = sequence.request, self.runner
     try:
-      sequence.use(runner.adapters.acquire(request.adapter))
-      # Another adapter may have its name by now.
+      sequence.set_adapter(runner.adapters.acquire(request.adapter))
+      # The name may refer to another adapter than when the request was checked.
       soft_prompt = len(sequence.adapter.soft_prompt_ids)
       check_request_length(request, runner.model, runner.config, soft_prompt)
     except EngineFull:
       raise
     except Exception as e:
-      self.finish(sequence, FAILED, _sentence(e))
+      self.finish(sequence, FAILED, _client_message(e))
       return False
-    return self._guard([sequence], lambda: self.prefill.begin(sequence))
+    return self._run_for([sequence], lambda: self.prefill.assign_slot(sequence))
 
   def _prefill(self) -> None:
-    """Reads a chunk of the prompts that came first."""
+    """Reads a chunk of the oldest prompts that are not read completely."""
     batch = self.scheduler.prefill_batch()
     if batch:
-      self._guard(batch, lambda: self.prefill.read(batch))
+      self._run_for(batch, lambda: self.prefill.read_chunk(batch))
     for sequence in self.scheduler.decode_batch():
       if not sequence.request.max_new_tokens:
         sequence.finite = True
         self.finish(sequence, LENGTH)
 
   def _decode(self) -> None:
-    """Adds a token to every sequence whose prompt is read."""
+    """Adds a token to every sequence whose prompt is prefilled."""
     batch = self.scheduler.decode_batch()
     if not batch:
       return
@@ -187,9 +189,11 @@ class EngineCore:
     self._failures = 0
     for sequence, token in zip(batch, tokens, strict=True):
       if isinstance(token, Exception):
-        self.finish(sequence, FAILED, _sentence(token))
+        self.finish(sequence, FAILED, _client_message(token))
       else:
-        self._guard([sequence], lambda s=sequence, t=token: self._append(s, t))
+        self._run_for(
+          [sequence], lambda s=sequence, t=token: self._append(s, t)
+        )
 
   def _append(self, sequence: Sequence, token: TokenLogprob) -> None:
     """Delivers a token, and finishes the sequence if it was the last."""
@@ -206,56 +210,55 @@ class EngineCore:
     if reason:
       self.finish(sequence, reason)
 
-  def _guard(self, batch: list[Sequence], do: Callable[[], None]) -> bool:
-    """Does a computation of some sequences, which end where it fails."""
+  def _run_for(self, batch: list[Sequence], run: Callable[[], None]) -> bool:
+    """Runs a computation; returns False, and fails the batch, if it raises."""
     try:
-      do()
+      run()
     except Exception as e:
       self._fail(batch, e)
       return False
     return True
 
   def _fail(self, batch: list[Sequence], error: Exception) -> None:
-    """Ends the sequences of a failed computation; the others go on."""
+    """Finishes the sequences of a failed computation; the others continue."""
     self._failures += not isinstance(error, ArithmeticError | ValueError)
     if not self.runner.cache_intact:
       # The failed program was writing to it.
       batch = list(dict.fromkeys([*batch, *self.scheduler.running]))
       self.scheduler.slots.invalidate()
-      self._try(self.runner.reset_cache)
+      self._run_or_stop(self.runner.reset_cache)
     for sequence in batch:
-      self.finish(sequence, FAILED, _sentence(error))
-    if self._failures >= _BROKEN:
-      self._give_up(error)
+      self.finish(sequence, FAILED, _client_message(error))
+    if self._failures >= _MAX_FAILURES:
+      self._stop(error)
 
-  def _try(self, do: Callable[[], None]) -> None:
+  def _run_or_stop(self, run: Callable[[], None]) -> None:
     try:
-      do()
+      run()
     except Exception as e:
-      self._give_up(e)
+      self._stop(e)
 
-  def _give_up(self, error: Exception) -> None:
+  def _stop(self, error: Exception) -> None:
     self.failure_message = self.failure_message or (
-      f'nothing can be computed any more: {_sentence(error)}; restart the '
-      'server'
+      f'the engine has stopped: {_client_message(error)}; restart the server'
     )
 
 
-def _sentence(error: Exception) -> str:
-  """The message for the client: our own errors as they are, of others the
-  first line."""
+def _client_message(error: Exception) -> str:
+  """The message for the client; other libraries' errors are cut to a line."""
   text = (str(error).splitlines() or [''])[0][:300]
-  own_types = (ValueError, ArithmeticError)
-  if type(error) in own_types or isinstance(error, RequestRefused):
+  if type(error) in (ValueError, ArithmeticError):
+    return text
+  if isinstance(error, RequestRefused):
     return text
   return f'{type(error).__name__}: {text}'
 
 
-def check_runs(runner: ModelRunner) -> None:
-  """Runs a real generation, all the way.
+def check_generation(runner: ModelRunner) -> None:
+  """Generates one token after a prompt, as a test of every program type.
 
   Raises:
-    RuntimeError: it failed.
+    RuntimeError: the generation failed.
   """
   events: list[Event] = []
   core = EngineCore(runner, lambda sequence: None)

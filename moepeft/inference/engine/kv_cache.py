@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of all slots: rows are cut out, extended, and written back.
+"""The KV cache: a step reads the rows of its slots and writes them back.
 
-Arrays of a layer are [slots, 1, s, k, h], s the cache's length. A step cuts
-out its rows, to the length that the longest of them needs: idle slots and
-short texts cost nothing. The cuts are copies, which attention reads again
-anyway.
+The arrays of a layer are [slots, 1, s, k, h], s the cache's length. A step
+copies the rows of its slots, up to the length that the longest of them needs,
+so idle slots and short sequences cost no time.
 """
 
 from collections.abc import Callable
@@ -14,23 +13,23 @@ import jax.numpy as jnp
 
 from moepeft.core.types import Array, Tree
 
-# The axis of positions.
-_POSITIONS = -3
+# The axis of token positions.
+_LENGTH_AXIS = -3
 
 
 def shapes(row: Tree, slots: int, length: int) -> Tree:
-  """Shapes of a layer's cache.
+  """Returns the shapes of a layer's cache.
 
   Args:
-    row: shapes of one row's, [1, ...], of any length.
+    row: the shapes of a cache of one row, [1, ...], of any length.
   """
 
-  def widened(a):
+  def leaf_shape(a):
     shape = [slots, *a.shape[1:]]
-    shape[_POSITIONS] = length
+    shape[_LENGTH_AXIS] = length
     return jax.ShapeDtypeStruct(tuple(shape), a.dtype)
 
-  return jax.tree.map(widened, row)
+  return jax.tree.map(leaf_shape, row)
 
 
 def zeros(shapes: Tree) -> Tree:
@@ -40,38 +39,40 @@ def zeros(shapes: Tree) -> Tree:
   )
 
 
-def cut(cache: Tree, rows: Array, n: int, length: int) -> Tree:
-  """The first `length` entries of n rows: [n, ..., length, k, h].
+def read_rows(cache: Tree, rows: Array, n: int, length: int) -> Tree:
+  """Copies the first `length` entries of n rows: [n, ..., length, k, h].
 
   Args:
     rows: int32 [n].
   """
 
-  def cut_leaf(a):
-    a = jax.lax.slice_in_dim(a, 0, length, axis=a.ndim + _POSITIONS)
-    # No gather: on CPU it goes element by element.
-    cuts = [jax.lax.dynamic_slice_in_dim(a, rows[i], 1) for i in range(n)]
-    return jnp.concatenate(cuts) if n > 1 else cuts[0]
+  def read_leaf(a):
+    a = jax.lax.slice_in_dim(a, 0, length, axis=a.ndim + _LENGTH_AXIS)
+    # Slices, because a gather copies element by element on CPU.
+    leaf_rows = [jax.lax.dynamic_slice_in_dim(a, rows[i], 1) for i in range(n)]
+    return jnp.concatenate(leaf_rows) if n > 1 else leaf_rows[0]
 
-  return jax.tree.map(cut_leaf, cache)
+  return jax.tree.map(read_leaf, cache)
 
 
-def put(cache: Tree, rows: Array, new: Tree, positions: Array, t: int) -> Tree:
-  """Writes t entries of each row back from an extended cut.
+def write_rows(
+  cache: Tree, rows: Array, new: Tree, positions: Array, t: int
+) -> Tree:
+  """Writes t entries of each row back.
 
-  Other entries of a row, and an encoder-decoder's keys and values of its
-  inputs, stay. Where rows repeat, the first is the one that is written.
+  The other entries and the cross-attention's keys and values do not change. Of
+  equal rows only the first is written.
 
   Args:
     rows: int32 [n].
-    new: as from `cut`.
-    positions: int32 [n], the first of the t entries of each row.
+    new: the rows' cache, as `read_rows` returns it.
+    positions: int32 [n], the position of the first of each row's t entries.
   """
 
-  def put_leaf(path, a, new):
+  def write_leaf(path, a, new):
     if path[-1].key.startswith('cross'):
       return a
-    axis = a.ndim + _POSITIONS
+    axis = a.ndim + _LENGTH_AXIS
     for i in reversed(range(new.shape[0])):
       entries = jax.lax.dynamic_slice_in_dim(
         new[i : i + 1], positions[i], t, axis
@@ -81,18 +82,18 @@ def put(cache: Tree, rows: Array, new: Tree, positions: Array, t: int) -> Tree:
       a = jax.lax.dynamic_update_slice(a, entries, start)
     return a
 
-  return jax.tree_util.tree_map_with_path(put_leaf, cache, new)
+  return jax.tree_util.tree_map_with_path(write_leaf, cache, new)
 
 
-def put_cross(cache: Tree, rows: Array, new: Tree) -> Tree:
-  """Writes the keys and values of rows' encoded inputs.
+def write_cross(cache: Tree, rows: Array, new: Tree) -> Tree:
+  """Writes the cross-attention's keys and values of rows.
 
   Args:
     rows: int32 [n].
     new: the rows' cache, [n, ..., length, k, h].
   """
 
-  def put_leaf(path, a, new):
+  def write_leaf(path, a, new):
     if not path[-1].key.startswith('cross'):
       return a
     for i in reversed(range(new.shape[0])):
@@ -101,22 +102,25 @@ def put_cross(cache: Tree, rows: Array, new: Tree) -> Tree:
       a = jax.lax.dynamic_update_slice(a, new[i : i + 1], start)
     return a
 
-  return jax.tree_util.tree_map_with_path(put_leaf, cache, new)
+  return jax.tree_util.tree_map_with_path(write_leaf, cache, new)
 
 
 def copy(cache: Tree, source: Array, target: Array, axis: int) -> Tree:
   """Copies a row's keys and values to another row.
 
   Args:
-    axis: of the slots.
+    axis: the axis of slots.
   """
   row = lambda a: jax.lax.dynamic_slice_in_dim(a, source, 1, axis)  # noqa: E731
   return _write(cache, target, row, axis)
 
 
 def clear(cache: Tree, row: Array, axis: int) -> Tree:
-  """Writes zeros to a row: a NaN there would reach the next sequence, since a
-  weight of zero times NaN is NaN."""
+  """Writes zeros to a row.
+
+  Otherwise a NaN would reach the slot's next sequence: attention weights of
+  zero do not mask it, since 0 * NaN is NaN.
+  """
   zero = lambda a: jnp.zeros_like(jax.lax.slice_in_dim(a, 0, 1, axis=axis))  # noqa: E731
   return _write(cache, row, zero, axis)
 

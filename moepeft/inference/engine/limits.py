@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of an engine, and the check of a request against them.
 
-Time of a step in float32 on CPU, of 6 layers of SmolLM2-135M and its head, in
-milliseconds of one core: of 1, 2 and 8 rows 79, 88 and 107 where the cache has
-256 entries, of 1 and 8 rows 86 and 182 where it has 1,040. So a request that
-is alone gains by a program of its own, and short texts by a cache length of
-their own; sizes between are worth fewer programs, which take seconds each to
-compile.
+A decode step of 6 layers of SmolLM2-135M and its head takes, in float32 on one
+CPU core, 79, 88 and 107 ms for 1, 2 and 8 rows with 256 cache entries, and 86
+and 182 ms for 1 and 8 rows with 1,040 entries. The default sizes therefore
+include a program for one row and one for short sequences. Sizes between gain
+less than the seconds that each program takes to compile.
 """
 
 import dataclasses
@@ -18,10 +17,10 @@ from moepeft.inference import sampling
 from moepeft.inference.api import Request, RequestRefused
 from moepeft.inference.length_check import check_length
 
-# Rows and tokens are int32.
-_LARGEST = 2**31 - 1
-# The largest number of alternatives that a token is reported with.
-TOP = 20
+# Row and token indices are int32.
+_MAX_INT32 = 2**31 - 1
+# The largest number of alternatives reported with a token.
+MAX_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,26 +28,26 @@ class EngineConfig:
   """Sizes of an engine.
 
   Attributes:
-    slots: sequences that run at once.
-    max_model_len: limit on the tokens of a prompt and its answer: of both
-      together in a decoder, of each in an encoder-decoder.
-    queue: limit on the requests that wait for a slot.
-    chunk: limit on the tokens of a prompt that are read between two steps of
-      the running answers; a power of two.
-    min_chunk: a shorter chunk is padded to about so many tokens; a power of
-      two.
-    cache_lens: lengths of a row's keys and values that have programs; the
-      last is `max_model_len`. () for it and a quarter of it, where that is
-      128 or more.
-    batch_sizes: rows of a step that have programs; the last is `slots`. ()
-      for 1, 4, 16, ... below it, and it.
-    prefill_batch_sizes: the same for the prompts that are read at once.
-    routing: whether programs report what routers do.
-    encoder_bytes: device memory for inputs that T5 has encoded before.
-    scan: whether all layers are one program; None for wherever the device is
-      no CPU. See `per_layer`.
-    compile_ahead: whether `start` compiles all programs; else each is compiled
-      when it is first needed.
+    slots: the number of sequences that can run at once.
+    max_model_len: the maximum number of tokens: of prompt and answer together
+      in a decoder-only model, of each of the two in an encoder-decoder.
+    queue: the maximum number of requests that wait for a slot.
+    chunk: the maximum number of prompt tokens that are read between two decode
+      steps; a power of two.
+    min_chunk: the length to which shorter chunks are padded; a power of two.
+    cache_lens: the cache lengths for which programs are compiled; the last is
+      `max_model_len`. () stands for `max_model_len` and a quarter of it, if
+      the quarter is at least 128.
+    batch_sizes: the numbers of rows for which decode programs are compiled; the
+      last is `slots`. () stands for 1, 4, 16, ... and `slots`.
+    prefill_batch_sizes: the numbers of prompts for which prefill programs are
+      compiled.
+    routing: whether programs return the experts' weights.
+    encoder_bytes: device memory for the cache of encoder states.
+    scan: whether one program runs all layers; None for True on accelerators and
+      False on CPU. See `per_layer`.
+    compile_ahead: whether `start` compiles all programs; otherwise the first
+      call of each program compiles it.
   """
 
   slots: int = 8
@@ -67,9 +66,9 @@ class EngineConfig:
   def __post_init__(self):
     for name in ('slots', 'max_model_len', 'queue'):
       value = getattr(self, name)
-      if not 1 <= value <= _LARGEST:
+      if not 1 <= value <= _MAX_INT32:
         raise ValueError(
-          f'{name} is at least 1 and at most {_LARGEST:,}; got {value:,}'
+          f'{name} is at least 1 and at most {_MAX_INT32:,}; got {value:,}'
         )
     for name in ('chunk', 'min_chunk'):
       value = getattr(self, name)
@@ -80,26 +79,26 @@ class EngineConfig:
         f'min_chunk is at most chunk={self.chunk}; got {self.min_chunk}'
       )
     quarter = self.max_model_len // 4
-    self._fill(
+    self._set_sizes(
       'cache_lens', (quarter,) if quarter >= 128 else (), self.max_model_len
     )
     powers = tuple(4**i for i in range(self.slots.bit_length()))
-    self._fill('batch_sizes', powers, self.slots)
+    self._set_sizes('batch_sizes', powers, self.slots)
 
-  def _fill(self, name: str, smaller: tuple[int, ...], last: int) -> None:
-    """Replaces () by the default sizes, or checks the given ones."""
+  def _set_sizes(self, name: str, smaller: tuple[int, ...], last: int) -> None:
+    """Sets the default sizes in place of (), or checks the given sizes."""
     sizes = getattr(self, name)
     if not sizes:
       sizes = (*(size for size in smaller if size < last), last)
       object.__setattr__(self, name, sizes)
     if list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] != last:
       raise ValueError(
-        f'{name} grow from 1 or more and end with {last}; got {sizes}'
+        f'{name} are increasing, from 1 or more to {last}; got {sizes}'
       )
 
   @property
   def chunks(self) -> tuple[int, ...]:
-    """Lengths of chunks that have programs: each a quarter of the next."""
+    """The chunk lengths that have programs; each is a quarter of the next."""
     sizes = [self.chunk]
     while sizes[0] // 4 >= self.min_chunk:
       sizes.insert(0, sizes[0] // 4)
@@ -107,39 +106,39 @@ class EngineConfig:
 
   @property
   def input_lens(self) -> tuple[int, ...]:
-    """Lengths of inputs that an encoder has programs for."""
+    """The input lengths for which encoder programs are compiled."""
     sizes = [min(self.min_chunk, self.max_model_len)]
     while sizes[-1] < self.max_model_len:
       sizes.append(min(2 * sizes[-1], self.max_model_len))
     return tuple(sizes)
 
 
-def at_least(sizes: tuple[int, ...], size: int) -> int:
-  """The smallest of growing sizes that is at least `size`.
+def padded_size(sizes: tuple[int, ...], size: int) -> int:
+  """Returns the smallest of increasing sizes that is at least `size`.
 
   Raises:
-    ValueError: all are smaller.
+    ValueError: all sizes are smaller.
   """
-  for large_enough in sizes:
-    if large_enough >= size:
-      return large_enough
+  for candidate in sizes:
+    if candidate >= size:
+      return candidate
   raise ValueError(f'there is no size of {size} or more among {sizes}')
 
 
 def check_request(request: Request, model: Any, config: EngineConfig) -> None:
-  """Checks everything but the lengths, for which see `check_request_length`.
+  """Checks all of a request but its length; see `check_request_length`.
 
   Raises:
-    RequestRefused: the request cannot be computed; the sentence says why.
+    RequestRefused: the engine cannot compute the request.
   """
   _check_ids(request.prompt_ids, model.config.vocab)
   for name in ('logprobs', 'prompt_logprobs'):
     value = getattr(request, name)
-    if value is not None and not 0 <= value <= TOP:
-      raise RequestRefused(f'{name} is from 0 to {TOP}; got {value}')
+    if value is not None and not 0 <= value <= MAX_LOGPROBS:
+      raise RequestRefused(f'{name} is from 0 to {MAX_LOGPROBS}; got {value}')
   if request.routing and not config.routing:
     raise RequestRefused(
-      'this server does not tell what routers do; start it with --routing'
+      "this server does not report experts' weights; start it with --routing"
     )
   if request.timeout is not None and not request.timeout > 0:
     raise RequestRefused(f'the timeout is above 0 s; got {request.timeout}')
@@ -165,18 +164,19 @@ def check_request_length(
   """Checks the lengths of prompt and answer.
 
   Args:
-    soft_prompt: tokens of the adapter's soft prompt.
+    soft_prompt: the number of tokens of the adapter's soft prompt.
 
   Raises:
-    RequestRefused: no token of an answer is asked for.
+    RequestRefused: max_new_tokens is 0 without prompt_logprobs, or an
+      encoder-decoder gets prompt_logprobs.
     PromptTooLong: prompt and answer do not fit.
   """
   answer, decoder_only = request.max_new_tokens, hasattr(model, 'extend')
   echo = request.prompt_logprobs is not None
   if echo and not decoder_only:
     raise RequestRefused(
-      'an encoder-decoder reads its prompt at once and has no log-'
-      'probabilities of it; leave prompt_logprobs (echo) out'
+      'an encoder-decoder computes no log-probabilities of its prompt; leave '
+      'prompt_logprobs (echo) out'
     )
   if answer < (0 if echo else 1):
     raise RequestRefused(
@@ -192,8 +192,11 @@ def check_request_length(
 
 
 def max_model_len(model: Any, config: EngineConfig) -> int:
-  """The limit on a prompt and its answer: the engine's cache, and of a
-  decoder at most the length that it was made for."""
+  """The maximum number of tokens of a prompt and its answer.
+
+  It is the engine's cache length; for a decoder-only model at most the model's
+  own length.
+  """
   if not hasattr(model, 'extend'):
     return config.max_model_len
   return min(config.max_model_len, model.config.length)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model with its adapters, programs and cache; for the engine's thread."""
+"""The model runner: calls an engine's compiled programs.
+
+Only the engine thread uses it.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,9 +25,10 @@ from moepeft.inference.engine.weights import Adapters, Weights
 
 
 class ModelRunner:
-  """Calls the programs; its methods have their names.
+  """A model with its adapters, compiled programs and KV cache.
 
-  n is the number of rows, z the number of the adapters' buckets.
+  The methods have the names of the programs. n is the number of rows, z the
+  number of adapter buckets.
   """
 
   def __init__(
@@ -55,33 +59,34 @@ class ModelRunner:
     self._cache: Any = None
 
   def compile(self, progress: Callable[[str, int, int], None]) -> None:
-    """Compiles the programs, and makes the cache.
+    """Compiles the programs, and allocates the cache.
 
     Args:
-      progress: as of `Engine.start`.
+      progress: see `Programs.compile`.
     """
     self.programs.compile(progress)
     self.reset_cache()
 
   def reset_cache(self) -> None:
-    """Makes an empty cache: at the start, and after a step that failed."""
+    """Allocates an empty cache, at the start or after a failed step."""
     self._cache = None
     self._cache = kv_cache.zeros(self.programs.cache)
 
   @property
   def cache_intact(self) -> bool:
-    """False where a failed step has destroyed the cache that it was given."""
+    """Whether the cache is usable: a failed step deletes the donated arrays."""
     return not any(a.is_deleted() for a in jax.tree.leaves(self._cache))
 
   def decode(
     self, n: int, length: int, adapters: np.ndarray, slots: np.ndarray, *inputs
   ) -> StepOutput:
-    """The next token of n rows.
+    """Computes the next token of n rows.
 
     Args:
-      length: of the cache.
-      adapters: int32 [n, z]; slots: int32 [n].
-      inputs: int32 [n] each, as of `DecoderPrefill.inputs`.
+      length: the number of cache entries that are read.
+      adapters: int32 [n, z], each row's slot in each bucket.
+      slots: int32 [n].
+      inputs: int32 [n] each, from `DecoderPrefill.decode_inputs`.
     """
     key = 'decode', n, length
     return self._run(key, adapters, slots, inputs[1], *inputs)
@@ -98,13 +103,15 @@ class ModelRunner:
     """Reads a chunk of n prompts.
 
     Args:
-      length: of the cache.
-      adapters: int32 [n, z]; slots: int32 [n].
-      ids: int32 [n, t]; starts: int32 [n], positions of the first;
-      counts: int32 [n], the number of real ids.
+      length: the number of cache entries that are read.
+      adapters: int32 [n, z], each row's slot in each bucket.
+      slots: int32 [n].
+      ids: int32 [n, t].
+      starts: int32 [n], the position of each row's first id.
+      counts: int32 [n], the number of ids of each row that are not padding.
 
     Returns:
-      states [n, t, d], and the experts' weights.
+      States [n, t, d], and {path: experts' weights [n, t, e]}.
     """
     key = 'prefill', *ids.shape, length
     return self._run(key, adapters, slots, starts, ids, starts, counts)
@@ -112,20 +119,29 @@ class ModelRunner:
   def encode(
     self, s: int, adapters: np.ndarray, ids: np.ndarray, size: int
   ) -> Array:
-    """Inputs int32 [s], `size` of them real, as states [length, d].
+    """Encodes input ids to states [length, d].
 
     Args:
+      s: the length of `ids`.
       adapters: int32 [z].
+      ids: int32 [s].
+      size: the number of ids that are not padding.
     """
-    none = np.zeros(1, np.int32)
+    zero = np.zeros(1, np.int32)
     size = np.array([size], np.int32)
-    args = adapters[None], none, none, ids[None], size
+    args = adapters[None], zero, zero, ids[None], size
     return self._run(('encode', s), *args)
 
   def attach(
     self, adapters: np.ndarray, slot: int, states: Array, size: int
   ) -> None:
-    """Writes encoded inputs [length, d] to a slot."""
+    """Writes the cross-attention's keys and values to a slot.
+
+    Args:
+      adapters: int32 [z].
+      states: [length, d], from `encode`.
+      size: the number of states that are not padding.
+    """
     slot, size = (np.array([a], np.int32) for a in (slot, size))
     start = np.zeros(1, np.int32)
     args = adapters[None], slot, start, states[None], size
@@ -137,7 +153,7 @@ class ModelRunner:
     """See `decoder_programs.score`."""
     w = self.weights
     program = self.programs[('score', *next_ids.shape)]
-    return program(w.params, w.bank, adapters, states, next_ids)
+    return program(w.params, w.adapter_params, adapters, states, next_ids)
 
   def score_answer(
     self,
@@ -147,14 +163,14 @@ class ModelRunner:
     states: Array,
     size: int,
   ) -> Array:
-    """See `encoder_decoder_programs.score`; without the axis of rows."""
-    none, size = np.zeros(1, np.int32), np.array([size], np.int32)
+    """See `encoder_decoder_programs.score`; the arguments have no row axis."""
+    zero, size = np.zeros(1, np.int32), np.array([size], np.int32)
     args = ids[None], next_ids[None], states[None], size
     key = 'score', len(states)
-    return self._run(key, adapters[None], none, none, *args)
+    return self._run(key, adapters[None], zero, zero, *args)
 
   def copy(self, source: int, target: int) -> None:
-    """Copies a slot's keys and values to another."""
+    """Copies a slot's keys and values to another slot."""
     program = self.programs[('copy',)]
     self._cache = program(self._cache, np.int32(source), np.int32(target))
 
@@ -163,27 +179,46 @@ class ModelRunner:
     self._cache = self.programs[('clear',)](self._cache, np.int32(slot))
 
   def _run(self, key: Key, adapters, slots, positions, *inputs) -> Any:
-    """Calls a method of the model: its outputs."""
+    """Runs a method of the model, and returns its outputs."""
     method, w = self.programs.methods[key], self.weights
-    cached = method.put is not None
-    layers, bank = w.layers[method.side], w.layer_bank(method.side)
+    writes_cache = method.write_cache is not None
+    layers, adapter_params = (
+      w.layers[method.side],
+      w.layer_adapters(method.side),
+    )
     if w.scan:
       cache, outputs = self.programs[key](
-        *(w.params, layers, w.bank, bank, self._cache if cached else {}),
+        *(
+          w.params,
+          layers,
+          w.adapter_params,
+          adapter_params,
+          self._cache if writes_cache else {},
+        ),
         *(adapters, slots, positions, *inputs),
       )
-      if cached:
+      if writes_cache:
         self._cache = cache
       return outputs
-    shared = w.params, w.bank, adapters
-    x, flow = self.programs[(*key, 'before')](*shared, *inputs)
+    shared = w.params, w.adapter_params, adapters
+    x, layer_args = self.programs[(*key, 'before')](*shared, *inputs)
     weights, program = [], self.programs[(*key, 'layer')]
     for i, layer in enumerate(layers):
-      cache = self._cache[i] if cached else {}
+      cache = self._cache[i] if writes_cache else {}
       x, cache, layer_weights = program(
-        *(layer, bank, cache, adapters, slots, positions, np.int32(i), x, flow)
+        *(
+          layer,
+          adapter_params,
+          cache,
+          adapters,
+          slots,
+          positions,
+          np.int32(i),
+          x,
+          layer_args,
+        )
       )
       weights.append(layer_weights)
-      if cached:
+      if writes_cache:
         self._cache[i] = cache
     return self.programs[(*key, 'after')](*shared, x, weights, *inputs)

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's method for n rows, split into three: before its layers, a layer,
-and after them.
+"""A model's method for n rows, in three programs: before, a layer, and after.
 
-Each is a program of its own, and the layer's serves all layers: it is compiled
-in the time of one, however many there are. One program of SmolLM2's 30 layers
-with two buckets of adapters takes 20 s to compile on CPU and a server needs 18,
-whose kernels are together more than Linux lets a process map (65,530 areas);
-one that scans the layers copies each layer's weights out of their stack at
-every token, which doubles a step's time there. On an accelerator, where the
-start of a program costs more than a layer, the three are one that scans.
+All layers share the layer's program, so the compile time does not grow with
+their number. On CPU the alternatives are worse. A program with all 30 layers of
+SmolLM2 and two buckets of adapters takes 20 s to compile; a server needs 18 of
+them, and their kernels exceed the 65,530 memory areas that Linux lets a process
+map. A program that scans over the layers copies each layer's weights out of the
+stack at every token, which doubles the time of a step. On an accelerator a
+program's launch costs more than a layer, so there one program scans.
 
-A row has its own cache, positions and adapters; the base's weights are shared.
-z is the number of buckets that adapters have.
+Each row has its own cache, positions and adapters; the base weights are shared.
+z is the number of adapter buckets.
 """
 
 import dataclasses
@@ -27,12 +26,13 @@ from moepeft.core.types import Array, Context, Tree
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-  """A module and the way to a row's adapters.
+  """A model, and the function that selects the adapters of a row.
 
   Attributes:
-    module: its adapter_map is that of the adapter pool.
-    row_tree: as of `AdapterPool`.
-    routing: whether programs report the experts' weights, else {}.
+    module: the Flax module, with the adapter_map of the adapter pool.
+    row_tree: see `adapters.stacking.row_tree`.
+    routing: whether programs return the experts' weights; otherwise they return
+      {}.
   """
 
   module: Any
@@ -41,8 +41,10 @@ class ServedModel:
 
 
 class _Side(nn.Module):
-  """A layer at the path that it has in the model, 'encoder' or 'decoder': an
-  adapter may compute with its path, as the router `random` does."""
+  """A layer below 'encoder' or 'decoder', its path in the model.
+
+  The path matters: the router `random` derives its weights from it.
+  """
 
   block: nn.Module
   side: str
@@ -57,15 +59,15 @@ class LayeredMethod:
   """A method of a model that calls one stack of layers.
 
   Attributes:
-    name: of the module's method.
-    side: 'encoder' or 'decoder', the stack that it calls.
-    arguments: (stack, *row) -> the method's arguments for one row; `stack` is
-      for its `Context`.
-    outputs: (result, {path: [n, t, e]}, *rows) -> the program's outputs for
-      all rows.
-    cut: (a layer's cache, rows [n]) -> those rows of it.
-    put: (a layer's cache, rows [n], positions [n], extended cut) -> the cache;
-      None where no cache is written.
+    name: the name of the module's method.
+    side: 'encoder' or 'decoder', the stack of layers that the method calls.
+    arguments: (stack, *row) -> the method's arguments for one row; `stack`
+      becomes `Context.run_layers`.
+    outputs: (result, {path: experts' weights [n, t, e]}, *rows) -> the outputs
+      of the program for all rows.
+    read_cache: (a layer's cache, slots [n]) -> the caches of those slots.
+    write_cache: (a layer's cache, slots [n], positions [n], new caches of those
+      slots) -> the layer's cache; None if the method writes no cache.
   """
 
   model: ServedModel
@@ -73,81 +75,89 @@ class LayeredMethod:
   side: str
   arguments: Callable[..., tuple]
   outputs: Callable[..., Any]
-  cut: Callable[[Tree, Array], Tree] = lambda cache, rows: {}
-  put: Callable[[Tree, Array, Array, Tree], Tree] | None = None
+  read_cache: Callable[[Tree, Array], Tree] = lambda cache, rows: {}
+  write_cache: Callable[[Tree, Array, Array, Tree], Tree] | None = None
 
-  def before(self, params: Tree, bank: Tree, adapters: Array, *rows: Array):
+  def before(
+    self, params: Tree, adapter_params: Tree, adapters: Array, *rows: Array
+  ):
     """Computes the arguments of the first layer.
 
     Args:
-      params, bank: what is of no layer; see `split`.
-      adapters: int32 [n, z].
-      rows: [n, ...] each, the arguments of `arguments`.
+      params, adapter_params: the arrays outside of the layers; see `split`.
+      adapters: int32 [n, z], each row's slot in each bucket.
+      rows: [n, ...] each, the inputs of `arguments`.
 
     Returns:
-      x [n, 1, t, d] and (context, further arguments).
+      x [n, 1, t, d], and (context, the layer's other arguments).
     """
 
-    def of_row(adapters, *row):
+    def compute_row(adapters, *row):
       calls = []
-      self._apply(params, bank, adapters, row, lambda *a: _record(calls, *a))
+      self._apply(
+        params, adapter_params, adapters, row, lambda *a: _record(calls, *a)
+      )
       ((_, _, x, ctx, args),) = calls
       return x, (ctx, args)
 
-    return jax.vmap(of_row)(adapters, *rows)
+    return jax.vmap(compute_row)(adapters, *rows)
 
   def layer(
     self,
     params: Tree,
-    bank: Tree,
+    adapter_params: Tree,
     cache: Tree,
     adapters: Array,
     rows: Array,
     positions: Array,
-    number: Array,
+    layer_index: Array,
     x: Array,
-    flow: tuple[Context, tuple],
+    layer_args: tuple[Context, tuple],
     block: Any,
   ) -> tuple[Array, Tree, dict[str, Array]]:
     """Computes one layer.
 
     Args:
-      params: this layer's; bank: all layers'.
-      cache: this layer's, [slots, ...].
-      rows: int32 [n], slots; positions: int32 [n], of each row's first token.
-      number: int32 scalar, the layer's.
-      block: of `block`.
+      params: the layer's parameters.
+      adapter_params: the adapters' arrays of all layers.
+      cache: the layer's cache, [slots, ...].
+      rows: int32 [n], the slot of each row.
+      positions: int32 [n], the position of each row's first token.
+      layer_index: int32 scalar.
+      block: the layer's module, from `block`.
 
     Returns:
-      x, the cache, and the experts' weights.
+      x, the cache, and {path: experts' weights [n, t, e]}.
     """
 
-    def of_row(adapters, cache, x, flow):
-      ctx, args = flow
-      peft = self.model.row_tree(bank, adapters, number)
+    def compute_row(adapters, cache, x, layer_args):
+      ctx, args = layer_args
+      peft = self.model.row_tree(adapter_params, adapters, layer_index)
       variables = {'params': params, 'peft': peft}
       if cache:
         variables['cache'] = cache
       variables = {key: {self.side: tree} for key, tree in variables.items()}
-      ctx = ctx.replace(layer=number)
-      x, changed = module.apply(
+      ctx = ctx.replace(layer=layer_index)
+      x, updates = module.apply(
         variables, x, ctx, *args, mutable=['cache', 'weights']
       )
-      weights = changed.get('weights', {})
+      weights = updates.get('weights', {})
       weights = expert_weights(weights) if self.model.routing else {}
-      return x, changed.get('cache', {}).get(self.side, {}), weights
+      return x, updates.get('cache', {}).get(self.side, {}), weights
 
     module = _Side(block, self.side)
-    row_cache = self.cut(cache, rows)
-    x, row_cache, weights = jax.vmap(of_row)(adapters, row_cache, x, flow)
-    if self.put is None:
+    slot_caches = self.read_cache(cache, rows)
+    x, slot_caches, weights = jax.vmap(compute_row)(
+      adapters, slot_caches, x, layer_args
+    )
+    if self.write_cache is None:
       return x, {}, weights
-    return x, self.put(cache, rows, positions, row_cache), weights
+    return x, self.write_cache(cache, rows, positions, slot_caches), weights
 
   def after(
     self,
     params: Tree,
-    bank: Tree,
+    adapter_params: Tree,
     adapters: Array,
     x: Array,
     layer_weights: Sequence[dict[str, Array]],
@@ -156,58 +166,65 @@ class LayeredMethod:
     """Computes the outputs from the last layer's x.
 
     Args:
-      layer_weights: the experts' weights of each layer.
+      layer_weights: for each layer, its experts' weights as `layer` returns
+        them.
     """
 
-    def of_row(adapters, x, *row):
+    def compute_row(adapters, x, *row):
       stack = lambda *_: x  # noqa: E731
-      return self._apply(params, bank, adapters, row, stack)
+      return self._apply(params, adapter_params, adapters, row, stack)
 
-    result, weights = jax.vmap(of_row)(adapters, x, *rows)
+    result, weights = jax.vmap(compute_row)(adapters, x, *rows)
     mean = lambda *a: jnp.mean(jnp.stack(a), axis=0)  # noqa: E731
     weights |= jax.tree.map(mean, *layer_weights)
     return self.outputs(result, weights, *rows)
 
   def block(self, *args: Any) -> Any:
-    """A layer's module.
+    """Returns the Flax module of a layer.
 
     Args:
-      args: shapes of the arguments of `before`.
+      args: the shapes of the arguments of `before`.
     """
     calls = []
 
-    def of_row(params, bank, adapters, *rows):
+    def compute_row(params, adapter_params, adapters, *rows):
       row = [a[0] for a in rows]
       record = lambda *a: _record(calls, *a)  # noqa: E731
-      self._apply(params, bank, adapters[0], row, record)
+      self._apply(params, adapter_params, adapters[0], row, record)
 
-    jax.eval_shape(of_row, *args)
+    jax.eval_shape(compute_row, *args)
     ((block, *_),) = calls
     return block
 
-  def _apply(self, params, bank, adapters, row, stack):
-    """Calls the module's method with a function in place of its layers.
+  def _apply(self, params, adapter_params, adapters, row, stack):
+    """Calls the module's method with `stack` in place of its layers.
 
-    Computations that do not reach the layers' arguments, or do not depend on
-    their result, are removed by the compiler.
+    The compiler removes computations that a program's outputs do not need.
     """
     model = self.model
-    variables = {'params': params, 'peft': model.row_tree(bank, adapters)}
-    result, changed = model.module.apply(
+    variables = {
+      'params': params,
+      'peft': model.row_tree(adapter_params, adapters),
+    }
+    result, updates = model.module.apply(
       variables,
       *self.arguments(stack, *row),
       method=self.name,
       mutable=['weights'],
     )
-    weights = changed.get('weights', {})
+    weights = updates.get('weights', {})
     return result, expert_weights(weights) if model.routing else {}
 
 
 def expert_weights(collection: Tree) -> dict[str, Array]:
-  """{site and adapter: float32 [t, e]}, means over layers and heads.
+  """Averages the experts' weights of one row over layers and heads.
 
   Args:
-    collection: sown in one row, [1, t, (heads,) e] each, layers scanned or not.
+    collection: the sown weights, [1, t, (heads,) e] each, with a leading layer
+      axis if the layers are scanned.
+
+  Returns:
+    {'path of the target module/adapter': float32 [t, e]}.
   """
   by_path: dict[str, list[Array]] = {}
   _collect(collection, (), False, by_path)
@@ -224,7 +241,7 @@ def _collect(tree, path, scanned, by_path):
       inner = path if is_layer else (*path, key)
       _collect(value, inner, scanned or key == 'layers', by_path)
       continue
-    # Sown values are tuples, one for each call.
+    # A sown value is a tuple with an entry for each call.
     for a in value:
       a = jnp.mean(a, axis=0) if scanned else a
       a = jnp.mean(a[0].reshape(a.shape[1], -1, a.shape[-1]), axis=1)
@@ -232,7 +249,7 @@ def _collect(tree, path, scanned, by_path):
 
 
 def split(tree: Tree) -> tuple[Tree, dict[str, Tree]]:
-  """A model's tree without its layers, and {side: its layers}, if any."""
+  """Splits a tree into (all but the layers, {side: layers})."""
   rest, layers = {}, {}
   for key, value in tree.items():
     rest[key] = value
@@ -242,16 +259,16 @@ def split(tree: Tree) -> tuple[Tree, dict[str, Tree]]:
   return rest, layers
 
 
-def split_bank(bank: Tree) -> tuple[Tree, dict[str, Tree]]:
-  """`split` of every bucket: {bucket: tree}, and {side: {bucket: tree}}."""
+def split_adapters(adapter_params: Tree) -> tuple[Tree, dict[str, Tree]]:
+  """Splits every bucket into ({bucket: rest}, {side: {bucket: layers}})."""
   rest, sides = {}, {}
-  for bucket, tree in bank.items():
+  for bucket, tree in adapter_params.items():
     rest[bucket], layers = split(tree)
     for side, side_layers in layers.items():
       sides.setdefault(side, {})[bucket] = side_layers
-  # Every bucket has an entry in a row's slots.
+  # A row has a slot in every bucket, so every side needs every bucket.
   return rest, {
-    side: {bucket: buckets.get(bucket, {}) for bucket in bank}
+    side: {bucket: buckets.get(bucket, {}) for bucket in adapter_params}
     for side, buckets in sides.items()
   }
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Assignment of slots, and reuse of the keys and values of a common prefix.
+"""The prefix cache: assigns slots, and reuses keys and values of prefixes.
 
-A slot keeps its tokens when its sequence has finished. A new sequence that
-begins with the same tokens and has the same adapter, by the hash of its
-content, continues from there.
+A slot keeps its keys and values when its sequence has finished. A new sequence
+reuses them up to the first different token, if its adapter has the same content
+hash.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ class Slot:
   """A row of the cache.
 
   Attributes:
-    ids: the tokens whose keys and values it holds, from position 0 on.
-    sha256: hash of the adapter that they were computed with.
-    busy: whether a sequence has it.
-    last_used: when it was taken or released; the greater the later.
+    ids: the tokens of its keys and values, from position 0 on.
+    sha256: content hash of the adapter that computed them.
+    busy: whether a sequence has the slot.
+    last_used: a counter's value when the slot was last taken or released.
   """
 
   number: int
@@ -31,7 +31,7 @@ class Slot:
   last_used: int = 0
 
   def common_prefix(self, ids: Sequence[int], sha256: str) -> int:
-    """The number of first ids whose keys and values it holds."""
+    """The length of the common prefix of `ids` and the slot's tokens."""
     if self.sha256 != sha256:
       return 0
     pairs = enumerate(zip(self.ids, ids, strict=False))
@@ -45,8 +45,9 @@ class SlotAssignment:
   """The slot of a new sequence.
 
   Attributes:
-    slot: now busy; its ids are those that need not be computed.
-    source: the slot whose keys and values must be copied first, or None.
+    slot: the slot, now busy; `slot.ids` are the reused tokens.
+    source: the slot from which their keys and values must be copied; None if
+      they are in `slot` already.
   """
 
   slot: Slot
@@ -54,7 +55,7 @@ class SlotAssignment:
 
 
 class PrefixCache:
-  """All slots."""
+  """The slots of an engine."""
 
   def __init__(self, slots: int):
     self.slots = [Slot(number) for number in range(slots)]
@@ -65,12 +66,15 @@ class PrefixCache:
     return sum(not slot.busy for slot in self.slots)
 
   def take(self, ids: Sequence[int], sha256: str) -> SlotAssignment:
-    """Assigns a free slot: the one with the longest common prefix, or the one
-    used longest ago, into which that prefix is copied where the slot that has
-    it is busy or would lose more than the copy costs.
+    """Assigns a free slot to a sequence.
+
+    The slot with the longest common prefix is taken if it is free and loses at
+    most half of its tokens. Otherwise the prefix is copied into the least
+    recently used slot, if it is long enough to be worth the copy.
 
     Args:
       ids: the tokens that may be reused; () for none.
+      sha256: content hash of the sequence's adapter.
 
     Raises:
       ValueError: no slot is free.
@@ -78,23 +82,23 @@ class PrefixCache:
     free = [slot for slot in self.slots if not slot.busy]
     if not free:
       raise ValueError('no slot is free; look at `free` first')
-    oldest = min(free, key=lambda slot: (len(slot.ids) > 0, slot.last_used))
+    lru = min(free, key=lambda slot: (len(slot.ids) > 0, slot.last_used))
     best = max(self.slots, key=lambda slot: slot.common_prefix(ids, sha256))
     prefix = best.common_prefix(ids, sha256)
-    in_place = not best.busy and (best is oldest or 2 * prefix >= len(best.ids))
+    in_place = not best.busy and (best is lru or 2 * prefix >= len(best.ids))
     if prefix and in_place:
       return self._assign(best, best.ids[:prefix], sha256)
     if prefix >= _MIN_COPY:
-      return self._assign(oldest, best.ids[:prefix], sha256, best)
-    return self._assign(oldest, [], sha256)
+      return self._assign(lru, best.ids[:prefix], sha256, best)
+    return self._assign(lru, [], sha256)
 
   def release(self, slot: Slot) -> None:
-    """Frees a slot; its keys and values may be reused."""
+    """Frees a slot; its keys and values stay for reuse."""
     self._clock += 1
     slot.busy, slot.last_used = False, self._clock
 
   def invalidate(self) -> None:
-    """Marks the keys and values of all slots as stale."""
+    """Discards the keys and values of all slots."""
     for slot in self.slots:
       slot.ids = []
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sampler: from a step's logits to a token of each sequence, by its own
-settings.
+"""The sampler: chooses each sequence's next token from a step's logits.
 
-A step gives the most probable token of every row; the small programs here
-follow for rows that ask for more, so that a mask or a sort costs nothing where
-nobody asked, and a row's draws cannot depend on its neighbours.
+The decode step returns the most probable token of every row. Rows that need
+more run the small programs of this module, one row at a time: other rows do not
+pay for a mask or a sort, and a row's draws do not depend on the other rows.
 """
 
 import functools
@@ -18,14 +17,14 @@ from flax import struct
 
 from moepeft.core.types import Array
 from moepeft.inference import sampling
-from moepeft.inference.api import Request, TokenLogprob
+from moepeft.inference.api import TokenLogprob
 from moepeft.inference.engine.compiled import Programs
-from moepeft.inference.engine.limits import TOP
+from moepeft.inference.engine.limits import MAX_LOGPROBS
 from moepeft.inference.engine.sequence import Sequence
 from moepeft.inference.sampling import Sampling
 
 NOT_FINITE = (
-  "the model's logits are no numbers: the adapter, or the base, is broken"
+  "the model's logits are NaN or infinite: the adapter or the base is broken"
 )
 
 
@@ -34,11 +33,11 @@ class StepOutput:
   """Outputs of a decode step of n rows.
 
   Attributes:
-    tokens: int32 [n], the most probable.
-    logprobs: float32 [n], theirs.
-    finite: bool [n], whether the logits are numbers.
-    logits: n of float32 [1, v].
-    experts: {site: float32 [n, e]}.
+    tokens: int32 [n], the most probable token of each row.
+    logprobs: float32 [n], the log-probabilities of `tokens`.
+    finite: bool [n], whether all logits of the row are finite.
+    logits: n arrays, float32 [1, v] each.
+    experts: {path: float32 [n, e]}, the experts' weights.
   """
 
   tokens: Array
@@ -49,7 +48,7 @@ class StepOutput:
 
 
 def step_output(logits: Array, experts: dict[str, Array]) -> StepOutput:
-  """The outputs for logits float32 [n, v]."""
+  """Computes the outputs of a step from its logits, float32 [n, v]."""
   tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   finite = jnp.all(jnp.isfinite(logits), axis=-1)
   rows = tuple(logits[i : i + 1] for i in range(len(logits)))
@@ -58,13 +57,14 @@ def step_output(logits: Array, experts: dict[str, Array]) -> StepOutput:
 
 @struct.dataclass
 class DrawParams:
-  """A row's settings as arrays; neutral values where it has none.
+  """A row's sampling parameters as arrays; neutral values where unset.
 
   Attributes:
-    temperature: float32 scalar, 0 for the most probable token.
-    top_k: int32; top_p, min_p: float32.
-    seed: uint32 [2], the low and the high half.
-    count: int32, tokens of the answer so far.
+    temperature: float32 scalar; 0 is greedy.
+    top_k: int32 scalar.
+    top_p, min_p: float32 scalars.
+    seed: uint32 [2], the low and the high half of the seed.
+    count: int32 scalar, the number of tokens of the answer so far.
   """
 
   temperature: Array
@@ -76,10 +76,11 @@ class DrawParams:
 
 
 def draw_params(s: Sampling, seed: int, count: int, v: int) -> DrawParams:
-  """
+  """Converts a request's sampling parameters to arrays.
+
   Args:
-    s: numbers.
-    v: of the vocabulary.
+    s: its values are Python numbers.
+    v: the size of the vocabulary.
   """
   low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
   return DrawParams(
@@ -93,72 +94,84 @@ def draw_params(s: Sampling, seed: int, count: int, v: int) -> DrawParams:
 
 
 def plan(programs: Programs, v: int) -> None:
-  """Plans `edit`, `draw`, `draw_filtered` and `best`, the functions of these
-  names."""
-  raw = jax.ShapeDtypeStruct((1, v), jnp.float32)
+  """Plans the programs `edit`, `draw`, `draw_filtered` and `best`."""
+  logits = jax.ShapeDtypeStruct((1, v), jnp.float32)
   bits = jax.ShapeDtypeStruct((-(-v // 8),), jnp.uint8)
   params = draw_params(Sampling(), 0, 0, v)
-  programs.plan(('edit',), edit, raw, bits, bits, np.float32(1))
-  programs.plan(('draw',), draw, raw, raw, params)
-  programs.plan(('draw_filtered',), draw_filtered, raw, raw, params)
-  programs.plan(('best',), functools.partial(best, top=min(TOP, v)), raw)
+  programs.plan(('edit',), edit, logits, bits, bits, np.float32(1))
+  programs.plan(('draw',), draw, logits, logits, params)
+  programs.plan(('draw_filtered',), draw_filtered, logits, logits, params)
+  programs.plan(
+    ('best',), functools.partial(top_tokens, top=min(MAX_LOGPROBS, v)), logits
+  )
 
 
-def edit(raw: Array, allowed: Array, previous: Array, penalty: Array) -> Array:
-  """Logits with repetitions less likely, and -inf where a token is forbidden.
+def edit(
+  logits: Array, allowed: Array, previous: Array, penalty: Array
+) -> Array:
+  """Applies the repetition penalty, and sets forbidden tokens to -inf.
 
   Args:
-    raw: the model's, [1, v].
-    allowed, previous: bits of `pack`, of the tokens that may come and of those
-      that came before.
+    logits: the model's logits, [1, v].
+    allowed, previous: masks of the allowed tokens and of the tokens in the
+      sequence so far, packed by `pack`.
     penalty: float32 scalar, 1 for none.
   """
   allowed, previous = (
-    _unpack(bits, raw.shape[1]) for bits in (allowed, previous)
+    _unpack(bits, logits.shape[1]) for bits in (allowed, previous)
   )
-  return jnp.where(allowed, sampling.penalise(raw, previous, penalty), -jnp.inf)
+  return jnp.where(
+    allowed,
+    sampling.apply_repetition_penalty(logits, previous, penalty),
+    -jnp.inf,
+  )
 
 
-def draw(raw: Array, edited: Array, params: DrawParams) -> tuple[Array, Array]:
-  """A token [1] and its log-probability [1], where there is no top-k or top-p
-  and so nothing to sort.
+def draw(
+  logits: Array, edited_logits: Array, params: DrawParams
+) -> tuple[Array, Array]:
+  """Samples a token [1] without top-k or top-p, which would need a sort.
 
   Args:
-    edited: the logits of the draw; log-probabilities are those of `raw`.
+    logits: the model's logits [1, v], for the log-probability.
+    edited_logits: the logits [1, v] from which the token is drawn.
+
+  Returns:
+    The token [1] and its log-probability [1].
   """
   s = Sampling(params.temperature, min_p=params.min_p)
-  return _draw(raw, edited, s, params)
+  return _draw(logits, edited_logits, s, params)
 
 
 def draw_filtered(
-  raw: Array, edited: Array, params: DrawParams
+  logits: Array, edited_logits: Array, params: DrawParams
 ) -> tuple[Array, Array]:
-  """As `draw`, with all filters."""
+  """Samples a token with all filters; see `draw`."""
   s = Sampling(params.temperature, params.top_k, params.top_p, params.min_p)
-  return _draw(raw, edited, s, params)
+  return _draw(logits, edited_logits, s, params)
 
 
-def _draw(raw, edited, s, params):
+def _draw(logits, edited_logits, s, params):
   key = jax.random.fold_in(jax.random.key(params.seed[0]), params.seed[1])
   key = jax.random.fold_in(key, params.count)
-  tokens = sampling.choose(edited, s, key[None])
-  return tokens, score(raw, tokens)
+  tokens = sampling.sample_tokens(edited_logits, s, key[None])
+  return tokens, score(logits, tokens)
 
 
-def best(raw: Array, top: int) -> tuple[Array, Array]:
-  """(ids, log-probabilities) of the most probable, [n, top], best first."""
-  largest, ids = jax.lax.top_k(raw, top)
-  return ids, largest - jax.nn.logsumexp(raw, axis=-1, keepdims=True)
+def top_tokens(logits: Array, top: int) -> tuple[Array, Array]:
+  """The `top` most probable (ids, log-probabilities), [n, top], best first."""
+  largest, ids = jax.lax.top_k(logits, top)
+  return ids, largest - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def score(raw: Array, tokens: Array) -> Array:
+def score(logits: Array, tokens: Array) -> Array:
   """The log-probability of a given token of each row [n, v], float32 [n]."""
-  logits = jnp.take_along_axis(raw, tokens[:, None], axis=-1)[:, 0]
-  return logits - jax.nn.logsumexp(raw, axis=-1)
+  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def pack(bits: np.ndarray) -> np.ndarray:
-  """bool [v] of the host -> uint8 [v / 8], rounded up."""
+  """Packs a mask, bool [v], to uint8 [v / 8], rounded up."""
   return np.packbits(bits, bitorder='little')
 
 
@@ -172,83 +185,94 @@ def sample(
   running: list[Sequence],
   output: StepOutput,
 ) -> list[TokenLogprob | Exception]:
-  """The next token of each sequence, or the error of that sequence alone.
+  """Chooses the next token of each sequence.
 
   Args:
-    output: of a decode step; the sequences have its first rows.
+    output: the outputs of the decode step; row i is that of sequence i.
+
+  Returns:
+    For each sequence its token, or the error of that sequence alone.
   """
-  # While the device computes, the host looks for the allowed tokens.
-  requests = [sequence.request for sequence in running]
-  launched: list[Any] = [
-    _launch(programs, sequence, logits)
-    for sequence, logits in zip(running, output.logits, strict=False)
-  ]
-  errors = [row if isinstance(row, Exception) else None for row in launched]
-  pairs = zip(launched, errors, strict=True)
-  launched = [row if error is None else () for row, error in pairs]
-  experts = output.experts if any(r.routing for r in requests) else {}
-  launched, step = jax.device_get(
-    (launched, (output.tokens, output.logprobs, output.finite, experts))
+  errors: dict[int, Exception] = {}
+  samples: list[Any] = []
+  # The host computes the constraints' masks while the device computes.
+  for i, sequence in enumerate(running):
+    logits = output.logits[i]
+    try:
+      edited_logits = _edit_logits(programs, sequence, logits)
+    except Exception as e:
+      errors[i] = e
+      samples.append(((), ()))
+    else:
+      samples.append(_sample_row(programs, sequence, logits, edited_logits))
+  routing = any(sequence.request.routing for sequence in running)
+  experts = output.experts if routing else {}
+  samples, step = jax.device_get(
+    (samples, (output.tokens, output.logprobs, output.finite, experts))
   )
   return [
-    errors[i] or _token(sequence, i, launched[i], step)
+    errors.get(i) or _token(sequence, i, samples[i], step)
     for i, sequence in enumerate(running)
   ]
 
 
-def _launch(
-  programs: Programs, sequence: Sequence, raw: Array
-) -> tuple | Exception:
-  """(a drawn token and its log-probability, or (); alternatives, or ()), or the
-  error of a constraint."""
-  request, v = sequence.request, raw.shape[1]
-  try:
-    edited = _edited(programs, sequence, raw)
-  except Exception as e:
-    return e
-  drawn = alternatives = ()
-  if edited is not raw or request.sampling.temperature:
+def _sample_row(
+  programs: Programs, sequence: Sequence, logits: Array, edited_logits: Array
+) -> tuple[tuple, tuple]:
+  """Starts the programs that a row needs.
+
+  Returns:
+    (token, log-probability), or () if the most probable token is taken; and the
+    outputs of `top_tokens`, or () if no alternatives are reported.
+  """
+  request, v = sequence.request, logits.shape[1]
+  sampled = alternatives = ()
+  if edited_logits is not logits or request.sampling.temperature:
     s = request.sampling
     params = draw_params(s, request.seed, len(sequence.answer), v)
-    sorts = s.top_k is not None or s.top_p is not None
-    name = 'draw_filtered' if sorts else 'draw'
-    drawn = programs[(name,)](raw, edited, params)
+    needs_sort = s.top_k is not None or s.top_p is not None
+    name = 'draw_filtered' if needs_sort else 'draw'
+    sampled = programs[(name,)](logits, edited_logits, params)
   if request.logprobs:
-    alternatives = programs[('best',)](raw)
-  return drawn, alternatives
+    alternatives = programs[('best',)](logits)
+  return sampled, alternatives
 
 
-def _edited(programs: Programs, sequence: Sequence, raw: Array) -> Array:
-  """The logits that the sequence chooses from."""
-  request, v = sequence.request, raw.shape[1]
-  early = len(sequence.answer) < request.min_new_tokens
-  if request.constraint is None and sequence.previous is None and not early:
-    return raw
+def _edit_logits(
+  programs: Programs, sequence: Sequence, logits: Array
+) -> Array:
+  """The logits from which the sequence's next token is drawn."""
+  request, v = sequence.request, logits.shape[1]
+  forbid_eos = len(sequence.answer) < request.min_new_tokens
+  if (
+    request.constraint is None and sequence.previous is None and not forbid_eos
+  ):
+    return logits
   allowed, previous = np.ones(v, bool), np.zeros(v, bool)
   if request.constraint is not None:
     mask = request.constraint.mask()[:v]
     # The model's vocabulary may be padded.
     allowed[: len(mask)], allowed[len(mask) :] = mask, False
-  if early:
+  if forbid_eos:
     allowed[[i for i in request.eos_token_ids if 0 <= i < v]] = False
   if not allowed.any():
-    raise ValueError('the constraint allows no token at all')
+    raise ValueError('the constraint allows no token of the vocabulary')
   if sequence.previous is not None:
     previous = sequence.previous
   penalty = np.float32(request.sampling.repetition_penalty or 1)
-  return programs[('edit',)](raw, pack(allowed), pack(previous), penalty)
+  return programs[('edit',)](logits, pack(allowed), pack(previous), penalty)
 
 
 def _token(
-  sequence: Sequence, i: int, launched: tuple, step: tuple
+  sequence: Sequence, i: int, sample: tuple, step: tuple
 ) -> TokenLogprob | Exception:
-  """The token of row i from arrays on the host."""
+  """Makes the token of row i from arrays on the host."""
   tokens, logprobs, finite, experts = step
   if not finite[i]:
     return ArithmeticError(NOT_FINITE)
-  drawn, alternatives = launched
-  token, logprob = drawn or (tokens[i : i + 1], logprobs[i : i + 1])
-  request: Request = sequence.request
+  sampled, alternatives = sample
+  token, logprob = sampled or (tokens[i : i + 1], logprobs[i : i + 1])
+  request = sequence.request
   top = ()
   if alternatives:
     top = top_logprobs(alternatives[0][0], alternatives[1][0], request.logprobs)
@@ -263,7 +287,7 @@ def _token(
 def top_logprobs(
   ids: np.ndarray, logprobs: np.ndarray, count: int | None
 ) -> tuple[tuple[int, float], ...]:
-  """(id, log-probability) of the first `count`."""
+  """The first `count` pairs (id, log-probability)."""
   pairs = zip(ids[: count or 0], logprobs[: count or 0], strict=True)
   return tuple((int(i), float(p)) for i, p in pairs)
 
@@ -271,24 +295,25 @@ def top_logprobs(
 def site_experts(
   weights: Mapping[str, np.ndarray], i: int, sequence: Sequence
 ) -> dict[str, tuple[float, ...]] | None:
-  """The weights [e] at each site where the sequence's own adapter routes.
+  """The experts' weights of a sequence's adapter.
 
   Args:
-    weights: {path: [n, e]} of all buckets, a path being a site's with the
-      names of the adapter and its router in it.
-    i: the sequence's row in them.
+    weights: {path: [n, e]} for all buckets; a path is that of the target
+      module, followed by the names of the adapter and its router.
+    i: the sequence's row.
 
   Returns:
-    None where they were not asked for, or the adapter does not route.
+    {target module: weights [e]}, or None if the request does not ask for them
+    or the adapter has no router.
   """
   if not sequence.request.routing:
     return None
   experts = {}
   for path, rows in weights.items():
     keys = path.split('/')
-    for at, key in enumerate(keys):
-      # A whole sublayer's adapters lie beside it.
-      site = '/'.join(keys[:at]).replace('/around_', '/')
+    for depth, key in enumerate(keys):
+      # An adapter of a whole sublayer is stored beside it, in 'around_...'.
+      site = '/'.join(keys[:depth]).replace('/around_', '/')
       if site in sequence.adapter.sites.get(key, ()):
         experts[site] = tuple(float(w) for w in rows[i])
   return experts or None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler: which sequences get slots, and what the next step computes.
+"""The scheduler: assigns slots to sequences, and forms the batches of a step.
 
-A policy without a model: `EngineCore` does what it decides.
+It does not use the model; `EngineCore` runs the batches.
 """
 
 import time
@@ -14,17 +14,17 @@ from moepeft.inference.engine.sequence import Sequence
 
 
 class Scheduler:
-  """The sequences that wait, and those that have slots.
+  """The waiting and the running sequences.
 
   Attributes:
-    slots: the rows of the cache.
-    slot_seconds: moving average of the time for which a sequence has a slot.
+    slots: the slots of the cache.
+    slot_seconds: moving average of the seconds for which a sequence has a slot.
   """
 
   def __init__(self, slots: PrefixCache, prefill_batch_size: int):
     """
     Args:
-      prefill_batch_size: prompts that are read at once.
+      prefill_batch_size: the largest number of prompts in a prefill batch.
     """
     self.slots = slots
     self.slot_seconds = 1.0
@@ -42,14 +42,14 @@ class Scheduler:
 
   @property
   def running(self) -> list[Sequence]:
-    """Those that have slots, the first admitted first."""
+    """The sequences that have slots, in the order of their admission."""
     return [*self._running]
 
   def add(self, sequence: Sequence) -> None:
     self._waiting.put(sequence.request.client, sequence)
 
   def remove(self, sequence: Sequence) -> None:
-    """Forgets a sequence that has ended."""
+    """Removes a finished sequence."""
     if sequence in self._running:
       self._running.remove(sequence)
       seconds = time.monotonic() - sequence.started
@@ -58,43 +58,43 @@ class Scheduler:
       self._waiting.remove(sequence.request.client, sequence)
 
   def waits_for(self, adapter: str) -> bool:
-    """Whether a request of an adapter has no slot yet."""
+    """Whether a request that names the adapter waits for a slot."""
     return any(s.request.adapter == adapter for s in self._waiting)
 
   def expired(self) -> list[tuple[Sequence, str]]:
-    """Sequences that are cancelled or late, with the reason of their end."""
-    now, ends = time.monotonic(), []
+    """The cancelled and timed-out sequences, with their finish reasons."""
+    now, expired = time.monotonic(), []
     for sequence in self.unfinished:
       if sequence.cancelled:
-        ends.append((sequence, CANCELLED))
+        expired.append((sequence, CANCELLED))
       elif sequence.timed_out(now):
-        ends.append((sequence, TIME))
-    return ends
+        expired.append((sequence, TIME))
+    return expired
 
   def admit(self, begin: Callable[[Sequence], bool]) -> None:
     """Gives free slots to waiting sequences; clients take turns.
 
     Args:
-      begin: takes an adapter and a slot for a sequence; False where it has
-        ended instead. May raise EngineFull where the adapters of running
-        sequences leave no room for its own: others do not wait for it.
+      begin: acquires an adapter and a slot for a sequence; returns False if the
+        sequence failed. If it raises EngineFull, because running sequences
+        use all slots of the adapter's bucket, the sequence continues to wait.
     """
-    put_off = []
+    deferred = []
     while len(self._waiting) and self.slots.free():
       sequence = self._waiting.take()
       try:
         if begin(sequence):
           self._running.append(sequence)
       except EngineFull:
-        put_off.append(sequence)
-    for sequence in reversed(put_off):
+        deferred.append(sequence)
+    for sequence in reversed(deferred):
       self._waiting.put_back(sequence.request.client, sequence)
 
   def prefill_batch(self) -> list[Sequence]:
-    """A chunk of whose prompts is read next: those that came first."""
+    """The oldest sequences whose prompts are not completely prefilled."""
     batch = [s for s in self._running if not s.prefilled]
     return batch[: self._prefill_batch_size]
 
   def decode_batch(self) -> list[Sequence]:
-    """All whose prompts are read: each gets a token."""
+    """The sequences whose prompts are prefilled."""
     return [s for s in self._running if s.prefilled]

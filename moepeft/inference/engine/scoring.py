@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probabilities of given answers.
 
-A decoder's answer is scored as part of its prompt, by the prefill; an
-encoder-decoder's by one call without a cache.
+A decoder-only model scores an answer in the prefill, as part of the prompt. An
+encoder-decoder scores it in one call without a cache.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,19 +21,19 @@ from moepeft.inference.api import (
 )
 from moepeft.inference.engine.engine_core import EngineCore
 from moepeft.inference.engine.limits import (
-  at_least,
   check_request,
   check_request_length,
+  padded_size,
 )
 
 
 def echo_requests(
   requests: Sequence[LogprobRequest], first: int
 ) -> list[Request]:
-  """Requests whose prompts are a decoder's prompts with their answers.
+  """Makes requests whose prompts are the prompts and answers to be scored.
 
   Args:
-    first: the number of the first, which makes its id unique.
+    first: the number in the id of the first request; ids must be unique.
   """
   return [
     Request(
@@ -51,10 +51,10 @@ def answer_logprobs(
   requests: Sequence[LogprobRequest],
   events: Iterable[tuple[Request, Event]],
 ) -> list[np.ndarray]:
-  """Log-probabilities of the answers, float64 [t] each.
+  """Returns the log-probabilities of the answers, float64 [t] each.
 
   Args:
-    events: of `echo_requests`.
+    events: the events of the requests from `echo_requests`.
 
   Raises:
     ArithmeticError: a request failed.
@@ -73,11 +73,11 @@ def answer_logprobs(
 
 
 def score_answer(core: EngineCore, request: LogprobRequest) -> np.ndarray:
-  """Log-probabilities of an encoder-decoder's answer, float64 [t].
+  """Returns the log-probabilities of an encoder-decoder's answer, float64 [t].
 
   Raises:
-    RequestRefused: it cannot be computed.
-    ArithmeticError: the log-probabilities are no numbers.
+    RequestRefused: the engine cannot compute the request.
+    ArithmeticError: the log-probabilities are NaN or infinite.
   """
   runner, answer = core.runner, request.answer_ids
   as_request = Request('', request.prompt_ids, len(answer), request.adapter)
@@ -88,7 +88,7 @@ def score_answer(core: EngineCore, request: LogprobRequest) -> np.ndarray:
     soft_prompt = len(adapter.soft_prompt_ids)
     check_request_length(as_request, runner.model, runner.config, soft_prompt)
     states = core.prefill.encode(adapter.sha256, adapter.row, ids)
-    length = at_least(runner.cache_lens, len(answer))
+    length = padded_size(runner.cache_lens, len(answer))
     if length > len(states):
       states = jnp.pad(states, ((0, length - len(states)), (0, 0)))
     inputs, next_ids = np.full((2, len(states)), PAD, np.int32)
@@ -100,5 +100,5 @@ def score_answer(core: EngineCore, request: LogprobRequest) -> np.ndarray:
     runner.adapters.release(adapter)
   logprobs = np.asarray(logprobs, np.float64)[: len(answer)]
   if not np.isfinite(logprobs).all():
-    raise ArithmeticError("the answer's log-probabilities are no numbers")
+    raise ArithmeticError("the answer's log-probabilities are NaN or infinite")
   return logprobs

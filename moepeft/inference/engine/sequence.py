@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request that is waiting or running, and its state."""
+"""The state of a waiting or running request."""
 
 import dataclasses
 import time
@@ -14,23 +14,22 @@ from moepeft.inference.engine.prefix_cache import Slot
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-  """A request, waiting or in a slot.
+  """The state of a waiting or running request.
 
   Attributes:
-    request, deliver: as submitted.
-    arrival: time of `time.monotonic`.
-    ids: the prompt's, behind the adapter's soft prompt; () while it waits.
-    slot, adapter: None while it waits.
-    answer: tokens so far.
-    prefilled: whether all of the prompt is read but its last token, which the
-      first step takes.
-    cached: number of prompt tokens that were not computed again.
-    prompt_logprobs: of the prompt, where asked for.
-    previous: bool [v], the tokens that a repetition penalty acts on; None
-      without one.
-    cancelled: by the client, or because its listener failed.
-    started: when it got its adapter and slot.
-    finite: whether the cache of its slot is known to give finite logits.
+    request, deliver: the arguments of `Engine.submit`.
+    arrival: the `time.monotonic` of the submission.
+    ids: the soft prompt's and the prompt's ids; () while the request waits.
+    slot, adapter: None while the request waits.
+    answer: the answer's tokens so far.
+    prefilled: whether the prompt is in the cache; in a decoder-only model all
+      of it but the last token, which is the first decode step's input.
+    cached: the number of prompt tokens taken from the cache.
+    prompt_logprobs: the prompt's log-probabilities, if requested.
+    previous: bool [v], the tokens in the repetition penalty; None without one.
+    cancelled: whether the client cancelled the request, or `deliver` failed.
+    started: the `time.monotonic` at which it got its adapter and slot.
+    finite: whether a step with its slot's cache has given finite logits.
   """
 
   request: Request
@@ -48,8 +47,8 @@ class Sequence:
   started: float = 0.0
   finite: bool = False
 
-  def use(self, adapter: AcquiredAdapter) -> None:
-    """Puts the adapter's soft prompt before the prompt."""
+  def set_adapter(self, adapter: AcquiredAdapter) -> None:
+    """Sets the adapter, and puts its soft prompt before the prompt."""
     self.adapter, self.started = adapter, time.monotonic()
     self.ids = (*adapter.soft_prompt_ids, *self.request.prompt_ids)
 
@@ -58,7 +57,7 @@ class Sequence:
     return timeout is not None and now - self.arrival >= timeout
 
   def emit(self, event: Event) -> None:
-    """Delivers an event; a listener that fails cancels the request."""
+    """Delivers an event; cancels the request if `deliver` raises."""
     try:
       self.deliver(event)
     except Exception:
@@ -72,7 +71,7 @@ class Sequence:
       self.previous[token] = True
 
   def track_previous(self, prompt: tuple[int, ...], v: int) -> None:
-    """Starts to record tokens, where their repetition is penalised."""
+    """Initializes `previous` if the request has a repetition penalty."""
     if self.request.sampling.repetition_penalty is not None:
       self.previous = np.zeros(v, bool)
       self.previous[list(prompt)] = True

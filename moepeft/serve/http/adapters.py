@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GET, POST and DELETE /v1/adapters: what is loaded, and changing it."""
+"""GET, POST and DELETE /v1/adapters: lists, loads and unloads adapters."""
 
 import asyncio
 import dataclasses
@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 
 from moepeft.core.memory import is_out_of_memory
 from moepeft.inference import api
-from moepeft.serve.http.body import read
+from moepeft.serve.http.body import read_body
 from moepeft.serve.http.errors import (
   SERVER,
   ApiError,
@@ -19,34 +19,34 @@ from moepeft.serve.http.errors import (
   refusal_error,
   unavailable,
 )
-from moepeft.serve.http.schemas import Load, Unload
+from moepeft.serve.http.schemas import LoadAdapter, UnloadAdapter
 from moepeft.serve.http.service import Service
 
 _LOG = logging.getLogger('moepeft.serve')
 
 
 async def list_adapters(service: Service, request: Request) -> JSONResponse:
-  shown = _is_admin(service, request)
+  is_admin = _is_admin(service, request)
   entries = [
-    _adapter_entry(adapter, shown) for adapter in service.engine.adapters()
+    _adapter_entry(adapter, is_admin) for adapter in service.engine.adapters()
   ]
   return JSONResponse({'object': 'list', 'data': entries})
 
 
 async def load_adapter(service: Service, request: Request) -> JSONResponse:
-  """{name, path} of a run or an adapter's directory on the server."""
-  _check(service, request)
-  body = await read(request, Load, service.limits.body)
+  """Loads an adapter; the body is {name, path}, a path on the server."""
+  _require_admin(service, request)
+  body = await read_body(request, LoadAdapter, service.limits.body)
   try:
     loaded = await asyncio.to_thread(service.models.load, body.name, body.path)
   except Exception as e:
-    raise _not_loaded(body.name, e) from None
+    raise _load_error(body.name, e) from None
   _LOG.info('loaded %s from %r (%s)', loaded.name, loaded.source, loaded.sha256)
   return JSONResponse(_adapter_entry(loaded, True))
 
 
-def _not_loaded(name: str, error: Exception) -> ApiError:
-  """The answer to a request whose adapter was not loaded."""
+def _load_error(name: str, error: Exception) -> ApiError:
+  """The error response for an adapter that could not be loaded."""
   message = f'the adapter {name!r} is not loaded'
   if isinstance(error, api.RequestRefused):
     return unavailable(f'{message}: {error}', 10, 'not_ready')
@@ -62,29 +62,29 @@ def _not_loaded(name: str, error: Exception) -> ApiError:
     )
   if isinstance(error, ValueError | OSError):
     return invalid_request(f'{message}: {error}', 'path')
-  # Files are a caller's, and may hold anything in place of anything else.
+  # The files are the client's, so any error may come from their content.
   _LOG.error('%s', message, exc_info=error)
   return invalid_request(
-    f'{message}: its files do not hold what an adapter has '
-    f"({type(error).__name__}; the server's log says where); export it again",
+    f'{message}: its files are not those of an adapter '
+    f"({type(error).__name__}; see the server's log); export it again",
     'path',
   )
 
 
 async def unload_adapter(service: Service, request: Request) -> JSONResponse:
-  """{name}."""
-  _check(service, request)
-  body = await read(request, Unload, service.limits.body)
-  return await _unloaded(service, body.name)
+  """Unloads an adapter; the body is {name}."""
+  _require_admin(service, request)
+  body = await read_body(request, UnloadAdapter, service.limits.body)
+  return await _unload(service, body.name)
 
 
 async def delete_adapter(service: Service, request: Request) -> JSONResponse:
-  """/v1/adapters/NAME."""
-  _check(service, request)
-  return await _unloaded(service, request.path_params['name'])
+  """Unloads an adapter; the path is /v1/adapters/NAME."""
+  _require_admin(service, request)
+  return await _unload(service, request.path_params['name'])
 
 
-async def _unloaded(service: Service, name: str) -> JSONResponse:
+async def _unload(service: Service, name: str) -> JSONResponse:
   try:
     await asyncio.to_thread(service.models.unload, name)
   except api.UnknownAdapter as e:
@@ -95,10 +95,11 @@ async def _unloaded(service: Service, name: str) -> JSONResponse:
   return JSONResponse({'id': name, 'object': 'adapter', 'deleted': True})
 
 
-def _check(service: Service, request: Request) -> None:
-  """
+def _require_admin(service: Service, request: Request) -> None:
+  """Checks that the request has an admin key.
+
   Raises:
-    ApiError: the caller may not change adapters.
+    ApiError: it has none.
   """
   if not service.keys.admins:
     raise ApiError(
@@ -112,7 +113,7 @@ def _check(service: Service, request: Request) -> None:
   if not _is_admin(service, request):
     raise ApiError(
       403,
-      'adapters are loaded and unloaded with an admin key; this is none',
+      'adapters are loaded and unloaded with an admin key; the key is not one',
       None,
       'not_admin',
       'permission_error',
@@ -121,15 +122,16 @@ def _check(service: Service, request: Request) -> None:
 
 def _is_admin(service: Service, request: Request) -> bool:
   header = request.headers.get('authorization')
-  return service.keys.may_change(header and header.encode('latin-1'))
+  return service.keys.is_admin(header and header.encode('latin-1'))
 
 
 def _adapter_entry(
   loaded: api.LoadedAdapter, with_source: bool
 ) -> dict[str, Any]:
-  """
+  """Makes the JSON object of an adapter.
+
   Args:
-    with_source: whether the card has the adapter's path on the server.
+    with_source: whether it contains the adapter's path on the server.
   """
   fields = dataclasses.asdict(loaded)
   if not with_source:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The application: routes, and the form of every error."""
+"""The ASGI application: routes, middleware and error responses."""
 
 import functools
 from collections.abc import Awaitable, Callable
@@ -25,7 +25,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
   ('GET', '/', probes.page),
   ('GET', '/health', probes.health),
   ('GET', '/ready', probes.ready),
-  ('GET', '/metrics', probes.counts),
+  ('GET', '/metrics', probes.prometheus_metrics),
   ('GET', '/v1/models', probes.models),
   ('GET', '/v1/models/{name:path}', probes.model),
   ('POST', '/v1/chat/completions', chat.chat),
@@ -42,7 +42,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
 
 def make_app(service: Service) -> FastAPI:
   """The ASGI application of a service."""
-  # Its documents fetch scripts from elsewhere; bodies are read by `body`.
+  # Without documentation pages, which load scripts from other hosts.
   app = FastAPI(
     title='moepeft', docs_url=None, redoc_url=None, openapi_url=None
   )
@@ -50,14 +50,14 @@ def make_app(service: Service) -> FastAPI:
   for method, path, handler in ROUTES:
     app.add_api_route(
       path,
-      _bound(handler, service),
+      _bind_service(handler, service),
       methods=[method],
       name=handler.__name__,
       response_model=None,
     )
   app.add_exception_handler(ApiError, _error_response)
   app.add_exception_handler(HTTPException, _http_exception_response)
-  # The last added is the first to see a request.
+  # The middleware that is added last runs first.
   app.add_middleware(RequestMiddleware, service=service)
   if service.origins:
     app.add_middleware(
@@ -70,25 +70,25 @@ def make_app(service: Service) -> FastAPI:
   return app
 
 
-def _bound(handler: Handler, service: Service) -> Callable:
+def _bind_service(handler: Handler, service: Service) -> Callable:
   @functools.wraps(handler)
   async def route(request: Request) -> Response:
     return await handler(service, request)
 
-  # FastAPI reads parameters from it; `wraps` would show the handler's.
+  # FastAPI would take the handler's signature from it.
   del route.__wrapped__
   return route
 
 
-async def _error_response(request: Request, problem: ApiError) -> Response:
+async def _error_response(request: Request, error: ApiError) -> Response:
   del request
-  return problem.response()
+  return error.response()
 
 
 async def _http_exception_response(
   request: Request, e: HTTPException
 ) -> Response:
-  """Starlette's own: there is no such route, or not by this method."""
+  """The response for an unknown route or method."""
   path = repr(request.url.path)
   messages = {
     404: (f'there is no {path}', 'not_found'),

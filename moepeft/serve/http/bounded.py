@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thread for work beside the engine's, with a queue of limited length."""
+"""A thread with a queue of limited length."""
 
 import threading
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Result = TypeVar('Result')
 
 
 class BoundedThread:
-  """Calls one after the other; any thread may submit them."""
+  """Runs calls one after the other; any thread may submit them."""
 
   def __init__(self, name: str):
     self._executor = ThreadPoolExecutor(1, name)
@@ -21,12 +21,13 @@ class BoundedThread:
   def submit(
     self, queue: int, call: Callable[..., Result], *args: Any
   ) -> Future[Result]:
-    """
+    """Submits a call.
+
     Args:
-      queue: calls that may wait beside the one that runs.
+      queue: the maximum number of waiting calls.
 
     Raises:
-      Full: so many wait already.
+      EngineFull: as many calls wait already.
     """
     with self._lock:
       if self._count > queue:
@@ -35,7 +36,7 @@ class BoundedThread:
         )
       self._count += 1
     future = self._executor.submit(call, *args)
-    # Also of a call that is canceled; one that runs counts until it returns.
+    # Cancelled calls are done too; a running call counts until it returns.
     future.add_done_callback(self._done)
     return future
 

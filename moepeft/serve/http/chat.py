@@ -13,7 +13,7 @@ from starlette.responses import Response
 from moepeft.inference import api
 from moepeft.serve.http import logprobs
 from moepeft.serve.http import requests as http_requests
-from moepeft.serve.http.body import read
+from moepeft.serve.http.body import read_body
 from moepeft.serve.http.completion_stream import (
   FINISH_REASONS,
   AnswerDelta,
@@ -40,26 +40,26 @@ from moepeft.serve.http.tool_calls import (
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest(GenerationRequest):
-  """One request for a turn of the assistant.
+  """A request for the assistant's next turn.
 
   Attributes:
-    plan: of its tools, None where there are none.
+    plan: the tool plan; None without tools.
   """
 
   body: Chat
   plan: ToolPlan | None = None
 
   def make_readers(self) -> list[ContentReader | ToolCallReader]:
-    readers = range(self.body.n)
     return [
-      self.plan.reader() if self.plan else ContentReader() for _ in readers
+      self.plan.reader() if self.plan else ContentReader()
+      for _ in range(self.body.n)
     ]
 
 
 async def chat(service: Service, request: Request) -> Response:
   stats = request.scope['stats']
-  body = await read(request, Chat, service.limits.body)
-  _check(body)
+  body = await read_body(request, Chat, service.limits.body)
+  _check_body(body)
   http_requests.check_choices(body.n, service.limits)
   model = service.find(body.model)
   stats.model = model.name
@@ -89,16 +89,16 @@ async def chat(service: Service, request: Request) -> Response:
   choices = _stream(chat_request, engine_requests, answers)
   chunks = chat_request.chunks('chat.completion.chunk', choices)
 
-  async def whole():
-    deltas = await chat_request.whole(engine_requests, answers)
-    return await asyncio.to_thread(_json, chat_request, deltas)
+  async def complete():
+    deltas = await chat_request.complete(engine_requests, answers)
+    return await asyncio.to_thread(_response_body, chat_request, deltas)
 
   return await respond(
-    request, engine_requests, chunks if body.stream else None, whole
+    request, engine_requests, chunks if body.stream else None, complete
   )
 
 
-def _check(body: Chat) -> None:
+def _check_body(body: Chat) -> None:
   if body.top_logprobs and not body.logprobs:
     raise invalid_request('top_logprobs needs logprobs=true', 'top_logprobs')
   if body.stream_options and not body.stream:
@@ -112,10 +112,10 @@ def make_tool_plan(
   choice: Any,
   parallel: bool,
 ) -> ToolPlan | None:
-  """The plan for OpenAI's tools and tool_choice; None without tools.
+  """Makes the plan of OpenAI's tools and tool_choice; None without tools.
 
   Raises:
-    ApiError: they are wrong.
+    ApiError: a tool or the choice is invalid.
   """
   if not tools:
     if choice not in (None, 'none', 'auto'):
@@ -123,7 +123,7 @@ def make_tool_plan(
     return None
   if service.tool_planner is None:
     raise invalid_request(
-      'this server does not call tools; leave them out', 'tools'
+      'this server does not support tools; leave them out', 'tools'
     )
   template = service.tokenizer.chat_template(model.chat_settings)
   return service.tool_planner.plan(tools, choice, parallel, template)
@@ -132,7 +132,7 @@ def make_tool_plan(
 def _constraint(chat_request: ChatRequest) -> api.Constraint | None:
   plan, response_format = chat_request.plan, chat_request.body.response_format
   if plan is None:
-    return http_requests.constraint(
+    return http_requests.make_constraint(
       response_format, chat_request.service.compiler
     )
   if (
@@ -141,8 +141,8 @@ def _constraint(chat_request: ChatRequest) -> api.Constraint | None:
     and plan.may_be_text
   ):
     raise invalid_request(
-      'response_format and tools that need not be called cannot both be kept; '
-      "leave one out, or set tool_choice to 'required'",
+      'response_format cannot be combined with optional tools; leave one out, '
+      "or set tool_choice to 'required'",
       'response_format',
     )
   return plan.constraint()
@@ -151,15 +151,17 @@ def _constraint(chat_request: ChatRequest) -> api.Constraint | None:
 def _engine_requests(
   chat_request: ChatRequest, ids: Sequence[int]
 ) -> list[api.Request]:
-  """An answer's question each."""
+  """Makes the engine request of each answer."""
   body = chat_request.body
-  length = chat_request.answer_length(ids, body.length, None, 'messages')
+  max_tokens = chat_request.max_new_tokens(
+    ids, body.max_answer_tokens, None, 'messages'
+  )
   top = (body.top_logprobs or 0) if body.logprobs else None
   return [
     chat_request.engine_request(
-      i, ids, length, seed, top, _constraint(chat_request)
+      i, ids, max_tokens, seed, top, _constraint(chat_request)
     )
-    for i, seed in enumerate(http_requests.seeds(body, body.n))
+    for i, seed in enumerate(http_requests.answer_seeds(body, body.n))
   ]
 
 
@@ -174,39 +176,37 @@ def _make_answers(chat_request: ChatRequest) -> list[AnswerStream]:
   ]
 
 
-def _json(
-  chat_request: ChatRequest, merged: Sequence[AnswerDelta]
+def _response_body(
+  chat_request: ChatRequest, deltas: Sequence[AnswerDelta]
 ) -> dict[str, Any]:
   choices = []
-  pairs = zip(merged, chat_request.make_readers(), strict=True)
+  pairs = zip(deltas, chat_request.make_readers(), strict=True)
   for i, (delta, reader) in enumerate(pairs):
     parts = [*reader.feed(delta.text), *reader.finish()]
     content = {'message': assistant_message(parts)}
-    reason = _reason(reader, delta)
+    reason = _finish_reason(reader, delta)
     choices.append(
       make_choice(i, content, reason, **_scores(chat_request, delta))
     )
   return chat_request.response('chat.completion', choices)
 
 
-def _reason(reader: ContentReader | ToolCallReader, delta: AnswerDelta) -> str:
-  finish_reason = FINISH_REASONS[delta.reason]
-  return (
-    'tool_calls'
-    if reader.has_call and finish_reason == 'stop'
-    else finish_reason
-  )
+def _finish_reason(
+  reader: ContentReader | ToolCallReader, delta: AnswerDelta
+) -> str:
+  reason = FINISH_REASONS[delta.reason]
+  return 'tool_calls' if reader.has_call and reason == 'stop' else reason
 
 
 def _scores(chat_request: ChatRequest, delta: AnswerDelta) -> dict[str, Any]:
-  """Log-probabilities and routing of a choice, where they were requested."""
+  """The log-probabilities and routing of a choice, if requested."""
   tokenizer, body = chat_request.service.tokenizer, chat_request.body
   scores: dict[str, Any] = {}
   if body.logprobs:
     top = body.top_logprobs or 0
-    scores['logprobs'] = logprobs.chat(tokenizer, delta.entries, top)
+    scores['logprobs'] = logprobs.chat_logprobs(tokenizer, delta.entries, top)
   if body.routing:
-    scores['routing'] = logprobs.routing(tokenizer, delta.entries)
+    scores['routing'] = logprobs.token_routing(tokenizer, delta.entries)
   return scores
 
 
@@ -215,7 +215,7 @@ async def _stream(
   engine_requests: ClientRequests,
   answers: Sequence[AnswerStream],
 ) -> AsyncGenerator[dict[str, Any], None]:
-  """The choices of the chunks."""
+  """Yields the choices of the stream's chunks."""
   readers = chat_request.make_readers()
   for i in range(len(answers)):
     yield make_choice(i, {'delta': {'role': 'assistant', 'content': ''}}, None)
@@ -238,7 +238,7 @@ def _stream_choices(
   if delta.reason:
     deltas += reader.finish()
   if delta.entries and not deltas:
-    # Its tokens are told even where their text is held back.
+    # Tokens are reported although their text is withheld.
     deltas = [{'content': ''}]
   scores = _scores(chat_request, delta)
   choices = [
@@ -246,5 +246,7 @@ def _stream_choices(
     for i, part in enumerate(deltas)
   ]
   if delta.reason:
-    choices.append(make_choice(index, {'delta': {}}, _reason(reader, delta)))
+    choices.append(
+      make_choice(index, {'delta': {}}, _finish_reason(reader, delta))
+    )
   return choices

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates and system prompts of the base and of each adapter."""
+"""The chat template and system prompt of the base and of each adapter."""
 
 import dataclasses
 import os
 
-from moepeft.core import files, untrusted
+from moepeft.core import files
 from moepeft.data.chat import template as chat_template
 from moepeft.runs.run import Run
 
-# What Hugging Face calls a template beside a model or an adapter.
+# The name of a chat template file in transformers.
 _FILE = 'chat_template.jinja'
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatSettings:
-  """
+  """The chat template and system prompt of a model.
+
   Attributes:
-    template: Jinja; '' for the tokenizer's own.
-    system: put before conversations without a system's turn; '' for none.
+    template: a Jinja template; '' for that of the tokenizer.
+    system: the system prompt of conversations without one; '' for none.
   """
 
   template: str = ''
@@ -25,39 +26,27 @@ class ChatSettings:
 
 
 def chat_settings(source: str, base: ChatSettings) -> ChatSettings:
-  """An adapter's own, or the base's where it brings none.
+  """Reads the chat settings of an adapter; the base's are the default.
 
   Args:
-    source: a run of moepeft.train, or a directory of an adapter.
+    source: a work directory of moepeft.train, or the directory of an adapter.
 
   Raises:
-    ValueError: the run's config is damaged, or the template that it names is
-      gone.
-    OSError: one of them is a pipe, a socket or a device.
+    ValueError: the run's config is damaged, or its chat template is missing.
+    OSError: a file is a pipe, a socket or a device.
   """
   source = os.path.expanduser(source)
-  data = _data(Run(source).config_file)
-  if data:
-    text = chat_template.read(data['chat_template'])
-    return ChatSettings(text or base.template, data['system'] or base.system)
+  run = Run(source)
+  files.check_file(run.config_file)
+  if os.path.isfile(run.config_file):
+    data = run.read_config().get('data')
+    if data:
+      text = chat_template.read(data.get('chat_template', ''))
+      return ChatSettings(
+        text or base.template, data.get('system_prompt') or base.system
+      )
   path = os.path.join(source, _FILE)
   files.check_file(path)
   if os.path.isfile(path):
     return ChatSettings(chat_template.read(path), base.system)
   return base
-
-
-def _data(path: str) -> dict[str, str]:
-  """The template and the system text that a run names; {} where none is."""
-  files.check_file(path)
-  if not os.path.isfile(path):
-    return {}
-  config = untrusted.read_json(path)
-  try:
-    data = untrusted.field(config, 'data', dict, {})
-    return data and {
-      key: untrusted.field(data, key, str, '')
-      for key in ('chat_template', 'system')
-    }
-  except untrusted.Malformed as error:
-    raise ValueError(f'{path}: {error}') from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An answer's tokens as text while they come, cut at stop strings."""
+"""Decodes an answer's tokens to text, up to a stop string."""
 
 import dataclasses
 import logging
@@ -43,15 +43,16 @@ FINISH_REASONS = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenEntry:
-  """A token of an answer, and where its text begins.
+  """A token of an answer.
 
   Attributes:
-    end: whether it ends the answer and is no text.
+    offset: the offset of its text in the answer, in characters.
+    is_eos: whether it is an eos token, which has no text.
   """
 
   scored: TokenLogprob
   offset: int
-  end: bool = False
+  is_eos: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +60,10 @@ class AnswerDelta:
   """The new part of an answer.
 
   Attributes:
-    text: never half a character, and nothing of a stop string.
-    entries: tokens whose text is out by now.
-    prompt: its tokens, where they were asked for.
-    reason: why it ended, of `protocol`; '' while it goes on.
+    text: the new text, without incomplete characters and stop strings.
+    entries: the tokens of the text.
+    prompt: the tokens of the prompt, if requested.
+    reason: the finish reason, see `moepeft.inference.api`; '' before the end.
   """
 
   text: str = ''
@@ -70,21 +71,21 @@ class AnswerDelta:
   prompt: tuple[TokenLogprob, ...] = ()
   reason: str = ''
 
-  def __add__(self, later: 'AnswerDelta') -> 'AnswerDelta':
+  def __add__(self, delta: 'AnswerDelta') -> 'AnswerDelta':
     return AnswerDelta(
-      self.text + later.text,
-      self.entries + later.entries,
-      self.prompt + later.prompt,
-      self.reason or later.reason,
+      self.text + delta.text,
+      self.entries + delta.entries,
+      self.prompt + delta.prompt,
+      self.reason or delta.reason,
     )
 
 
 class AnswerStream:
-  """One answer.
+  """The text of one answer.
 
   Attributes:
-    tokens: that have come; those of a stop string are among them.
-    stopped: whether a stop string was met.
+    tokens: the number of tokens so far, with those of a stop string.
+    stopped: whether a stop string was found.
   """
 
   def __init__(
@@ -96,27 +97,27 @@ class AnswerStream:
   ):
     """
     Args:
-      eos_token_ids: ids that end it and are no text.
-      before: ids whose text the answer's is joined to, as a space may be at
-        the joint.
+      eos_token_ids: ids that end the answer and are not decoded.
+      prefix_ids: ids before the answer; they may decide whether its text begins
+        with a space.
     """
     self._detokenizer = Detokenizer(tokenizer.decode)
     self._markers = SpecialTokenMarkers(tokenizer.special_tokens, stops)
     self._stops = StopStrings(self._markers.stops)
     self._detokenizer.feed(prefix_ids)
-    self._ends = frozenset(eos_token_ids)
+    self._eos_token_ids = frozenset(eos_token_ids)
     self._pending: list[TokenEntry] = []
-    # Characters that were decoded, and of these, those that were sent.
-    self._read = self._sent = 0
+    # Numbers of characters.
+    self._decoded_chars = self._released_chars = 0
     self.tokens, self.stopped = 0, False
 
   def feed(self, token: TokenLogprob) -> AnswerDelta:
     if self.stopped:
       return AnswerDelta()
     self.tokens += 1
-    end = token.id in self._ends
-    self._pending.append(TokenEntry(token, self._read, end))
-    if end:
+    is_eos = token.id in self._eos_token_ids
+    self._pending.append(TokenEntry(token, self._decoded_chars, is_eos))
+    if is_eos:
       return AnswerDelta()
     delta = self._release(self._detokenizer.feed([token.id]))
     marker = self._markers.of.get(token.id)
@@ -135,14 +136,14 @@ class AnswerStream:
     return last + AnswerDelta(reason=STOP if self.stopped else reason)
 
   def _release(self, text: str) -> AnswerDelta:
-    self._read += len(self._markers.removed(text))
-    out = self._markers.removed(self._stops.feed(text))
-    self._sent += len(out)
+    self._decoded_chars += len(self._markers.removed(text))
+    released = self._markers.removed(self._stops.feed(text))
+    self._released_chars += len(released)
     self.stopped = self._stops.matched
-    # A token whose text may become a stop string waits with it.
-    count = sum(entry.offset < self._sent for entry in self._pending)
+    # A token is withheld with its text.
+    count = sum(entry.offset < self._released_chars for entry in self._pending)
     entries, self._pending = self._pending[:count], self._pending[count:]
-    return AnswerDelta(out, tuple(entries))
+    return AnswerDelta(released, tuple(entries))
 
 
 async def answer_deltas(
@@ -150,25 +151,25 @@ async def answer_deltas(
   answers: Sequence[AnswerStream],
   stats: RequestStats,
 ) -> AsyncIterator[list[tuple[int, AnswerDelta]]]:
-  """New parts of several answers, at most one of each at a time.
+  """Yields the new deltas of several answers, at most one of each at a time.
 
   Raises:
-    ApiError: one of them failed, or got no token in its time.
+    ApiError: an answer failed, or timed out before its first token.
   """
   async for batch in engine_requests.batches():
     new_deltas: dict[int, AnswerDelta] = {}
     for index, event in batch:
       try:
-        new = _event_delta(
-          answers[index], event, stats, engine_requests.trouble(index)
+        delta = _event_delta(
+          answers[index], event, stats, engine_requests.constraint_error(index)
         )
       except ApiError:
-        # What came before it is given out first.
+        # The earlier deltas of the batch are not lost.
         yield list(new_deltas.items())
         raise
       if answers[index].stopped:
-        engine_requests.end(index)
-      new_deltas[index] = new_deltas.get(index, AnswerDelta()) + new
+        engine_requests.cancel(index)
+      new_deltas[index] = new_deltas.get(index, AnswerDelta()) + delta
     yield list(new_deltas.items())
 
 
@@ -179,18 +180,18 @@ def _event_delta(
     return AnswerDelta(prompt=event.tokens)
   if isinstance(event, Token):
     # Tokens after a stop string are not billed.
-    stats.tokens(not answer.stopped)
+    stats.add_tokens(not answer.stopped)
     return answer.feed(event.token)
   assert isinstance(event, Finished)
   stats.cached += event.cached
   if not answer.stopped and (
-    problem := _problem(event, answer.tokens, constraint_error)
+    error := _finish_error(event, answer.tokens, constraint_error)
   ):
-    raise problem
+    raise error
   return answer.finish(event.reason)
 
 
-def _problem(
+def _finish_error(
   event: Finished, tokens: int, constraint_error: str
 ) -> ApiError | None:
   if event.reason == FAILED and constraint_error:
@@ -200,12 +201,14 @@ def _problem(
     return server_error("the engine failed; the server's log says why")
   if event.reason == CANCELLED:
     return unavailable(
-      'the answer was cut off: the server stops', 5, 'cancelled'
+      'the answer was cancelled: the server is shutting down',
+      5,
+      'cancelled',
     )
   if event.reason == TIME and not tokens:
     return unavailable(
-      "the request's time was over before its first token; try again later, "
-      'or ask for less',
+      'the request timed out before its first token; try again later, or send '
+      'less',
       5,
       'timeout',
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""POST /v1/completions: texts or ids gone on from, in OpenAI's legacy form."""
+"""POST /v1/completions: OpenAI's legacy completions of texts or token ids."""
 
 import asyncio
 import dataclasses
@@ -15,7 +15,7 @@ from moepeft.inference.api import TokenLogprob
 from moepeft.inference.detokenizer import Detokenizer
 from moepeft.serve.http import logprobs
 from moepeft.serve.http import requests as http_requests
-from moepeft.serve.http.body import read
+from moepeft.serve.http.body import read_body
 from moepeft.serve.http.completion_stream import (
   FINISH_REASONS,
   AnswerDelta,
@@ -41,11 +41,11 @@ def echo_text(
   prompt_text: str | None,
   scored: Sequence[TokenLogprob],
 ) -> tuple[str, list[TokenEntry]]:
-  """(the prompt's text, its tokens).
+  """Returns the prompt's text and its token entries.
 
   Args:
-    prompt_text: the prompt where it was text, which is returned as it was.
-    scored: its tokens; () where they were not requested.
+    prompt_text: the prompt in the request; None if the request has token ids.
+    scored: the prompt's tokens; () without log-probabilities.
   """
   if not scored:
     return (tokenizer.decode(ids) if prompt_text is None else prompt_text), []
@@ -55,26 +55,27 @@ def echo_text(
     text += detokenizer.feed([i])
   text += detokenizer.finish()
   text = text if prompt_text is None else prompt_text
-  # A tokenizer may write a text a little otherwise than it was.
+  # The decoded text may be longer than the prompt in the request.
   pairs = zip(scored, offsets, strict=True)
   return text, [
-    TokenEntry(scored_token, min(at, len(text))) for scored_token, at in pairs
+    TokenEntry(scored_token, min(offset, len(text)))
+    for scored_token, offset in pairs
   ]
 
 
-_KIND = 'text_completion'
-# OpenAI's, where a request names none.
-_LENGTH = 16
-# Ids before an answer that its text is joined to.
-_JOINT = 8
+_OBJECT = 'text_completion'
+# OpenAI's default.
+_DEFAULT_MAX_TOKENS = 16
+# Prompt tokens that are decoded with an answer, for the spaces between them.
+_PREFIX_TOKENS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class CompletionRequest(GenerationRequest):
-  """One request for completions.
+  """A request for completions.
 
   Attributes:
-    prompts: as ids; choice i goes on from prompt i // n.
+    prompts: the prompts' ids; choice i continues prompt i // n.
   """
 
   body: Completion
@@ -86,11 +87,13 @@ class CompletionRequest(GenerationRequest):
 
 async def completions(service: Service, request: Request) -> Response:
   stats = request.scope['stats']
-  body = await read(request, Completion, service.limits.body)
+  body = await read_body(request, Completion, service.limits.body)
   model = service.find(body.model)
   stats.model = model.name
-  _check(body, service)
-  prompts = await service.tokenizer.run_in_thread(_ids, body.prompts, service)
+  _check_body(body, service)
+  prompts = await service.tokenizer.run_in_thread(
+    _encode_prompts, body.prompts, service
+  )
   stats.prompt = sum(map(len, prompts))
   name = f'cmpl-{secrets.token_hex(12)}'
   eos_token_ids = await service.tokenizer.run_in_thread(
@@ -103,35 +106,37 @@ async def completions(service: Service, request: Request) -> Response:
   answers = _make_answers(completion_request)
   engine_requests = http_requests.submit(service.engine, requests, 'prompt')
   choices = _stream(completion_request, engine_requests, answers)
-  chunks = completion_request.chunks(_KIND, choices)
+  chunks = completion_request.chunks(_OBJECT, choices)
 
-  async def whole():
-    deltas = await completion_request.whole(engine_requests, answers)
-    return await asyncio.to_thread(_json, completion_request, deltas)
+  async def complete():
+    deltas = await completion_request.complete(engine_requests, answers)
+    return await asyncio.to_thread(_response_body, completion_request, deltas)
 
   return await respond(
-    request, engine_requests, chunks if body.stream else None, whole
+    request, engine_requests, chunks if body.stream else None, complete
   )
 
 
-def _check(body: Completion, service: Service) -> None:
+def _check_body(body: Completion, service: Service) -> None:
   http_requests.check_choices(body.n * len(body.prompts), service.limits)
   if body.stream_options and not body.stream:
     raise invalid_request('stream_options needs stream=true', 'stream_options')
   if body.echo and not service.tokenizer.decoder_only:
     raise invalid_request(
-      "echo is not of this model: an encoder-decoder's prompt is not part of "
-      'the text that it scores',
+      'an encoder-decoder computes no log-probabilities of its prompt; leave '
+      'echo out',
       'echo',
     )
   if body.max_tokens == 0 and not body.echo:
     raise invalid_request(
-      'max_tokens=0 asks for nothing; add echo=true to have the prompt scored',
+      'max_tokens=0 needs echo=true, to score the prompt',
       'max_tokens',
     )
 
 
-def _ids(prompts: Sequence[str] | Sequence[list[int]], service: Service):
+def _encode_prompts(
+  prompts: Sequence[str] | Sequence[list[int]], service: Service
+):
   if not isinstance(prompts[0], str):
     for ids in prompts:
       http_requests.check_ids(ids, service.engine.vocab, 'prompt')
@@ -142,26 +147,29 @@ def _ids(prompts: Sequence[str] | Sequence[list[int]], service: Service):
 def _engine_requests(
   completion_request: CompletionRequest,
 ) -> list[api.Request]:
-  """A choice's question each."""
+  """Makes the engine request of each choice."""
   service, body = completion_request.service, completion_request.body
-  of_prompt = body.logprobs if body.echo else None
-  # Prompts share what a request names; else one asked twice is drawn twice.
+  prompt_logprobs = body.logprobs if body.echo else None
+  # With a seed, all prompts use the same seeds; otherwise each has its own.
   count = body.n * (len(completion_request.prompts) if body.seed is None else 1)
-  seeds = http_requests.seeds(body, count)
+  seeds = http_requests.answer_seeds(body, count)
   return [
     completion_request.engine_request(
       i,
       completion_request.prompt(i),
-      completion_request.answer_length(
-        completion_request.prompt(i), body.max_tokens, _LENGTH, 'prompt'
+      completion_request.max_new_tokens(
+        completion_request.prompt(i),
+        body.max_tokens,
+        _DEFAULT_MAX_TOKENS,
+        'prompt',
       ),
       seeds[i % count],
       body.logprobs,
-      http_requests.constraint(body.response_format, service.compiler),
-      of_prompt,
+      http_requests.make_constraint(body.response_format, service.compiler),
+      prompt_logprobs,
     )
     for i in range(body.n * len(completion_request.prompts))
-    # Of a prompt alone that is not scored, there is nothing to compute.
+    # An echoed prompt without log-probabilities needs no computation.
     if body.max_tokens != 0 or body.logprobs is not None
   ]
 
@@ -171,32 +179,36 @@ def _make_answers(completion_request: CompletionRequest) -> list[AnswerStream]:
     completion_request.service.tokenizer,
     completion_request.body.stops,
   )
-  joint = _JOINT if tokenizer.decoder_only else 0
+  prefix_length = _PREFIX_TOKENS if tokenizer.decoder_only else 0
   return [
     AnswerStream(
       tokenizer,
       completion_request.eos_token_ids,
       stops,
-      completion_request.prompt(i)[-joint:] if joint else (),
+      completion_request.prompt(i)[-prefix_length:] if prefix_length else (),
     )
     for i in range(completion_request.body.n * len(completion_request.prompts))
   ]
 
 
-def _json(
-  completion_request: CompletionRequest, merged: Sequence[AnswerDelta]
+def _response_body(
+  completion_request: CompletionRequest, deltas: Sequence[AnswerDelta]
 ) -> dict[str, Any]:
   choices = []
-  for i, delta in enumerate(merged):
+  for i, delta in enumerate(deltas):
     text, entries = _echoed_prompt(completion_request, i, delta.prompt)
-    moved = _shift_offsets(delta.entries, len(text))
+    answer_entries = _shift_offsets(delta.entries, len(text))
     reason = FINISH_REASONS[delta.reason or api.LENGTH]
     choices.append(
       _choice(
-        completion_request, i, text + delta.text, [*entries, *moved], reason
+        completion_request,
+        i,
+        text + delta.text,
+        [*entries, *answer_entries],
+        reason,
       )
     )
-  return completion_request.response(_KIND, choices)
+  return completion_request.response(_OBJECT, choices)
 
 
 def _echoed_prompt(
@@ -204,7 +216,7 @@ def _echoed_prompt(
   choice: int,
   scored: Sequence[api.TokenLogprob],
 ) -> tuple[str, list[TokenEntry]]:
-  """The prompt as the text begins with it, and its tokens; echo's alone."""
+  """Returns an echoed prompt and its token entries; ('', []) without echo."""
   if not completion_request.body.echo:
     return '', []
   prompt = completion_request.body.prompts[choice // completion_request.body.n]
@@ -217,10 +229,12 @@ def _echoed_prompt(
   )
 
 
-def _shift_offsets(entries: Sequence[TokenEntry], by: int) -> list[TokenEntry]:
-  """With text before them."""
+def _shift_offsets(
+  entries: Sequence[TokenEntry], shift: int
+) -> list[TokenEntry]:
+  """Shifts the text offsets of entries."""
   return [
-    dataclasses.replace(entry, offset=entry.offset + by) for entry in entries
+    dataclasses.replace(entry, offset=entry.offset + shift) for entry in entries
   ]
 
 
@@ -234,9 +248,11 @@ def _choice(
   tokenizer = completion_request.service.tokenizer
   body, scores = completion_request.body, {}
   if body.logprobs is not None:
-    scores['logprobs'] = logprobs.legacy(tokenizer, entries, body.logprobs)
+    scores['logprobs'] = logprobs.completion_logprobs(
+      tokenizer, entries, body.logprobs
+    )
   if body.routing:
-    scores['routing'] = logprobs.routing(tokenizer, entries)
+    scores['routing'] = logprobs.token_routing(tokenizer, entries)
   return make_choice(index, {'text': text}, reason, **scores)
 
 
@@ -245,15 +261,15 @@ async def _stream(
   engine_requests: ClientRequests,
   answers: Sequence[AnswerStream],
 ) -> AsyncGenerator[dict[str, Any], None]:
-  """The choices of the chunks."""
-  # Characters of the prompt that stand before each answer, once it is out.
-  before: dict[int, int] = {}
+  """Yields the choices of the stream's chunks."""
+  # {choice: the number of characters of its echoed prompt}.
+  prompt_chars: dict[int, int] = {}
   body = completion_request.body
   scored = body.echo and body.logprobs is not None
   if body.echo and not scored:
     for i in range(len(answers)):
       text, _ = _echoed_prompt(completion_request, i, ())
-      before[i] = len(text)
+      prompt_chars[i] = len(text)
       yield _choice(completion_request, i, text, [], None)
   async for batch in answer_deltas(
     engine_requests, answers, completion_request.stats
@@ -262,8 +278,8 @@ async def _stream(
       text, entries = '', []
       if scored and delta.prompt:
         text, entries = _echoed_prompt(completion_request, index, delta.prompt)
-        before[index] = len(text)
-      entries += _shift_offsets(delta.entries, before.get(index, 0))
+        prompt_chars[index] = len(text)
+      entries += _shift_offsets(delta.entries, prompt_chars.get(index, 0))
       reason = FINISH_REASONS[delta.reason] if delta.reason else None
       text += delta.text
       if text or entries or reason:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""POST /v1/embeddings, where the server was started with a model for it."""
+"""POST /v1/embeddings, with the model of --embeddings."""
 
 import asyncio
 import base64
@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 
 from moepeft.inference import api
 from moepeft.serve.embeddings.encoder import SentenceEmbedder
-from moepeft.serve.http.body import read
+from moepeft.serve.http.body import read_body
 from moepeft.serve.http.errors import (
   ApiError,
   invalid_request,
@@ -20,12 +20,12 @@ from moepeft.serve.http.errors import (
   unavailable,
 )
 from moepeft.serve.http.event_bridge import cancel_on_disconnect
-from moepeft.serve.http.schemas import EmbeddingObject
+from moepeft.serve.http.schemas import EmbeddingsBody
 from moepeft.serve.http.service import Service
 
 
 async def embeddings(service: Service, request: Request) -> JSONResponse:
-  body = await read(request, EmbeddingObject, service.limits.body)
+  body = await read_body(request, EmbeddingsBody, service.limits.body)
   embedder = service.embedder
   if embedder is None:
     raise ApiError(
@@ -44,16 +44,21 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
     raise model_not_found(body.model, [embedder.name])
   stats = request.scope['stats']
   stats.model = embedder.name
-  texts, dimensions = _texts(body, service), _dimensions(body, embedder)
+  texts, dimensions = (
+    _check_texts(body, service),
+    _check_dimensions(body, embedder),
+  )
   seconds = service.limits.seconds
   try:
-    work = service.vectors.submit(service.limits.queue, embedder.encode, texts)
+    future = service.embedding_thread.submit(
+      service.limits.queue, embedder.encode, texts
+    )
     vectors, stats.prompt = await cancel_on_disconnect(
-      request.receive, asyncio.wait_for(asyncio.wrap_future(work), seconds)
+      request.receive, asyncio.wait_for(asyncio.wrap_future(future), seconds)
     )
   except TimeoutError:
     raise unavailable(
-      f'the vectors were not there within {seconds:g} s; try again later, or '
+      f'the embeddings took longer than {seconds:g} s; try again later, or '
       'send less',
       5,
       'timeout',
@@ -69,9 +74,9 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
         {
           'object': 'embedding',
           'index': i,
-          'embedding': _written(row, body.encoding_format),
+          'embedding': _encode_vector(row, body.encoding_format),
         }
-        for i, row in enumerate(_cut(vectors, dimensions))
+        for i, row in enumerate(_truncate(vectors, dimensions))
       ],
       'model': embedder.name,
       'usage': {'prompt_tokens': stats.prompt, 'total_tokens': stats.prompt},
@@ -79,17 +84,17 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
   )
 
 
-def _texts(body: EmbeddingObject, service: Service) -> list[str]:
+def _check_texts(body: EmbeddingsBody, service: Service) -> list[str]:
   texts = [body.input] if isinstance(body.input, str) else body.input
   if not isinstance(texts[0], str):
     raise invalid_request(
-      'input holds token ids, which are of another tokenizer; send text',
+      'input holds token ids, which may be of another tokenizer; send text',
       'input',
     )
   if len(texts) > service.limits.inputs:
     raise invalid_request(
-      f'input has {len(texts):,} texts; at most {service.limits.inputs:,} are '
-      'taken at once',
+      f'input has {len(texts):,} texts; expected at most '
+      f'{service.limits.inputs:,}',
       'input',
     )
   if '' in texts:
@@ -97,7 +102,7 @@ def _texts(body: EmbeddingObject, service: Service) -> list[str]:
   return texts
 
 
-def _dimensions(body: EmbeddingObject, embedder: SentenceEmbedder) -> int:
+def _check_dimensions(body: EmbeddingsBody, embedder: SentenceEmbedder) -> int:
   dimensions = body.dimensions or embedder.dimensions
   if dimensions > embedder.dimensions:
     raise invalid_request(
@@ -108,8 +113,8 @@ def _dimensions(body: EmbeddingObject, embedder: SentenceEmbedder) -> int:
   return dimensions
 
 
-def _cut(vectors: np.ndarray, dimensions: int) -> np.ndarray:
-  """The first numbers of each vector, made a unit vector again."""
+def _truncate(vectors: np.ndarray, dimensions: int) -> np.ndarray:
+  """Truncates vectors, and scales them to length one again."""
   if dimensions == vectors.shape[-1]:
     return vectors
   vectors = vectors[:, :dimensions]
@@ -117,8 +122,8 @@ def _cut(vectors: np.ndarray, dimensions: int) -> np.ndarray:
   return vectors / np.maximum(norms, 1e-12)
 
 
-def _written(row: np.ndarray, form: str | None) -> Any:
-  """Numbers, or the base64 of float32 in little-endian order."""
-  if form == 'base64':
+def _encode_vector(row: np.ndarray, encoding: str | None) -> Any:
+  """A list of numbers, or the base64 of little-endian float32."""
+  if encoding == 'base64':
     return base64.b64encode(row.astype('<f4').tobytes()).decode()
   return row.astype(float).tolist()

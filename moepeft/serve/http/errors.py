@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors in OpenAI's form: {"error": {message, type, param, code}}."""
+"""Error responses, {"error": {message, type, param, code}} as OpenAI's."""
 
 import math
 
@@ -13,15 +13,15 @@ SERVER = 'server_error'
 
 
 class ApiError(Exception):
-  """An error response in OpenAI's form.
+  """An error response in OpenAI's format.
 
   Attributes:
-    status: of HTTP.
-    message: a sentence.
-    kind: the `type` of OpenAI's form.
-    param: the field that is wrong, if it is one.
-    code: for programs, as 'model_not_found'.
-    headers: of the response.
+    status: the HTTP status.
+    message: the error message.
+    kind: the field `type`.
+    param: the invalid field of the request, or None.
+    code: the error code, such as 'model_not_found'.
+    headers: the headers of the response.
   """
 
   def __init__(
@@ -52,7 +52,7 @@ class ApiError(Exception):
 
 
 def invalid_request(message: str, param: str | None = None) -> ApiError:
-  """A request that is wrong: 400."""
+  """The error of an invalid request: 400."""
   return ApiError(400, message, param)
 
 
@@ -66,23 +66,23 @@ def model_not_found(name: str, names: list[str]) -> ApiError:
 
 
 def unavailable(message: str, seconds: float, code: str) -> ApiError:
-  """The server cannot now: 503, and when to try again."""
-  return ApiError(503, message, None, code, SERVER, _after(seconds))
+  """The error of a busy server: 503, with the seconds until a retry."""
+  return ApiError(503, message, None, code, SERVER, _retry_after(seconds))
 
 
 def server_error(message: str) -> ApiError:
-  """Our fault, not the request's: 500."""
+  """The error of a failed server: 500."""
   return ApiError(500, message, None, 'internal_error', SERVER)
 
 
 def refusal_error(e: api.RequestRefused, param: str) -> ApiError:
-  """The HTTP error for a request that the engine refused.
+  """The error of a request that the engine did not accept.
 
   Args:
     param: the field that holds the prompt.
   """
   if isinstance(e, api.EngineFull):
-    kind, headers = 'rate_limit_error', _after(e.seconds)
+    kind, headers = 'rate_limit_error', _retry_after(e.seconds)
     return ApiError(429, str(e), None, 'queue_full', kind, headers)
   if isinstance(e, api.UnknownAdapter):
     return ApiError(404, str(e), 'model', 'model_not_found')
@@ -91,13 +91,12 @@ def refusal_error(e: api.RequestRefused, param: str) -> ApiError:
   return invalid_request(str(e), None)
 
 
-def invalid(e: ValidationError) -> ApiError:
-  """The first thing that pydantic found, as a sentence."""
+def validation_error(e: ValidationError) -> ApiError:
+  """The error of a body that does not match its schema."""
   details = e.errors(include_url=False, include_context=True)
-  # A union is wrong in as many ways as it has members: the one that came
-  # furthest was meant.
+  # A union has errors for each member; the deepest is of the intended member.
   first = max(details, key=lambda error: len(error['loc']))
-  param = _path(first['loc'])
+  param = _field_path(first['loc'])
   if first['type'] == 'extra_forbidden':
     return invalid_request(f'unknown field {param!r}; leave it out', param)
   if first['type'] == 'missing':
@@ -108,29 +107,29 @@ def invalid(e: ValidationError) -> ApiError:
       f'{param}: {reason}' if param else reason, param or None
     )
   return invalid_request(
-    f'{param}: {reason}; got {_short(first["input"])}', param
+    f'{param}: {reason}; got {_shorten(first["input"])}', param
   )
 
 
-def _path(loc: tuple) -> str:
+def _field_path(loc: tuple) -> str:
   """('messages', 0, 'content') -> 'messages[0].content'."""
   text = ''
   for part in loc:
     if isinstance(part, int):
       text += f'[{part}]'
-    elif not part.endswith(']') and part not in _MEMBERS:
+    elif not part.endswith(']') and part not in _UNION_MEMBERS:
       text += f'.{part}' if text else part
   return text
 
 
-# pydantic puts the name of a union's member into the path.
-_MEMBERS = {'str', 'int', 'bool', 'float', 'ContentPart'}
+# pydantic adds the name of a union's member to the path.
+_UNION_MEMBERS = {'str', 'int', 'bool', 'float', 'ContentPart'}
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
   text = repr(value)
   return text if len(text) <= 60 else f'{text[:57]}...'
 
 
-def _after(seconds: float) -> dict[str, str]:
+def _retry_after(seconds: float) -> dict[str, str]:
   return {'Retry-After': str(max(1, math.ceil(seconds)))}

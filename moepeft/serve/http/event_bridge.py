@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings the engine's events of a client's requests to the event loop."""
+"""Passes the engine's events of a request to the event loop."""
 
 import asyncio
 import contextlib
@@ -15,99 +15,99 @@ from moepeft.serve.http.body import ClientDisconnected
 from moepeft.serve.http.errors import server_error
 
 Result = TypeVar('Result')
-# (which of the requests, what came of it)
+# (index of the engine request, event)
 IndexedEvent = tuple[int, Event]
-# Seconds beyond a request's own that an engine has to end it.
-_GRACE = 30.0
+# Seconds after a request's timeout in which the engine must finish it.
+_GRACE_SECONDS = 30.0
 
 
 class ClientRequests:
-  """Requests of one client, which end together at the latest by `close`."""
+  """The engine requests of one HTTP request."""
 
   def __init__(self, engine: Engine, requests: Sequence[Request]):
-    """Hands all of them to the engine, or none.
+    """Submits all requests to the engine, or none.
 
     Raises:
-      api.RequestRefused: the engine does not take one of them.
+      api.RequestRefused: the engine does not accept one of them.
     """
     self._engine, self._loop = engine, asyncio.get_running_loop()
     self._events: asyncio.Queue[IndexedEvent] = asyncio.Queue()
-    self._open: dict[int, Request] = {}
+    self._unfinished: dict[int, Request] = {}
     self._requests = tuple(requests)
     try:
       for index, request in enumerate(requests):
         engine.submit(request, self._deliverer(index))
-        self._open[index] = request
+        self._unfinished[index] = request
     except api.RequestRefused:
       self.close()
       raise
 
   def _deliverer(self, index: int) -> Callable[[Event], None]:
     def deliver(event: Event) -> None:
-      # The loop is gone where the server went down in between.
+      # The loop may be closed, if the server has shut down in between.
       with contextlib.suppress(RuntimeError):
         self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     return deliver
 
   async def batches(self) -> AsyncIterator[list[IndexedEvent]]:
-    """New events, in batches, until all requests are finished.
+    """Yields new events, in batches, until all requests are finished.
 
     Raises:
-      ApiError: the engine has not answered long after their time was over.
+      ApiError: the engine has not finished a request long after its timeout.
     """
-    while self._open:
+    while self._unfinished:
       batch = [await self._next()]
       while not self._events.empty():
         batch.append(self._events.get_nowait())
       for index, event in batch:
         if isinstance(event, Finished):
-          self._open.pop(index, None)
+          self._unfinished.pop(index, None)
       yield batch
 
   async def _next(self) -> IndexedEvent:
-    times = [request.timeout for request in self._open.values()]
-    most = None if None in times else max(times) + _GRACE
+    timeouts = [request.timeout for request in self._unfinished.values()]
+    timeout = None if None in timeouts else max(timeouts) + _GRACE_SECONDS
     try:
-      return await asyncio.wait_for(self._events.get(), most)
+      return await asyncio.wait_for(self._events.get(), timeout)
     except TimeoutError:
       raise server_error(
-        'the engine does not answer; look into its log'
+        "the engine does not answer; see the server's log"
       ) from None
 
-  def trouble(self, index: int) -> str:
-    """The reason why a request's constraint failed, or ''."""
+  def constraint_error(self, index: int) -> str:
+    """The error message of a request's constraint; '' without an error."""
     return getattr(self._requests[index].constraint, 'reason', '')
 
-  def end(self, index: int) -> None:
-    """No more tokens of one of them; its Finished comes."""
-    if index in self._open:
-      self._engine.cancel(self._open[index].id)
+  def cancel(self, index: int) -> None:
+    """Cancels one request; its Finished event follows."""
+    if index in self._unfinished:
+      self._engine.cancel(self._unfinished[index].id)
 
   def close(self) -> None:
-    """Frees what is still under way."""
-    for index in list(self._open):
-      self._engine.cancel(self._open.pop(index).id)
+    """Cancels all unfinished requests."""
+    for index in list(self._unfinished):
+      self._engine.cancel(self._unfinished.pop(index).id)
 
 
 async def wait_for_disconnect(receive: Receive) -> None:
-  """Returns when the client has left."""
+  """Returns when the client has disconnected."""
   while (await receive())['type'] != 'http.disconnect':
     pass
 
 
 async def cancel_on_disconnect(
-  receive: Receive, work: Awaitable[Result]
+  receive: Receive, awaitable: Awaitable[Result]
 ) -> Result:
-  """Runs `work`, and cancels it when the client disconnects.
+  """Awaits `awaitable`, and cancels it when the client disconnects.
 
-  A handler is not cancelled by itself when nobody waits for it any more.
+  Starlette does not cancel handlers of disconnected clients.
 
   Raises:
-    Gone: the client has left.
+    ClientDisconnected: the client has disconnected.
   """
   tasks = (
-    asyncio.ensure_future(work),
+    asyncio.ensure_future(awaitable),
     asyncio.ensure_future(wait_for_disconnect(receive)),
   )
   try:

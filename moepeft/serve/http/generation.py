@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request for text, as chat and completions share it: from its fields to the
-engine's requests, and from their events to a response."""
+"""The part of a generation request that chat and completions share."""
 
 import dataclasses
 import time
@@ -29,12 +28,12 @@ Json = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
-  """One request for answers.
+  """A chat or completions request.
 
   Attributes:
-    id: of the completion.
+    id: the id of the completion.
     eos_token_ids: ids that end an answer.
-    created: Unix time.
+    created: the Unix time of the request.
   """
 
   service: Service
@@ -47,8 +46,8 @@ class GenerationRequest:
     default_factory=lambda: int(time.time()), kw_only=True
   )
 
-  def head(self, kind: str) -> Json:
-    """The fields that a response and each chunk of a stream begin with."""
+  def common_fields(self, kind: str) -> Json:
+    """The fields that a response and each chunk of a stream have."""
     return {
       'id': self.id,
       'object': kind,
@@ -57,37 +56,37 @@ class GenerationRequest:
       'system_fingerprint': self.model.fingerprint,
     }
 
-  def answer_length(
+  def max_new_tokens(
     self, ids: Sequence[int], requested: int | None, default: int | None, param
   ) -> int:
-    """See `requests.answer_length`."""
-    return http_requests.answer_length(
+    """See `requests.max_new_tokens`."""
+    return http_requests.max_new_tokens(
       requested,
       default,
       len(ids),
       self.service.engine,
       self.service.limits,
       param,
-      self.model.before,
+      self.model.soft_prompt_length,
     )
 
   def engine_request(
     self,
     index: int,
     ids: Sequence[int],
-    length: int,
+    max_tokens: int,
     seed: int,
     logprobs: int | None,
     constraint: api.Constraint | None,
     prompt_logprobs: int | None = None,
   ) -> api.Request:
-    """The engine's request for one answer."""
+    """Makes the engine request of one answer."""
     return api.Request(
       f'{self.id}/{index}',
       tuple(ids),
-      length,
+      max_tokens,
       self.model.adapter,
-      http_requests.sampling(self.body),
+      http_requests.make_sampling(self.body),
       seed,
       self.eos_token_ids,
       logprobs,
@@ -98,19 +97,19 @@ class GenerationRequest:
       self.stats.client,
     )
 
-  async def whole(
+  async def complete(
     self, engine_requests: ClientRequests, answers: Sequence[AnswerStream]
   ) -> list[AnswerDelta]:
-    """The answers, once all have finished."""
-    merged = [AnswerDelta() for _ in answers]
+    """Waits for all answers to finish, and returns them."""
+    deltas = [AnswerDelta() for _ in answers]
     async for batch in answer_deltas(engine_requests, answers, self.stats):
       for index, delta in batch:
-        merged[index] += delta
-    return merged
+        deltas[index] += delta
+    return deltas
 
   def response(self, kind: str, choices: Sequence[Json]) -> Json:
-    """The body of a response that is no stream."""
-    return self.head(kind) | {
+    """The body of a response without streaming."""
+    return self.common_fields(kind) | {
       'choices': list(choices),
       'usage': usage(self.stats),
     }
@@ -118,14 +117,14 @@ class GenerationRequest:
   async def chunks(
     self, kind: str, choices: AsyncGenerator[Json, None]
   ) -> AsyncGenerator[Json, None]:
-    """The chunks of a stream, a choice each, and its usage at the end."""
-    head = self.head(kind)
-    if self.body.usage:
-      head['usage'] = None
+    """Yields the chunks of a stream, one for each choice, then the usage."""
+    common_fields = self.common_fields(kind)
+    if self.body.include_usage:
+      common_fields['usage'] = None
     async for choice in choices:
-      yield head | {'choices': [choice]}
-    if self.body.usage:
-      yield head | {'choices': [], 'usage': usage(self.stats)}
+      yield common_fields | {'choices': [choice]}
+    if self.body.include_usage:
+      yield common_fields | {'choices': [], 'usage': usage(self.stats)}
 
 
 def make_choice(
@@ -135,11 +134,11 @@ def make_choice(
   logprobs: Json | None = None,
   routing: list[Json] | None = None,
 ) -> Json:
-  """An answer, or a part of it.
+  """Makes an OpenAI choice, with a whole answer or a delta.
 
   Args:
-    content: its text or message.
-    routing: None where it was not requested.
+    content: the field 'text', 'message' or 'delta'.
+    routing: the experts' weights; None leaves the field out.
   """
   choice = {'index': index, **content}
   choice |= {'logprobs': logprobs, 'finish_reason': reason}
@@ -150,17 +149,17 @@ async def respond(
   request: Request,
   engine_requests: ClientRequests,
   chunks: AsyncGenerator[Json, None] | None,
-  whole: Callable[[], Awaitable[Json]],
+  complete: Callable[[], Awaitable[Json]],
 ) -> Response:
-  """A stream of events, or one JSON object.
+  """Makes an event stream, or a response with one JSON object.
 
   Args:
-    chunks: of the stream; None where none was requested.
-    whole: computes the object.
+    chunks: the chunks of the stream; None without streaming.
+    complete: computes the JSON object.
   """
   if chunks is not None:
     return EventStream(chunks, engine_requests.close)
   try:
-    return JSONResponse(await cancel_on_disconnect(request.receive, whole()))
+    return JSONResponse(await cancel_on_disconnect(request.receive, complete()))
   finally:
     engine_requests.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API keys: read from files, compared in constant time."""
+"""API keys, read from files and compared in constant time."""
 
 import dataclasses
 import hmac
@@ -16,42 +16,43 @@ class ApiKeys:
   """API keys of clients, and of administrators who may change adapters.
 
   Attributes:
-    users: any of these may ask; () lets everybody.
-    admins: any of these may load adapters too; () lets nobody.
+    users: keys of clients; () accepts requests without a key.
+    admins: keys of clients that may also load adapters; () allows nobody.
   """
 
   users: tuple[bytes, ...] = ()
   admins: tuple[bytes, ...] = ()
 
-  def may_ask(self, header: bytes | None) -> bool:
-    """
+  def is_authorized(self, header: bytes | None) -> bool:
+    """Whether a request may be answered.
+
     Args:
-      header: the value of Authorization, None where there is none.
+      header: the value of the header Authorization, or None.
     """
     if not self.users:
       return True
     return _is_listed(header, self.users + self.admins)
 
-  def may_change(self, header: bytes | None) -> bool:
+  def is_admin(self, header: bytes | None) -> bool:
     return _is_listed(header, self.admins)
 
 
 def _is_listed(header: bytes | None, keys: Sequence[bytes]) -> bool:
-  """Whether a header holds a key, in a time that does not tell how nearly."""
+  """Whether a header has one of the keys, in constant time."""
   header = header or b''
   if header[: len(_SCHEME)].lower() != _SCHEME:
     return False
   token = header[len(_SCHEME) :].strip()
-  # Every key is compared: leaving early would tell which one it was.
+  # A list, so that all keys are compared and the time does not depend on them.
   return any([hmac.compare_digest(token, key) for key in keys])
 
 
-def read(path: str, flag: str) -> tuple[bytes, ...]:
-  """The keys of a file, one a line; '#' begins a remark. () without a path.
+def read_keys(path: str, flag: str) -> tuple[bytes, ...]:
+  """Reads a file of keys, one a line; '#' begins a comment. () without a path.
 
   Raises:
-    ValueError: it cannot be read, holds none, or one has a space or a letter
-      that a header cannot hold.
+    ValueError: the file cannot be read, has no key, or a key with characters
+      that a header cannot have.
   """
   if not path:
     return ()
@@ -66,11 +67,11 @@ def read(path: str, flag: str) -> tuple[bytes, ...]:
     ) from None
   keys = [line for line in lines if line and not line.startswith('#')]
   if not keys:
-    raise ValueError(f'--{flag}={path!r} holds no key; write one a line')
-  for place, key in enumerate(keys, 1):
+    raise ValueError(f'--{flag}={path!r} has no key; write one on each line')
+  for number, key in enumerate(keys, 1):
     if not (key.isascii() and key.isprintable() and ' ' not in key):
       raise ValueError(
-        f'key {place} of --{flag}={path!r} holds a space or a letter beyond '
-        'ASCII, which no client can send; write another'
+        f'key {number} of --{flag}={path!r} has a space or a character beyond '
+        'ASCII, which a header cannot contain; use another key'
       )
   return tuple(key.encode() for key in keys)

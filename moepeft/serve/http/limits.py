@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Limits of one request."""
+"""The limits of a request."""
 
 import dataclasses
 
-# No time, size or count of a request comes near it.
+# Far above every useful time, size or count.
 _LARGEST = 10**12
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestLimits:
-  """
+  """The maximum values of a request.
+
   Attributes:
-    body: bytes of a request.
-    answer: tokens of an answer; 0 for as many as the model has places.
-    choices: prompts times n.
-    seconds: from when the engine has a request to its last token, waiting
-      included.
-    inputs: texts of a request for embeddings.
-    queue: requests for embeddings that wait; the engine has a queue of its own.
+    body: the size of the body in bytes.
+    answer: the tokens of an answer; 0 for as many as fit.
+    choices: the number of prompts times n.
+    seconds: the time from the submission to the last token, queueing included.
+    inputs: the number of texts in a request for embeddings.
+    queue: the number of waiting requests for embeddings; the engine has its own
+      queue.
   """
 
   body: int = 1 << 20
@@ -30,11 +31,11 @@ class RequestLimits:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      above = value >= 0 if field.name == 'answer' else value > 0
-      # NaN is neither above nor below.
-      if not (above and value <= _LARGEST):
-        least = 'at least' if field.name == 'answer' else 'above'
+      in_range = value >= 0 if field.name == 'answer' else value > 0
+      # Written so that NaN is refused.
+      if not (in_range and value <= _LARGEST):
+        bound = 'at least' if field.name == 'answer' else 'above'
         raise ValueError(
-          f'the limit {field.name} is {least} 0 and at most {_LARGEST:,}; got '
+          f'the limit {field.name} is {bound} 0 and at most {_LARGEST:,}; got '
           f'{value}'
         )

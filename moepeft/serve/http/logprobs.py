@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities and routing of tokens, in the forms that clients read."""
+"""The response fields `logprobs` and `routing`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,92 +8,93 @@ from moepeft.inference.api import TokenLogprob
 from moepeft.serve.http.completion_stream import TokenEntry
 from moepeft.serve.http.text import ServedTokenizer
 
-# What stands for one that is -inf, which JSON cannot say.
-_LEAST = -9999.0
+# The value in place of -inf, which JSON cannot represent.
+_MIN_LOGPROB = -9999.0
 
 
-def chat(
+def chat_logprobs(
   tokenizer: ServedTokenizer, entries: Sequence[TokenEntry], top: int
 ) -> dict[str, list[dict[str, Any]]]:
-  """Chat's `logprobs`: what ends an answer is no token of its content.
+  """The field `logprobs` of a chat choice, without eos tokens.
 
   Args:
-    top: alternatives of each.
+    top: the number of alternatives of each token.
   """
   content = [
-    _named(tokenizer, entry.scored.id, entry.scored.logprob)
+    _token_logprob(tokenizer, entry.scored.id, entry.scored.logprob)
     | {
       'top_logprobs': [
-        _named(tokenizer, *pair) for pair in entry.scored.top[:top]
+        _token_logprob(tokenizer, *pair) for pair in entry.scored.top[:top]
       ]
     }
     for entry in entries
-    if not entry.end
+    if not entry.is_eos
   ]
   return {'content': content, 'refusal': None}
 
 
-def _named(
+def _token_logprob(
   tokenizer: ServedTokenizer, i: int, logprob: float | None
 ) -> dict[str, Any]:
   piece = tokenizer.token_bytes(i)
   return {
     'token': piece.decode(errors='replace'),
-    'logprob': _number(logprob),
+    'logprob': _finite_logprob(logprob),
     'bytes': list(piece),
   }
 
 
-def legacy(
+def completion_logprobs(
   tokenizer: ServedTokenizer, entries: Sequence[TokenEntry], top: int
 ) -> dict[str, list]:
-  """Completions' `logprobs`, lists that are as long as there are tokens.
+  """The field `logprobs` of a completions choice, with eos tokens.
 
-  Here the token that ends an answer is one of them.
+  Args:
+    top: the number of alternatives of each token.
   """
   scored = [entry.scored for entry in entries]
   return {
     'tokens': [tokenizer.token_text(token.id) for token in scored],
     'token_logprobs': [
-      None if token.logprob is None else _number(token.logprob)
+      None if token.logprob is None else _finite_logprob(token.logprob)
       for token in scored
     ],
-    'top_logprobs': [_top(tokenizer, token, top) for token in scored],
+    'top_logprobs': [_top_logprobs(tokenizer, token, top) for token in scored],
     'text_offset': [entry.offset for entry in entries],
   }
 
 
-def _top(
+def _top_logprobs(
   tokenizer: ServedTokenizer, scored: TokenLogprob, top: int
 ) -> dict[str, float] | None:
-  """{token: log-probability}: the best ones, and the token that was chosen.
+  """{token: log-probability} of the best tokens and of the chosen one.
 
-  None of a text's first token, which comes after nothing.
+  None for the first token of a prompt.
   """
   if scored.logprob is None:
     return None
   logprobs: dict[str, float] = {}
   for i, logprob in (*scored.top[:top], (scored.id, scored.logprob)):
-    # Of two tokens with one text the better stays.
-    logprobs.setdefault(tokenizer.token_text(i), _number(logprob))
+    # Of two tokens with the same text, the more probable one is reported.
+    logprobs.setdefault(tokenizer.token_text(i), _finite_logprob(logprob))
   return logprobs
 
 
-def _number(logprob: float | None) -> float:
-  return max(float(logprob), _LEAST) if logprob is not None else 0.0
+def _finite_logprob(logprob: float | None) -> float:
+  return max(float(logprob), _MIN_LOGPROB) if logprob is not None else 0.0
 
 
-def routing(
+def token_routing(
   tokenizer: ServedTokenizer, entries: Sequence[TokenEntry]
 ) -> list[dict[str, Any]]:
-  """[{'token': text, 'experts': {site: weights} or None}], one a token."""
+  """[{'token': text, 'experts': {target module: weights} or None}]."""
   return [
     {
       'token': tokenizer.token_bytes(entry.scored.id).decode(errors='replace'),
       'experts': _experts(entry.scored),
     }
     for entry in entries
-    if not entry.end
+    if not entry.is_eos
   ]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Middleware of every request: id, API key, host, metrics and access log."""
+"""The middleware: request id, API key, host check, metrics, access log."""
 
 import asyncio
 import hashlib
@@ -16,18 +16,18 @@ from moepeft.serve.http.request_stats import RequestStats
 from moepeft.serve.http.service import Service
 
 _LOG = logging.getLogger('moepeft.serve')
-# Routes without a key: whether the process lives, and the page's own file.
-FREE = ('/health', '/')
+# Routes that need no API key.
+KEYLESS_PATHS = ('/health', '/')
 PROBES = ('/health', '/ready', '/metrics')
-# What is answered while the server starts or goes down.
-_ALWAYS = (*PROBES, '/')
-_ID = re.compile(rb'[\w.-]{1,64}')
-# As proxies write it: the client closed the request.
-_LEFT = 499
+# Routes that are answered while the server starts or shuts down.
+_ALWAYS_ANSWERED = (*PROBES, '/')
+_REQUEST_ID = re.compile(rb'[\w.-]{1,64}')
+# The status that nginx logs when the client has closed the connection.
+_CLIENT_CLOSED_REQUEST = 499
 
 
 class RequestMiddleware:
-  """ASGI middleware; the scope gets a `RequestStats` as 'stats'."""
+  """ASGI middleware; it adds a `RequestStats` to the scope as 'stats'."""
 
   def __init__(self, app: ASGIApp, service: Service):
     self._app, self._service = app, service
@@ -37,32 +37,32 @@ class RequestMiddleware:
       await self._lifespan_or_websocket(scope, receive, send)
       return
     headers = dict(scope['headers'])
-    stats = RequestStats(_id(headers), self._client(scope, headers))
+    stats = RequestStats(_request_id(headers), self._client(scope, headers))
     scope['stats'] = stats
-    sent = _Sent(send, stats.id)
+    sender = _ResponseSender(send, stats.id)
     try:
       self._check(scope, headers)
-      await self._app(scope, receive, sent)
+      await self._app(scope, receive, sender)
     except ClientDisconnected:
-      sent.status = _LEFT
+      sender.status = _CLIENT_CLOSED_REQUEST
     except ApiError as e:
-      await e.response()(scope, receive, sent)
+      await e.response()(scope, receive, sender)
     except asyncio.CancelledError:
-      # The server cancels, as its last act, what the engine did not end.
-      if not self._service.draining or sent.begun:
+      # uvicorn cancels the requests that are left at the end of the shutdown.
+      if not self._service.draining or sender.started:
         raise
-      problem = unavailable('the server is going down', 10, 'draining')
-      await problem.response()(scope, receive, sent)
+      error = unavailable('the server is shutting down', 10, 'draining')
+      await error.response()(scope, receive, sender)
     except Exception:
       _LOG.exception('request %s failed', stats.id)
-      if not sent.begun:
-        problem = server_error('the server failed; its log says how')
-        await problem.response()(scope, receive, sent)
+      if not sender.started:
+        error = server_error("the server failed; see the server's log")
+        await error.response()(scope, receive, sender)
     finally:
-      self._note(scope, sent.status, stats)
+      self._record(scope, sender.status, stats)
 
   def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
-    """The client whose requests share one fair queue; contains no key."""
+    """The client's name in the fair queue: its hashed key or its address."""
     authorization = headers.get(b'authorization', b'')
     if self._service.keys.users and authorization:
       return hashlib.sha256(authorization).hexdigest()[:16]
@@ -71,31 +71,31 @@ class RequestMiddleware:
   async def _lifespan_or_websocket(
     self, scope: Scope, receive: Receive, send: Send
   ) -> None:
-    """Passes lifespan events on, and closes websockets."""
+    """Passes lifespan events on, and refuses websockets."""
     if scope['type'] == 'lifespan':
       await self._app(scope, receive, send)
     elif scope['type'] == 'websocket':
       await send({'type': 'websocket.close', 'code': 1003})
 
   def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-    """
+    """Checks the host, the API key, and whether the server is ready.
+
     Raises:
-      ApiError: the request is not answered.
+      ApiError: a check failed.
     """
     service, path = self._service, scope['path']
     host = headers.get(b'host', b'').decode('latin-1')
-    if service.hosts and _bare(host) not in service.hosts:
-      # A page of elsewhere whose name was made to lead here.
+    if service.hosts and _without_port(host) not in service.hosts:
+      # DNS rebinding: a foreign page whose host name resolves to this machine.
       raise ApiError(
         403,
-        f'the server is asked as {host!r}, and answers to '
-        f'{", ".join(service.hosts)} alone; use one of these, or start it with '
-        'a key',
+        f'the host {host!r} is not one of {", ".join(service.hosts)}; use one '
+        'of these, or start the server with an API key',
         None,
         'wrong_host',
       )
-    allowed = service.keys.may_ask(headers.get(b'authorization'))
-    if path not in FREE and not allowed:
+    allowed = service.keys.is_authorized(headers.get(b'authorization'))
+    if path not in KEYLESS_PATHS and not allowed:
       raise ApiError(
         401,
         'the API key is missing or wrong; send the header '
@@ -104,45 +104,47 @@ class RequestMiddleware:
         'invalid_api_key',
         headers={'WWW-Authenticate': 'Bearer'},
       )
-    if path in _ALWAYS:
+    if path in _ALWAYS_ANSWERED:
       return
     if service.draining:
-      raise unavailable('the server is going down', 10, 'draining')
+      raise unavailable('the server is shutting down', 10, 'draining')
     if not service.engine.ready:
       raise unavailable('the server is starting', 5, 'starting')
 
-  def _note(self, scope: Scope, status: int, stats: RequestStats) -> None:
+  def _record(self, scope: Scope, status: int, stats: RequestStats) -> None:
     route = getattr(scope.get('route'), 'path', 'other')
-    took = time.perf_counter() - stats.began
-    self._service.metrics.note(route, status, took, stats)
-    # Quoted: a path may hold what moves a terminal's cursor.
+    seconds = time.perf_counter() - stats.started
+    self._service.metrics.record(route, status, seconds, stats)
+    # `repr` escapes control characters, which could change a terminal.
     path = repr(scope['path'])[1:-1]
-    # Probes come every few seconds, and say nothing while all is well.
+    # Probes arrive every few seconds and would fill the log.
     level = logging.DEBUG if scope['path'] in PROBES else logging.INFO
     _LOG.log(
-      level, '%s', stats.line(scope['method'], path, status, _address(scope))
+      level,
+      '%s',
+      stats.log_line(scope['method'], path, status, _address(scope)),
     )
 
 
-class _Sent:
-  """A `send` that adds the id, and remembers the status."""
+class _ResponseSender:
+  """An ASGI `send` that adds the header x-request-id and records the status."""
 
-  def __init__(self, send: Send, name: str):
-    self._send, self._name = send, name
-    self.status, self.begun = 500, False
+  def __init__(self, send: Send, request_id: str):
+    self._send, self._request_id = send, request_id
+    self.status, self.started = 500, False
 
   async def __call__(self, message: Message) -> None:
     if message['type'] == 'http.response.start':
-      self.status, self.begun = message['status'], True
-      name = (b'x-request-id', self._name.encode())
-      message['headers'] = [*message.get('headers', ()), name]
+      self.status, self.started = message['status'], True
+      header = (b'x-request-id', self._request_id.encode())
+      message['headers'] = [*message.get('headers', ()), header]
     await self._send(message)
 
 
-def _id(headers: dict[bytes, bytes]) -> str:
-  """The caller's own where it is sane, else a new one."""
+def _request_id(headers: dict[bytes, bytes]) -> str:
+  """The request id of the client's header if it is valid, or a new one."""
   header = headers.get(b'x-request-id', b'')
-  if _ID.fullmatch(header):
+  if _REQUEST_ID.fullmatch(header):
     return header.decode()
   return f'req_{secrets.token_hex(8)}'
 
@@ -151,6 +153,6 @@ def _address(scope: Scope) -> str:
   return (scope.get('client') or ('-',))[0]
 
 
-def _bare(host: str) -> str:
-  """A Host without its port: '[::1]:8000' -> '[::1]'."""
+def _without_port(host: str) -> str:
+  """A Host header without its port: '[::1]:8000' -> '[::1]'."""
   return re.sub(r':\d*$', '', host).lower()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of served models: the base and its adapters."""
+"""The registry of the served models: the base and its adapters."""
 
 import dataclasses
 import hashlib
@@ -17,27 +17,28 @@ OWNER = 'moepeft'
 
 @dataclasses.dataclass(frozen=True)
 class RegisteredModel:
-  """
+  """A model that requests may name.
+
   Attributes:
-    name: what requests call it.
-    adapter: what the engine calls it, '' for the base.
-    fingerprint: of the base's and the adapter's content.
-    chat_settings: its chat template and system prompt.
-    before: tokens of the adapter's soft prompt.
+    name: the name that requests use.
+    adapter: the name in the engine; '' for the base.
+    fingerprint: hash of the base and the adapter.
+    chat_settings: the chat template and system prompt.
+    soft_prompt_length: the number of tokens of the adapter's soft prompt.
   """
 
   name: str
   adapter: str
   fingerprint: str
   chat_settings: ChatSettings
-  before: int = 0
+  soft_prompt_length: int = 0
 
 
 class ModelRegistry:
-  """The base and what the engine has loaded.
+  """The base and the loaded adapters, by name.
 
   Attributes:
-    base: the base's name.
+    base: the name of the base.
   """
 
   def __init__(
@@ -50,19 +51,20 @@ class ModelRegistry:
   ):
     """
     Args:
-      sha256: of the base's content.
-      chat_settings_: the base's.
-      reserved_names: names of models that are not the engine's.
+      sha256: hash of the base.
+      chat_settings_: the chat settings of the base.
+      reserved_names: names of other models, which adapters may not have.
 
     Raises:
-      ValueError: two models have one name, or an adapter's template is gone.
+      ValueError: two models have the same name, or an adapter's chat template
+        cannot be read.
     """
     if base in reserved_names:
       raise ValueError(
         f'{base!r} is the name of the model for embeddings too; give the base '
         'another with --name'
       )
-    self._engine, self.base, self._reserved = (
+    self._engine, self.base, self._reserved_names = (
       engine,
       base,
       tuple(reserved_names),
@@ -71,13 +73,14 @@ class ModelRegistry:
     self._created = {base: int(time.time())}
     self._chat_settings: dict[str, ChatSettings] = {}
     for loaded in engine.adapters():
-      self._check(loaded.name)
-      self._note(loaded.name, chat_settings(loaded.source, chat_settings_))
+      self._check_name(loaded.name)
+      self._register(loaded.name, chat_settings(loaded.source, chat_settings_))
 
   def find(self, name: str) -> RegisteredModel:
-    """
+    """Finds a model.
+
     Raises:
-      ApiError: there is none of this name.
+      ApiError: no model has this name.
     """
     if name == self.base:
       return RegisteredModel(
@@ -96,39 +99,42 @@ class ModelRegistry:
     return [self.base, *(adapter.name for adapter in self._engine.adapters())]
 
   def load(self, name: str, path: str) -> api.LoadedAdapter:
-    """Loads an adapter, or another one under its name.
+    """Loads an adapter, or replaces the one of the same name.
 
     Raises:
-      ValueError: it cannot be; what was there before stays.
+      ValueError: the adapter cannot be loaded; the old one stays.
     """
-    self._check(name)
+    self._check_name(name)
     settings = chat_settings(path, self._base_chat)
     loaded = self._engine.load(name, path)
-    self._note(name, settings)
+    self._register(name, settings)
     return loaded
 
   def unload(self, name: str) -> None:
-    """
+    """Unloads an adapter.
+
     Raises:
-      api.UnknownAdapter: there is none.
+      api.UnknownAdapter: no adapter has this name.
     """
     self._engine.unload(name)
     self._chat_settings.pop(name, None)
     self._created.pop(name, None)
 
-  def cards(self) -> list[dict[str, Any]]:
-    """In OpenAI's form, with a few fields of ours."""
-    base = self._card(self.base, self._sha256, parent=None)
+  def model_objects(self) -> list[dict[str, Any]]:
+    """OpenAI's model objects, with a few more fields."""
+    base = self._model_object(self.base, self._sha256, parent=None)
     return [
       base,
       *(
-        self._card(adapter.name, adapter.sha256, self.base)
+        self._model_object(adapter.name, adapter.sha256, self.base)
         | {'method': adapter.method}
         for adapter in self._engine.adapters()
       ),
     ]
 
-  def _card(self, name: str, sha256: str, parent: str | None) -> dict[str, Any]:
+  def _model_object(
+    self, name: str, sha256: str, parent: str | None
+  ) -> dict[str, Any]:
     return {
       'id': name,
       'object': 'model',
@@ -139,21 +145,21 @@ class ModelRegistry:
       'sha256': sha256,
     }
 
-  def _check(self, name: str) -> None:
+  def _check_name(self, name: str) -> None:
     if name == self.base:
       raise ValueError(
-        f'{name!r} is the name of the base; call the adapter otherwise'
+        f'{name!r} is the name of the base; give the adapter another name'
       )
-    if name in self._reserved:
+    if name in self._reserved_names:
       raise ValueError(
-        f'{name!r} is the name of the model for embeddings; call the adapter '
-        'otherwise'
+        f'{name!r} is the name of the model for embeddings; give the adapter '
+        'another name'
       )
 
-  def _note(self, name: str, settings: ChatSettings) -> None:
+  def _register(self, name: str, settings: ChatSettings) -> None:
     self._chat_settings[name], self._created[name] = settings, int(time.time())
 
 
 def fingerprint(base: str, adapter: str = '') -> str:
-  """`system_fingerprint`: a hash of the weights' content."""
+  """OpenAI's `system_fingerprint`, a hash of the weights."""
   return 'fp_' + hashlib.sha256(f'{base}/{adapter}'.encode()).hexdigest()[:16]

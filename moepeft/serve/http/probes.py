@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the server lives and can answer, its counts, and its page."""
+"""GET routes: models, health, readiness, metrics and the chat page."""
 
 import asyncio
 from typing import Any
@@ -15,63 +15,63 @@ from moepeft.serve.http.service import Service
 
 async def models(service: Service, request: Request) -> JSONResponse:
   del request
-  return JSONResponse({'object': 'list', 'data': _cards(service)})
+  return JSONResponse({'object': 'list', 'data': _model_objects(service)})
 
 
 async def model(service: Service, request: Request) -> JSONResponse:
   name = request.path_params['name']
-  cards = _cards(service)
-  for card in cards:
-    if card['id'] == name:
-      return JSONResponse(card)
-  raise model_not_found(name, [card['id'] for card in cards])
+  objects = _model_objects(service)
+  for model_object in objects:
+    if model_object['id'] == name:
+      return JSONResponse(model_object)
+  raise model_not_found(name, [model_object['id'] for model_object in objects])
 
 
-def _cards(service: Service) -> list[dict[str, Any]]:
-  cards = service.models.cards()
+def _model_objects(service: Service) -> list[dict[str, Any]]:
+  objects = service.models.model_objects()
   if service.embedder is not None:
-    cards.append(
+    objects.append(
       {
         'id': service.embedder.name,
         'object': 'model',
-        'created': cards[0]['created'],
+        'created': objects[0]['created'],
         'owned_by': OWNER,
-        # What a page goes by that offers models to talk to.
+        # The chat page lists only models of the type 'language'.
         'type': 'embedding',
         'parent': None,
       }
     )
-  return cards
+  return objects
 
 
 async def health(service: Service, request: Request) -> Response:
-  """The process answers; it may still be starting."""
+  """Reports that the process is alive; it may still be starting."""
   del service, request
   return JSONResponse({'status': 'alive'})
 
 
 async def ready(service: Service, request: Request) -> Response:
-  """A generation has run, and the server is not going down."""
+  """Reports whether the engine is ready and the server not shutting down."""
   del request
   if service.draining:
-    raise unavailable('the server is going down', 10, 'draining')
+    raise unavailable('the server is shutting down', 10, 'draining')
   if not service.engine.ready:
     raise unavailable('the server is starting', 5, 'starting')
   return JSONResponse({'status': 'ready'})
 
 
-async def counts(service: Service, request: Request) -> Response:
+async def prometheus_metrics(service: Service, request: Request) -> Response:
   del request
   text = await asyncio.to_thread(service.metrics.text)
-  return Response(text, headers={'Content-Type': metrics.CONTENT})
+  return Response(text, headers={'Content-Type': metrics.CONTENT_TYPE})
 
 
 async def page(service: Service, request: Request) -> Response:
-  """The chat page, a file without secrets, which asks for a key itself."""
+  """The chat page; it needs no key, because the page asks the user for one."""
   chat_page = service.page
   if chat_page is None:
     raise ApiError(404, 'this server has no chat page', None, 'not_found')
-  tag = chat_page.headers.get('ETag')
-  if tag and request.headers.get('if-none-match') == tag:
-    return Response(None, 304, headers={'ETag': tag})
+  etag = chat_page.headers.get('ETag')
+  if etag and request.headers.get('if-none-match') == etag:
+    return Response(None, 304, headers={'ETag': etag})
   return Response(chat_page.body, headers=chat_page.headers)

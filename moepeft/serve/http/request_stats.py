@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens and times of one HTTP request, for the log and the metrics."""
+"""The token counts and times of an HTTP request, for log and metrics."""
 
 import dataclasses
 import time
@@ -8,15 +8,15 @@ from typing import Any
 
 @dataclasses.dataclass
 class RequestStats:
-  """Filled in while a request is answered.
+  """The statistics of a request, updated while it is answered.
 
   Attributes:
-    id: of the request, also in the response's header x-request-id.
-    client: who asks, for the engine's turns: by key, or by address.
-    model: that was asked for, '' if none was.
-    prompt, cached, answer: tokens.
-    began, first, last: seconds of a clock at its beginning, its first and its
-      last token; None where there was none.
+    id: the request id, which is also the response header x-request-id.
+    client: the client's name in the engine's fair queue.
+    model: the name of the requested model; '' for none.
+    prompt, cached, answer: the numbers of tokens.
+    started, first_token, last_token: the `time.perf_counter` of the start and
+      of the first and last token; None before the token.
   """
 
   id: str
@@ -25,40 +25,42 @@ class RequestStats:
   prompt: int = 0
   cached: int = 0
   answer: int = 0
-  began: float = dataclasses.field(default_factory=time.perf_counter)
-  first: float | None = None
-  last: float | None = None
+  started: float = dataclasses.field(default_factory=time.perf_counter)
+  first_token: float | None = None
+  last_token: float | None = None
 
-  def tokens(self, count: int) -> None:
-    """Notes that so many tokens of an answer have come."""
-    self.last = time.perf_counter()
-    self.first = self.last if self.first is None else self.first
+  def add_tokens(self, count: int) -> None:
+    """Records new tokens of an answer."""
+    self.last_token = time.perf_counter()
+    self.first_token = (
+      self.last_token if self.first_token is None else self.first_token
+    )
     self.answer += count
 
   @property
-  def to_first(self) -> float | None:
-    """Seconds to the first token."""
-    return None if self.first is None else self.first - self.began
+  def time_to_first_token(self) -> float | None:
+    """Seconds to the first token; None before it."""
+    return None if self.first_token is None else self.first_token - self.started
 
   @property
-  def per_token(self) -> float | None:
-    """Seconds a token after the first; None where there is one alone."""
-    if self.first is None or self.answer < 2:
+  def time_per_token(self) -> float | None:
+    """Mean seconds between tokens; None with fewer than two tokens."""
+    if self.first_token is None or self.answer < 2:
       return None
-    return (self.last - self.first) / (self.answer - 1)
+    return (self.last_token - self.first_token) / (self.answer - 1)
 
-  def line(self, method: str, path: str, status: int, address: str) -> str:
+  def log_line(self, method: str, path: str, status: int, address: str) -> str:
     """The line of the access log."""
-    took = time.perf_counter() - self.began
-    parts = [f'{address} {method} {path} {status} {took:.3f} s id={self.id}']
+    seconds = time.perf_counter() - self.started
+    parts = [f'{address} {method} {path} {status} {seconds:.3f} s id={self.id}']
     if self.model:
       parts.append(f'model={self.model}')
     if self.prompt:
       parts.append(f'in={self.prompt} cached={self.cached} out={self.answer}')
-    if self.to_first is not None:
-      parts.append(f'first={self.to_first:.3f} s')
-    if self.per_token:
-      parts.append(f'{1 / self.per_token:.1f} tokens/s')
+    if self.time_to_first_token is not None:
+      parts.append(f'first={self.time_to_first_token:.3f} s')
+    if self.time_per_token:
+      parts.append(f'{1 / self.time_per_token:.1f} tokens/s')
     return ' '.join(parts)
 
 
@@ -68,7 +70,7 @@ def usage(stats: RequestStats) -> dict[str, Any]:
     'completion_tokens': stats.answer,
     'total_tokens': stats.prompt + stats.answer,
     'prompt_tokens_details': {
-      # Answers to one prompt share it.
+      # With n > 1, each answer counts the cached tokens of the same prompt.
       'cached_tokens': min(stats.cached, stats.prompt)
     },
   }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns the fields of an HTTP request into the engine's requests."""
+"""Converts the fields of an HTTP request to engine requests."""
 
 import hashlib
 import logging
@@ -12,7 +12,7 @@ from moepeft.inference import api
 from moepeft.inference.api import Constraint
 from moepeft.inference.constraints.grammar import Compiler
 from moepeft.inference.engine.engine import Engine
-from moepeft.inference.length_check import answer_room, check_length
+from moepeft.inference.length_check import check_length, max_answer_length
 from moepeft.inference.sampling import Sampling
 from moepeft.serve.http.errors import (
   invalid_request,
@@ -24,15 +24,15 @@ from moepeft.serve.http.limits import RequestLimits
 from moepeft.serve.http.schemas import GenerationFields, ResponseFormat
 
 _LOG = logging.getLogger('moepeft.serve')
-_MASK = (1 << 64) - 1
+_UINT64_MASK = (1 << 64) - 1
 
 
-def sampling(body: GenerationFields) -> Sampling:
-  """OpenAI's temperature is 1 where none is given."""
+def make_sampling(body: GenerationFields) -> Sampling:
+  """Makes the sampling parameters; the default temperature is OpenAI's, 1."""
   temperature = 1.0 if body.temperature is None else body.temperature
   penalty = body.repetition_penalty
   penalty = None if penalty == 1 else penalty
-  # Of the most probable token alone nothing is left to draw.
+  # Both settings leave only the most probable token.
   if not temperature or body.top_p == 0:
     return Sampling(repetition_penalty=penalty)
   return Sampling(
@@ -44,35 +44,36 @@ def sampling(body: GenerationFields) -> Sampling:
   )
 
 
-def seeds(body: GenerationFields, count: int) -> list[int]:
-  """One an answer: the first is the one that was asked for.
+def answer_seeds(body: GenerationFields, count: int) -> list[int]:
+  """Returns a seed for each answer; the first is the request's seed.
 
-  The others are drawn from it by a hash, so that the second answer to seed 1
-  is not the first to seed 2.
+  The others are hashes of it, so that the second answer for seed 1 is not the
+  first answer for seed 2.
   """
   first = secrets.randbits(31) if body.seed is None else body.seed
   random_seeds = (
     int.from_bytes(hashlib.sha256(f'{first}/{i}'.encode()).digest()[:4])
     for i in range(1, count)
   )
-  return [seed & _MASK for seed in (first, *random_seeds)]
+  return [seed & _UINT64_MASK for seed in (first, *random_seeds)]
 
 
 def check_ids(ids: Sequence[int], vocab: int, param: str) -> None:
-  """
+  """Checks token ids.
+
   Raises:
-    ApiError: an id is beyond the vocabulary.
+    ApiError: an id is not below `vocab`.
   """
-  most = max(ids, default=0)
-  if most >= vocab:
+  largest = max(ids, default=0)
+  if largest >= vocab:
     raise invalid_request(
-      f'{param} holds the token {most}; the vocabulary has {vocab:,}, from 0 '
-      f'to {vocab - 1:,}',
+      f'{param} holds the token {largest}; the vocabulary has {vocab:,}, '
+      f'from 0 to {vocab - 1:,}',
       param,
     )
 
 
-def answer_length(
+def max_new_tokens(
   requested: int | None,
   default: int | None,
   prompt: int,
@@ -81,39 +82,40 @@ def answer_length(
   param: str,
   soft_prompt: int = 0,
 ) -> int:
-  """Tokens of an answer at most.
+  """Returns the maximum number of answer tokens.
 
   Args:
-    requested: by the request, None where it does not say.
-    default: then; None for as many as there is room for.
-    prompt: its tokens.
+    requested: the number in the request, or None.
+    default: the number without `requested`; None for as many as fit.
+    prompt: the number of prompt tokens.
     param: the field that holds the prompt.
-    soft_prompt: tokens of the adapter's, which count too.
+    soft_prompt: the number of tokens of the adapter's soft prompt.
 
   Raises:
-    ApiError: more than the server gives, or there is no room.
+    ApiError: the number exceeds the server's limit, or the model's length.
   """
-  most = limits.answer or engine.max_model_len
-  if requested is not None and requested > most:
+  limit = limits.answer or engine.max_model_len
+  if requested is not None and requested > limit:
     raise invalid_request(
-      f'max_tokens is at most {most:,} here; got {requested:,}', 'max_tokens'
+      f'max_tokens is at most {limit:,} here; got {requested:,}', 'max_tokens'
     )
-  limit, decoder_only = engine.max_model_len, engine.decoder_only
-  least = 1 if requested is None else requested
+  max_len, decoder_only = engine.max_model_len, engine.decoder_only
+  answer = 1 if requested is None else requested
   try:
-    check_length(prompt, least, limit, decoder_only, soft_prompt)
+    check_length(prompt, answer, max_len, decoder_only, soft_prompt)
   except api.PromptTooLong as e:
     raise refusal_error(e, param) from None
   if requested is not None:
     return requested
-  room = answer_room(prompt, limit, decoder_only, soft_prompt)
-  return min(most, room, room if default is None else default)
+  fits = max_answer_length(prompt, max_len, decoder_only, soft_prompt)
+  return min(limit, fits, fits if default is None else default)
 
 
 def check_choices(count: int, limits: RequestLimits) -> None:
-  """
+  """Checks the number of answers to a request.
+
   Raises:
-    ApiError: more answers than one request may ask for.
+    ApiError: it exceeds the limit.
   """
   if count > limits.choices:
     raise invalid_request(
@@ -123,20 +125,20 @@ def check_choices(count: int, limits: RequestLimits) -> None:
     )
 
 
-def constraint(
+def make_constraint(
   response_format: ResponseFormat | None, compiler: Compiler | None
 ) -> api.Constraint | None:
-  """A new one for each answer; None where any text will do.
+  """Makes the constraint of one answer; None without restrictions.
 
   Raises:
-    ApiError: there is nothing to make it with, or it cannot be.
+    ApiError: llguidance is not installed, or the constraint is invalid.
   """
   if response_format is None or not response_format.is_constraint:
     return None
   if compiler is None:
     raise invalid_request(
       f'response_format of the type {response_format.type!r} needs llguidance, '
-      "which is not installed here; run pip install 'moepeft[serve]'",
+      "which is not installed; run pip install 'moepeft[serve]'",
       'response_format',
     )
   try:
@@ -154,35 +156,36 @@ def _compile_constraint(
     return compiler.json_schema({'type': 'object'})
   if response_format.type == 'json_schema':
     json_schema = response_format.json_schema
-    # Where nothing is said, a keyword that cannot be kept is told.
+    # By default, schema keywords that cannot be enforced are errors.
     return compiler.json_schema(
       json_schema.schema_, json_schema.strict is not False
     )
-  compilers = {
+  compile_ = {
     'regex': compiler.regex,
     'grammar': compiler.grammar,
     'choice': compiler.choice,
   }[response_format.type]
-  return compilers(getattr(response_format, response_format.type))
+  return compile_(getattr(response_format, response_format.type))
 
 
 def submit(
   engine: Engine, requests: Sequence[api.Request], param: str
 ) -> ClientRequests:
-  """
+  """Submits requests to the engine.
+
   Args:
     param: the field that holds the prompt.
 
   Raises:
-    ApiError: the engine does not take one of them.
+    ApiError: the engine does not accept one of the requests.
   """
   try:
     return ClientRequests(engine, requests)
   except api.RequestRefused as e:
     if not engine.ready:
-      _LOG.error('the engine takes no request: %s', e)
+      _LOG.error('the engine does not accept requests: %s', e)
       raise unavailable(
-        "the engine takes no requests now; the server's log says why",
+        "the engine does not accept requests; the server's log says why",
         10,
         'not_ready',
       ) from None
@@ -190,13 +193,13 @@ def submit(
 
 
 class CheckedConstraint:
-  """A `Constraint` that remembers why it could not go on.
+  """A `Constraint` that records the error message of its failure.
 
-  A grammar may turn out too complex only when an answer has come far: this is
-  the request's fault, while the engine says no more than that it failed.
+  A grammar may become too complex during an answer. The engine then reports a
+  failure; with the message, the server can report an invalid request.
 
   Attributes:
-    reason: a sentence; '' while all is well.
+    reason: the error message; '' without an error.
   """
 
   def __init__(self, constraint: Constraint):

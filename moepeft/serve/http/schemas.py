@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Request bodies: OpenAI's fields, and a few extensions.
+"""Schemas of request bodies: OpenAI's fields, and a few extensions.
 
-Types are strict ('5' is no number), an unknown field is an error, and so is a
-field of OpenAI's that does something which this server does not; at a value
-that does nothing it is taken.
+Types are strict ('5' is not a number), and unknown fields are errors. OpenAI's
+fields that this server does not support are accepted only with a value that has
+no effect.
 """
 
 from typing import Annotated, Any, Literal
@@ -18,11 +18,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-# Alternatives that a token comes with at most, as in OpenAI's chat.
-MOST_LOGPROBS = 20
+from moepeft.inference.engine.limits import MAX_LOGPROBS
+
 _INT64 = 1 << 63
-# Values at which a field that is not supported does nothing, beside null.
-_NEUTRAL: dict[str, tuple] = {
+# Unsupported fields, with the values beside null that have no effect.
+_UNSUPPORTED: dict[str, tuple] = {
   'audio': (),
   'best_of': (1,),
   'frequency_penalty': (0,),
@@ -47,7 +47,7 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
   include_usage: bool = False
-  # Random letters that hide lengths from who listens in; we add none.
+  # OpenAI's random padding of events against traffic analysis; without effect.
   include_obfuscation: bool = False
 
 
@@ -62,7 +62,7 @@ _CONSTRAINTS = ('json_object', 'json_schema', 'regex', 'grammar', 'choice')
 
 
 class ResponseFormat(Strict):
-  """OpenAI's text, json_object and json_schema; ours are the other three."""
+  """OpenAI's response_format; regex, grammar and choice are extensions."""
 
   type: Literal[
     'text', 'json_object', 'json_schema', 'regex', 'grammar', 'choice'
@@ -81,7 +81,7 @@ class ResponseFormat(Strict):
 
   @property
   def is_constraint(self) -> bool:
-    """Whether not any text will do."""
+    """Whether the format restricts the text."""
     return self.type in _CONSTRAINTS
 
   def model_post_init(self, context: Any) -> None:
@@ -104,11 +104,11 @@ class GenerationFields(Strict):
   temperature: float | None = Field(None, ge=0, le=2)
   top_p: float | None = Field(None, ge=0, le=1)
   user: str | None = None
-  # Of no effect here: names for the caller's own books.
+  # Without effect here: names for the client's own accounting.
   metadata: dict[str, str] | None = None
   prompt_cache_key: str | None = None
   safety_identifier: str | None = None
-  # Ours.
+  # Extensions.
   min_p: float | None = Field(None, ge=0, le=1)
   repetition_penalty: float | None = Field(None, gt=0, le=10)
   response_format: ResponseFormat | None = None
@@ -121,27 +121,24 @@ class GenerationFields(Strict):
   service_tier: Any = None
   store: Any = None
 
-  @field_validator(*_NEUTRAL, mode='before', check_fields=False)
+  @field_validator(*_UNSUPPORTED, mode='before', check_fields=False)
   @classmethod
-  def _neutral(cls, value: Any, info: Any) -> Any:
-    if value is not None and value not in _NEUTRAL[info.field_name]:
-      raise ValueError('this server does not have it; leave it out')
+  def _check_unsupported(cls, value: Any, info: Any) -> Any:
+    if value is not None and value not in _UNSUPPORTED[info.field_name]:
+      raise ValueError('this server does not support it; leave it out')
     return value
 
-  @field_validator('n', 'stream', mode='before')
+  @field_validator(
+    'n', 'stream', 'routing', 'echo', mode='before', check_fields=False
+  )
   @classmethod
-  def _default(cls, value: Any, info: Any) -> Any:
-    # Clients send null for what they leave to the server.
+  def _replace_null(cls, value: Any, info: Any) -> Any:
+    # Clients send null for fields that they leave to the server.
     return cls.model_fields[info.field_name].default if value is None else value
-
-  @field_validator('routing', mode='before')
-  @classmethod
-  def _off(cls, value: Any) -> Any:
-    return False if value is None else value
 
   @field_validator('stop')
   @classmethod
-  def _stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+  def _check_stop(cls, value: str | list[str] | None) -> str | list[str] | None:
     stops = [value] if isinstance(value, str) else value or []
     if len(stops) > 16 or any(len(stop) > 256 for stop in stops):
       raise ValueError('at most 16 stop strings of 256 characters are taken')
@@ -155,33 +152,33 @@ class GenerationFields(Strict):
     return tuple(stop for stop in stops if stop)
 
   @property
-  def usage(self) -> bool:
-    """Whether a stream ends with its usage."""
+  def include_usage(self) -> bool:
+    """Whether a stream ends with a usage chunk."""
     return bool(self.stream_options and self.stream_options.include_usage)
 
 
-_Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+_TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
-def _texts(value: Any) -> Any:
-  # Looked at by hand: of a union pydantic would tell every member's every
-  # error, of each of a hundred thousand ids.
-  if isinstance(value, str) or _all(value, str) or _ids(value):
+def _check_input(value: Any) -> Any:
+  # Checked by hand: for a union, pydantic reports every error of every member,
+  # for each of a hundred thousand ids.
+  if isinstance(value, str) or _is_list_of(value, str) or _is_token_ids(value):
     return value
-  if isinstance(value, list) and value and all(map(_ids, value)):
+  if isinstance(value, list) and value and all(map(_is_token_ids, value)):
     return value
   raise ValueError(
-    'expected a text, texts, token ids, or several lists of token ids, none '
-    'of them empty'
+    'expected a text, a list of texts, a list of token ids, or a list of such '
+    'lists, none of them empty'
   )
 
 
-def _ids(value: Any) -> bool:
-  return _all(value, int) and 0 <= min(value) and max(value) < 1 << 31
+def _is_token_ids(value: Any) -> bool:
+  return _is_list_of(value, int) and 0 <= min(value) and max(value) < 1 << 31
 
 
-def _all(value: Any, kind: type) -> bool:
-  # True is an int, but no token.
+def _is_list_of(value: Any, kind: type) -> bool:
+  # Not isinstance, because True is an int but not a token id.
   return (
     isinstance(value, list)
     and bool(value)
@@ -189,25 +186,20 @@ def _all(value: Any, kind: type) -> bool:
   )
 
 
-_Texts = Annotated[Any, BeforeValidator(_texts)]
+_Input = Annotated[Any, BeforeValidator(_check_input)]
 
 
 class Completion(GenerationFields):
-  prompt: _Texts
+  prompt: _Input
   echo: bool = False
-  logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+  logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
   max_tokens: int | None = Field(None, ge=0)
   best_of: Any = None
   suffix: Any = None
 
-  @field_validator('echo', mode='before')
-  @classmethod
-  def _no_echo(cls, value: Any) -> Any:
-    return False if value is None else value
-
   @property
   def prompts(self) -> list[str] | list[list[int]]:
-    """The prompts as a list, in either form."""
+    """The prompts as a list, of texts or of lists of token ids."""
     if isinstance(self.prompt, str):
       return [self.prompt]
     if isinstance(self.prompt[0], int):
@@ -215,34 +207,34 @@ class Completion(GenerationFields):
     return self.prompt
 
 
-class EmbeddingObject(Strict):
+class EmbeddingsBody(Strict):
   model: str
-  input: _Texts
+  input: _Input
   dimensions: int | None = Field(None, ge=1)
   encoding_format: Literal['float', 'base64'] | None = None
   user: str | None = None
 
 
-class Load(Strict):
+class LoadAdapter(Strict):
   name: str = Field(pattern=r'^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$')
   path: str = Field(min_length=1, max_length=4096)
 
 
-class Unload(Strict):
+class UnloadAdapter(Strict):
   name: str
 
 
 class Detokenize(Strict):
   model: str
-  tokens: list[_Id]
+  tokens: list[_TokenId]
 
 
-class Echoed(Strict):
-  """Clients send answers back with fields of their own, empty in most."""
+class EchoedMessage(Strict):
+  """A message that a client sends back; unknown empty fields are ignored."""
 
   @model_validator(mode='before')
   @classmethod
-  def _without_empty(cls, value: Any) -> Any:
+  def _drop_empty_fields(cls, value: Any) -> Any:
     if not isinstance(value, dict):
       return value
     return {
@@ -253,7 +245,7 @@ class Echoed(Strict):
 
 
 def _is_empty(value: Any) -> bool:
-  """Whether a value is null, or a text, a list or an object of nothing."""
+  """Whether a value is null, '', or a list or object of empty values."""
   if isinstance(value, dict):
     return all(map(_is_empty, value.values()))
   if isinstance(value, list):
@@ -261,32 +253,32 @@ def _is_empty(value: Any) -> bool:
   return value is None or value == ''
 
 
-class ContentPart(Echoed):
+class ContentPart(EchoedMessage):
   type: Literal['text']
   text: str
 
 
-class FunctionCall(Echoed):
+class FunctionCall(EchoedMessage):
   name: str
   arguments: str
 
 
-class ToolCall(Echoed):
+class ToolCall(EchoedMessage):
   id: str | None = None
   type: Literal['function'] = 'function'
   function: FunctionCall
-  # Of streams that were put together.
+  # In calls that a client assembled from a stream.
   index: int | None = None
 
 
-class Message(Echoed):
+class Message(EchoedMessage):
   role: Literal['system', 'developer', 'user', 'assistant', 'tool']
   content: str | list[ContentPart] | None = None
   name: str | None = None
   reasoning_content: str | None = None
   tool_call_id: str | None = None
   tool_calls: list[ToolCall] | None = None
-  # Of an answer that was sent back: where its text comes from.
+  # In an assistant's message that a client sends back.
   annotations: list | None = None
   refusal: str | None = None
 
@@ -301,23 +293,24 @@ class Message(Echoed):
       self.role == 'assistant' and (self.tool_calls or self.refusal)
     ):
       raise PydanticCustomError(
-        'value_error', "'content' is missing; send text, or parts of text"
+        'value_error',
+        "'content' is missing; send a text, or a list of text parts",
       )
     if self.tool_calls and self.role != 'assistant':
       raise PydanticCustomError(
         'value_error',
-        f"'tool_calls' are of the role 'assistant'; got {self.role!r}",
+        f"'tool_calls' need the role 'assistant'; got {self.role!r}",
       )
 
 
 class Chat(GenerationFields):
   messages: list[Message] = Field(min_length=1)
   logprobs: bool | None = None
-  top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+  top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
   max_tokens: int | None = Field(None, ge=1)
   max_completion_tokens: int | None = Field(None, ge=1)
   parallel_tool_calls: bool | None = None
-  # Looked at by `moepeft.inference.tools.tools`.
+  # Checked by `moepeft.inference.tools.tools`.
   tool_choice: Any = None
   tools: list[Any] | None = None
   audio: Any = None
@@ -330,8 +323,8 @@ class Chat(GenerationFields):
   web_search_options: Any = None
 
   @property
-  def length(self) -> int | None:
-    """Tokens of the answer at most, by either name."""
+  def max_answer_tokens(self) -> int | None:
+    """The maximum number of answer tokens, by its new or its old name."""
     return self.max_completion_tokens or self.max_tokens
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the application: the socket, the engine's start, and the end."""
+"""Runs the server: opens the socket, starts the engine, and shuts down."""
 
 import asyncio
 import logging
@@ -21,17 +21,17 @@ from moepeft.serve.http.connection import (
 from moepeft.serve.http.service import Service
 
 _LOG = logging.getLogger('moepeft.serve')
-# Of the pool that requests use; twice `constraints.Limits.processes`.
+# Threads for blocking calls; twice `constraints.grammar.Limits.processes`.
 _THREADS = 96
-# Seconds that connections have after the engine has ended all answers.
-_LAST = 5
+# Seconds for closing the connections after the engine has stopped.
+_CLOSE_SECONDS = 5
 
 
 def listen(host: str, port: int) -> socket.socket:
-  """A socket that waits; before the model is read, which takes long.
+  """Opens the listening socket.
 
   Raises:
-    ValueError: the address is taken, or is none of this machine.
+    ValueError: the address is in use, or not one of this machine.
   """
   family = socket.AF_INET6 if ':' in host else socket.AF_INET
   listener = socket.socket(family, socket.SOCK_STREAM)
@@ -49,28 +49,28 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-  """uvicorn that drains before it ends.
+  """A uvicorn server that drains before it exits.
 
-  The first SIGTERM or SIGINT: new requests get 503, those under way a time to
-  finish, then the engine ends them. The second ends all at once.
+  After the first SIGTERM or SIGINT, new requests get 503, and running requests
+  may finish within `drain_seconds`; then the engine cancels them. The second
+  signal exits at once.
 
   Attributes:
-    interrupted: whether it was SIGINT.
-    stopped: whether the engine has ended; it does not while it compiles.
-    overdue: called on a thread of its own where the server has not ended ten
-      seconds after the time that answers have, or five after a second signal:
-      something hangs, and the command ends the process.
+    interrupted: whether the signal was SIGINT.
+    stopped: whether the engine has stopped; it does not stop while it compiles.
+    on_timeout: called on a separate thread if the server has not exited ten
+      seconds after `drain_seconds`, or five seconds after the second signal.
   """
 
   def __init__(
     self,
     service: Service,
-    seconds: float,
+    drain_seconds: float,
     connections: ConnectionLimits = DEFAULT_LIMITS,
   ):
     """
     Args:
-      seconds: that answers under way have to finish.
+      drain_seconds: seconds in which running requests may finish.
     """
     config = uvicorn.Config(
       app.make_app(service),
@@ -80,54 +80,56 @@ class Server(uvicorn.Server):
       log_config=None,
       access_log=False,
       server_header=False,
-      # The protocol has its own timer.
+      # The protocol has its own keep-alive timer, which must be the shorter.
       timeout_keep_alive=2 * connections.idle_seconds,
       h11_max_incomplete_event_size=connections.max_head_bytes,
-      timeout_graceful_shutdown=_LAST,
+      timeout_graceful_shutdown=_CLOSE_SECONDS,
     )
     super().__init__(config)
-    self._service, self._seconds = service, seconds
+    self._service, self._drain_seconds = service, drain_seconds
     self.interrupted, self.stopped = False, False
-    self.overdue: Callable[[], None] = lambda: None
+    self.on_timeout: Callable[[], None] = lambda: None
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
     """Handles a signal; uvicorn calls it on the main thread."""
     del frame
     if self._service.draining:
       self.should_exit = self.force_exit = True
-      self._end_after(_LAST)
+      self._start_timeout(_CLOSE_SECONDS)
       return
     self.interrupted = sig == signal.SIGINT
     _LOG.info('%s: draining', signal.Signals(sig).name)
     self.drain()
 
   def drain(self) -> None:
-    """Begins the end; may be called from any thread, and returns at once."""
+    """Starts to shut down, on any thread, and returns at once."""
     self._service.draining = True
-    self._end_after(self._seconds + 2 * _LAST)
-    # The engine's lock is not to be waited for in a signal's handler.
+    self._start_timeout(self._drain_seconds + 2 * _CLOSE_SECONDS)
+    # A signal handler must not wait for the engine's lock.
     threading.Thread(target=self._drain, name='drain', daemon=True).start()
 
-  def _end_after(self, seconds: float) -> None:
-    timer = threading.Timer(seconds, lambda: self.overdue())
+  def _start_timeout(self, seconds: float) -> None:
+    timer = threading.Timer(seconds, lambda: self.on_timeout())
     timer.daemon = True
     timer.start()
 
   def _drain(self) -> None:
     try:
-      if not self._service.engine.drain(self._seconds):
-        _LOG.info('answers are cut off after %g s', self._seconds)
-      end = threading.Thread(target=self._service.engine.stop, daemon=True)
-      end.start()
-      end.join(_LAST)
-      self.stopped = not end.is_alive()
+      if not self._service.engine.drain(self._drain_seconds):
+        _LOG.info('answers are cut off after %g s', self._drain_seconds)
+      stop_thread = threading.Thread(
+        target=self._service.engine.stop, daemon=True
+      )
+      stop_thread.start()
+      stop_thread.join(_CLOSE_SECONDS)
+      self.stopped = not stop_thread.is_alive()
     finally:
       self.should_exit = True
 
 
 async def _run(server: Server, sock: socket.socket) -> None:
-  # Threads wait for constraints that are compiled and for adapters that are
-  # read: more than may do so, so that bodies are always parsed.
+  # Threads wait for the compilation of constraints and the reading of adapters.
+  # There are more threads than such waits, so that bodies are always parsed.
   threads = ThreadPoolExecutor(_THREADS, 'request')
   asyncio.get_running_loop().set_default_executor(threads)
   await server.serve([sock])
@@ -138,25 +140,25 @@ def serve(
   sock: socket.socket,
   start: Callable[[], None],
 ) -> None:
-  """Answers while `start` runs on a thread of its own, until it is told to end.
+  """Serves until a signal, and calls `start` on a separate thread.
 
   Args:
-    start: starts the engine, and says that it is ready.
+    start: starts the engine.
 
   Raises:
-    Exception: what `start` raised, after the server has ended.
+    Exception: the error of `start`, after the server has exited.
   """
-  failed: list[BaseException] = []
+  errors: list[BaseException] = []
 
   def begin() -> None:
     try:
       start()
     except BaseException as e:
-      failed.append(e)
+      errors.append(e)
       server.should_exit = True
 
   thread = threading.Thread(target=begin, name='start', daemon=True)
   thread.start()
   asyncio.run(_run(server, sock))
-  if failed:
-    raise failed[0]
+  if errors:
+    raise errors[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the server that its routes work with."""
+"""The state that the routes share."""
 
 import dataclasses
 
@@ -19,13 +19,14 @@ from moepeft.serve.page import Page
 
 @dataclasses.dataclass
 class Service:
-  """
+  """The state that the routes share.
+
   Attributes:
     draining: whether the server is shutting down.
     hosts: accepted values of the header Host; () for any.
     origins: origins that CORS allows; ('*',) for any.
     page: the chat page; None for none.
-    vectors: the thread that embeds texts, so that long ones delay no chat.
+    embedding_thread: the thread that computes embeddings.
   """
 
   engine: Engine
@@ -41,19 +42,19 @@ class Service:
   origins: tuple[str, ...] = ()
   page: Page | None = None
   draining: bool = False
-  vectors: BoundedThread = dataclasses.field(
+  embedding_thread: BoundedThread = dataclasses.field(
     default_factory=lambda: BoundedThread('vectors')
   )
 
   def find(self, name: str) -> RegisteredModel:
-    """A model that writes text.
+    """Finds a model that generates text.
 
     Raises:
-      ApiError: there is none of this name, or it makes embeddings alone.
+      ApiError: no model has this name, or it only computes embeddings.
     """
     if self.embedder is not None and name == self.embedder.name:
       raise invalid_request(
-        f'the model {name!r} makes embeddings and writes no text; ask it at '
+        f'the model {name!r} computes embeddings, not text; use it at '
         f'/v1/embeddings, or name one of {", ".join(self.models.names())}',
         'model',
       )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Server-sent events: an answer that is sent while it is made."""
+"""The event stream (server-sent events) of an answer."""
 
 import asyncio
 import contextlib
@@ -20,10 +20,9 @@ DONE = b'data: [DONE]\n\n'
 
 
 class EventStream(Response):
-  """Sends JSON objects as they come, then `[DONE]`.
+  """Sends JSON objects as server-sent events, then `[DONE]`.
 
-  What fails midway, when the status is out already, is an event in OpenAI's
-  form of errors, and the last.
+  An error after the status was sent becomes the last event, in OpenAI's format.
   """
 
   media_type = 'text/event-stream'
@@ -33,15 +32,15 @@ class EventStream(Response):
   ):
     """
     Args:
-      close: called at the end, and when the client leaves.
+      close: called at the end, and when the client disconnects.
     """
     headers = {
       'Cache-Control': 'no-cache',
-      # Proxies would keep the answer until it is whole.
+      # Otherwise nginx buffers the stream.
       'X-Accel-Buffering': 'no',
     }
     super().__init__(None, 200, headers)
-    # The length that an empty body would have.
+    # Starlette sets it for the empty body.
     del self.headers['content-length']
     self._events, self._close = events, close
 
@@ -63,29 +62,31 @@ class EventStream(Response):
       }
     )
 
-    async def put(data: bytes, more: bool = True) -> None:
+    async def send_body(data: bytes, more_body: bool = True) -> None:
       await send(
-        {'type': 'http.response.body', 'body': data, 'more_body': more}
+        {'type': 'http.response.body', 'body': data, 'more_body': more_body}
       )
 
     try:
       async with contextlib.aclosing(self._events) as events:
         async for event in events:
-          await put(line(event))
-      await put(DONE)
+          await send_body(format_event(event))
+      await send_body(DONE)
     except ApiError as e:
-      await put(line(e.body()))
+      await send_body(format_event(e.body()))
     except (asyncio.CancelledError, OSError):
       raise
     except Exception:
-      _LOG.exception('an answer broke off')
-      await put(
-        line(server_error('the server failed; its log says how').body())
+      _LOG.exception('an event stream failed')
+      await send_body(
+        format_event(
+          server_error("the server failed; see the server's log").body()
+        )
       )
-    await put(b'', False)
+    await send_body(b'', False)
 
 
-def line(event: dict[str, Any]) -> bytes:
-  """An event; its characters are whole, so its bytes are UTF-8."""
+def format_event(event: dict[str, Any]) -> bytes:
+  """Formats a server-sent event."""
   text = json.dumps(event, ensure_ascii=False, separators=(',', ':'))
   return f'data: {text}\n\n'.encode()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text side of the server: prompts to token ids, and back.
+"""The server's tokenizer: encodes prompts and decodes answers.
 
-What takes long (reading a prompt, a chat template) runs on one thread of its
-own, away from the event loop, on which single tokens become text.
+Slow calls (encoding a prompt, rendering a chat template) run on a separate
+thread. The event loop decodes single tokens itself.
 """
 
 import asyncio
@@ -29,17 +29,19 @@ from moepeft.serve.http.schemas import Message, ToolCall
 from moepeft.serve.http.tool_calls import ToolPlan
 
 
-def token_text(piece: bytes) -> str:
-  """A token's bytes as text; 'bytes:\\xe2\\x82' where they are no characters,
-  as OpenAI's legacy completions write it."""
+def token_text(token: bytes) -> str:
+  """A token's bytes as text; 'bytes:\\xe2\\x82' if they are not UTF-8.
+
+  This is the notation of OpenAI's legacy completions.
+  """
   try:
-    return piece.decode()
+    return token.decode()
   except UnicodeDecodeError:
-    return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in piece)
+    return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in token)
 
 
 Result = TypeVar('Result')
-# Levels of a call's arguments; a template writes them by recursion.
+# The maximum nesting of a call's arguments, which templates render recursively.
 _MAX_DEPTH = 64
 
 
@@ -47,8 +49,8 @@ class ServedTokenizer:
   """The tokenizer of a served model.
 
   Attributes:
-    decoder_only: whether a prompt is part of the text.
-    eos_token_ids: ids that end an answer and are no text.
+    decoder_only: whether the model is decoder-only.
+    eos_token_ids: ids that end an answer and are not decoded.
   """
 
   def __init__(
@@ -61,23 +63,23 @@ class ServedTokenizer:
     self.eos_token_ids = tuple(eos_token_ids)
     self._token_bytes = TokenBytes(tokenizer)
     self._template_eos: dict[str, tuple[int, ...]] = {}
-    self._thread = ThreadPoolExecutor(1, 'tokenizer')
+    self._executor = ThreadPoolExecutor(1, 'tokenizer')
 
   async def run_in_thread(
     self, call: Callable[..., Result], *args: Any
   ) -> Result:
-    """A call's result, from the thread of texts."""
+    """Runs a call on the tokenizer thread."""
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(self._thread, call, *args)
+    return await loop.run_in_executor(self._executor, call, *args)
 
   def close(self) -> None:
-    self._thread.shutdown(wait=False, cancel_futures=True)
+    self._executor.shutdown(wait=False, cancel_futures=True)
 
   def encode_prompt(self, text: str) -> list[int]:
-    """The ids of a prompt that the model continues.
+    """Encodes a prompt.
 
     Raises:
-      ApiError: it is empty.
+      ApiError: the prompt is empty.
     """
     try:
       return prompts.encode_text(self._tokenizer, text, self.decoder_only)
@@ -90,18 +92,18 @@ class ServedTokenizer:
     settings: ChatSettings,
     plan: ToolPlan | None = None,
   ) -> list[int]:
-    """The ids of a conversation up to the assistant's turn.
+    """Encodes a conversation up to the assistant's turn.
 
-    An encoder-decoder reads what is said as plain text: a single turn as it
-    is, several by their roles, as it was trained.
+    An encoder-decoder gets plain text as in its training: the text of a single
+    turn, or several turns with their roles.
 
     Args:
-      plan: of the tools that may be called.
+      plan: the tools that may be called.
 
     Raises:
-      ApiError: there is no chat template, or it cannot write the turns.
+      ApiError: there is no chat template, or it cannot render the turns.
     """
-    turns = [_turn(message, i) for i, message in enumerate(messages)]
+    turns = [_to_turn(message, i) for i, message in enumerate(messages)]
     if settings.system and turns[0].role != 'system':
       turns.insert(0, Turn('system', settings.system))
     conversation = Conversation(tuple(turns))
@@ -130,7 +132,7 @@ class ServedTokenizer:
     return self.encode_prompt(plain_text(conversation))
 
   def chat_template(self, settings: ChatSettings) -> str:
-    """All that the chat template may say; '' where there is none."""
+    """The source of the chat template; '' without one."""
     if not isinstance(self._tokenizer, HuggingFaceTokenizer):
       return settings.template
     if not (settings.template or self._tokenizer.tokenizer.chat_template):
@@ -140,7 +142,7 @@ class ServedTokenizer:
     )
 
   def eos_token_ids_for(self, settings: ChatSettings) -> tuple[int, ...]:
-    """Ids that end an answer; a chat template may have its own."""
+    """The ids that end an answer, with those of the chat template."""
     text = settings.template
     if not (text and isinstance(self._tokenizer, HuggingFaceTokenizer)):
       return self.eos_token_ids
@@ -154,7 +156,7 @@ class ServedTokenizer:
     return self._template_eos[text]
 
   def _chat_tokenizer(self, settings: ChatSettings) -> Any:
-    """Hugging Face's tokenizer, where there is a template to go by."""
+    """Returns the Hugging Face tokenizer, and checks for a chat template."""
     tokenizer = (
       self._tokenizer.tokenizer
       if isinstance(self._tokenizer, HuggingFaceTokenizer)
@@ -172,7 +174,7 @@ class ServedTokenizer:
     return self._tokenizer.decode(list(ids))
 
   def special_tokens(self, text: str) -> dict[int, str]:
-    """The special tokens of a text, see `vocabulary.hidden`."""
+    """The special tokens in a text; see `skipped_special_tokens`."""
     return skipped_special_tokens(self._tokenizer, text)
 
   def token_bytes(self, i: int) -> bytes:
@@ -184,10 +186,10 @@ class ServedTokenizer:
     return token_text(self._token_bytes[i])
 
 
-def _turn(message: Message, place: int) -> Turn:
+def _to_turn(message: Message, index: int) -> Turn:
   role = 'system' if message.role == 'developer' else message.role
   text = message.text or message.refusal or ''
-  calls = [_call(call, place) for call in message.tool_calls or ()] or None
+  calls = [_to_call(call, index) for call in message.tool_calls or ()] or None
   return Turn(
     role,
     text,
@@ -198,22 +200,22 @@ def _turn(message: Message, place: int) -> Turn:
   )
 
 
-def _call(call: ToolCall, place: int) -> dict[str, Any]:
-  where = f'messages[{place}].tool_calls'
+def _to_call(call: ToolCall, index: int) -> dict[str, Any]:
+  param = f'messages[{index}].tool_calls'
   tool = call.function.name
   try:
-    # A JSON text within one: an escaped half of a surrogate pair is text to the
-    # reader of the body, and so is its nesting.
+    # The arguments are JSON inside a JSON string, so parsing the body has not
+    # checked their nesting and surrogates.
     arguments = untrusted.parse_json(
       call.function.arguments or '{}', _MAX_DEPTH, allow_nan=False
     )
   except untrusted.Malformed as error:
     raise invalid_request(
-      f'{where}: the arguments of {tool!r} are {error}', where
+      f'{param}: the arguments of {tool!r} are {error}', param
     ) from None
   if not isinstance(arguments, dict):
     raise invalid_request(
-      f'{where}: the arguments of {tool!r} are JSON, but no object', where
+      f'{param}: the arguments of {tool!r} are not a JSON object', param
     )
-  written = {'name': tool, 'arguments': arguments}
-  return written | ({'id': call.id} if call.id else {})
+  call_dict = {'name': tool, 'arguments': arguments}
+  return call_dict | ({'id': call.id} if call.id else {})

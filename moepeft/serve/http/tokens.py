@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""POST /tokenize and /detokenize: text to ids as a prompt's, and back."""
+"""POST /tokenize and /detokenize, as in vLLM."""
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from moepeft.serve.http import requests
-from moepeft.serve.http.body import read
+from moepeft.serve.http.body import read_body
 from moepeft.serve.http.chat import make_tool_plan
 from moepeft.serve.http.schemas import Detokenize, Tokenize
 from moepeft.serve.http.service import Service
@@ -13,7 +13,7 @@ from moepeft.serve.http.service import Service
 
 async def tokenize(service: Service, request: Request) -> JSONResponse:
   """{model, prompt} or {model, messages, tools} -> {tokens, count}."""
-  body = await read(request, Tokenize, service.limits.body)
+  body = await read_body(request, Tokenize, service.limits.body)
   model, tokenizer = service.find(body.model), service.tokenizer
   if body.messages is None:
     ids = await tokenizer.run_in_thread(tokenizer.encode_prompt, body.prompt)
@@ -25,14 +25,14 @@ async def tokenize(service: Service, request: Request) -> JSONResponse:
   response = {
     'tokens': list(ids),
     'count': len(ids),
-    'max_model_len': service.engine.max_model_len - model.before,
+    'max_model_len': service.engine.max_model_len - model.soft_prompt_length,
   }
   return JSONResponse(response)
 
 
 async def detokenize(service: Service, request: Request) -> JSONResponse:
   """{model, tokens} -> {prompt}."""
-  body = await read(request, Detokenize, service.limits.body)
+  body = await read_body(request, Detokenize, service.limits.body)
   service.find(body.model)
   requests.check_ids(body.tokens, service.engine.vocab, 'tokens')
   tokenizer = service.tokenizer

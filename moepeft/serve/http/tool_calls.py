@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tool calls in chat: checks a request's tools, forces and parses calls."""
+"""Tool calls in chat: checks the tools, constrains and parses the calls."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class ContentReader:
 
 
 def assistant_message(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """OpenAI's message: null content where there are calls alone."""
+  """Makes OpenAI's message; its content is null if there are only calls."""
   text, calls = '', []
   for delta in deltas:
     text += delta.get('content', '')
@@ -51,45 +51,50 @@ class ToolPlanner:
   def __init__(self, compiler: Compiler | None):
     """
     Args:
-      compiler: None where calls cannot be forced to their form.
+      compiler: None if calls cannot be constrained.
     """
     self._compiler = compiler
 
   def plan(
     self, tool_list: list, choice: Any, parallel: bool, template: str
   ) -> 'ToolPlan | None':
-    """The tools that an answer may call; None where it may call none.
+    """Makes the tool plan of a request; None if tool_choice is 'none'.
 
     Args:
       tool_list, choice: OpenAI's `tools` and `tool_choice`.
-      template: of the model.
+      template: the source of the model's chat template.
 
     Raises:
-      ApiError: one of them is wrong, or cannot be.
+      ApiError: a tool or the choice is invalid.
     """
     try:
       checked_tools = tools.check(tool_list)
-      chosen = tools.read_tool_choice(choice, checked_tools)
-      if chosen.mode == 'none':
+      tool_choice = tools.read_tool_choice(choice, checked_tools)
+      if tool_choice.mode == 'none':
         return None
       style = tools.style_of(template)
     except ValueError as e:
       raise invalid_request(str(e), 'tools') from None
-    if self._compiler is None and chosen.mode == 'required':
+    if self._compiler is None and tool_choice.mode == 'required':
       raise invalid_request(
         "a tool's call is forced by llguidance, which is not installed here; "
         "run pip install 'moepeft[serve]', or set tool_choice to 'auto'",
         'tool_choice',
       )
-    several = parallel and not chosen.once
+    parallel_calls = parallel and not tool_choice.once
     return ToolPlan(
-      checked_tools, chosen, style, several, template, self._compiler
+      checked_tools,
+      tool_choice,
+      style,
+      parallel_calls,
+      template,
+      self._compiler,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolPlan:
-  """The tools of one request."""
+  """The tools that the answers to a request may call."""
 
   tools: tuple[tools.ToolSpec, ...]
   choice: tools.Choice
@@ -100,7 +105,7 @@ class ToolPlan:
 
   @property
   def may_be_text(self) -> bool:
-    """Whether the answer may be text."""
+    """Whether the answer may be text without a call."""
     return self.choice.mode == 'auto'
 
   def with_tools(self, conversation: Conversation) -> Conversation:
@@ -132,7 +137,7 @@ class ToolPlan:
 
 
 class ToolCallReader:
-  """Turns an answer's text into chat deltas while it is generated.
+  """Parses an answer's text into chat deltas while it is generated.
 
   Attributes:
     has_call: whether the answer calls a tool.

@@ -148,7 +148,7 @@ def test_a_run_that_goes_on_another_day_trains_on_the_same_text(
     train.train(config, workdir)
   # What is asked of the run is dated on the day that it is asked.
   kept = loaded_model.load_run(workdir).config.data
-  used = prompts.template(HuggingFaceTokenizer(base), kept)
+  used = prompts.load_chat_template(HuggingFaceTokenizer(base), kept)
   assert kept.date == '2021-02-03' and used.date == ''
 
 

@@ -112,7 +112,7 @@ def test_the_first_slot_is_the_base_bit_for_bit(method):
   some processors a sum then has another order.
   """
   base = banked.base_of(small_decoders.CONFIGS['llama'])
-  banks = AdapterPool(base, texts=[method], slots=2)
+  banks = AdapterPool(base, methods=[method], slots=2)
   assert set(banks.tree) == {method.partition('(')[0]}
   batch = banked.batch_of(base)
   rows = jax.tree.map(lambda a: np.stack([a, a]), batch)

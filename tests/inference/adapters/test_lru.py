@@ -38,13 +38,13 @@ def test_full_says_when_to_come_back_and_changes_nothing():
   slots = LruSlots(2)
   slots.take('a')
   slots.acquire('a')
-  assert not slots.has_room()
+  assert not slots.has_free()
   with pytest.raises(EngineFull, match='try again') as caught:
     slots.take('b')
   assert caught.value.seconds == 1
   assert 'a' in slots and 'b' not in slots
   slots.release('a')
-  assert slots.has_room()
+  assert slots.has_free()
   assert slots.take('b') == 1
 
 

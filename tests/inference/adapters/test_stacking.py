@@ -236,7 +236,7 @@ def test_a_form_that_is_not_there_is_an_error_that_names_the_flag(
   np.testing.assert_allclose(
     query(banks, held)[:, :4], wanted(paths, 'a'), 1e-6
   )
-  with pytest.raises(ValueError, match='under way'):
+  with pytest.raises(ValueError, match='requests use adapters'):
     banks.add_bucket('ia3')
 
 

@@ -132,7 +132,7 @@ def test_experts_are_told(engine):
 
 
 def test_what_does_not_fit_is_refused(engine):
-  with pytest.raises(RequestRefused, match='reads its prompt at once'):
+  with pytest.raises(RequestRefused, match='log-probabilities of its prompt'):
     ask(engine, (3, 4), prompt_logprobs=1)
   with pytest.raises(PromptTooLong, match=f'takes {PLACES} for each'):
     ask(engine, (3,) * (PLACES + 1), 1)

@@ -200,14 +200,12 @@ def test_a_prompt_takes_places(llama, encoder):
   # 31 places: 20 asked, 6 answered, 5 of the prompt.
   answer = ask(llama.engine, prompt(1, 20), 6, adapter='longer', logprobs=1)
   check(llama, 'longer', prompt(1, 20), answer)
-  with pytest.raises(
-    PromptTooLong, match='21 tokens, 5 of the adapter before it'
-  ):
+  with pytest.raises(PromptTooLong, match='21 tokens, its soft prompt 5'):
     ask(llama.engine, prompt(1, 21), 6, adapter='longer')
   ask(llama.engine, prompt(1, 21), 6, adapter='lora').wait()
   answer = ask(encoder.engine, prompt(1, 26), 3, adapter='longer', logprobs=1)
   check(encoder, 'longer', prompt(1, 26), answer)
-  with pytest.raises(PromptTooLong, match='5 of the adapter before it'):
+  with pytest.raises(PromptTooLong, match='its soft prompt 5'):
     ask(encoder.engine, prompt(1, 27), 3, adapter='longer')
 
 
@@ -227,7 +225,9 @@ def test_a_prompt_that_is_loaded_meanwhile_and_does_not_fit_ends_the_request(
     answer = ask(llama.engine, ids, 6, adapter='it')
     llama.banks.load('it', rest)
   assert answer.end.reason == 'failed'
-  assert answer.end.message.startswith('the prompt has 22 tokens, 5 of a')
+  assert answer.end.message.startswith(
+    'the prompt has 22 tokens, its soft prompt 5'
+  )
   llama.engine.unload('it')
   fine = ask(llama.engine, ids, 6, adapter='prompt', logprobs=1)
   check(llama, 'prompt', ids, fine)

@@ -23,7 +23,9 @@ def run(path, **data):
 def test_a_run_brings_its_template_and_system(tmp_path):
   template = tmp_path / 'own.jinja'
   template.write_text('own')
-  value = run(tmp_path / 'run', chat_template=str(template), system='be brief')
+  value = run(
+    tmp_path / 'run', chat_template=str(template), system_prompt='be brief'
+  )
   assert chat_settings(value, BASE) == ChatSettings('own', 'be brief')
 
 
@@ -33,7 +35,8 @@ def test_what_a_run_does_not_bring_is_the_bases(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'text', ['[', '7', '{"data": 7}', '{"data": {"system": 7}}', '[' * 10_000]
+  'text',
+  ['[', '7', '{"data": 7}', '{"data": {"system_prompt": 7}}', '[' * 10_000],
 )
 def test_a_damaged_config_does_not_lose_the_template_in_silence(tmp_path, text):
   (tmp_path / 'config.json').write_text(text)
@@ -66,7 +69,7 @@ def test_each_model_talks_by_its_own_template(tmp_path):
   words = byte_tokenizer(tmp_path / 'words')
   template = tmp_path / 'own.jinja'
   template.write_text('[{% for m in messages %}{{ m.content }};{% endfor %}]')
-  path = run(tmp_path / 'run', chat_template=str(template), system='s')
+  path = run(tmp_path / 'run', chat_template=str(template), system_prompt='s')
   with running(fake(words, keys=ApiKeys((), (b'admin',)))) as client:
     client.key = 'admin'
     assert client.post('/v1/adapters', {'name': 'law', 'path': path})[0] == 200

@@ -79,7 +79,7 @@ def test_keys_are_compared_in_constant_time_and_all_of_them(monkeypatch):
     return a == b
 
   monkeypatch.setattr(hmac, 'compare_digest', compare)
-  assert KEYS.may_ask(b'Bearer user-key')
+  assert KEYS.is_authorized(b'Bearer user-key')
   # The first is right, and the others are compared all the same.
   assert compared == [b'user-key', b'other-key', b'admin-key']
 
@@ -145,18 +145,18 @@ def test_a_name_that_was_made_to_lead_here_is_not_answered():
 def test_keys_are_read_a_line_each(tmp_path):
   path = tmp_path / 'keys'
   path.write_text('# of the team\n\n one \ntwo\n')
-  assert keys.read(str(path), 'api_key_file') == (b'one', b'two')
-  assert keys.read('', 'api_key_file') == ()
+  assert keys.read_keys(str(path), 'api_key_file') == (b'one', b'two')
+  assert keys.read_keys('', 'api_key_file') == ()
 
 
 @pytest.mark.parametrize(
   'text, message',
-  [('', 'holds no key'), ('a b', 'key 1'), ('ok\nschlüssel', 'key 2')],
+  [('', 'has no key'), ('a b', 'key 1'), ('ok\nschlüssel', 'key 2')],
 )
 def test_a_file_without_good_keys_is_refused(tmp_path, text, message):
   path = tmp_path / 'keys'
   path.write_text(text)
   with pytest.raises(ValueError, match=message):
-    keys.read(str(path), 'api_key_file')
+    keys.read_keys(str(path), 'api_key_file')
   with pytest.raises(ValueError, match='cannot be read'):
-    keys.read(str(tmp_path / 'none'), 'api_key_file')
+    keys.read_keys(str(tmp_path / 'none'), 'api_key_file')

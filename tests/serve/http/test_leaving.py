@@ -129,7 +129,7 @@ def test_a_server_that_starts_lives_and_is_not_ready():
 
 def drained(client, seconds):
   """Begins the end; whether the server's thread has ended in time."""
-  client.server._seconds = seconds
+  client.server._drain_seconds = seconds
   client.server.drain()
   client.thread.join(TIMEOUT)
   return not client.thread.is_alive()
@@ -151,7 +151,7 @@ def test_a_server_that_goes_down_finishes_what_is_under_way(client):
   time.sleep(0.35)
   # It still answers, so that a client knows to ask elsewhere.
   status, headers, body = client.send('POST', COMPLETIONS, TEXT)
-  assert status == 503 and headers['retry-after'] and b'going down' in body
+  assert status == 503 and headers['retry-after'] and b'shutting down' in body
   assert client.get('/ready')[0] == 503
   assert client.get('/health')[0] == 200
   client.engine.running.set()
@@ -172,12 +172,12 @@ def test_a_stream_that_does_not_end_is_cut_when_the_server_goes_down(client):
   # 400 tokens take the engine a second or more; it gets 0.1.
   assert drained(client, 0.1)
   last = answer.read().decode().strip().split('\n\n')[-1]
-  assert '"error"' in last and 'the server stops' in last
+  assert '"error"' in last and 'the answer was cancelled' in last
   connection.close()
 
 
 def test_an_answer_that_the_engine_does_not_end_is_a_503(monkeypatch, caplog):
-  monkeypatch.setattr(server, '_LAST', 1)
+  monkeypatch.setattr(server, '_CLOSE_SECONDS', 1)
   service_ = endless()
   with running(service_) as client:
     service_.engine.running.clear()
@@ -188,22 +188,22 @@ def test_an_answer_that_the_engine_does_not_end_is_a_503(monkeypatch, caplog):
     stop, service_.engine.stop = service_.engine.stop, lambda: None
     assert drained(client, 0.1)
     answer = connection.getresponse()
-    assert answer.status == 503 and b'going down' in answer.read()
+    assert answer.status == 503 and b'shutting down' in answer.read()
     connection.close()
     service_.engine.stop = stop
   assert 'Traceback' not in caplog.text and 'Exception' not in caplog.text
 
 
 def test_a_server_that_cannot_end_says_so_to_its_command(monkeypatch):
-  monkeypatch.setattr(server, '_LAST', 0.2)
+  monkeypatch.setattr(server, '_CLOSE_SECONDS', 0.2)
   released, overdue = threading.Event(), threading.Event()
   service_ = endless()
   with running(service_) as client:
     # As where a thread holds the engine's lock for ever.
     service_.engine.drain = lambda seconds: released.wait(TIMEOUT)
-    client.server.overdue = overdue.set
+    client.server.on_timeout = overdue.set
     begun = time.monotonic()
-    client.server._seconds = 0.3
+    client.server._drain_seconds = 0.3
     client.server.drain()
     assert overdue.wait(TIMEOUT)
     # The time for answers, then twice what is left for the rest.

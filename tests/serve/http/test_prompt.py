@@ -88,7 +88,7 @@ def test_a_prompts_places_are_not_for_text(client):
   assert status == 400
   assert answer['error']['code'] == 'context_length_exceeded'
   message = answer['error']['message']
-  assert '5 of a soft prompt before it' in message and 'takes 40' in message
+  assert 'its soft prompt 5' in message and 'takes 40' in message
   assert complete(client, 'a' * 34, max_tokens=1)[0] == 200
   assert client.complete('a' * 36, max_tokens=1)[0] == 200
   # As many as there is room for, where none is said.

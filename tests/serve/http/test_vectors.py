@@ -44,7 +44,7 @@ def test_beyond_the_queue_a_request_for_vectors_is_a_429():
     assert embedder.begun.acquire(timeout=10)
     until = time.monotonic() + 10
     # One runs and two wait.
-    while service.vectors._count < 3:
+    while service.embedding_thread._count < 3:
       assert time.monotonic() < until
       time.sleep(0.01)
     status, _, answer = ask()
