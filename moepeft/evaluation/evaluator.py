@@ -389,8 +389,12 @@ def _group_by_pass(
   Text metrics share a pass, so that answers are generated once.
   """
   text_metrics = tuple(name for name in plan if name in METRICS)
-  others = [(name,) for name in plan if name not in METRICS]
-  return [(names, plan[names[0]]) for names in (*others, text_metrics) if names]
+  single_metrics = [(name,) for name in plan if name not in METRICS]
+  return [
+    (names, plan[names[0]])
+    for names in (*single_metrics, text_metrics)
+    if names
+  ]
 
 
 def _chunks(

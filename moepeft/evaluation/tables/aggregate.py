@@ -146,21 +146,21 @@ def student_half_width(values: np.ndarray) -> float:
 
 
 def differences(
-  ours: tuple[Mapping[ColumnKey, Estimate], Mapping[ColumnKey, np.ndarray]],
+  method: tuple[Mapping[ColumnKey, Estimate], Mapping[ColumnKey, np.ndarray]],
   baseline: tuple[Mapping[ColumnKey, Estimate], Mapping[ColumnKey, np.ndarray]],
 ) -> dict[ColumnKey, Estimate]:
-  """Our estimates minus the baseline's, with paired bootstrap intervals.
+  """A method's estimates minus the baseline's, with paired intervals.
 
   Args:
-    ours, baseline: (estimates of `mean_over_seeds`, draws of `mean_draws`).
+    method, baseline: (estimates of `mean_over_seeds`, draws of `mean_draws`).
   """
-  (our_estimates, our_draws), (estimates, draws) = ours, baseline
+  (estimates, draws), (base_estimates, base_draws) = method, baseline
   result = {}
-  for key in our_estimates.keys() & estimates.keys():
+  for key in estimates.keys() & base_estimates.keys():
     low = high = None
-    if key in our_draws and key in draws:
-      low, high = bootstrap.interval(our_draws[key] - draws[key])
-    difference = our_estimates[key].value - estimates[key].value
+    if key in draws and key in base_draws:
+      low, high = bootstrap.interval(draws[key] - base_draws[key])
+    difference = estimates[key].value - base_estimates[key].value
     result[key] = Estimate(difference, low, high)
   return result
 

@@ -51,11 +51,11 @@ def _check_same_evaluation_config(
   first: RunResults, second: RunResults
 ) -> None:
   for key, value in first.evaluation_config.items():
-    other = second.evaluation_config[key]
-    if other != value:
+    second_value = second.evaluation_config[key]
+    if second_value != value:
       raise ValueError(
         f'after.json of {first.folder!r} and of {second.folder!r} are of other '
-        f'examples: config.{key} is {value!r} and {other!r}; '
+        f'examples: config.{key} is {value!r} and {second_value!r}; '
         'train both with the same value to compare them'
       )
 
