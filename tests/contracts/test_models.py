@@ -41,22 +41,24 @@ def test_every_site_is_reached_and_no_other(config):
 
 
 @pytest.mark.parametrize(
-  'method',
-  small.others_slow(
-    (
+  'method, config',
+  [
+    # T5 1.1 is in tests/inference/engine: test_encoder_decoder.py has the base
+    # and test_cached.py a mixture, in float64.
+    pytest.param(
+      method,
+      config,
+      id=f'{method}-{name}',
+      marks=() if (method, name) == (None, '1.0') else pytest.mark.slow,
+    )
+    for method in (
       None,
       'mov(experts=3)',
       'molora(experts=3, rank=2)',
       "ia3(targets='*/core')",
-    ),
-    # tests/inference/engine/test_cached.py has a mixture, in float64, and
-    # test_encoder_decoder.py beside it the base.
-    quick=(),
-  ),
-)
-@pytest.mark.parametrize(
-  'config',
-  [pytest.param(small.GATED, id='1.1'), pytest.param(small.RELU, id='1.0')],
+    )
+    for name, config in (('1.1', small.GATED), ('1.0', small.RELU))
+  ],
 )
 def test_cached_decoding_equals_uncached(method, config):
   model, variables = t5.T5(config), small.variables('full', config)
