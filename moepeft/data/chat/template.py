@@ -99,8 +99,8 @@ def fix_date(template: str, date: str) -> str:
   fixed = _DATE_CALL.sub(replace, template)
   if reads_clock(fixed):
     raise ValueError(
-      f'the chat template calls {_DATE_FUNCTION} with a format that is no text in '
-      'quotes, so that its date cannot be kept for a run that goes on; name '
+      f'the chat template calls {_DATE_FUNCTION} with a format that is no text '
+      'in quotes, so that its date cannot be kept for a run that goes on; name '
       'another template with config.data.chat_template'
     )
   return fixed
