@@ -60,8 +60,8 @@ class Limits:
 class GrammarConstraint:
   """A `Constraint`: the state of one answer in a grammar.
 
-  The constrained text is that of the answer's ids alone. If the tokenizer removes
-  a leading space, the first token may have one.
+  The constrained text is that of the answer's ids alone. If the tokenizer
+  removes a leading space, the first token may have one.
   """
 
   def __init__(
@@ -312,7 +312,7 @@ class Compiler:
   def _forget(
     self, grammar: str, process: GrammarProcess | None = None
   ) -> None:
-    """Drops a grammar from the cache; with `process`, only if it is the same."""
+    """Drops a grammar from the cache; `process` must be its, if given."""
     with self._lock:
       future = self._cache.get(grammar)
       if future and (process is None or _result(future) is process):
@@ -339,8 +339,8 @@ def _make_table(tokenizer: Tokenizer, vocab: int) -> TokenTable:
 class _Tokens:
   """Maps the tokens of a vocabulary to the ids of llguidance.
 
-  A token whose bytes differ at the start of a text ('▁a', which is 'a' there) is
-  mapped to an id with those bytes, which may be an additional id above v.
+  A token whose bytes differ at the start of a text ('▁a', which is 'a' there)
+  is mapped to an id with those bytes, which may be an additional id above v.
   """
 
   def __init__(self, table: TokenTable, eos_token_ids: tuple[int, ...]):

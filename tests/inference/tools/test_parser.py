@@ -14,7 +14,7 @@ from moepeft.inference.tools.parser import (
   CallStart,
   Content,
   Parser,
-  new_id,
+  random_id,
 )
 from moepeft.inference.tools.tools import STYLES
 
@@ -249,4 +249,4 @@ def test_reading_takes_time_in_proportion_to_the_text(monkeypatch):
 
 
 def test_ids_are_not_alike():
-  assert len({new_id() for _ in range(97)}) == 97
+  assert len({random_id() for _ in range(97)}) == 97
