@@ -240,7 +240,7 @@ def test_reading_takes_time_in_proportion_to_the_text(monkeypatch):
       fed += 1
       super().feed(letter)
 
-  monkeypatch.setattr('moepeft.inference.tools.parser.Calls', Counted)
+  monkeypatch.setattr('moepeft.inference.tools.parser.CallsParser', Counted)
   # Read anew from each brace, this would be 100 times 64 levels of 13 letters.
   text = '{"arguments":' * 100 + 'x'
   assert whole('json', text) == [Content(text)]
