@@ -39,7 +39,7 @@ from moepeft.evaluation.results import (
   Result,
   metric_names,
 )
-from moepeft.evaluation.run_validation import collator_of, run_validation
+from moepeft.evaluation.run_validation import make_run_collator, run_validation
 from moepeft.inference.loaded_model import LoadedModel, load_run
 from moepeft.runs.run import Run
 
@@ -99,7 +99,7 @@ def evaluate(
       run.config.data,
       run.config.seed,
       vocab_size=run.model.config.vocab,
-      collator=collator_of(loaded),
+      collator=make_run_collator(loaded),
     )
     rows, plan = (
       training_data.held_out,

@@ -32,7 +32,7 @@ from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.resume import (
   check_same_data,
   check_unchanged,
-  with_begun_date,
+  with_start_date,
 )
 from moepeft.runs.run import Run
 from moepeft.training import next_steps, setup
@@ -116,7 +116,7 @@ def train(
     tell_full_disk(workdir, run.latest_step),
     contextlib.ExitStack() as closing,
   ):
-    config = with_begun_date(run, config)
+    config = with_start_date(run, config)
     schedule = SCHEDULES.lookup(config.optimizer.schedule)
     steps = () if schedule.depends_on_steps else ('steps',)
     check_unchanged(run, config, (*may_differ, *steps))

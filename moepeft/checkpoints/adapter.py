@@ -171,7 +171,7 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
     stacked = expert_padding.stack_layers(arrays)
   except ValueError as error:
     raise CheckpointError(f'{file}: {error}; {advice}') from None
-  method = renamed.translated_method(metadata['method'])
+  method = renamed.translate_method(metadata['method'])
   return weight_mapping.unflatten(stacked), {**metadata, 'method': method}
 
 

@@ -366,7 +366,7 @@ class Checkpoints:
       run_metadata.check(read)
     except ValueError as e:
       raise self._damaged(step, str(e)) from None
-    return read | {'method': renamed.translated_method(read['method'])}
+    return read | {'method': renamed.translate_method(read['method'])}
 
   def _restore_on_host(self, step: int, *names: str) -> dict[str, Tree]:
     """Whole arrays of NumPy, whatever devices they were saved from."""

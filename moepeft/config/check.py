@@ -13,7 +13,8 @@ from moepeft.core.ranges import Choices, nearest, shortened
 
 # Sections of keys that the config does not list.
 _OPEN_SECTIONS = ('router_losses',)
-# Read with any data.source where data.replay mixes plain text in.
+# With data.replay, which mixes plain text in, these are read with any
+# data.source.
 _REPLAY_KEYS = tuple(
   f'data.{key}'
   for key in (
@@ -32,19 +33,19 @@ def check(
   """Checks a config before anything is built.
 
   Args:
-    registries: {'objective': OBJECTIVES, ...}, by the key that names an entry;
+    registries: config key that names an entry -> registry;
       `moepeft.registries.BY_KEY`.
 
   Raises:
-    ValueError: a value is outside of its range or none of its choices, or a
-      key is set that no code would read; the message names the key.
+    ValueError: a value is out of range or not one of the choices, or a key is
+      set that no code reads; the message names the key.
   """
   check_ranges(config)
   check_keys(config, registries)
   for key, registry in registries.items():
     is_replaying = key == 'data.source' and config.data.replay
     check_entry(config, key, registry, _REPLAY_KEYS if is_replaying else ())
-  _check_spans(config.data)
+  _check_span_corruption(config.data)
   if (
     config.early_stopping_patience or config.checkpoint.keep_best
   ) and not config.evaluation.every_steps:
@@ -57,17 +58,17 @@ def check(
 def check_keys(
   config: ConfigDict, registries: Mapping[str, Mapping[str, Any]]
 ) -> None:
-  """Refuses keys that no code reads, such as a config file may set.
+  """Refuses keys that no code reads, which a config file may set.
 
-  Open are the weights of `router_losses` and the fields of `model.shape`, which
-  are checked where they are read, keys that entries list in `config_keys`, and
-  whole sections of a user's own.
+  These are allowed: the weights of `router_losses` and the fields of
+  `model.shape`, which are checked where they are read, keys in an entry's
+  `config_keys`, and sections that the user adds.
 
   Args:
     registries: as for `check`.
 
   Raises:
-    ValueError: the message has the key and the nearest one.
+    ValueError: there is no such key; the message names it and the nearest key.
   """
   known_keys = {
     config_key
@@ -85,8 +86,10 @@ def check_keys(
       if not nearest(section, sections):
         continue
       # The whole section is mistyped.
-      close = f'config.{nearest(section, sections)}'
-      raise ValueError(f'there is no config.{section}; did you mean {close}?')
+      suggestion = f'config.{nearest(section, sections)}'
+      raise ValueError(
+        f'there is no config.{section}; did you mean {suggestion}?'
+      )
     raise ValueError(suggestions.no_such_key(key, sorted(known_keys)))
 
 
@@ -96,18 +99,18 @@ def check_entry(
   registry: Mapping[str, Any],
   always_read: tuple[str, ...] = (),
 ) -> None:
-  """Checks a key that names a registry's entry, and the keys entries read.
+  """Checks a key that names a registry's entry, and the keys of all entries.
 
   Args:
-    key: 'objective', 'optimizer.name', ... Where it may be empty, an empty one
-      is not checked.
-    registry: the entries. One whose implementation reads keys of the config
-      that other entries ignore lists them in `config_keys`.
-    always_read: keys that are read whatever the entry is.
+    key: 'objective', 'optimizer.name', ... An empty value is not checked if it
+      is the default.
+    registry: name -> entry. An entry lists the config keys in `config_keys`
+      that it reads and other entries ignore.
+    always_read: keys that are read with every entry.
 
   Raises:
-    ValueError: there is no such entry, or a key is set that other entries read
-      and this one does not.
+    ValueError: there is no such entry, or a key is set that only other entries
+      read.
   """
   name = _value(config, key)
   defaults = dict(_flatten(default()))
@@ -119,7 +122,7 @@ def check_entry(
     for config_key in getattr(entry, 'config_keys', ()):
       readers.setdefault(config_key, []).append(entry_name)
   for config_key, names in readers.items():
-    # A section that a user's own entry reads has no defaults.
+    # Sections that a user's entries add have no defaults.
     if name in names or config_key not in defaults:
       continue
     value = _value(config, config_key)
@@ -135,8 +138,8 @@ def check_ranges(config: ConfigDict) -> None:
   """Checks the values of a config one by one.
 
   Raises:
-    ValueError: a value is outside of its range, none of its choices, or no
-      text where a text is expected, or a key has another name now.
+    ValueError: a value is out of range, not one of the choices or not a text,
+      or a key was renamed.
   """
   renamed.check_renamed(config)
   for key, allowed in ALLOWED.items():
@@ -162,14 +165,13 @@ def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
       yield f'{prefix}{key}', value
 
 
-def _check_spans(data: ConfigDict) -> None:
-  """Refuses keys of span corruption where no span is corrupted."""
+def _check_span_corruption(data: ConfigDict) -> None:
+  """Refuses options of span corruption with other pretraining objectives."""
   defaults = default().data
   for key in ('noise_density', 'mean_noise_span_length'):
     if data[key] != defaults[key] and data.pretraining_objective != 'spans':
       raise ValueError(
         f'config.data.{key}={data[key]!r} does nothing with '
         f'config.data.pretraining_objective={data.pretraining_objective!r}, '
-        "only with 'spans'; set one of "
-        'the two'
+        "only with 'spans'; set one of the two"
       )

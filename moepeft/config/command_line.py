@@ -272,7 +272,7 @@ def _import_modules() -> None:
   config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
   if isinstance(config, ConfigDict):
     imports.import_modules(config.imports, search_current=True)
-    modules = imports.names(f'{config.imports},{_IMPORTS.value}')
+    modules = imports.module_names(f'{config.imports},{_IMPORTS.value}')
     config.imports = ','.join(dict.fromkeys(modules))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules of the user that register entries, named by config.imports."""
+"""Imports the user's modules in config.imports, which register entries."""
 
 import importlib
 import os
@@ -8,11 +8,11 @@ import sys
 from moepeft.core.ranges import shortened
 
 
-def names(text: str) -> list[str]:
+def module_names(text: str) -> list[str]:
   """'my_module, other.module' -> ['my_module', 'other.module'].
 
   Raises:
-    ValueError: a name is not that of a module, 'my_module.py' for example.
+    ValueError: a name is not a module's, for example 'my_module.py'.
   """
   modules = [part.strip() for part in text.split(',') if part.strip()]
   for name in modules:
@@ -29,18 +29,18 @@ def names(text: str) -> list[str]:
 
 
 def import_modules(text: str, search_current: bool = False) -> None:
-  """Imports modules, which register their entries as they are imported.
+  """Imports modules, which register their entries on import.
 
   Args:
-    text: their names with commas, as in config.imports.
-    search_current: whether to look in the current directory too, as
-      `python -m` does and a console script does not. For names that the user
-      has typed, not for those of a run's files.
+    text: module names separated by commas, as in config.imports.
+    search_current: whether to search the current directory, too, as `python
+      -m` does and a console script does not. Only for names that the user
+      typed, not for names from a run's files.
 
   Raises:
-    ValueError: a module is not there or raises an error.
+    ValueError: a module does not exist or raises an error.
   """
-  modules = names(text)
+  modules = module_names(text)
   if modules and search_current and os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
   for name in modules:

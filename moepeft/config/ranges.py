@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The range or the choices of every key of a config.
+"""The range or the choices of each config key.
 
-`ALLOWED` has a line for each number and each enumerated text of
+`ALLOWED` has an entry for each number and each enumerated text of
 `config.default`; `TEXTS` names the keys that take any text. A test compares
-their keys with the defaults, and the choices with the registries that this
-module is too low to import.
+the keys with the defaults, and the choices with the modules that define them,
+which this one may not import.
 """
 
 from moepeft.core.ranges import MAX_SEED, Choices, Range
 
-# The released code, and the paper's text.
+# As in the released code, or as in the paper's text.
 SEMANTICS = ('official', 'paper')
 _COUNT = Range(1, 1_000_000_000)
 _COUNT_OR_NONE = Range(0, 1_000_000_000)
@@ -35,7 +35,7 @@ ALLOWED: dict[str, Range | Choices] = {
   'semantics': Choices(SEMANTICS),
   'router_losses.load_balance': _WEIGHT,
   'router_losses.z': _WEIGHT,
-  # A negative weight spreads the routing.
+  # A negative weight increases the entropy.
   'router_losses.entropy': Range(-1_000, 1_000),
   'router_collapse_threshold': Range(0, 1_000, above=True),
   'loss.average_over': Choices(('tokens', 'sequences')),
@@ -84,8 +84,8 @@ ALLOWED: dict[str, Range | Choices] = {
   'log.every_steps': _COUNT,
 }
 
-# Paths, names on a hub, names of registries' entries, and small languages that
-# other modules read.
+# Paths, names on a hub, names of registry entries, and strings with a syntax
+# that other modules parse.
 TEXTS = (
   'imports',
   'method',

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys of configs that have had another name.
+"""Renamed config keys.
 
-Flags and config files are refused with the new name. The config.json of a run
-that was trained before is translated, so that the run still loads.
+Flags and config files with an old key are refused with a message that has the
+new key. The config.json of an older run is translated, so that it still loads.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# Old key -> new key.
 RENAMED = {
   'accumulate': 'gradient_accumulation_steps',
   'patience': 'early_stopping_patience',
@@ -47,16 +48,16 @@ RENAMED = {
 
 
 def message(key: str) -> str:
-  """A sentence for a key of before, '' for any other."""
+  """The error message for an old key, '' for any other key."""
   new = RENAMED.get(key)
   return f'config.{key} is now config.{new}; write that' if new else ''
 
 
 def check_renamed(config: ConfigDict) -> None:
-  """Refuses a config that sets a key of before.
+  """Refuses a config that sets an old key.
 
   Raises:
-    ValueError: the message has the new name.
+    ValueError: the message has the new key.
   """
   for key in RENAMED:
     section, _, name = key.rpartition('.')
@@ -64,8 +65,8 @@ def check_renamed(config: ConfigDict) -> None:
       raise ValueError(message(key))
 
 
-def translated(config: Mapping[str, Any]) -> dict[str, Any]:
-  """A nested config with the names of today; other keys stay as they are."""
+def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Renames the old keys of a nested config."""
   new = {
     key: dict(value) if isinstance(value, Mapping) else value
     for key, value in config.items()
@@ -76,23 +77,26 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
       continue
     value = old_section.pop(old_name)
     section, name = _parent(new, new_key)
-    # A run may have a value for both: its modules of --imports and SeqIO's.
+    # Two old keys, of --imports and of SeqIO, became config.imports.
     if not section.get(name):
       section[name] = value
     elif value and new_key == 'imports':
       section[name] = f'{section[name]},{value}'
   if isinstance(new.get('method'), str):
-    new['method'] = translated_method(new['method'])
+    new['method'] = translate_method(new['method'])
   return new
 
 
-def translated_method(text: str) -> str:
-  """A method string that was stored before, with the options of today."""
+def translate_method(text: str) -> str:
+  """Renames the old options of a method string."""
   return re.sub(r'\bsites=', 'targets=', text)
 
 
 def _parent(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-  """(the dict that holds a key, its name there); {} where it is no dict."""
+  """(the dict of a key's section, the key's last part).
+
+  The dict is {} if the section is not a dict.
+  """
   section, _, name = key.rpartition('.')
   parent = config.get(section) if section else config
   return (parent if isinstance(parent, dict) else {}), name

@@ -11,12 +11,17 @@ from moepeft.config import renamed
 from moepeft.config.defaults import default
 from moepeft.core.ranges import nearest, shortened
 
-# Its keys are fields of the model, which the config does not know.
+# A section whose keys are fields of the model's config.
 _SHAPE = 'model.shape'
 
 
 def keys(config: ConfigDict | None = None, prefix: str = '') -> Iterator[str]:
-  """'seed', 'optimizer.name', ...: the keys of a config, of all by default."""
+  """Yields a config's keys, 'seed', 'optimizer.name', ...
+
+  Args:
+    config: the default config if None.
+    prefix: put before each key.
+  """
   config = default() if config is None else config
   for name, value in config.items():
     if isinstance(value, ConfigDict) and prefix + name != _SHAPE:
@@ -26,10 +31,10 @@ def keys(config: ConfigDict | None = None, prefix: str = '') -> Iterator[str]:
 
 
 def unknown_key(arg: str) -> str:
-  """A sentence where an argument names a key that configs lack, else ''.
+  """The message for an argument with an unknown config key, else ''.
 
   Args:
-    arg: of a command line, like '--config.stepz=3'.
+    arg: an argument of a command line, like '--config.stepz=3'.
   """
   name = arg.partition('=')[0].lstrip('-')
   key = name.removeprefix('config.').partition('[')[0]
@@ -40,20 +45,24 @@ def unknown_key(arg: str) -> str:
   if name == key or key in known_keys or key.startswith(f'{_SHAPE}.'):
     return ''
   if key in sections:
-    inside = ', '.join(k for k in known_keys if k.startswith(f'{key}.'))
-    return f'config.{key} is a section of a config; name a key in it: {inside}'
+    section_keys = ', '.join(k for k in known_keys if k.startswith(f'{key}.'))
+    return (
+      f'config.{key} is a section of a config; name a key in it: {section_keys}'
+    )
   return no_such_key(key, known_keys)
 
 
 def no_such_key(key: str, known_keys: Sequence[str]) -> str:
-  """The sentence for a key that configs lack."""
-  close = [f'config.{k}' for k in similar_keys(key, known_keys)]
-  advice = _options(close) or '; moepeft/config/defaults.py lists all keys'
-  return f'there is no config.{_short(key)}{advice}'
+  """The message for an unknown config key."""
+  similar = [f'config.{k}' for k in similar_keys(key, known_keys)]
+  advice = _did_you_mean(similar) or (
+    '; moepeft/config/defaults.py lists all keys'
+  )
+  return f'there is no config.{_shorten(key)}{advice}'
 
 
 def wrong_type(arg: str) -> str:
-  """A sentence where an argument's value is not of its key's type, else ''."""
+  """The message for an argument whose value has a wrong type, else ''."""
   name, equals, value = arg.partition('=')
   if not equals:
     return ''
@@ -61,64 +70,64 @@ def wrong_type(arg: str) -> str:
   node = default()
   for part in key.split('.'):
     node = node.get(part) if isinstance(node, ConfigDict) else None
-  for kind, expected, read in _TYPES:
-    if type(node) is kind:
+  for value_type, expected, parse in _TYPES:
+    if type(node) is value_type:
       try:
-        read(value)
+        parse(value)
       except ValueError:
         return f'config.{key} is {expected}; got {shortened(value)}'
   return ''
 
 
-def _truth(text: str) -> int:
-  # As absl reads them.
+def _parse_bool(text: str) -> int:
+  # The spellings of absl.
   return ('false', 'true', 'f', 't', '0', '1').index(text.lower())
 
 
 _TYPES = (
-  (bool, 'true or false', _truth),
+  (bool, 'true or false', _parse_bool),
   (int, 'a whole number', int),
   (float, 'a number', float),
 )
 
 
 def similar_keys(key: str, known_keys: Sequence[str]) -> list[str]:
-  """The keys of the same last part, else the nearest one, if any is near."""
-  last = key.rpartition('.')[2]
-  same = [k for k in known_keys if k.rpartition('.')[2] == last]
-  same.sort(key=lambda k: k != key)
-  if same:
-    return same
-  close = nearest(key, known_keys)
-  if not close:
-    ends = {k.rpartition('.')[2]: k for k in known_keys}
-    close = ends.get(nearest(last, ends), '')
-  return [close] if close else []
+  """The keys with the same last part, else the nearest key, if there is one."""
+  name = key.rpartition('.')[2]
+  same_name = [k for k in known_keys if k.rpartition('.')[2] == name]
+  same_name.sort(key=lambda k: k != key)
+  if same_name:
+    return same_name
+  similar = nearest(key, known_keys)
+  if not similar:
+    by_name = {k.rpartition('.')[2]: k for k in known_keys}
+    similar = by_name.get(nearest(name, by_name), '')
+  return [similar] if similar else []
 
 
 def unknown_flag(name: str, flags: Iterable[str], has_config: bool) -> str:
-  """The sentence for a flag that a command lacks.
+  """The message for a flag that a command lacks.
 
   Args:
-    flags: the names that it has.
-    has_config: whether keys of a config are among its flags.
+    flags: the names of its flags.
+    has_config: whether config keys are flags of the command.
   """
-  close = nearest(name, flags)
-  similar = [close] if close else []
+  similar_flag = nearest(name, flags)
+  similar = [similar_flag] if similar_flag else []
   if has_config:
-    same = similar_keys(name, list(keys()))
-    exact = [key for key in same if key.rpartition('.')[2] == name]
-    if exact or not close:
-      similar = [f'config.{key}' for key in exact or same]
-  advice = _options([f'--{flag}' for flag in similar]) or '; see --help'
-  return f'there is no flag --{_short(name)}{advice}'
+    candidates = similar_keys(name, list(keys()))
+    exact = [key for key in candidates if key.rpartition('.')[2] == name]
+    if exact or not similar_flag:
+      similar = [f'config.{key}' for key in exact or candidates]
+  advice = _did_you_mean([f'--{flag}' for flag in similar]) or '; see --help'
+  return f'there is no flag --{_shorten(name)}{advice}'
 
 
 def unknown_config(file: str, folders: Sequence[str]) -> str:
-  """The sentence for a config file that does not exist.
+  """The message for a config file that does not exist.
 
   Args:
-    folders: where configs ship; see `command.locate`.
+    folders: directories with a folder of configs.
   """
   paths = {
     os.path.relpath(path, folder)
@@ -127,16 +136,16 @@ def unknown_config(file: str, folders: Sequence[str]) -> str:
   }
   stems = {os.path.basename(path).removesuffix('.py'): path for path in paths}
   stem = os.path.basename(file).removesuffix('.py')
-  close = nearest(file, paths) or stems.get(nearest(stem, stems), '')
+  similar = nearest(file, paths) or stems.get(nearest(stem, stems), '')
   return (
-    f'the config {_short(file)!r} does not exist, here or in the package'
-    f'{_options([close] if close else [])}'
+    f'the config {_shorten(file)!r} does not exist, here or in the package'
+    f'{_did_you_mean([similar] if similar else [])}'
   )
 
 
-def _options(candidates: Sequence[str]) -> str:
+def _did_you_mean(candidates: Sequence[str]) -> str:
   return f'; did you mean {" or ".join(candidates)}?' if candidates else ''
 
 
-def _short(name: str) -> str:
+def _shorten(name: str) -> str:
   return name if len(name) < 80 else f'{name[:80]}...'

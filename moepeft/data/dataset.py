@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples that a config trains on, and those that it holds out."""
+"""Training and held-out examples of a config."""
 
 import collections
 import dataclasses
@@ -25,23 +25,24 @@ Encoded = dict[str, np.ndarray]  # 'inputs' and 'targets', int32 [n] each
 class TrainingData:
   """Training examples of a config, and its held-out examples.
 
-  An item of `train` and of `held_out` is an `Example`, or encoded already, as
-  the model's collator holds it (a `Sample`, or a pair of ids).
+  Items of `train` and `held_out` are `Example`s, or encoded already as the
+  model's collator encodes them (a `Sample`, or a pair of ids).
 
   Attributes:
-    train: endless examples, of which item i is the same at every call; None
-      where `open_stream` has them.
-    shares: the share of each dataset in them, which add up to one.
-    rows: the training rows where they are finite, else none.
-    held_out: examples that `train` never gives.
+    train: endless dataset with random access; None for sources that can only
+      be read in order.
+    shares: each dataset's share of the examples; they add up to one.
+    rows: the training rows of a finite source, else empty.
+    held_out: examples that are not in `train`.
     notes: lines for the user about rows that were skipped or left out.
     preferences: the `preference.dataset.PreferenceDataset` of a source of
       preferences, else None.
-    replay: (1, ...) at each place of `train` that is replayed text, else None.
-    open_stream: (position) -> encoded examples from there on, without end; of
-      sources that can only be read in order.
-    read_held_out: (count) -> at most so many encoded examples that the stream
-      never gives.
+    replay: the schedule of a source with replayed text, else None; dataset 1
+      of it is the replayed text.
+    open_stream: (index) -> endless encoded examples from that index on; only
+      of sources that must be read in order.
+    read_held_out: (count) -> at most `count` encoded held-out examples of such
+      a source.
   """
 
   train: grain.MapDataset | None
@@ -55,7 +56,7 @@ class TrainingData:
   read_held_out: Callable[[int], list[Encoded]] | None = None
 
   def validation(self, collator: Collator, count: int) -> list:
-    """At most `count` held-out examples, encoded, of all datasets."""
+    """At most `count` encoded held-out examples, evenly from all datasets."""
     if self.read_held_out is not None:
       examples = self.read_held_out(count)
       return collator.encode([(e['inputs'], e['targets']) for e in examples])
@@ -68,11 +69,11 @@ def from_examples(
   """Splits examples by `idx` and mixes their datasets at the config's rates.
 
   Args:
-    rows: of any datasets, each example's in its `task`.
+    rows: examples of any datasets; an example's dataset is its `task`.
 
   Raises:
-    ValueError: nothing is left to train on, or config.data.mixture does not
-      go with the rows.
+    ValueError: no row is left to train on, or config.data.mixture does not
+      match the rows.
   """
   train, held_out = split_by_idx(rows, data.validation_fraction)
   groups = collections.defaultdict(list)
@@ -101,15 +102,15 @@ def from_examples(
   )
 
 
-def evenly_spaced(rows: Sequence, most: int) -> list:
+def evenly_spaced(rows: Sequence, max_rows: int) -> list:
   """Evenly spaced rows, so that every dataset and template has its share."""
-  count = min(most, len(rows))
+  count = min(max_rows, len(rows))
   return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def path_name(path: str) -> str:
   """The last part of a path, as a dataset's name.
 
-  The order of rows depends on the name, and files that are moved keep it.
+  Row order is seeded by this name, so moving a file does not change it.
   """
   return os.path.basename(os.path.normpath(path)) or path

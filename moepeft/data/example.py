@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of any source: checks, and the policy for bad ones.
+"""Checks of rows from any source, and the policy for bad rows.
 
 A training row has `inputs` and `targets`; a row to rank has `inputs`,
 `choices` and `label`. `dataset` (or `task`), `template` and `idx` are kept
@@ -23,11 +23,10 @@ from moepeft.data.row_fields import (
 from moepeft.data.row_fields import BadRow as BadRow
 from moepeft.tasks import Example
 
-# (a table's row, its place in the table) -> its example; None where there is
-# none to make.
-Maker = Callable[[Mapping, int], Example | None]
-# Of the reason that a bad row has.
-_MOST_LETTERS = 600
+# (row, its index in the table) -> an example; None where a template renders
+# nothing.
+ExampleFn = Callable[[Mapping, int], Example | None]
+_MAX_MESSAGE_CHARS = 600
 # NumPy and JAX hold no larger integer.
 _MIN_IDX, _MAX_IDX = -(2**63), 2**63 - 1
 
@@ -36,9 +35,9 @@ class BadRows:
   """The policy for bad rows: an error, or a list of reasons.
 
   Attributes:
-    reasons: 'FILE, line 7: what is wrong', one for each row left out.
+    reasons: 'FILE, line 7: the fault', one for each row that was skipped.
     unused: the fields of good rows that nothing reads.
-    left_out: names in the directory that are no data files.
+    left_out: names in the directory that are not data files.
   """
 
   def __init__(self, on_bad_row: str = 'error', ignore: str = ''):
@@ -58,14 +57,14 @@ class BadRows:
     self.unused = UnusedFields(ignore)
     self.left_out: list[str] = []
 
-  def __call__(self, where: str, wrong: BadRow) -> None:
-    reason = f'{where}: {_shortened(str(wrong))}'
+  def __call__(self, where: str, error: BadRow) -> None:
+    reason = f'{where}: {_shorten(str(error))}'
     if not self._skip:
       raise ValueError(reason) from None
     self.reasons.append(reason)
 
   def notes(self, path: str) -> list[str]:
-    """Lines on what of a source was not read, bad rows aside."""
+    """Lines about files and fields of a source that were not read."""
     lines = []
     if self.left_out:
       lines.append(
@@ -74,38 +73,38 @@ class BadRows:
     return lines + self.unused.notes(path)
 
 
-def _shortened(message: str) -> str:
-  """A message without the middle of what it quotes at length."""
-  if len(message) <= _MOST_LETTERS:
+def _shorten(message: str) -> str:
+  """Cuts the middle of a long message, which quotes a long value."""
+  if len(message) <= _MAX_MESSAGE_CHARS:
     return message
-  half = _MOST_LETTERS // 2
+  half = _MAX_MESSAGE_CHARS // 2
   return f'{message[:half]} ... {message[-half:]}'
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleRows(Sequence):
-  """A sequence of examples, with what was left out on the way.
+  """A sequence of examples, and counts of the rows that gave none.
 
   Attributes:
-    examples: the good ones, in the order of the source.
-    skipped: why each bad row was left out: where it stands and what is wrong.
-    inapplicable: how often a template had nothing to say of a row.
-    remarks: lines on what was not read; see `Bad.notes`.
+    examples: the good examples, in the order of the source.
+    skipped: the reason of each bad row; see `BadRows.reasons`.
+    inapplicable: the number of (row, template) pairs that render nothing.
+    unread_notes: lines about what was not read; see `BadRows.notes`.
   """
 
   examples: Sequence[Example]
   skipped: tuple[str, ...] = ()
   inapplicable: int = 0
-  remarks: tuple[str, ...] = ()
+  unread_notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.examples)
 
-  def __getitem__(self, place):
-    return self.examples[place]
+  def __getitem__(self, index):
+    return self.examples[index]
 
   def notes(self, path: str) -> list[str]:
-    """Lines that tell a user what was left out; none where nothing was."""
+    """Lines for the user about rows and files that were left out."""
     lines = []
     if self.skipped:
       count = len(self.skipped)
@@ -118,16 +117,16 @@ class ExampleRows(Sequence):
         f'{self.inapplicable:,} pairs of row and template of {path} are left '
         'out: the template renders nothing there'
       )
-    return lines + list(self.remarks)
+    return lines + list(self.unread_notes)
 
 
 def checked_rows(
   path: str, examples: Sequence[Example], bad: BadRows, inapplicable: int = 0
 ) -> ExampleRows:
-  """The rows that were read under a path.
+  """The examples of a path, with the reasons of its bad rows.
 
   Raises:
-    ValueError: no good row.
+    ValueError: there is no good row.
   """
   if examples:
     return ExampleRows(
@@ -143,68 +142,69 @@ def checked_rows(
 
 @dataclasses.dataclass(frozen=True)
 class LazyExamples(Sequence):
-  """Examples made of a table's rows when they are asked for.
+  """Examples that are made from a table's rows on access.
 
-  It holds two integers an example, so a table on disk may be larger than
-  memory; and it can be pickled where the table and the makers can.
+  It holds two integers an example, so that a table on disk may be larger than
+  memory. It can be pickled if the table and the functions can.
 
   Attributes:
-    table: what has a length and gives a row for a place.
-    makers: each makes at most one example of a row.
-    places: int32 [examples, 2], a row's place and a maker's.
+    table: rows, by index.
+    example_fns: functions that make at most one example of a row each.
+    indices: int32 [examples, 2]: the indices of the row and of the function.
   """
 
   table: Sequence[Mapping]
-  makers: tuple[Maker, ...]
-  places: np.ndarray
+  example_fns: tuple[ExampleFn, ...]
+  indices: np.ndarray
 
   def __len__(self) -> int:
-    return len(self.places)
+    return len(self.indices)
 
-  def __getitem__(self, place):
-    if isinstance(place, slice):
-      return dataclasses.replace(self, places=self.places[place])
-    i, maker = map(int, self.places[place])
-    return self.makers[maker](self.table[i], i)
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return dataclasses.replace(self, indices=self.indices[index])
+    row, fn = map(int, self.indices[index])
+    return self.example_fns[fn](self.table[row], row)
 
 
 def lazy_examples(
   path: str,
   table: Sequence[Mapping],
-  makers: tuple[Maker, ...],
+  example_fns: tuple[ExampleFn, ...],
   where: Callable[[int], str],
   bad: BadRows,
 ) -> ExampleRows:
-  """Makes every example once, to know which there are; see `Made`.
+  """Makes every example once, to find the rows that give one.
 
   Args:
     path: named in errors.
     table: the rows.
-    makers: of examples, in this order for each row.
-    where: a row's place in words.
-    bad: told of the rows that a maker cannot make an example of.
+    example_fns: applied to each row, in this order.
+    where: row index -> the row's file and line, for messages.
+    bad: called with each row of which no example can be made.
 
   Raises:
-    ValueError: no example, or a maker that fails on every row.
+    ValueError: there is no example, or a function fails on every row.
   """
-  places, none = [], 0
-  failures: dict[int, list[str]] = {i: [] for i in range(len(makers))}
+  indices, inapplicable = [], 0
+  failures: dict[int, list[str]] = {i: [] for i in range(len(example_fns))}
   for i, row in enumerate(table):
-    for j, make in enumerate(makers):
+    for j, example_fn in enumerate(example_fns):
       try:
-        if make(row, i) is None:
-          none += 1
+        if example_fn(row, i) is None:
+          inapplicable += 1
         else:
-          places.append((i, j))
+          indices.append((i, j))
       except BadRow as e:
         bad(where(i), e)
         failures[j].append(bad.reasons[-1])
-  for wrong in failures.values():
-    if wrong and len(wrong) == len(table):
-      # Not a bad row but a bad template, or the wrong one.
-      raise ValueError(f'no row of {path} is good, the first: {wrong[0]}')
-  indices = np.array(places, np.int32).reshape(-1, 2)
-  return checked_rows(path, LazyExamples(table, makers, indices), bad, none)
+  for reasons in failures.values():
+    if reasons and len(reasons) == len(table):
+      # The template is at fault, not the rows.
+      raise ValueError(f'no row of {path} is good, the first: {reasons[0]}')
+  index_array = np.array(indices, np.int32).reshape(-1, 2)
+  examples = LazyExamples(table, example_fns, index_array)
+  return checked_rows(path, examples, bad, inapplicable)
 
 
 def parse_example(
@@ -213,25 +213,25 @@ def parse_example(
   ranked: bool = False,
   unused: UnusedFields | None = None,
 ) -> Example:
-  """Looks at one row and makes its example.
+  """Checks one row and makes its example.
 
   Args:
-    row: its fields.
-    name: the task where the row names no dataset.
-    ranked: whether it must have choices and a label.
-    unused: told of the fields that are not read.
+    row: field name -> value.
+    name: the task of a row that names no dataset.
+    ranked: whether the row must have choices and a label.
+    unused: collects the names of fields that are not read.
 
   Raises:
-    BadRow: it is not of the form.
+    BadRow: a field is missing or has a wrong value.
   """
   if 'idx' in row and row['idx'] is None:
-    # A table has no absent fields, a row of JSON has.
-    _idx(None)
+    # RowFields drops nulls, and a null idx is an error.
+    _parse_idx(None)
   row = RowFields(row, unused=unused)
-  choices, label = _choices(row)
+  choices, label = _parse_choices(row)
   targets = row.get('targets', choices[label] if choices else None)
   for field, value in (('inputs', row.get('inputs')), ('targets', targets)):
-    if not isinstance(value, str) or not value.strip() or _torn(value):
+    if not isinstance(value, str) or not value.strip() or _has_surrogate(value):
       raise BadRow(
         f'expected text in {field!r}, got {value!r}; mend or remove the row'
       )
@@ -239,11 +239,11 @@ def parse_example(
     raise BadRow(
       f"a row to rank has 'choices' and 'label'; got {', '.join(sorted(row))}"
     )
-  task = _text(row, 'task')
+  task = _parse_text(row, 'task')
   parsed = Example(
-    task=_text(row, 'dataset') or task or name,
-    template=_text(row, 'template'),
-    idx=_idx(row.get('idx', -1)),
+    task=_parse_text(row, 'dataset') or task or name,
+    template=_parse_text(row, 'template'),
+    idx=_parse_idx(row.get('idx', -1)),
     inputs=row['inputs'].removeprefix(BYTE_ORDER_MARK),
     targets=targets.removeprefix(BYTE_ORDER_MARK),
     choices=choices,
@@ -254,10 +254,10 @@ def parse_example(
 
 
 def check_surrogates(row: Any) -> None:
-  """Looks for what JSON can spell and no text can hold, in all of a row.
+  """Refuses rows with lone surrogates, which JSON has and UTF-8 has not.
 
   Raises:
-    BadRow: half of a surrogate pair stands in it.
+    BadRow: a field, at any depth, has a lone surrogate.
   """
   fields = row.items() if isinstance(row, Mapping) else [('the row', row)]
   for name, value in fields:
@@ -270,21 +270,21 @@ def check_surrogates(row: Any) -> None:
       ) from None
 
 
-def _torn(text: str) -> bool:
-  """Whether half of a surrogate pair stands in it, which no file can hold."""
+def _has_surrogate(text: str) -> bool:
+  """Whether a text has a surrogate, which UTF-8 cannot encode."""
   return not text.isascii() and any('\ud800' <= c <= '\udfff' for c in text)
 
 
-def _text(row: Mapping, field: str) -> str:
+def _parse_text(row: Mapping, field: str) -> str:
   value = row.get(field, '')
-  if not isinstance(value, str) or _torn(value):
+  if not isinstance(value, str) or _has_surrogate(value):
     raise BadRow(f'expected text in {field!r}, got {value!r}')
   return value
 
 
-def _idx(idx) -> int:
+def _parse_idx(idx) -> int:
   if isinstance(idx, str):
-    # One number for one id, wherever it occurs.
+    # The hash gives a text the same idx in every file.
     return zlib.crc32(idx.encode(errors='surrogatepass'))
   if type(idx) is not int:
     raise BadRow(f"expected a whole number or text in 'idx', got {idx!r}")
@@ -297,13 +297,13 @@ def _idx(idx) -> int:
 
 
 def has_distinct_choices(choices: Iterable) -> bool:
-  """Whether there are two choices or more, all of them different texts."""
+  """Whether there are two or more choices, all texts and all different."""
   texts = [c for c in choices if isinstance(c, str) and c.strip()]
   return len(set(texts)) >= max(len(list(choices)), 2)
 
 
-def _choices(row: Mapping) -> tuple[tuple[str, ...], int]:
-  """A row's choices and the place of the right one; ((), -1) without any."""
+def _parse_choices(row: Mapping) -> tuple[tuple[str, ...], int]:
+  """(choices, index of the correct choice); ((), -1) for a row without."""
   choices, label = row.get('choices', ''), row.get('label')
   if choices in ('', []):
     return (), -1

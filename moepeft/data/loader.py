@@ -23,19 +23,18 @@ from moepeft.data.dataset import TrainingData
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 
 WINDOW = 1024
-# Batches that wait for the device.
-_AHEAD = 2
+_PREFETCHED_BATCHES = 2
 
 
 class Windows(Protocol):
-  """Rows of batches by windows of examples."""
+  """A source of windows: the rows of `WINDOW` encoded examples each."""
 
-  def open(self, number: int) -> Iterator[Rows]:
-    """The windows from `number` on, without end."""
+  def open(self, window: int) -> Iterator[Rows]:
+    """Iterates over the rows of `window` and all windows after it."""
 
 
 class ExampleWindows:
-  """Windows of a dataset whose items can be had in any order."""
+  """Windows of a dataset with random access."""
 
   def __init__(
     self,
@@ -46,18 +45,18 @@ class ExampleWindows:
   ):
     """Reads every `shard[1]`-th window, in `workers` processes if any."""
 
-    def window(number: int, part: Sequence) -> Rows:
-      return collator.rows(number, collator.encode(part))
+    def make_rows(window: int, items: Sequence) -> Rows:
+      return collator.rows(window, collator.encode(items))
 
-    windows = examples.batch(WINDOW, batch_fn=list).map_with_index(window)
+    windows = examples.batch(WINDOW, batch_fn=list).map_with_index(make_rows)
     self._windows = windows[shard[0] :: shard[1]]
     self._workers = workers
 
-  def open(self, number: int) -> Iterator[Rows]:
+  def open(self, window: int) -> Iterator[Rows]:
     serial = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    windows = self._windows[number:].to_iter_dataset(serial)
+    windows = self._windows[window:].to_iter_dataset(serial)
     if self._workers:
-      # Grain reads absl's flags here, which nobody parsed in a notebook.
+      # Grain reads absl's flags here, and a notebook never parses them.
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
       options = grain.MultiprocessingOptions(num_workers=self._workers)
@@ -65,37 +64,41 @@ class ExampleWindows:
     return iter(windows)
 
 
-def _end_with_parent(number: int, count: int) -> None:
+def _end_with_parent(worker: int, num_workers: int) -> None:
   """Ends a worker process when its parent is killed."""
-  del number, count
+  del worker, num_workers
   parent = multiprocessing.parent_process()
 
-  def wait() -> None:
+  def exit_after_parent() -> None:
     parent.join()
     os._exit(1)
 
   if parent is not None:
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
 class StreamWindows:
-  """Windows of encoded examples that come one after the other."""
+  """Windows of encoded examples that can only be read in order."""
 
   def __init__(
     self,
-    stream: Callable[[int], Iterator[dict[str, np.ndarray]]],
+    open_stream: Callable[[int], Iterator[dict[str, np.ndarray]]],
     collator: Collator,
   ):
-    """`stream(place)` gives {'inputs', 'targets'}, from a place on."""
-    self._stream, self._form = stream, collator
+    """
+    Args:
+      open_stream: (index) -> {'inputs', 'targets'} of each example from that
+        index on.
+    """
+    self._open_stream, self._collator = open_stream, collator
 
-  def open(self, number: int) -> Iterator[Rows]:
-    examples = self._stream(number * WINDOW)
+  def open(self, window: int) -> Iterator[Rows]:
+    examples = self._open_stream(window * WINDOW)
     while True:
-      part = [next(examples) for _ in range(WINDOW)]
-      pairs = [(e['inputs'], e['targets']) for e in part]
-      yield self._form.rows(number, self._form.encode(pairs))
-      number += 1
+      window_examples = [next(examples) for _ in range(WINDOW)]
+      pairs = [(e['inputs'], e['targets']) for e in window_examples]
+      yield self._collator.rows(window, self._collator.encode(pairs))
+      window += 1
 
 
 class _Batches(grain.DatasetIterator):
@@ -147,7 +150,7 @@ class Loader:
     batches = _Dataset(windows, batch_size)
     self._batches = iter(
       grain.experimental.ThreadPrefetchIterDataset(
-        batches, prefetch_buffer_size=_AHEAD
+        batches, prefetch_buffer_size=_PREFETCHED_BATCHES
       )
     )
 
@@ -181,18 +184,17 @@ def make_loader(
   model: Any = None,
   collator: Collator | None = None,
 ) -> Loader:
-  """The batches of a config.
+  """Makes the loader of a config's training batches.
 
   Args:
     batch_size: rows in a batch of this host.
-    shard: (number of this host, hosts); each reads windows of its own.
-    model: the model that they are for, or its config; None for an
-      encoder-decoder.
-    collator: of the batches; by default the model's.
+    shard: (this host, number of hosts); each host reads other windows.
+    model: the model or its config; None for an encoder-decoder.
+    collator: makes the batches; by default the model's collator.
   """
   collator = collator or make_model_collator(data, tokenizer, model, seed)
   if source.open_stream is not None:
-    # A stream reads ahead, and by host, by itself.
+    # A stream prefetches and shards by itself.
     return Loader(StreamWindows(source.open_stream, collator), batch_size)
   windows = ExampleWindows(source.train, collator, shard, data.num_workers)
   return Loader(windows, batch_size)
@@ -201,9 +203,9 @@ def make_loader(
 def truncation_note(
   source: TrainingData, collator: Collator, rows: int = 500
 ) -> str:
-  """A line that says how many of the first examples are too long, or ''.
+  """A line that says how many of the first examples are too long.
 
-  Examples of a stream are cut before they come here, so there is none.
+  It is '' where none is, and for a stream, which truncates as it reads.
   """
   if source.train is None:
     return ''

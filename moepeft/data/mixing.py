@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several datasets as one endless stream, at rates, each in shuffled epochs."""
+"""Mixes datasets at rates into an endless one, each in shuffled epochs."""
 
 import dataclasses
 import functools
@@ -10,12 +10,14 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-# Places in which the datasets' turns are shuffled, and their counts exact.
-_ROUND = 1024
-_UNITS = 1 << 40
+# Items of a block. The order of datasets is shuffled within a block, and each
+# block has the exact count of every dataset.
+_BLOCK = 1024
+# Rates are integers in units of 1 / _RATE_UNITS, so that counts are exact.
+_RATE_UNITS = 1 << 40
 _ENDLESS = 1 << 60
-# Rows of which a permutation is held rather than computed.
-_SMALL = 1 << 16
+# Above this size a permutation is computed item by item, not stored.
+_MAX_STORED_PERMUTATION = 1 << 16
 
 
 def mixing_rates(
@@ -28,10 +30,10 @@ def mixing_rates(
 
   Args:
     sizes: rows of each dataset.
-    cap: the size above which datasets count alike; 0 for none.
+    cap: an upper bound of a dataset's size; 0 for none.
 
   Raises:
-    ValueError: the temperature is so low that a rate is too large to hold.
+    ValueError: the temperature is so low that a rate overflows.
   """
   capped = {k: min(n, cap) if cap else n for k, n in sizes.items()}
   try:
@@ -46,36 +48,39 @@ def mixing_rates(
 def mix(
   datasets: Mapping[str, Sequence], weights: Mapping[str, float], seed: int
 ) -> grain.MapDataset:
-  """The endless dataset that draws from `datasets` at rates.
+  """An endless dataset that draws from `datasets` at rates.
 
-  Item i is a pure function of the arguments. A dataset's rows come in epochs,
-  each a permutation of all of them, whatever stands beside the dataset; which
-  dataset's turn it is, is shuffled within rounds that hold every rate exactly.
+  Item i is a pure function of the arguments. Each dataset's rows come in
+  epochs, and an epoch is a permutation of all of them that does not depend on
+  the other datasets. The order of datasets is shuffled within blocks that hold
+  every rate exactly.
 
   Args:
-    datasets: rows by name, none empty.
-    weights: the rate of each, above zero; in any unit.
+    datasets: name -> rows, none empty.
+    weights: name -> rate above zero; they need not add up to one.
   """
   names = sorted(datasets)
   parts = [
-    grain.MapDataset.source(ShuffledEpochs(datasets[name], _seed(seed, name)))
+    grain.MapDataset.source(
+      ShuffledEpochs(datasets[name], _dataset_seed(seed, name))
+    )
     for name in names
   ]
   if len(parts) == 1:
     return parts[0]
-  turns = MixtureSchedule(tuple(weights[name] for name in names), seed)
-  return grain.MapDataset.select_from_datasets(parts, turns)
+  schedule = MixtureSchedule(tuple(weights[name] for name in names), seed)
+  return grain.MapDataset.select_from_datasets(parts, schedule)
 
 
 def normalize(weights: dict[str, float]) -> dict[str, float]:
-  """Weights that add up to one."""
+  """Scales weights so that they add up to one."""
   total = sum(weights.values())
   return {name: weight / total for name, weight in weights.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class ShuffledEpochs:
-  """Rows without an end, in epochs that are permutations of them all."""
+  """Endless rows in epochs, each a permutation of all rows."""
 
   rows: Sequence
   seed: int
@@ -83,15 +88,15 @@ class ShuffledEpochs:
   def __len__(self) -> int:
     return _ENDLESS
 
-  def __getitem__(self, place: int):
-    epoch, offset = divmod(place, len(self.rows))
-    return self.rows[_shuffled(offset, len(self.rows), self.seed, epoch)]
+  def __getitem__(self, index: int):
+    epoch, offset = divmod(index, len(self.rows))
+    return self.rows[_permuted_index(offset, len(self.rows), self.seed, epoch)]
 
 
-def _shuffled(offset: int, size: int, seed: int, epoch: int) -> int:
-  if size < _SMALL:
+def _permuted_index(offset: int, size: int, seed: int, epoch: int) -> int:
+  if size < _MAX_STORED_PERMUTATION:
     return int(_permutation(size, seed, epoch)[offset])
-  # Holds no permutation; below 2 ** 16 it walks up to 2 ** 16 / size steps.
+  # Needs no memory, but up to 2 ** 16 / size steps where size is smaller.
   seed = (seed + epoch) % (1 << 32)
   return index_shuffle(offset, max_index=size - 1, seed=seed, rounds=4)
 
@@ -103,52 +108,54 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class MixtureSchedule(grain.transforms.DatasetSelectionMap):
-  """place -> (dataset, how many turns it had before)."""
+  """Item index -> (dataset, index of the item in that dataset)."""
 
   def __init__(self, weights: tuple[float, ...], seed: int):
     total = sum(weights)
-    self._units = tuple(max(1, round(w / total * _UNITS)) for w in weights)
+    self._units = tuple(
+      max(1, round(weight / total * _RATE_UNITS)) for weight in weights
+    )
     self._seed = seed
 
   def __len__(self) -> int:
     return _ENDLESS
 
-  def __getitem__(self, place: int) -> tuple[int, int]:
-    turn, offset = divmod(place, _ROUND)
-    owners, keys = _round(self._units, self._seed, turn)
-    return int(owners[offset]), int(keys[offset])
+  def __getitem__(self, index: int) -> tuple[int, int]:
+    block, offset = divmod(index, _BLOCK)
+    datasets, indices = _block_schedule(self._units, self._seed, block)
+    return int(datasets[offset]), int(indices[offset])
 
 
 @functools.lru_cache(maxsize=64)
-def _round(
-  units: tuple[int, ...], seed: int, turn: int
+def _block_schedule(
+  units: tuple[int, ...], seed: int, block: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(whose turn, its count of turns before) at each place of a round."""
-  counts_before = np.array(_counts(units, turn * _ROUND))
-  counts_here = np.array(_counts(units, (turn + 1) * _ROUND)) - counts_before
-  order = np.random.default_rng((seed, turn)).permutation(_ROUND)
-  owners = np.repeat(np.arange(len(units)), counts_here)[order]
-  keys = np.empty(_ROUND, np.int64)
-  for owner in np.flatnonzero(counts_here):
-    keys[owners == owner] = counts_before[owner] + np.arange(counts_here[owner])
-  return owners, keys
+  """int [_BLOCK] each: (dataset, index of the item in that dataset)."""
+  starts = np.array(_dataset_counts(units, block * _BLOCK))
+  counts = np.array(_dataset_counts(units, (block + 1) * _BLOCK)) - starts
+  order = np.random.default_rng((seed, block)).permutation(_BLOCK)
+  datasets = np.repeat(np.arange(len(units)), counts)[order]
+  indices = np.empty(_BLOCK, np.int64)
+  for i in np.flatnonzero(counts):
+    indices[datasets == i] = starts[i] + np.arange(counts[i])
+  return datasets, indices
 
 
-def _counts(units: tuple[int, ...], places: int) -> list[int]:
-  """Turns of each dataset in the first places: in whole numbers, so exact.
+def _dataset_counts(units: tuple[int, ...], items: int) -> list[int]:
+  """Each dataset's count among the first `items` items, in exact integers.
 
-  Datasets take their share of what those before them left, so no count ever
-  falls and their sum is `places`.
+  Each dataset takes its share of the items that the datasets before it left.
+  So the counts add up to `items`, and none falls as `items` grows.
   """
-  counts, left, rest = [], places, sum(units)
+  counts, items_left, units_left = [], items, sum(units)
   for unit in units:
-    after = left * (rest - unit) // rest
-    counts.append(left - after)
-    left, rest = after, rest - unit
+    items_after = items_left * (units_left - unit) // units_left
+    counts.append(items_left - items_after)
+    items_left, units_left = items_after, units_left - unit
   return counts
 
 
-def _seed(seed: int, name: str) -> int:
-  """A dataset's own seed, which does not depend on the others."""
+def _dataset_seed(seed: int, name: str) -> int:
+  """A dataset's seed, which does not depend on the other datasets."""
   sequence = np.random.SeedSequence((seed, zlib.crc32(name.encode())))
   return int(sequence.generate_state(1)[0] >> 1)

@@ -1,30 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields of rows and of turns: used, refused, or listed as unused.
+"""Refuses or lists the fields of rows and turns that no reader reads.
 
-A reader takes a row's fields out of `Fields`, which knows afterwards which of
-them nobody took. Those of `_MEANINGFUL` change what a row means, so that
-training without them would be training on another row: they are refused. The
-names are those of the exports of OpenAI, LLaMA-Factory, TRL, axolotl, ms-swift
-and LLaVA, compared without case and punctuation ('toolCalls' is 'tool_calls').
-Any other field is listed once for a source.
+`RowFields` records the fields that a reader reads. A field that is not read is
+an error if it changes the meaning of the row (`_MEANINGS`), since the model
+would be trained on another row; all other fields are listed once per source.
+The names are those of the exports of OpenAI, LLaMA-Factory, TRL, axolotl,
+ms-swift and LLaVA, without case and punctuation: 'toolCalls' is 'tool_calls'.
 """
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-# A byte order mark, which some exports leave at a text's beginning.
+# Some exports leave it at the start of a text.
 BYTE_ORDER_MARK = '\ufeff'
-# What exports of multimodal data have in the place of a medium.
-_PLACEHOLDER = re.compile(r'<\|?(?:image|audio|video)(?:_pad)?\|?>')
-# Names that a source's list of unused fields holds.
-_MOST_NAMES = 1000
+# Placeholders of images, audio and video in exports of multimodal data.
+_MEDIA_PLACEHOLDER = re.compile(r'<\|?(?:image|audio|video)(?:_pad)?\|?>')
+_MAX_UNUSED_NAMES = 1000
 
 
 class BadRow(ValueError):
-  """A fault of one row; a reader adds where the row stands.
+  """An error in one row, without its location, which the reader adds.
 
-  The message is one line that can be printed, whatever it quotes of the row.
+  The message is one printable line, whatever it quotes of the row.
   """
 
   def __init__(self, message: str):
@@ -32,7 +30,7 @@ class BadRow(ValueError):
 
 
 def printable(text: str) -> str:
-  """A text with control characters and halves of surrogate pairs escaped."""
+  """Escapes control characters and lone surrogates."""
   if text.isprintable():
     return text
   return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -47,31 +45,31 @@ class UnusedFields:
   """The fields of a source that nothing reads.
 
   Attributes:
-    ignore: keys of fields that may be left unused though they change what a
-      row means; of config.data.ignore_fields.
+    ignore: normalized names of fields that may be unused although they change
+      the meaning of a row.
   """
 
   def __init__(self, ignore: str = ''):
     """
     Args:
-      ignore: names, separated by commas.
+      ignore: config.data.ignore_fields, names separated by commas.
     """
     names = (name for name in ignore.split(',') if name.strip())
     self.ignore = frozenset(map(normalized_name, names))
     self._names: dict[str, None] = {}
     self._media: dict[str, None] = {}
 
-  def see(self, text: str) -> None:
-    """Looks for what stands for an image or a sound in a text."""
+  def add_media(self, text: str) -> None:
+    """Adds the placeholders of images, audio and video in a text."""
     if '<' in text:
-      self._media |= dict.fromkeys(_PLACEHOLDER.findall(text))
+      self._media |= dict.fromkeys(_MEDIA_PLACEHOLDER.findall(text))
 
   def add(self, name: str) -> None:
-    if len(self._names) < _MOST_NAMES:
+    if len(self._names) < _MAX_UNUSED_NAMES:
       self._names[name] = None
 
   def notes(self, path: str) -> list[str]:
-    """A line that lists them; none where there are none."""
+    """Lines for the user that list unused fields and media placeholders."""
     lines = []
     if self._names:
       lines.append(
@@ -85,30 +83,31 @@ class UnusedFields:
     return lines
 
 
-def join_names(names: Iterable[str], most: int = 9) -> str:
-  """Names in a row, as many as a line holds."""
+def join_names(names: Iterable[str], max_names: int = 9) -> str:
+  """'a, b and 5 more': the first names, and the number of the others."""
   names = list(names)
-  shown = ', '.join(printable(name) or "''" for name in names[:most])
-  return f'{shown} and {len(names) - most} more' * (len(names) > most) or shown
+  joined = ', '.join(printable(name) or "''" for name in names[:max_names])
+  extra = len(names) - max_names
+  return f'{joined} and {extra} more' if extra > 0 else joined
 
 
-# Fields that say what is trained; with a value of _TRAINED they say nothing.
-_ON = 'loss|train(?:able|ed|ing)?|learn(?:able|ed)?|supervised?|weight'
-_OF_LOSS = re.compile(
+# Fields that mark trained text. A value of _TRAINED is the default.
+_LOSS = 'loss|train(?:able|ed|ing)?|learn(?:able|ed)?|supervised?|weight'
+_LOSS_FIELD = re.compile(
   '(?:is|do|to|should|use|has|with|in|compute|calculate|assistant|completion|'
-  f'token|turn|row|sample|example)*(?:{_ON}|masks?)(?:mask|scale|weight|detail|'
+  f'token|turn|row|sample|example)*(?:{_LOSS}|masks?)(?:mask|scale|weight|detail|'
   'factor|flag|on|turn)*s?'
 )
-# What holds back a turn, or trains what is not an answer.
-_OF_NO_LOSS = re.compile(
-  f'(?:is|no|not|skip|ignore|exclude|from|in)*(?:{_ON}|ignored?|skip(?:ped)?|'
-  f'excluded?|masked)|(?:{_ON}|mask)(?:on)?(?:prompt|input|history)s?'
+# Fields that exclude a turn from the loss, or include a prompt in it.
+_NO_LOSS_FIELD = re.compile(
+  f'(?:is|no|not|skip|ignore|exclude|from|in)*(?:{_LOSS}|ignored?|skip(?:ped)?|'
+  f'excluded?|masked)|(?:{_LOSS}|mask)(?:on)?(?:prompt|input|history)s?'
 )
-# 'target' is a text of a row, and these say whether a turn is one.
+# 'target' is a row's text; these mark a turn as one.
 _TARGETS = 'is_target is_targets'
 _TRAINED = (True, 1)
-# Of a request, not of a row; anything but this restricts the tools.
-_FREE_CHOICE = 'auto'
+# The default of the request option 'tool_choice', which restricts nothing.
+_DEFAULT_TOOL_CHOICE = 'auto'
 _TEXTS = (
   'chosen completion completions content context contexts conversation '
   'conversations dialog dialogue document documents history input inputs '
@@ -134,20 +133,20 @@ _SETTINGS = (
   'prefill prefix reasoning_effort recipient refusal suffix template_kwargs '
   'thinking_budget'
 )
-_MARKS = 'which marks what is trained'
+_TRAINED_MARK = 'which marks what is trained'
 _JUDGEMENT = 'kto_tag label margin'
 _TOKENS = (
   'attention_mask input_ids label_ids labels position_ids target_ids '
   'token_type_ids'
 )
-# Of turns alone: in a row these are metadata.
+# Meaningful in turns only; metadata in rows.
 _SPEAKERS = 'from name role'
 _VALUES = 'value'
-# What one of the names below is, for the message.
-_MEANINGFUL = {
+# Normalized name -> its meaning, a clause of the message.
+_MEANINGS = {
   normalized_name(name): description
   for names, description in (
-    (_TARGETS, _MARKS),
+    (_TARGETS, _TRAINED_MARK),
     (_TEXTS, 'which is text'),
     (_TOOLS, 'which is of tools'),
     (_SYSTEM, "which is text of the system's turn"),
@@ -166,14 +165,14 @@ _MEDIA = re.compile(
   r'(?:path|url|uri|file|name|data|byte|base64|b64|list|input)?s?\d*'
 )
 _MEDIUM = 'which is no text and cannot be trained'
-_OF_TURNS = frozenset(map(normalized_name, f'{_SPEAKERS} {_VALUES}'.split()))
+_TURN_FIELDS = frozenset(map(normalized_name, f'{_SPEAKERS} {_VALUES}'.split()))
 
 
 class RowFields(Mapping):
-  """A row or a turn, of which each field that is taken counts as used.
+  """A row or a turn that records the fields that are read.
 
-  A field that is null is absent, as tables have no other way to say so, and so
-  is one that config.data.ignore_fields names.
+  Fields that are null, the way of tables to leave a field out, or that
+  config.data.ignore_fields names are absent.
   """
 
   def __init__(
@@ -184,8 +183,8 @@ class RowFields(Mapping):
   ):
     """
     Args:
-      where: named in errors; 'the row', or a turn of it.
-      unused: told of the fields that nothing reads.
+      where: 'the row' or 'turn 2', for messages.
+      unused: collects the names of fields that are not read.
     """
     self._unused = unused if unused is not None else UnusedFields()
     self._values, self._names_read = {}, set()
@@ -211,13 +210,13 @@ class RowFields(Mapping):
     return len(self._values)
 
   def get_alias(self, names: Iterable[str]) -> tuple[str, Any]:
-    """(name, value) of the one of several spellings that has a value.
+    """(name, value) of the first of several names of a field that has a value.
 
     Returns:
-      ('', None) where none has.
+      ('', None) if none has.
 
     Raises:
-      BadRow: two of them have different values.
+      BadRow: two of the names have different values.
     """
     pairs = [(name, self[name]) for name in names if name in self]
     pairs = [(n, v) for n, v in pairs if v not in ('', [], {})] or pairs
@@ -230,30 +229,30 @@ class RowFields(Mapping):
     return pairs[0] if pairs else ('', None)
 
   def close(self, texts: Collection[str] = ()) -> None:
-    """Refuses or lists the fields that nobody has taken.
+    """Refuses or lists the fields that were not read.
 
     Args:
-      texts: of the row, stripped: a field that only repeats some of them loses
-        nothing.
+      texts: the stripped texts that were read. A field that only repeats them
+        is listed, not refused.
 
     Raises:
-      BadRow: a field that changes the meaning is left.
+      BadRow: a field that changes the meaning of the row was not read.
     """
-    of_row = self._where == 'the row'
+    is_row = self._where == 'the row'
     for name, value in self._values.items():
       if name in self._names_read:
         continue
       key, description = normalized_name(name), meaning(name)
-      if key in _OF_TURNS and of_row:
+      if key in _TURN_FIELDS and is_row:
         description = ''
-      needless = (
+      redundant = (
         not description
-        or _says_nothing(name, value)
+        or _is_default(name, value)
         or _repeats(value, texts)
-        or of_row
+        or is_row
         and _renders(name, value, texts)
       )
-      if not needless:
+      if not redundant:
         raise BadRow(
           f'{self._where} has {name!r}, {description}, and nothing reads it '
           'here; give it in a field that is read, remove the row, or leave '
@@ -262,49 +261,52 @@ class RowFields(Mapping):
       self._list(name)
 
   def _list(self, name: str) -> None:
-    of_turns = '' if self._where == 'the row' else ' (of turns)'
-    self._unused.add(name + of_turns)
+    suffix = '' if self._where == 'the row' else ' (of turns)'
+    self._unused.add(name + suffix)
 
 
 def meaning(name: str) -> str:
-  """The meaning of a field whose loss would change a row; '' of any other."""
+  """The meaning of a field that changes the row; '' for any other field."""
   key = normalized_name(name)
-  if key in _MEANINGFUL:
-    return _MEANINGFUL[key]
+  if key in _MEANINGS:
+    return _MEANINGS[key]
   patterns = (
-    (_OF_LOSS, _MARKS),
-    (_OF_NO_LOSS, _MARKS),
+    (_LOSS_FIELD, _TRAINED_MARK),
+    (_NO_LOSS_FIELD, _TRAINED_MARK),
     (_THOUGHTS, 'which is a thought of the assistant'),
     (_MEDIA, _MEDIUM),
   )
   return next(
-    (description for form, description in patterns if form.fullmatch(key)), ''
+    (
+      description for pattern, description in patterns if pattern.fullmatch(key)
+    ),
+    '',
   )
 
 
-def _says_nothing(name: str, value: Any) -> bool:
-  """Whether a row is the same without a field of this value."""
+def _is_default(name: str, value: Any) -> bool:
+  """Whether a row has the same meaning without a field of this value."""
   if _is_empty(value) or value in ('[]', '{}', 'null'):
     return True
   key = normalized_name(name)
-  # A mask of 1 may mark what is trained or what is not.
+  # It is unknown whether a mask of 1 means trained or masked.
   if key.startswith('mask') and key != 'masked':
     return False
-  if meaning(name) == _MARKS:
+  if meaning(name) == _TRAINED_MARK:
     trained = key in map(
       normalized_name, _TARGETS.split()
-    ) or _OF_LOSS.fullmatch(key)
+    ) or _LOSS_FIELD.fullmatch(key)
     return value in _TRAINED if trained and key != 'masked' else value is False
   if key in ('label', 'margin'):
-    # KTO's; a category in words is metadata.
+    # KTO's labels are booleans; a text is the name of a class.
     return isinstance(value, str)
   if _MEDIA.fullmatch(key):
     return value is False
-  return key in ('toolchoice', 'functioncall') and value == _FREE_CHOICE
+  return key in ('toolchoice', 'functioncall') and value == _DEFAULT_TOOL_CHOICE
 
 
 def _is_empty(value: Any) -> bool:
-  """Whether a value holds nothing, as lists and objects of nulls do."""
+  """Whether a value is empty, or a list or object of empty values."""
   if isinstance(value, Mapping):
     value = list(value.values())
   if isinstance(value, list):
@@ -313,10 +315,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _renders(name: str, value: Any, texts: Collection[str]) -> bool:
-  """Whether a row's 'text' is all of the row again, in a template's words.
-
-  It is alpaca's fourth column.
-  """
+  """Whether a field is alpaca's 'text', the row rendered by a template."""
   lines = [line.strip() for text in texts for line in text.splitlines()]
   if name != 'text' or not isinstance(value, str) or not lines:
     return False
@@ -324,7 +323,7 @@ def _renders(name: str, value: Any, texts: Collection[str]) -> bool:
 
 
 def _repeats(value: Any, texts: Collection[str]) -> bool:
-  """Whether a value is some of the texts, in whatever form."""
+  """Whether a value holds only texts of `texts`, as text, turn or list."""
   if isinstance(value, str):
     return value.strip() in texts
   if isinstance(value, Mapping):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Percentile bootstrap over examples and seeds, the same for every run.
 
-Letters: n examples, p prompts. Sources: Efron and Tibshirani, An Introduction
-to the Bootstrap, 1993, chapter 13; for seeds, which are crossed with the
-examples, Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1(2),
-2007: each of the two is resampled by itself.
+Shapes have n examples and p prompts. Sources: Efron and Tibshirani, An
+Introduction to the Bootstrap, 1993, chapter 13. Seeds are crossed with
+examples, and the two are resampled independently, as in Owen, The pigeonhole
+bootstrap, Annals of Applied Statistics 1(2), 2007.
 """
 
 import zlib
@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 DRAWS = 2000
-# Per cent of the draws between the ends of an interval.
-_PERCENT = (2.5, 97.5)
-# Cells of the table of counts that are held at once: 32 MB.
-_CELLS = 1 << 22
+_PERCENTILES = (2.5, 97.5)
+# Entries of the array of resampling counts, 32 MB of float64.
+_MAX_COUNTS = 1 << 22
 
 
 def means(
@@ -28,22 +27,23 @@ def means(
 ) -> np.ndarray:
   """Weighted means of resampled examples: float64 [draws, p].
 
-  An example is drawn with all of its prompts, since they share it. The
-  resamples depend on n, `name`, `draws` and `seed` alone, so two runs on the
-  same examples can be compared draw by draw. A draw without any weight for a
-  prompt is NaN there.
+  An example is drawn with all of its prompts. The resamples depend on n,
+  `name`, `draws` and `seed` alone, so that two runs on the same examples can
+  be compared draw by draw. The mean of a prompt without any weight in a draw
+  is NaN.
 
   Args:
-    each: float [n, p], the sum of an example's figure in each prompt.
+    each: float [n, p], an example's summed score in each prompt.
     weights: float [n, p]; 0 where a prompt lacks the example.
-    name: of the task; tasks are resampled independently.
+    name: the task's name; tasks are resampled independently.
+    draws: the number of resamples.
   """
   n = len(each)
   rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
-  at_once = max(1, _CELLS // n)
+  chunk_size = max(1, _MAX_COUNTS // n)
   parts = []
-  for start in range(0, draws, at_once):
-    size = min(at_once, draws - start)
+  for start in range(0, draws, chunk_size):
+    size = min(chunk_size, draws - start)
     counts = rng.multinomial(n, np.full(n, 1 / n), size).astype(np.float64)
     total, weight = counts @ each, counts @ weights
     with np.errstate(invalid='ignore', divide='ignore'):
@@ -54,20 +54,20 @@ def means(
 def seed_weights(count: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
   """Weights of resampled seeds: float64 [draws, count]; rows sum to one.
 
-  Rows with as many seeds get the same resamples, so that draws of theirs can
-  be subtracted. Of two seeds a draw is one of them, or with probability 1/2
-  their mean.
+  The resamples depend on `count`, so that the draws of two methods with as
+  many seeds can be subtracted. With two seeds a draw is one seed, or with
+  probability 1/2 their mean.
   """
   rng = np.random.default_rng((seed, zlib.crc32(b'seeds')))
   return rng.multinomial(count, np.full(count, 1 / count), draws) / count
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-  """The 95 % percentile interval of draws [draws]; NaNs are passed over.
+  """(low, high): the 95 % percentile interval of draws [draws].
 
-  Percentiles between two draws are interpolated linearly.
+  NaNs are ignored. Percentiles between two draws are interpolated linearly.
   """
-  low, high = np.nanpercentile(values, _PERCENT)
+  low, high = np.nanpercentile(values, _PERCENTILES)
   return float(low), float(high)
 
 
@@ -76,20 +76,21 @@ def table(
   each: Sequence[Sequence[float]],
   weights: Sequence[Sequence[float]],
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Figures of p prompts side by side: each [n, p] and weights [n, p].
+  """Aligns the scores of p prompts by example: (each, weights), [n, p] each.
 
-  The rows are the different idx of all prompts in ascending order. What a
-  prompt has of one idx is added up; what it lacks is zero.
+  The n rows are the different `idx` of all prompts in ascending order. Entries
+  of a prompt with equal `idx` are summed; missing entries are zero.
 
   Args:
-    idx, each, weights: of every prompt, of equal lengths within a prompt.
+    idx, each, weights: one sequence per prompt, equally long in a prompt.
   """
-  keys = np.unique(
-    np.concatenate([np.asarray(numbers, np.int64) for numbers in idx])
+  all_idx = np.unique(
+    np.concatenate([np.asarray(prompt_idx, np.int64) for prompt_idx in idx])
   )
-  sums = np.zeros((2, len(keys), len(idx)))
-  for p, numbers in enumerate(zip(idx, each, weights, strict=True)):
-    rows = np.searchsorted(keys, np.asarray(numbers[0], np.int64))
-    np.add.at(sums[0, :, p], rows, np.asarray(numbers[1], np.float64))
-    np.add.at(sums[1, :, p], rows, np.asarray(numbers[2], np.float64))
-  return sums[0], sums[1]
+  scores, totals = np.zeros((2, len(all_idx), len(idx)))
+  prompts = zip(idx, each, weights, strict=True)
+  for p, (prompt_idx, prompt_each, prompt_weights) in enumerate(prompts):
+    rows = np.searchsorted(all_idx, np.asarray(prompt_idx, np.int64))
+    np.add.at(scores[:, p], rows, np.asarray(prompt_each, np.float64))
+    np.add.at(totals[:, p], rows, np.asarray(prompt_weights, np.float64))
+  return scores, totals

@@ -18,21 +18,22 @@ from moepeft.data.readers import READERS, jsonl_rows
 from moepeft.tasks import Example
 
 SPLITS = ('seen', 'held_out')
-# Above this many different targets, a template's answers count as open.
+# A template with more different targets is open-ended, not multiple choice.
 _MAX_CHOICES = 8
-# Groups of rows that no run was trained on, and of the run's own data.
+# Groups: rows of config.evaluation.path or --data, and a run's held-out rows.
 EVALUATION, VALIDATION = 'evaluation', 'validation'
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptExamples:
-  """The examples of one prompt of a task.
+  """The examples of one prompt (template) of a task.
 
   Attributes:
-    group: of an embedded task, or 'validation' or 'evaluation'.
-    task: a dataset or an embedded task.
-    name: of the prompt; '' where its rows have none, or it stands for all.
-    examples: each with an `idx` that its task's other prompts share.
+    group: the group of an embedded task, or VALIDATION or EVALUATION.
+    task: the name of a dataset or of an embedded task.
+    name: the prompt's name; '' if its rows have none, or for all prompts.
+    examples: examples with an `idx` that is the same in the task's other
+      prompts.
   """
 
   group: str
@@ -42,21 +43,21 @@ class PromptExamples:
 
   @property
   def templates(self) -> str:
-    """The templates' split: one of `SPLITS` in embedded tasks, else ''."""
+    """One of `SPLITS` for embedded tasks, else ''."""
     return '' if self.group in (VALIDATION, EVALUATION) else self.name
 
 
 def training_prompts(
   config: ConfigDict, held_out: Sequence[Example], train=None
 ) -> list[PromptExamples]:
-  """The prompts that are ranked before and after training.
+  """Prompts of held-out examples that are ranked before and after training.
 
-  Their examples are held out; the name of a prompt of embedded tasks says
-  whether its templates are of training.
+  A prompt of embedded tasks is named by its templates' split, 'seen' (in
+  training) or 'held_out'.
 
   Args:
-    held_out: rows of the training source.
-    train: the training rows, which give closed templates their choices.
+    held_out: held-out rows of the training source.
+    train: its training rows, whose targets are the choices of a template.
   """
   e = config.evaluation
   if READERS.lookup(config.data.source).evaluates_tasks:
@@ -75,13 +76,13 @@ def training_prompts(
 def validation_rows(
   config: ConfigDict, sources: TrainingData, collator: Collator
 ) -> list:
-  """Held-out examples, as ids, that the validation loss is of."""
+  """The tokenized held-out examples of the validation loss."""
   e = config.evaluation
   return sources.validation(collator, e.max_batches * e.batch_size)
 
 
 def examples_of(held_out: Sequence) -> list[Example]:
-  """The rows that are examples yet: texts and conversations are ids."""
+  """The rows that are `Example`s; texts and conversations are tokenized."""
   return [e for e in held_out if isinstance(e, Example)]
 
 
@@ -109,40 +110,41 @@ def _embedded_prompts(config: ConfigDict) -> list[PromptExamples]:
 def _by_task(
   group: str, rows: Iterable[Example], max_examples: int
 ) -> list[PromptExamples]:
-  """Rows by task, whatever their prompts."""
+  """One `PromptExamples` per task, of all its prompts."""
   by_task = collections.defaultdict(list)
   for row in rows:
     by_task[row.task].append(row)
   return [
-    PromptExamples(group, task, '', tuple(evenly_spaced(of_task, max_examples)))
-    for task, of_task in sorted(by_task.items())
+    PromptExamples(
+      group, task, '', tuple(evenly_spaced(task_rows, max_examples))
+    )
+    for task, task_rows in sorted(by_task.items())
   ]
 
 
 def prompts(
   group: str, rows: Iterable[Example], max_examples: int
 ) -> list[PromptExamples]:
-  """Rows by task and prompt, the same examples in all prompts of a task.
+  """One `PromptExamples` per prompt, with equal `idx` in a task's prompts.
 
-  Examples are spread evenly over those that a task has; a prompt that lacks
-  some of them has fewer. Rows without an `idx` are counted in their prompt.
+  Evenly spaced examples of a task are selected; a prompt that lacks some of
+  them has fewer examples. Rows without an `idx` are numbered in their prompt.
 
   Args:
-    max_examples: of a prompt.
+    max_examples: the maximum number of examples of a prompt.
   """
-  tables = collections.defaultdict(lambda: collections.defaultdict(list))
+  by_task = collections.defaultdict(lambda: collections.defaultdict(list))
   for row in rows:
-    of_prompt = tables[row.task][row.template]
-    of_prompt.append(_with_idx(row, len(of_prompt)))
+    prompt_rows = by_task[row.task][row.template]
+    prompt_rows.append(_with_idx(row, len(prompt_rows)))
   result = []
-  for task, by_name in sorted(tables.items()):
-    numbers = sorted({e.idx for e in sum(by_name.values(), [])})
-    chosen = set(evenly_spaced(numbers, max_examples))
-    for name, of_prompt in sorted(by_name.items()):
-      examples = tuple(e for e in of_prompt if e.idx in chosen)
-      result += (
-        [PromptExamples(group, task, name, examples)] if examples else []
-      )
+  for task, by_name in sorted(by_task.items()):
+    indices = sorted({e.idx for e in sum(by_name.values(), [])})
+    selected = set(evenly_spaced(indices, max_examples))
+    for name, prompt_rows in sorted(by_name.items()):
+      examples = tuple(e for e in prompt_rows if e.idx in selected)
+      if examples:
+        result.append(PromptExamples(group, task, name, examples))
   return result
 
 
@@ -151,10 +153,9 @@ def prompts_with_choices(
 ) -> list[PromptExamples]:
   """Prompts of a run's held-out rows that have choices.
 
-  The rows of config.evaluation.path are other data: training ranks them, and
-  `moepeft.evaluate --data` gives them rows under their own name.
-  Of the embedded tasks a prompt stands for the wordings that were seen in
-  training, or for those that were not.
+  Rows of config.evaluation.path are not among them: training ranks those, and
+  `moepeft.evaluate --data` evaluates them as other data. Embedded tasks have
+  two prompts: templates that were seen in training, and held-out templates.
   """
   e = config.evaluation
   if READERS.lookup(config.data.source).evaluates_tasks:
@@ -166,9 +167,12 @@ def prompts_with_choices(
 def whole_tasks(
   rows: Iterable[Example], max_examples: int
 ) -> list[PromptExamples]:
-  """Rows by task, whatever their prompts, at most so many of each.
+  """One `PromptExamples` per task, of all its prompts.
 
-  Rows without an `idx` are counted in their task.
+  Rows without an `idx` are numbered in their task.
+
+  Args:
+    max_examples: the maximum number of examples of a task.
   """
   return [
     dataclasses.replace(
@@ -179,15 +183,15 @@ def whole_tasks(
   ]
 
 
-def _with_idx(row: Example, place: int) -> Example:
-  """A row with its place as the `idx` that it lacks."""
-  return row if row.idx >= 0 else dataclasses.replace(row, idx=place)
+def _with_idx(row: Example, index: int) -> Example:
+  """Sets the `idx` of a row without one."""
+  return row if row.idx >= 0 else dataclasses.replace(row, idx=index)
 
 
 def digest(rows: Sequence[Example]) -> str | None:
-  """12 hexadecimal digits that tell data of one name apart; None of no rows.
+  """The first 12 hexadecimal digits of the SHA-256 of all fields of the rows.
 
-  They are of the SHA-256 of all fields of the rows, in their order.
+  None without rows.
   """
   if not rows:
     return None
@@ -201,10 +205,10 @@ def digest(rows: Sequence[Example]) -> str | None:
 def with_closed_choices(
   train: Sequence[Example], validation: Sequence[Example]
 ) -> list[Example]:
-  """The validation rows of templates with few answers, with their choices.
+  """Adds choices to the validation rows of templates with few answers.
 
-  The choices of a template are the targets that occur in training; rows whose
-  own target is not among them are left out.
+  The choices of a template are its targets in the training rows. Rows of other
+  templates, or whose target is not among the choices, are left out.
   """
   answers = collections.defaultdict(set)
   for e in train:
@@ -213,13 +217,6 @@ def with_closed_choices(
   for e in validation:
     choices = tuple(sorted(answers[e.task, e.template]))
     if 2 <= len(choices) <= _MAX_CHOICES and e.targets in choices:
-      ranked.append(
-        Example(
-          **{
-            **vars(e),
-            'choices': choices,
-            'label': choices.index(e.targets),
-          }
-        )
-      )
+      label = choices.index(e.targets)
+      ranked.append(dataclasses.replace(e, choices=choices, label=label))
   return ranked

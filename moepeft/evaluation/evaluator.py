@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures a model on held-out rows, while it trains and afterwards."""
+"""Evaluates a model on held-out rows, during training and afterwards."""
 
 import collections
 import contextlib
@@ -42,9 +42,9 @@ from moepeft.objectives import Objective
 from moepeft.tasks import Example
 
 Progress = Callable[[int], None]
-# Examples that are measured together: a kill loses no more than these, and
-# fewer would leave more batches half empty.
-_PORTION = 512
+# Examples that are evaluated before their results are saved. A kill loses at
+# most these; smaller chunks would leave more batches half empty.
+_CHUNK_EXAMPLES = 512
 
 
 def _no_progress(count: int) -> None:
@@ -52,9 +52,9 @@ def _no_progress(count: int) -> None:
 
 
 class Evaluator:
-  """Validation loss, accuracy, likelihood and text metrics of one model.
+  """Computes the validation loss, accuracy, likelihood and text metrics.
 
-  Programs are compiled at first use, one for each shape of a batch.
+  Programs are compiled at first use, one for each batch shape.
   """
 
   def __init__(
@@ -73,25 +73,25 @@ class Evaluator:
   ):
     """
     Args:
-      lengths: tokens that inputs and targets are cut to.
-      batch_size: rows of the longest batches, rounded up to a multiple of the
-        mesh's devices.
-      validation: rows, as ids, that `validation` reads.
-      collator, objective: of `validation`; both are needed where it has rows.
-      prompts: what calling the evaluator ranks; encoded here, so that faults
-        are found before a run begins.
+      lengths: maximum tokens of the inputs and of the targets.
+      batch_size: rows of the batches with the longest rows, rounded up to a
+        multiple of the mesh's devices.
+      validation: tokenized rows of the validation loss.
+      collator, objective: of the validation loss; needed if there are rows.
+      prompts: examples that `__call__` ranks. They are tokenized here, so that
+        errors are raised before training starts.
       eos_token_ids: ids that end a generated answer; by default the
-        tokenizer's.
-      mesh: the one that the variables lie on; by default, all devices.
+        tokenizer's EOS.
+      mesh: the mesh of the variables; by default, of all devices.
     """
     self._mesh = sharding.make_mesh() if mesh is None else mesh
-    self._rows = sharding.round_up(self._mesh, batch_size)
+    self._batch_rows = sharding.round_up(self._mesh, batch_size)
     self._model_args = (model, tokenizer, *lengths, batch_size, self._mesh)
     self._eos_token_ids = eos_token_ids
     self._ranker = Ranker(*self._model_args)
     self._prompts = prompts
     self._encoded = self._ranker.prepare(_examples(prompts))
-    self._batches = list(_batches(validation, self._rows, collator))
+    self._batches = list(_make_batches(validation, self._batch_rows, collator))
 
     def objective_sums(variables, batch):
       batch = objective.prepare(model.apply, variables, batch)
@@ -119,21 +119,22 @@ class Evaluator:
     step: int,
     validated: dict[str, float] | None = None,
   ) -> dict[str, Any]:
-    """Validation loss and accuracies, printed in a line and returned.
+    """Prints and returns the validation loss and the accuracies.
+
+    If a score is not finite, the accuracies are left out and a warning is
+    printed, so that training goes on.
 
     Args:
-      validated: the result of `validation` for these variables, if there is
-        one.
-
-    Where the weights are not finite there are no accuracies, and a line says
-    so: hours of training are not lost for it.
+      when: a label such as 'before training', for the printed line.
+      validated: the result of `validation` for these variables, if it is
+        known.
     """
     lines = []
-    num_unrankable = sum(ids.has_equal_choices for ids in self._encoded)
-    ranked = len(self._encoded) - num_unrankable
-    batches = 0 if validated else self.validation_rows
+    num_unrankable = sum(e.has_equal_choices for e in self._encoded)
+    num_ranked = len(self._encoded) - num_unrankable
+    validation_rows = 0 if validated else self.validation_rows
     evaluation: dict[str, Any] = {'when': when, 'step': step}
-    with _progress(batches + len(self._encoded), when) as progress:
+    with _progress(validation_rows + len(self._encoded), when) as progress:
       if self._batches:
         validated = validated or self.validation(variables, progress)
         evaluation |= validated
@@ -151,27 +152,27 @@ class Evaluator:
     rows = summary.accuracy_rows(self._prompts, measured)
     means = summary.mean_accuracies(rows)
     if means:
-      shown = (f'{name} {value:.3f}' for name, value in means.items())
-      lines.append(f'accuracy {", ".join(shown)}')
+      texts = (f'{name} {value:.3f}' for name, value in means.items())
+      lines.append(f'accuracy {", ".join(texts)}')
     text = '; '.join(lines) or 'no held-out rows, nothing to judge by'
     print(f'{when}: {text}', flush=True)
-    cut = sum(ids.cut for ids in self._encoded if not ids.has_equal_choices)
-    for line in summary.warnings(ranked, cut, num_unrankable):
+    num_cut = sum(e.cut for e in self._encoded if not e.has_equal_choices)
+    for line in summary.warnings(num_ranked, num_cut, num_unrankable):
       print(line, flush=True)
     return evaluation | {'rows': rows, 'means': means}
 
   @property
   def validation_rows(self) -> int:
-    """Rows that `validation` reads, those that fill its last batch included."""
-    return self._rows * len(self._batches)
+    """The rows of all validation batches, padding rows included."""
+    return self._batch_rows * len(self._batches)
 
   def validation(
     self, variables: Tree, progress: Progress = _no_progress
   ) -> dict[str, float]:
-    """The objective's loss on the validation rows, and its metrics.
+    """The objective's loss and metrics on the validation rows.
 
     Args:
-      progress: called with the rows of each batch that is done.
+      progress: called after each batch with its number of rows.
 
     Returns:
       {'validation_loss': ..., 'validation_margins': ...}; a metric without
@@ -184,7 +185,7 @@ class Evaluator:
         total, count = map(float, pair)
         sums[key, 'total'] += total
         sums[key, 'count'] += count
-      progress(self._rows)
+      progress(self._batch_rows)
     names = dict.fromkeys(key for key, _ in sums)
     return {
       f'validation_{key}': sums[key, 'total'] / sums[key, 'count']
@@ -201,42 +202,42 @@ class Evaluator:
     info: EvalInfo,
     partial: PartialResults,
   ) -> list[Result]:
-    """All results of a plan, with progress on stderr.
+    """Evaluates a plan and returns its results, with progress on stderr.
 
     Args:
-      partial: results that are there are not measured again; the others are
-        added, some prompts at a time.
+      partial: the results so far, which are not computed again. New results
+        are added to it, some prompts at a time.
 
     Raises:
-      ValueError: a metric's library is missing, or a metric sees nothing of a
-        target.
+      ValueError: a metric's library is not installed, or a target is empty
+        after a metric's normalization.
     """
     pairs = [(p, name) for name, prompts in plan.items() for p in prompts]
-    there = sum(partial.get(*pair) is not None for pair in pairs)
-    if there:
-      print(f'{there} of {len(pairs)} rows are in {partial.path}; going on')
+    num_done = sum(partial.get(*pair) is not None for pair in pairs)
+    if num_done:
+      print(f'{num_done} of {len(pairs)} rows are in {partial.path}; going on')
     results = []
-    for names, prompts in _passes(plan):
+    for names, prompts in _group_by_pass(plan):
       missing = [
         prompt
         for prompt in prompts
         if any(partial.get(prompt, name) is None for name in names)
       ]
       if missing:
-        measure, verb = self._measure_of(names, missing)
+        measure, verb = self._measure_fn(names, missing)
         with _progress(len(_examples(missing)), verb) as progress:
-          for portion in _portions(missing):
-            measured = measure(variables, portion, progress)
+          for chunk in _chunks(missing):
+            measured = measure(variables, chunk, progress)
             partial.add(make_result(info, m) for m in measured)
       stored = [partial.get(p, name) for p in prompts for name in names]
       # A prompt that cannot be ranked has no result.
       results += [result for result in stored if result is not None]
     return results
 
-  def _measure_of(
+  def _measure_fn(
     self, names: tuple[str, ...], prompts: Sequence[PromptExamples]
   ) -> tuple[Callable[..., list[Measurement]], str]:
-    """(the method that measures some metrics, its verb for progress)."""
+    """(the method that computes the metrics, the verb of its progress line)."""
     if names == (ACCURACY,):
       return self.accuracy, 'ranked'
     if names == (LOSS,):
@@ -253,25 +254,25 @@ class Evaluator:
   ) -> list[Measurement]:
     """Accuracy of each prompt by rank classification of its choices.
 
-    Examples with two equal choices are left out, and prompts of which none is
-    left.
+    Examples with two equal choices are left out, and so are prompts without
+    any other example.
 
     Args:
-      encoded: the prompts' examples from `Ranker.prepare`, if they are there.
+      encoded: the prompts' examples from `Ranker.prepare`, if they are known.
 
     Raises:
-      NonFiniteScoreError: a score is no finite number.
+      NonFiniteScoreError: a score is not finite.
     """
     if encoded is None:
       encoded = self._ranker.prepare(_examples(prompts))
-    rankable = [ids for ids in encoded if not ids.has_equal_choices]
+    rankable = [e for e in encoded if not e.has_equal_choices]
     if len(rankable) < len(encoded):
       progress(len(encoded) - len(rankable))
-    # All prompts at once: fewer batches that are not full.
+    # All prompts in one call, so that fewer batches are not full.
     predicted = iter(self._ranker.predict(variables, rankable, progress))
     measured = []
-    for prompt, rows in _by_prompt(prompts, encoded):
-      pairs = zip(prompt.examples, rows, strict=True)
+    for prompt, prompt_encoded in _split_by_prompt(prompts, encoded):
+      pairs = zip(prompt.examples, prompt_encoded, strict=True)
       pairs = [(e, ids) for e, ids in pairs if not ids.has_equal_choices]
       if not pairs:
         continue
@@ -297,14 +298,14 @@ class Evaluator:
     prompts: Sequence[PromptExamples],
     progress: Progress = _no_progress,
   ) -> list[Measurement]:
-    """-log p of the targets of each prompt, in nats a token."""
+    """-log p of each prompt's targets, in nats per token."""
     examples = _examples(prompts)
     nll, tokens = self._likelihood.sums(variables, examples, progress)
     cut = self._likelihood.cut(examples)
-    scored = zip(nll, tokens, cut, strict=True)
+    scores = list(zip(nll, tokens, cut, strict=True))
     measured = []
-    for prompt, rows in _by_prompt(prompts, list(scored)):
-      each, weights, cuts = zip(*rows, strict=True)
+    for prompt, prompt_scores in _split_by_prompt(prompts, scores):
+      each, weights, prompt_cut = zip(*prompt_scores, strict=True)
       measured.append(
         measurement(
           prompt.task,
@@ -313,7 +314,7 @@ class Evaluator:
           idx=[e.idx for e in prompt.examples],
           each=each,
           weights=weights,
-          cut=int(np.sum(cuts)),
+          cut=int(np.sum(prompt_cut)),
         )
       )
     return measured
@@ -325,15 +326,14 @@ class Evaluator:
     prompts: Sequence[PromptExamples],
     progress: Progress = _no_progress,
   ) -> list[Measurement]:
-    """Metrics, by name, of the greedy answers to each prompt's examples."""
+    """Text metrics of the greedy answers to each prompt's examples."""
     examples = _examples(prompts)
     answers = self._generator.answers(variables, examples, progress)
     cut = self._generator.cut(examples)
+    outputs = list(zip(answers, cut, strict=True))
     measured = []
-    for prompt, rows in _by_prompt(
-      prompts, list(zip(answers, cut, strict=True))
-    ):
-      predictions, cuts = zip(*rows, strict=True)
+    for prompt, prompt_outputs in _split_by_prompt(prompts, outputs):
+      predictions, prompt_cut = zip(*prompt_outputs, strict=True)
       targets = [e.targets for e in prompt.examples]
       for name in names:
         each, value = METRICS[name].evaluate(predictions, targets)
@@ -345,7 +345,7 @@ class Evaluator:
             idx=[e.idx for e in prompt.examples],
             each=each,
             value=value,
-            cut=int(np.sum(cuts)),
+            cut=int(np.sum(prompt_cut)),
           )
         )
     return measured
@@ -357,8 +357,8 @@ def check_text_metrics(
   """Checks, before minutes of generation, that metrics can be computed.
 
   Raises:
-    ValueError: a metric's library is not installed, or a metric sees nothing
-      of a target.
+    ValueError: a metric's library is not installed, or a target is empty
+      after a metric's normalization.
   """
   targets = [e.targets for e in _examples(prompts)]
   for name in names:
@@ -370,10 +370,10 @@ def _examples(prompts: Sequence[PromptExamples]) -> list[Example]:
   return [e for prompt in prompts for e in prompt.examples]
 
 
-def _by_prompt(
+def _split_by_prompt(
   prompts: Sequence[PromptExamples], rows: Sequence
 ) -> Iterator[tuple[PromptExamples, Sequence]]:
-  """Each prompt with the rows of its examples, which are in one list."""
+  """Yields each prompt with its part of `rows`, one row per example."""
   start = 0
   for prompt in prompts:
     end = start + len(prompt.examples)
@@ -381,50 +381,56 @@ def _by_prompt(
     start = end
 
 
-def _passes(
+def _group_by_pass(
   plan: EvalPlan,
 ) -> list[tuple[tuple[str, ...], list[PromptExamples]]]:
-  """(metrics, their prompts), those of generated texts together."""
-  texts = tuple(name for name in plan if name in METRICS)
-  alone = [(name,) for name in plan if name not in METRICS]
-  return [(names, plan[names[0]]) for names in (*alone, texts) if names]
+  """(metrics, prompts) of each pass over the examples.
+
+  Text metrics share a pass, so that answers are generated once.
+  """
+  text_metrics = tuple(name for name in plan if name in METRICS)
+  single_metrics = [(name,) for name in plan if name not in METRICS]
+  return [
+    (names, plan[names[0]])
+    for names in (*single_metrics, text_metrics)
+    if names
+  ]
 
 
-def _portions(
+def _chunks(
   prompts: Sequence[PromptExamples],
 ) -> Iterator[list[PromptExamples]]:
-  """Prompts in their order, as few together as have `_PORTION` examples."""
-  portion = []
+  """Splits prompts into chunks of at least `_CHUNK_EXAMPLES` examples."""
+  chunk = []
   for prompt in prompts:
-    portion.append(prompt)
-    if len(_examples(portion)) >= _PORTION:
-      yield portion
-      portion = []
-  if portion:
-    yield portion
+    chunk.append(prompt)
+    if len(_examples(chunk)) >= _CHUNK_EXAMPLES:
+      yield chunk
+      chunk = []
+  if chunk:
+    yield chunk
 
 
-def _batches(rows: Sequence, size: int, collator: Collator | None):
-  """Batches of `size` rows, the last filled up with rows of no real token."""
+def _make_batches(rows: Sequence, batch_size: int, collator: Collator | None):
+  """Batches of `batch_size` rows; fully masked rows fill the last batch."""
   if not rows:
     return
-  # Packed where training is: the same sums of fewer tokens.
+  # Packed as in training: the sums are the same, with less padding.
   arrays = collator.rows(0, rows)
   count = len(next(iter(arrays.values())))
-  for start in range(0, count, size):
-    real = min(size, count - start)
-    places = np.minimum(np.arange(start, start + size), count - 1)
-    batch = {key: array[places] for key, array in arrays.items()}
+  for start in range(0, count, batch_size):
+    indices = np.minimum(np.arange(start, start + batch_size), count - 1)
+    batch = {key: array[indices] for key, array in arrays.items()}
     for key in batch:
       if key.endswith('_mask'):
-        batch[key][real:] = False
+        batch[key][count - start :] = False
     yield batch
 
 
 @contextlib.contextmanager
 def _progress(total: int, verb: str) -> Iterator[Progress]:
-  shown = Pass(total, verb)
+  progress = Pass(total, verb)
   try:
-    yield shown
+    yield progress
   finally:
-    shown.close()
+    progress.close()

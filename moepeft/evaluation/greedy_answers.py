@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy answers to the inputs of many examples.
 
-An input is a prompt in the form of the model's training, cut to a length.
+Inputs are encoded and truncated as in training.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from moepeft.tasks import Example
 
 
 class BatchGenerator:
-  """Answers examples greedily."""
+  """Generates greedy answers in batches."""
 
   def __init__(
     self,
@@ -34,23 +34,24 @@ class BatchGenerator:
   ):
     """
     Args:
-      max_new_tokens: EOS included.
-      batch_size: answers that a device computes at once.
-      eos_token_ids: ids that end an answer; by default the tokenizer's.
+      inputs_length: maximum tokens of the inputs, a soft prompt included.
+      max_new_tokens: maximum tokens of an answer, EOS included.
+      batch_size: answers that a device generates at once.
+      eos_token_ids: ids that end an answer; by default the tokenizer's EOS.
 
     Raises:
-      ValueError: `max_new_tokens` is below 1, or a decoder has no room for
-        inputs and answer.
+      ValueError: `max_new_tokens` is below 1, or the inputs and the answer
+        exceed a decoder's maximum length.
     """
     self._model, self._tokenizer = model, tokenizer
     self._decoder_only, self._batch_size = hasattr(model, 'extend'), batch_size
     if self._decoder_only:
-      # Of the longest inputs, so that it fails before anything runs.
-      limit = model.config.length
-      check_length(inputs_length, max_new_tokens, limit, decoder_only=True)
-    soft_prompt = model_prefix_ids(model)
+      # Checked for the longest inputs, before anything runs.
+      max_length = model.config.length
+      check_length(inputs_length, max_new_tokens, max_length, decoder_only=True)
+    prefix_ids = model_prefix_ids(model)
     self._max_inputs = length_after_prefix(
-      inputs_length, soft_prompt, 'the inputs'
+      inputs_length, prefix_ids, 'the inputs'
     )
     self._config = GenerationConfig(
       max_new_tokens, tuple(eos_token_ids) or (tokenizer.eos,)
@@ -58,8 +59,8 @@ class BatchGenerator:
     self._generator: Generator | None = None
 
   def cut(self, examples: Sequence[Example]) -> np.ndarray:
-    """Whether the inputs of each are cut: bool [n]."""
-    return np.array([self._ids(e.inputs)[1] for e in examples], bool)
+    """Whether each example's inputs are truncated: bool [n]."""
+    return np.array([self._encode(e.inputs)[1] for e in examples], bool)
 
   def answers(
     self,
@@ -70,7 +71,7 @@ class BatchGenerator:
     """The most probable continuation of each example's inputs, as text.
 
     Args:
-      progress: called with the number of examples that are newly done.
+      progress: called after each batch with its number of examples.
     """
     return self.texts(variables, [e.inputs for e in examples], progress)
 
@@ -80,8 +81,8 @@ class BatchGenerator:
     inputs: Sequence[str],
     progress: Callable[[int], None] = lambda answers: None,
   ) -> list[str]:
-    """`answers` of inputs alone."""
-    ids = [self._ids(text)[0] for text in inputs]
+    """The most probable continuation of each input, as text."""
+    ids = [self._encode(text)[0] for text in inputs]
     if self._generator is None:
       self._generator = Generator(
         self._model, variables, self._tokenizer, self._config, self._batch_size
@@ -89,11 +90,13 @@ class BatchGenerator:
     self._generator.update_weights(variables)
     return self._generator.generate_texts(ids, progress=progress)
 
-  def _ids(self, text: str) -> tuple[list[int], bool]:
-    """(ids of an input, whether it was cut to the limit)."""
+  def _encode(self, text: str) -> tuple[list[int], bool]:
+    """(ids of an input, whether it was truncated)."""
     if not self._decoder_only:
       return seq2seq.encode_truncated(self._tokenizer, text, self._max_inputs)
     ids = encode_example_prompt(self._tokenizer, text, decoder_only=True)
-    # The end of a prompt is what is answered.
-    short = decoder_only.keep_last(ids, self._max_inputs, self._tokenizer.bos)
-    return list(short), len(ids) > self._max_inputs
+    # A decoder continues the prompt's end, so its beginning is cut.
+    last_ids = decoder_only.keep_last(
+      ids, self._max_inputs, self._tokenizer.bos
+    )
+    return list(last_ids), len(ids) > self._max_inputs

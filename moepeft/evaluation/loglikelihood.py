@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-likelihood of targets: -log p of each, in nats."""
+"""Negative log-likelihood of targets, in nats."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from moepeft.core import sharding
 from moepeft.core.types import Array, Batch, Tree
-from moepeft.data.batching.bucketing import buckets, repeat_last
+from moepeft.data.batching.bucketing import make_buckets, repeat_last
 from moepeft.data.batching.collators import Collator, Seq2SeqCollator
 from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.tokenizers.tokenizer import Tokenizer
@@ -22,15 +22,15 @@ from moepeft.objectives.cross_entropy import token_losses
 from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
 
-# Below these, lengths of inputs and targets are not worth a program.
-_LEAST = 64, 16
+# The shortest (inputs, targets) lengths of a batch, to limit compilations.
+_MIN_LENGTHS = 64, 16
 
 
 def losses(model: Any, variables: Tree, batch: Batch) -> Array:
-  """-log p of each token of the targets in nats, 0 on padding: [b, t].
+  """-log p of each target token in nats, 0 without a loss: [b, t].
 
   Args:
-    batch: of `batching.seq2seq.pad_pairs`, or of
+    batch: a result of `batching.seq2seq.pad_pairs` or
       `batching.decoder_only.pad_samples`.
   """
   logits = model.apply(variables, batch)
@@ -39,7 +39,7 @@ def losses(model: Any, variables: Tree, batch: Batch) -> Array:
 
 
 class Likelihood:
-  """Scores the targets of examples, with one compiled program per shape."""
+  """Scores the targets of examples, with one program per batch shape."""
 
   def __init__(
     self,
@@ -63,10 +63,10 @@ class Likelihood:
       length = inputs_length + targets_length
       self._collator = CausalCollator(tokenizer, length, **options)
     self._mesh = sharding.make_mesh() if mesh is None else mesh
-    self._rows = sharding.round_up(self._mesh, batch_size)
+    self._batch_rows = sharding.round_up(self._mesh, batch_size)
 
   def cut(self, examples: Sequence[Example]) -> np.ndarray:
-    """Whether the inputs or targets of each are cut: bool [n]."""
+    """Whether each example's inputs or targets are truncated: bool [n]."""
     return np.array([self._collator.count_cut([e]) for e in examples], bool)
 
   def sums(
@@ -75,28 +75,29 @@ class Likelihood:
     examples: Sequence[Example],
     progress: Callable[[int], None] | None = None,
   ) -> tuple[np.ndarray, np.ndarray]:
-    """(-log p of each example's targets, how many tokens they are).
+    """(-log p, number of tokens) of each example's targets.
 
-    Targets are those of training: cut to the length, with EOS, which counts.
+    Targets are truncated as in training, and their EOS counts.
 
     Args:
-      progress: told after each batch how many more examples are done.
+      progress: called after each batch with its number of examples.
 
     Returns:
-      float64 [n] in nats, summed over tokens on the host; int64 [n].
+      float64 [n] in nats, summed over tokens; int64 [n].
     """
     encoded = self._collator.encode(examples)
     lengths, tokens = self._collator.sizes(encoded)
     nll = np.zeros(len(encoded), np.float64)
-    most = self._collator.lengths
-    for shape, places in buckets(
-      lengths, _LEAST[: len(most)], most, self._rows
+    max_lengths = self._collator.lengths
+    min_lengths = _MIN_LENGTHS[: len(max_lengths)]
+    for shape, indices in make_buckets(
+      lengths, min_lengths, max_lengths, self._batch_rows
     ):
-      filled = [encoded[i] for i in repeat_last(places, self._rows)]
-      batch = self._collator.resized(shape).pad(filled)
+      rows = [encoded[i] for i in repeat_last(indices, self._batch_rows)]
+      batch = self._collator.resized(shape).pad(rows)
       batch = sharding.shard_whole_batch(self._mesh, batch)
       losses = sharding.gather(self._losses(variables, batch))
-      nll[places] = losses[: len(places)].sum(axis=1, dtype=np.float64)
+      nll[indices] = losses[: len(indices)].sum(axis=1, dtype=np.float64)
       if progress is not None:
-        progress(len(places))
+        progress(len(indices))
     return nll, np.array(tokens, np.int64)

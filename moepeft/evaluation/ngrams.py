@@ -215,7 +215,7 @@ def row(item, predict: str, sentinels: Sequence[int]) -> PredictedText:
   if predict == 'spans':
     if isinstance(item, Sample):
       item = item.ids[~item.loss_mask], item.ids[item.loss_mask]
-    ids, hidden = spans.restore(*item, sentinels)
+    ids, hidden = spans.restore(*item[:2], sentinels)
     # The first target is always the first sentinel.
     return PredictedText(ids, hidden, spans.lengths(hidden), constant=1)
   if isinstance(item, Sample):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of evaluations: the prompts of each metric, and the results so far."""
+"""Evaluation plans: each metric's prompts, and partial results on disk."""
 
 import dataclasses
 import os
@@ -23,34 +23,34 @@ from moepeft.models import decoder_only
 from moepeft.runs.metrics_log import MetricsLog
 from moepeft.tasks import Example
 
-# {metric: the prompts that it is measured on}.
+# Metric name -> the prompts that it is computed on.
 EvalPlan = dict[str, list[PromptExamples]]
 
 
 def check_metrics(names: Sequence[str]) -> None:
   """
   Raises:
-    ValueError: there is no metric of a name.
+    ValueError: there is no metric of one of the names.
   """
   for name in names:
     metric_info(name)
 
 
 def check_length(run: LoadedModel, names: Sequence[str]) -> None:
-  """Checks that a decoder has positions for the text that it is to generate.
+  """Checks that prompts and answers fit into a decoder's maximum length.
 
   Raises:
-    ValueError: it has not, in the lengths of the run's config.
+    ValueError: config.data.length exceeds it, and a metric generates text.
   """
   data, model = run.config.data, run.model
-  generated = [name for name in names if name in METRICS]
-  if not decoder_only(model) or not generated:
+  text_metrics = [name for name in names if name in METRICS]
+  if not decoder_only(model) or not text_metrics:
     return
   if data.length > model.config.length:
     raise ValueError(
       f'prompts and generated answers have config.data.length={data.length:,} '
       f'tokens in this run, and the model has room for '
-      f'{model.config.length:,}; leave out {", ".join(generated)}, or train '
+      f'{model.config.length:,}; leave out {", ".join(text_metrics)}, or train '
       'with a lower length'
     )
 
@@ -58,12 +58,12 @@ def check_length(run: LoadedModel, names: Sequence[str]) -> None:
 def plan_from_rows(
   rows: Sequence[Example], names: Sequence[str], max_examples: int
 ) -> EvalPlan:
-  """The plan for the rows of a file or directory.
+  """Makes the plan for the rows of a file or directory.
 
   Args:
-    names: of metrics; none for accuracy where rows have choices and loss where
-      they have none.
-    max_examples: of a prompt.
+    names: metric names; empty for accuracy on rows with choices and loss on
+      all others.
+    max_examples: the maximum number of examples of a prompt.
   """
   if names:
     prompts = eval_sets.prompts(eval_sets.EVALUATION, rows, max_examples)
@@ -81,26 +81,26 @@ def plan_from_rows(
 def plan_from_run(
   run: LoadedModel, sources: TrainingData, names: Sequence[str] = ()
 ) -> EvalPlan:
-  """The plan for a run's held-out rows.
+  """Makes the plan for a run's held-out rows.
 
   Args:
-    names: of metrics; none for accuracy and loss, where rows have them.
+    names: metric names; empty for accuracy, if rows have choices, and loss.
 
   Raises:
-    ValueError: no held-out rows, or none with choices, have a named metric.
+    ValueError: there are no held-out rows for a named metric.
   """
   ranked = eval_sets.prompts_with_choices(run.config, sources)
   held_out = eval_sets.examples_of(sources.held_out)
-  whole = eval_sets.whole_tasks(held_out, run.config.evaluation.max_examples)
+  by_task = eval_sets.whole_tasks(held_out, run.config.evaluation.max_examples)
   plan = {
-    name: ranked if name == ACCURACY else whole
+    name: ranked if name == ACCURACY else by_task
     for name in metric_names()
     if name in (names or (ACCURACY, LOSS))
   }
-  lacking = [name for name, prompts in plan.items() if not prompts]
-  if names and lacking:
+  missing = [name for name, prompts in plan.items() if not prompts]
+  if names and missing:
     raise ValueError(
-      f"--metrics asks for {', '.join(lacking)}, of which the run's held-out "
+      f"--metrics asks for {', '.join(missing)}, of which the run's held-out "
       f'rows have none ({ACCURACY} is of rows with choices); name other rows '
       'with --data'
     )
@@ -108,32 +108,32 @@ def plan_from_run(
 
 
 class PartialResults:
-  """A file that gets each result once it is there, and is read after a kill."""
+  """A file of the results so far, from which a killed evaluation resumes."""
 
   def __init__(self, path: str, info: EvalInfo):
-    """Results of another evaluation than `info`'s are passed over.
+    """Reads the results in the file; those that differ in `info` are ignored.
 
     Args:
-      path: of the file; '' for none.
+      path: the file; '' to keep results in memory only.
 
     Raises:
-      ValueError: a line but the last, which a kill may have torn, is no result.
+      ValueError: a line is not a result. The last line may be incomplete.
     """
     self.path = path
     self._file = None
     self._results: dict[tuple[str, str, str], Result] = {}
     if not path:
       return
-    # This cuts a torn line off.
+    # Opening the log cuts an incomplete last line off.
     self._file = MetricsLog(path, info.step)
     expected = {key: value for key, value in vars(info).items() if key != 'run'}
     for result in results_lib.read(path) if os.path.getsize(path) else ():
       if expected.items() <= vars(result).items():
-        # The work directory may be spelt in another way.
+        # Another spelling of the work directory is the same run.
         self._store(dataclasses.replace(result, run=info.run))
 
   def get(self, prompt: PromptExamples, metric: str) -> Result | None:
-    """A prompt's result, if it is there and of the same examples."""
+    """A prompt's result, if there is one of the same examples."""
     result = self._results.get((prompt.task, prompt.name, metric))
     if result is None:
       return None
@@ -142,7 +142,7 @@ class PartialResults:
     return result if {*result.idx} <= {e.idx for e in prompt.examples} else None
 
   def add(self, results: Iterable[Result]) -> None:
-    """Adds results, in the file too.
+    """Adds results, and appends them to the file.
 
     Raises:
       OSError: the disk is full.

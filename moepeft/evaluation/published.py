@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's tables and ablations, read from published.toml.
+"""The paper's tables and ablation results, read from published.toml.
 
 Zadouri et al., Pushing mixture of experts to the limit, 2023
 (arXiv:2309.05444).
@@ -20,15 +20,15 @@ class Published:
   """One row of a table of the paper.
 
   Attributes:
-    name: the method, or the paper's name for its T0.
-    method: a method string; 'full' for the authors' T0, '' for Sanh et al.'s,
-      which none of our runs repeats.
-    percent: trained parameters as the paper counts them; None where
+    name: the method, or the paper's name of a T0 model.
+    method: a method string; 'full' for the authors' T0, '' for the T0 of Sanh
+      et al., which has no counterpart here.
+    percent: trained parameters in per cent, as the paper counts them; None if
       unknown.
     scores: accuracies in per cent in the order of `paper_metric.EIGHT`; None
-      where they were not recovered.
-    average: as printed.
-    note: a known fault of the row.
+      if unknown.
+    average: the printed average.
+    note: a known error of the row.
   """
 
   name: str
@@ -39,15 +39,15 @@ class Published:
   note: str = ''
 
   def cells(self) -> dict[str, float]:
-    """{dataset: per cent} and 'average' as printed, without missing ones."""
+    """{dataset: per cent}, and the printed 'average', as far as known."""
     cells = dict(zip(EIGHT, self.scores or (), strict=False))
     return cells | ({} if self.average is None else {'average': self.average})
 
   def recomputed(self) -> float | None:
-    """The mean of the cells, where that is not the printed average.
+    """The mean of the scores if it differs from the printed average.
 
-    Cells and average are rounded to 0.01, each by 0.005 at most, so the two
-    may be 0.01 apart.
+    Scores and average are rounded to 0.01, with an error of at most 0.005
+    each, so the two may be 0.01 apart.
     """
     if self.scores is None or self.average is None:
       return None
@@ -58,12 +58,12 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-  """A finding of the paper beside its tables.
+  """A result of the paper that is not in its tables.
 
   Attributes:
-    setting: where it was made.
-    finding: in words.
-    figures: {name: average accuracy in per cent, or the unit in its name}.
+    setting: the model and data.
+    finding: a sentence.
+    figures: name -> average accuracy in per cent, or in the unit of the name.
   """
 
   setting: str

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of an evaluation, with every example's score, so that runs pair up.
+"""Results of an evaluation, with each example's score for paired comparisons.
 
-A file of results has one JSON object a line for each task, prompt and metric.
+A results file has one JSON object per line, for each task, prompt and metric.
 """
 
 import collections
@@ -20,7 +20,7 @@ from moepeft.evaluation import bootstrap
 from moepeft.metrics import METRICS, MetricInfo
 
 HELD_OUT = 'held_out'
-# Metrics of likelihoods; those of generated texts are in `METRICS`.
+# Metrics of likelihoods; `METRICS` has the metrics of generated texts.
 ACCURACY, LOSS = 'accuracy', 'loss'
 _LIKELIHOOD_METRICS = {
   ACCURACY: MetricInfo(label='accuracy'),
@@ -41,9 +41,10 @@ def metric_names() -> tuple[str, ...]:
 
 
 def metric_info(name: str) -> MetricInfo:
-  """
+  """Looks up a metric by its name.
+
   Raises:
-    ValueError: there is no such metric; the message lists the names.
+    ValueError: there is no such metric; the message lists all names.
   """
   if name in _LIKELIHOOD_METRICS:
     return _LIKELIHOOD_METRICS[name]
@@ -61,18 +62,19 @@ class EvalInfo:
   """Facts that all results of one evaluation share.
 
   Attributes:
-    run: the work directory's path as it was given.
-    method: the method's text, 'none' for the base alone.
+    run: the work directory, as it was given.
+    method: the method string, 'none' for the base model without adapter.
     semantics: 'official' or 'paper'.
-    base: the base's name.
-    base_parameters, parameters: of the base, and trained.
-    seed, step: of the run.
+    base: the base model's name.
+    base_parameters, parameters: numbers of the base's and of trained
+      parameters.
+    seed, step: the run's seed and the checkpoint's step.
     data: the rows' file or directory, 'held_out' for the run's held-out rows.
-    data_sha: 12 hexadecimal digits of the SHA-256 of that data's content.
-    inputs_length, targets_length: tokens that texts were cut to, EOS included.
-    checkpoint: 'latest', 'best', 'base' or a step, as it was named.
+    data_sha: the first 12 hexadecimal digits of the SHA-256 of that data.
+    inputs_length, targets_length: maximum tokens of a text, EOS included.
+    checkpoint: 'latest', 'best', 'base' or a step, as it was given.
 
-  The last four are None in results that older versions wrote.
+  The last four are None in results of older versions.
   """
 
   run: str
@@ -92,19 +94,19 @@ class EvalInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-  """One metric of the examples of one prompt.
+  """The value of one metric on the examples of one prompt.
 
   Attributes:
     value: sum(each) / sum(weights), or a corpus metric's score.
     examples: the number of examples, n.
-    chance, majority: accuracies of guessing, and of always giving the most
-      frequent label; None for other metrics.
-    cut: measured examples whose text was cut to the model's lengths.
-    left_out: examples that could not be ranked.
-    idx: the examples [n].
-    each: scores [n]: 1 or 0, or nats; None for a corpus metric.
-    weights: [n]: 1, or an example's real target tokens; None for a corpus
-      metric.
+    chance, majority: the accuracy of guessing, and of always predicting the
+      most frequent label; None for other metrics.
+    cut: the number of examples whose text was truncated.
+    left_out: the number of further examples, which could not be ranked.
+    idx: [n], the `idx` of each example.
+    each: [n], each example's score: 1 or 0, or nats; None for a corpus metric.
+    weights: [n], each example's weight: 1, or its number of target tokens;
+      None for a corpus metric.
   """
 
   task: str
@@ -123,11 +125,10 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result(Measurement, EvalInfo):
-  """A line of a file of results.
+  """A line of a results file.
 
   Attributes:
-    low, high: ends of the value's 95 % bootstrap interval over examples; None
-      for none.
+    low, high: the value's 95 % bootstrap interval over examples, or None.
   """
 
   low: float | None
@@ -148,15 +149,15 @@ def measurement(
   cut: int = 0,
   left_out: int = 0,
 ) -> Measurement:
-  """A measurement with its value, from the scores of its examples.
+  """Makes a measurement of the scores of its examples.
 
   Args:
-    idx: the examples [n].
-    each: their scores [n]; None where `value` is the score of all of them.
+    idx: [n], the `idx` of each example.
+    each: [n], each example's score; None if `value` is a corpus metric's score.
     weights: [n]; by default 1 each.
 
   Raises:
-    ValueError: the value is no finite number.
+    ValueError: the value is not finite.
   """
   if each is not None:
     weights = (1,) * len(idx) if weights is None else weights
@@ -183,7 +184,7 @@ def measurement(
 
 
 def make_result(info: EvalInfo, measured: Measurement) -> Result:
-  """A measurement with its interval and the facts of its evaluation."""
+  """Adds a confidence interval and the evaluation's facts to a measurement."""
   low = high = None
   if measured.each is not None:
     table = bootstrap.table([measured.idx], [measured.each], [measured.weights])
@@ -199,19 +200,19 @@ def majority(labels: Sequence[int]) -> float:
 
 
 def write(path: str, results: Iterable[Result]) -> None:
-  """Writes a file of results: all of it or nothing.
+  """Writes a results file atomically.
 
   Raises:
-    OSError: the file cannot be written; its content before is whole.
+    OSError: the file cannot be written; its old content is unchanged.
   """
-  files.write_text(path, ''.join(map(_line, results)))
+  files.write_text(path, ''.join(map(_to_json, results)))
 
 
 def read(path: str) -> list[Result]:
-  """All results of a file.
+  """Reads all results of a file.
 
   Raises:
-    ValueError: no file or no results there, or a line that is no result.
+    ValueError: there is no file, it is empty, or a line is not a result.
   """
   if not os.path.exists(path):
     raise ValueError(
@@ -232,11 +233,11 @@ def read(path: str) -> list[Result]:
 
 
 def _as_tuple(values: Sequence[float] | None) -> tuple | None:
-  """Numbers as JSON has them."""
+  """NumPy arrays and numbers as a tuple of Python numbers."""
   return None if values is None else tuple(np.asarray(values).tolist())
 
 
-def _line(result: Result) -> str:
+def _to_json(result: Result) -> str:
   return json.dumps(vars(result), allow_nan=False, ensure_ascii=False) + '\n'
 
 
@@ -246,7 +247,7 @@ def _parse(line: str, path: str, number: int) -> Result:
     if isinstance(fields, dict) and 'measure' in fields:
       # The name of the field in files of versions before 0.2.
       fields['metric'] = fields.pop('measure')
-    error = _error(fields)
+    error = _find_error(fields)
   except untrusted.Malformed as e:
     error = str(e)
   if error:
@@ -258,12 +259,12 @@ def _parse(line: str, path: str, number: int) -> Result:
     key: fields[key] and tuple(fields[key])
     for key in ('idx', 'each', 'weights')
   }
-  method = renamed.translated_method(fields['method'])
+  method = renamed.translate_method(fields['method'])
   return Result(**fields | arrays | {'method': method})
 
 
-_TEXTS = ('run', 'method', 'semantics', 'base', 'data', 'task', 'prompt')
-_COUNTS = (
+_TEXT_FIELDS = ('run', 'method', 'semantics', 'base', 'data', 'task', 'prompt')
+_INT_FIELDS = (
   'base_parameters',
   'parameters',
   'seed',
@@ -272,9 +273,9 @@ _COUNTS = (
   'cut',
   'left_out',
 )
-_OPTIONAL = ('low', 'high', 'chance', 'majority')
+_OPTIONAL_FIELDS = ('low', 'high', 'chance', 'majority')
 # Fields that results of older versions lack.
-_LATER = {
+_NEWER_FIELDS = {
   'data_sha': str,
   'inputs_length': int,
   'targets_length': int,
@@ -282,27 +283,27 @@ _LATER = {
 }
 
 
-def _error(fields) -> str:
-  """The first fault of a line, in words; '' for none."""
+def _find_error(fields) -> str:
+  """A description of the first error of a line; '' if there is none."""
   if not isinstance(fields, dict):
     return 'expected a JSON object'
   names = {field.name for field in dataclasses.fields(Result)}
   missing, unknown = (
-    names - fields.keys() - _LATER.keys(),
+    names - fields.keys() - _NEWER_FIELDS.keys(),
     fields.keys() - names,
   )
   if missing or unknown:
     return f'it lacks {sorted(missing)}, and has the unknown {sorted(unknown)}'
-  for key in _TEXTS:
+  for key in _TEXT_FIELDS:
     if not isinstance(fields[key], str):
       return f'expected text in {key!r}, got {fields[key]!r}'
-  for key in _COUNTS:
+  for key in _INT_FIELDS:
     if type(fields[key]) is not int or not _is_number(fields[key]):
       return f'expected a whole number in {key!r}, got {fields[key]!r}'
-  for key, kind in _LATER.items():
+  for key, kind in _NEWER_FIELDS.items():
     if fields.get(key) is not None and type(fields[key]) is not kind:
       return f'expected {kind.__name__} or null in {key!r}, got {fields[key]!r}'
-  for key in ('value', *_OPTIONAL):
+  for key in ('value', *_OPTIONAL_FIELDS):
     number = fields[key]
     if not _is_number(number) and (number is not None or key == 'value'):
       return f'expected a number in {key!r}, got {number!r}'
@@ -311,10 +312,10 @@ def _error(fields) -> str:
       f'the metric is one of {", ".join(metric_names())}, got '
       f'{fields["metric"]!r} (the module of another is named with --imports)'
     )
-  return _array_error(fields)
+  return _find_array_error(fields)
 
 
-def _array_error(fields: dict) -> str:
+def _find_array_error(fields: dict) -> str:
   if (fields['each'] is None) != (fields['weights'] is None):
     return "one of 'each' and 'weights' is null, and the other is not"
   for key in ('idx', 'each', 'weights'):
@@ -331,7 +332,7 @@ def _array_error(fields: dict) -> str:
 
 
 def _is_number(value) -> bool:
-  # JSON has integers that no float holds.
+  # Larger integers of JSON overflow float64 or int64 arrays.
   if type(value) is int:
     return abs(value) < 2**63
   return type(value) is float and math.isfinite(value)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The validation loss of a run, as training reports it.
+"""Computes the validation loss of a run, as training reports it.
 
-Preference objectives are validated by their own loss and margins, all others
-by plain cross-entropy, whatever config.loss is, so that their runs compare.
+Preference objectives are validated by their own loss and margins. All others
+are validated by plain cross-entropy, so that runs with different config.loss
+compare.
 """
 
 from moepeft.checkpoints import base as base_lib
@@ -25,8 +26,8 @@ from moepeft.objectives.batches import make_collator
 from moepeft.objectives.paired_batch import ReferenceFn
 
 
-def collator_of(run: LoadedModel) -> collators.Collator:
-  """The collator of the batches that a run's objective reads."""
+def make_run_collator(run: LoadedModel) -> collators.Collator:
+  """Makes the collator of a run's objective."""
   config = run.config
   return make_collator(
     config,
@@ -43,16 +44,17 @@ def collator_of(run: LoadedModel) -> collators.Collator:
 def run_validation(
   run: LoadedModel, sources: TrainingData, workdir: str
 ) -> dict[str, float]:
-  """{'validation_loss': ...} and the objective's metrics; {} without rows.
+  """The run's validation loss and the objective's metrics; {} without rows.
 
   Args:
     sources: the run's data.
-    workdir: of the run, where precomputed references are.
+    workdir: the run's directory, which has precomputed references.
 
   Raises:
-    ValueError: the run's reference model has changed or is gone.
+    ValueError: the run's reference model has changed or is missing.
   """
-  config, collator, variables = run.config, collator_of(run), run.variables
+  config, variables = run.config, run.variables
+  collator = make_run_collator(run)
   reference, adapters, sources = _with_reference(
     run, sources, collator, workdir
   )
@@ -88,16 +90,18 @@ def _with_reference(
   if name != reference_model.PRECOMPUTED:
     reference = reference_model.make_reference(name, model, built, base)
     return *reference, sources
-  # By the policy as it began.
-  start = base_lib.initialise(base, model, config.seed)
+  # The reference is the policy before training.
+  initial_params = base_lib.initialise(base, model, config.seed)
   if config.model.adapter:
-    start = base_lib.with_adapter(start, built, config.model.adapter, base)
+    initial_params = base_lib.with_adapter(
+      initial_params, built, config.model.adapter, base
+    )
   log_p = reference_model.precomputed(
     workdir,
     sources.preferences,
     collator,
     model,
-    start,
+    initial_params,
     describe_run(base, built, config.seed),
     sharding.make_mesh(),
     config.evaluation.batch_size,

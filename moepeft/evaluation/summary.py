@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Summaries of results: accuracies by task, JSON, and lines for a terminal."""
+"""Summaries of results: accuracies by task, as JSON and for a terminal."""
 
 import collections
 import json
@@ -24,8 +24,8 @@ def accuracy_rows(
   """Accuracies of tasks over the examples of all their prompts.
 
   Returns:
-    For each task and kind of templates: group, task, templates, examples, cut,
-    accuracy, chance.
+    A dict of group, task, templates, examples, cut, accuracy and chance for
+    each task and split of templates.
   """
   keys = {(p.task, p.name): (p.group, p.task, p.templates) for p in prompts}
   by_task = collections.defaultdict(list)
@@ -37,25 +37,25 @@ def accuracy_rows(
       'group': group,
       'task': task,
       'templates': templates,
-      'examples': sum(m.examples for m in of_task),
-      'cut': sum(m.cut for m in of_task),
-      'accuracy': _mean(of_task, lambda m: m.value),
-      'chance': _mean(of_task, lambda m: m.chance),
+      'examples': sum(m.examples for m in task_measured),
+      'cut': sum(m.cut for m in task_measured),
+      'accuracy': _mean(task_measured, 'value'),
+      'chance': _mean(task_measured, 'chance'),
     }
-    for (group, task, templates), of_task in by_task.items()
+    for (group, task, templates), task_measured in by_task.items()
   ]
 
 
-def _mean(measured: Sequence[Measurement], of) -> float:
-  """A mean over examples of a number that each prompt has."""
-  if len(measured) == 1:
-    return of(measured[0])
-  counts = [m.examples for m in measured]
-  return float(np.average([of(m) for m in measured], weights=counts))
+def _mean(measured: Sequence[Measurement], field: str) -> float:
+  """The mean of a field over prompts, weighted by their examples."""
+  values = [getattr(m, field) for m in measured]
+  if len(values) == 1:
+    return values[0]
+  return float(np.average(values, weights=[m.examples for m in measured]))
 
 
 def mean_accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """{'group templates': the mean accuracy of its tasks}."""
+  """'group templates' -> the mean accuracy of its tasks."""
   groups = collections.defaultdict(list)
   for row in rows:
     groups[f'{row["group"]} {row["templates"]}'.strip()].append(row['accuracy'])
@@ -63,14 +63,15 @@ def mean_accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def before_after_table(before: Sequence[dict], after: Sequence[dict]) -> str:
-  """Accuracies before and after as text, with means of the groups.
+  """Accuracies before and after training, with means of the groups, as text.
+
+  Columns without any entry are left out.
 
   Args:
-    before, after: from `accuracy_rows`. Columns without any entry are left
-      out: templates, or `before` without rows.
+    before, after: from `accuracy_rows`; `before` may be empty.
   """
   keys = [(r['group'], r['task'], r['templates']) for r in after]
-  olds = {(r['group'], r['task'], r['templates']): r for r in before}
+  rows_before = {(r['group'], r['task'], r['templates']): r for r in before}
   lines = [_COLUMNS]
   for key, row in zip(keys, after, strict=True):
     lines.append(
@@ -78,19 +79,24 @@ def before_after_table(before: Sequence[dict], after: Sequence[dict]) -> str:
         *key,
         str(row['examples']),
         f'{row["chance"]:.3f}',
-        f'{olds[key]["accuracy"]:.3f}' if key in olds else '-',
+        f'{rows_before[key]["accuracy"]:.3f}' if key in rows_before else '-',
         f'{row["accuracy"]:.3f}',
       )
     )
-  old_means = mean_accuracies([olds[key] for key in keys if key in olds])
-  for key, value in mean_accuracies(after).items():
-    old = f'{old_means[key]:.3f}' if key in old_means else '-'
-    group, _, templates = key.partition(' ')
-    lines.append((group, 'MEAN', templates, '', '', old, f'{value:.3f}'))
-  unused = (
-    set() if any(templates for _, _, templates in keys) else {'templates'}
+  means_before = mean_accuracies(
+    [rows_before[key] for key in keys if key in rows_before]
   )
-  unused |= set() if before else {'before'}
+  for key, value in mean_accuracies(after).items():
+    value_before = f'{means_before[key]:.3f}' if key in means_before else '-'
+    group, _, templates = key.partition(' ')
+    lines.append(
+      (group, 'MEAN', templates, '', '', value_before, f'{value:.3f}')
+    )
+  unused = set()
+  if not any(templates for _, _, templates in keys):
+    unused.add('templates')
+  if not before:
+    unused.add('before')
   return results_table.aligned(
     [
       [
@@ -106,7 +112,7 @@ def before_after_table(before: Sequence[dict], after: Sequence[dict]) -> str:
 def warnings(
   total: int, cut: int, num_unrankable: int, kind: str = 'ranked examples'
 ) -> list[str]:
-  """Lines about examples that were cut or could not be ranked."""
+  """Lines about examples that were truncated or could not be ranked."""
   lines = []
   if cut:
     lines.append(
@@ -127,11 +133,11 @@ def summarize(
   prompts: Sequence[PromptExamples],
   results: Sequence[Result],
 ) -> dict[str, Any]:
-  """The summary of an evaluation: by task, by group, and the paper's metric.
+  """Makes the summary of an evaluation: scores by task, group and data set.
 
   Args:
-    method, step: of the run; 'none' for the base alone.
-    prompts: that were to be ranked.
+    method, step: the run's method, 'none' for the base, and its step.
+    prompts: the prompts of the plan's accuracy.
   """
   metrics = tuple(dict.fromkeys(result.metric for result in results))
   rows = accuracy_rows(prompts, results)
@@ -189,13 +195,13 @@ def print_summary(
   for key, value in summary.items():
     if key.endswith('_signature'):
       print(f'{key.removesuffix("_signature")}: {value}')
-  # A prompt's examples are the same ones in all of its metrics.
+  # All metrics of a prompt have the same examples, which count once.
   prompts = collections.defaultdict(list)
   for r in results:
     prompts[r.task, r.prompt].append((r.examples, r.cut, r.left_out))
-  most = [map(max, zip(*counts, strict=True)) for counts in prompts.values()]
+  counts = [map(max, zip(*c, strict=True)) for c in prompts.values()]
   total, cut, num_unrankable = (
-    map(sum, zip(*most, strict=True)) if most else (0, 0, 0)
+    map(sum, zip(*counts, strict=True)) if counts else (0, 0, 0)
   )
   for line in warnings(total, cut, num_unrankable, 'measured examples'):
     print(line)
@@ -204,5 +210,5 @@ def print_summary(
 
 
 def write(path: str, summary: Mapping[str, Any]) -> None:
-  """Writes it all or not at all."""
+  """Writes a summary as JSON, atomically."""
   files.write_text(path, json.dumps(summary, indent=2))

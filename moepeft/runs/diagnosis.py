@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's work directory in words: losses, routers, before and after.
+"""Describes a run in text: losses, routers, accuracies before and after.
 
-The end of training prints some of it, and the skill read-training-run all.
-Nothing here imports JAX or NumPy, so that the skill's script starts at once.
+Training prints the findings at its end, and the skill read-training-run prints
+the whole summary. This module does not import JAX or NumPy, so that the skill's
+script starts fast.
 """
 
 import math
@@ -17,29 +18,33 @@ from moepeft.runs.metrics_log import is_number
 from moepeft.runs.router_diagnosis import router_lines
 from moepeft.runs.run import Run
 
-# A run's ends are these shares of its rows, for medians of more than a step.
-_EDGE, _LATE = 0.1, 0.33
-# A loss this many times the least is divergence; over the median, a spike.
-_DIVERGED, _SPIKE = 1.5, 3.0
-# A rise of the validation loss that is more than noise.
-_RISE = 1.02
+# Share of a run's rows whose median is its first or last value.
+_EDGE_SHARE = 0.1
+# Share of the last rows that a trend is fitted to.
+_TREND_SHARE = 0.33
+# Ratio of the last loss to the lowest that counts as divergence.
+_DIVERGENCE_RATIO = 1.5
+# Ratio of a loss to the median of the losses before it that counts as a spike.
+_SPIKE_RATIO = 3.0
+# Ratio of the last validation loss to the best that is more than noise.
+_RISE_RATIO = 1.02
 
 
 def summary(folder: Path) -> str:
-  """All that there is to say, in some twenty lines; findings begin with '!'.
+  """Summarizes a run in about twenty lines; findings begin with '!'.
 
   Raises:
-    ValueError: there is no run, or its metrics are damaged; a sentence.
+    ValueError: there is no run, or its metrics are damaged.
   """
   run = Run(str(folder))
-  rows = _rows(Path(run.metrics_file))
+  rows = _read_rows(Path(run.metrics_file))
   trained = [row for row in rows if 'loss' in row]
   if not trained:
     raise ValueError(
       f'{run.metrics_file} has no rows of training; name the work '
       'directory of a run that has begun'
     )
-  config = _json(run.config_file)
+  config = _read_json(run.config_file)
   lines = [
     *_settings(config, trained, os.path.exists(run.summary_file)),
     *_losses(trained),
@@ -55,7 +60,7 @@ def summary(folder: Path) -> str:
 
 
 def findings(folder: Path) -> list[str]:
-  """The findings of `summary`, without '!'; none where there is no run."""
+  """The findings of `summary` without '!'; [] if there is no run."""
   try:
     lines = summary(folder).splitlines()
   except ValueError:
@@ -63,7 +68,7 @@ def findings(folder: Path) -> list[str]:
   return [line[2:] for line in lines if line.startswith('! ')]
 
 
-def _rows(path: Path) -> list[dict]:
+def _read_rows(path: Path) -> list[dict]:
   if not path.is_file():
     raise ValueError(f'{path} does not exist; name the work directory of a run')
   rows = []
@@ -71,14 +76,14 @@ def _rows(path: Path) -> list[dict]:
     try:
       row = untrusted.parse_json(line)
     except ValueError:
-      # A kill may leave a torn last line.
+      # The last line of a killed run may be incomplete.
       continue
     if isinstance(row, dict) and isinstance(row.get('step'), int):
       rows.append(row)
   return rows
 
 
-def _json(path: str) -> dict:
+def _read_json(path: str) -> dict:
   try:
     return untrusted.read_json_object(path)
   except (OSError, ValueError):
@@ -111,35 +116,38 @@ def _settings(config: dict, trained: list[dict], has_ended: bool) -> list[str]:
 
 def _losses(trained: list[dict]) -> list[str]:
   values = [(row['step'], row['loss']) for row in trained]
-  bad = [step for step, loss in values if not is_number(loss)]
-  good = [(step, loss) for step, loss in values if is_number(loss)]
-  # Infinite and undefined numbers are null in the file.
+  # Infinities and NaN are null in the file.
+  nonfinite = [step for step, loss in values if not is_number(loss)]
+  finite = [(step, loss) for step, loss in values if is_number(loss)]
   lines = []
-  if bad:
+  if nonfinite:
     lines.append(
-      f'! the loss is not a number in {len(bad)} steps, first at step {bad[0]}'
+      f'! the loss is not a number in {len(nonfinite)} steps, first at step '
+      f'{nonfinite[0]}'
     )
-  if not good:
+  if not finite:
     return lines
-  losses = [loss for _, loss in good]
-  first, last = _edge(losses, True), _edge(losses, False)
-  least_step, least = min(good, key=lambda pair: pair[1])
-  slope, clear = _trend(good)
-  trend = ('falling' if slope < 0 else 'rising') if clear else 'flat'
+  losses = [loss for _, loss in finite]
+  first, last = _first_median(losses), _last_median(losses)
+  lowest_step, lowest = min(finite, key=lambda pair: pair[1])
+  slope, is_significant = _trend(finite)
+  trend = 'flat'
+  if is_significant:
+    trend = 'falling' if slope < 0 else 'rising'
   lines.append(
     f'loss: {first:.4g} at first, {last:.4g} at last (medians), least '
-    f'{least:.4g} at step {least_step}; {trend} over the last third '
+    f'{lowest:.4g} at step {lowest_step}; {trend} over the last third '
     f'({slope * 100:+.3g} per 100 steps)'
   )
-  # Losses of pairs (DPO) are noisy: a low batch alone is no divergence.
-  up = last > first or trend == 'rising'
-  if up and last > _DIVERGED * _least_median(losses):
+  # A DPO loss is noisy: a single low batch does not show divergence.
+  rises = last > first or trend == 'rising'
+  if rises and last > _DIVERGENCE_RATIO * _lowest_median(losses):
     lines.append('! the loss diverges: its end is far above its least')
   elif last > 0.97 * first and len(losses) > 20:
     lines.append('! the loss has hardly fallen')
   elif trend == 'falling':
     lines.append('! the loss still falls at the end: more steps may help')
-  spikes = _spikes(good)
+  spikes = _spike_steps(finite)
   if spikes:
     lines.append(
       f'! {len(spikes)} spikes of the loss, the first at step {spikes[0]}'
@@ -147,14 +155,21 @@ def _losses(trained: list[dict]) -> list[str]:
   return lines
 
 
-def _edge(values: Sequence[float], begin: bool) -> float:
-  count = max(1, round(_EDGE * len(values)))
-  return statistics.median(values[:count] if begin else values[-count:])
+def _edge_count(values: Sequence[float]) -> int:
+  return max(1, round(_EDGE_SHARE * len(values)))
 
 
-def _least_median(values: Sequence[float]) -> float:
-  """The least median of a tenth of the rows, so that a step cannot be it."""
-  count = max(1, round(_EDGE * len(values)))
+def _first_median(values: Sequence[float]) -> float:
+  return statistics.median(values[: _edge_count(values)])
+
+
+def _last_median(values: Sequence[float]) -> float:
+  return statistics.median(values[-_edge_count(values) :])
+
+
+def _lowest_median(values: Sequence[float]) -> float:
+  """The lowest median of a tenth of the rows, robust to single steps."""
+  count = _edge_count(values)
   return min(
     statistics.median(values[i : i + count])
     for i in range(0, max(1, len(values) - count + 1), count)
@@ -162,25 +177,27 @@ def _least_median(values: Sequence[float]) -> float:
 
 
 def _trend(pairs: list[tuple[int, float]]) -> tuple[float, bool]:
-  """The slope of the last third, and whether it is clear of its error."""
-  pairs = pairs[-max(3, round(_LATE * len(pairs))) :]
+  """(slope of the last third, whether it is significant)."""
+  pairs = pairs[-max(3, round(_TREND_SHARE * len(pairs))) :]
   if len(pairs) < 3 or len({step for step, _ in pairs}) < 3:
     return 0.0, False
   steps, values = zip(*pairs, strict=True)
-  slope, level = statistics.linear_regression(steps, values)
-  residuals = [v - (slope * s + level) for s, v in pairs]
-  spread = math.sqrt(sum(r * r for r in residuals) / (len(residuals) - 2))
-  wide = math.sqrt(sum((s - statistics.fmean(steps)) ** 2 for s in steps))
-  # Two and a half standard errors; less is within the noise of batches.
-  return slope, abs(slope) > 2.5 * spread / wide
+  slope, intercept = statistics.linear_regression(steps, values)
+  residuals = [v - (slope * s + intercept) for s, v in pairs]
+  deviation = math.sqrt(sum(r * r for r in residuals) / (len(residuals) - 2))
+  mean_step = statistics.fmean(steps)
+  step_norm = math.sqrt(sum((s - mean_step) ** 2 for s in steps))
+  # Less than 2.5 standard errors is within the noise of batches.
+  return slope, abs(slope) > 2.5 * deviation / step_norm
 
 
-def _spikes(pairs: list[tuple[int, float]], around: int = 10) -> list[int]:
+def _spike_steps(pairs: list[tuple[int, float]], window: int = 10) -> list[int]:
   return [
     step
     for i, (step, loss) in enumerate(pairs)
-    if i >= around
-    and loss > _SPIKE * statistics.median(v for _, v in pairs[i - around : i])
+    if i >= window
+    and loss
+    > _SPIKE_RATIO * statistics.median(v for _, v in pairs[i - window : i])
   ]
 
 
@@ -201,10 +218,11 @@ def _validation(rows: list[dict], trained: list[dict]) -> list[str]:
   losses = [(r['step'], r['loss']) for r in trained if is_number(r['loss'])]
   early = [loss for step, loss in losses if step <= best_step]
   late = [loss for step, loss in losses if step > best_step]
-  if last > _RISE * best and early and late:
-    falls = _edge(late, False) < _edge(early, False)
-    why = ' while that of training falls: overfitting' if falls else ''
-    lines.append(f'! the validation loss rises after step {best_step}{why}')
+  if last > _RISE_RATIO * best and early and late:
+    cause = ''
+    if _last_median(late) < _last_median(early):
+      cause = ' while that of training falls: overfitting'
+    lines.append(f'! the validation loss rises after step {best_step}{cause}')
   return lines
 
 
@@ -218,7 +236,7 @@ def _gradients(trained: list[dict]) -> list[str]:
     return []
   return [
     f'gradient norm: median {statistics.median(norms):.3g}, at last '
-    f'{_edge(norms, False):.3g}, most {max(norms):.3g}'
+    f'{_last_median(norms):.3g}, most {max(norms):.3g}'
   ]
 
 
@@ -226,8 +244,8 @@ def _throughput(trained: list[dict]) -> list[str]:
   rates = _numbers(trained, 'tokens_per_s')
   if not rates:
     return []
-  half = max(1, len(rates) // 2)
-  first, last = map(statistics.median, (rates[:half], rates[-half:]))
+  count = max(1, len(rates) // 2)
+  first, last = map(statistics.median, (rates[:count], rates[-count:]))
   line = f'throughput: {statistics.median(rates):,.0f} tokens/s (median)'
   padding = [
     f'{100 * row[key]:.0f} % of {key.partition("_")[0]}'
@@ -245,8 +263,8 @@ def _throughput(trained: list[dict]) -> list[str]:
 
 def _evaluation(run: Run) -> list[str]:
   evaluations = {
-    'before': _json(run.before_file),
-    'after': _json(run.after_file),
+    'before': _read_json(run.before_file),
+    'after': _read_json(run.after_file),
   }
   lines = []
   for name, evaluation in evaluations.items():

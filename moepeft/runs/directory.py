@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's directory: one process at a time, and what a full disk means."""
+"""Locks a run's work directory for one process, and checks that it exists."""
 
 import contextlib
 import errno
@@ -11,14 +11,14 @@ from typing import IO
 from moepeft.core.disk import is_full, next_start
 from moepeft.runs.run import Run
 
-# What flock answers where the file system has no locks (some network disks).
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+# Errors of flock on file systems without locks (some network disks).
+_NO_LOCK_ERRORS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class Workdir:
-  """A work directory that this process alone writes to, until `close`.
+  """A work directory that is locked by this process until `close`.
 
-  The lock is the kernel's and falls away with the process, however it ends.
+  The kernel releases the lock when the process ends.
   """
 
   def __init__(self, path: str, lock: IO[str]):
@@ -26,29 +26,29 @@ class Workdir:
     self._lock = lock
 
   def check(self) -> None:
-    """To be called before anything is written: is the directory still there?
+    """Checks, before anything is written, that the directory still exists.
 
-    Libraries would make it anew, empty, and the run would go on in it.
+    Libraries would create a missing directory, and the run would go on in it.
 
     Raises:
-      LostWorkdir: it was deleted, moved or replaced.
+      LostWorkdir: the directory was deleted, moved or replaced.
     """
-    lock = os.fstat(self._lock.fileno())
     try:
-      there = os.stat(Run(self.path).lock_file)
+      file_stat = os.stat(Run(self.path).lock_file)
     except OSError:
-      there = None
-    if there and (there.st_dev, there.st_ino) == (lock.st_dev, lock.st_ino):
-      return
+      pass
+    else:
+      if os.path.samestat(file_stat, os.fstat(self._lock.fileno())):
+        return
     raise LostWorkdir(
       f'the work directory {self.path!r} was deleted, moved or replaced while '
-      f'the run wrote to it; {self._remains()}'
+      f'the run wrote to it; {self._advice()}'
     )
 
-  def _remains(self) -> str:
-    """The advice on a directory that has moved, or is gone."""
+  def _advice(self) -> str:
+    """The remedy for a directory that was moved or deleted."""
     try:
-      # As Linux says it; the link of a deleted file ends in ' (deleted)'.
+      # On Linux; the link of a deleted file ends in ' (deleted)'.
       lock = os.readlink(f'/proc/self/fd/{self._lock.fileno()}')
     except OSError:
       return f'put it back, then the same command {next_start(None)}'
@@ -62,7 +62,7 @@ class Workdir:
     return f'its lock file is gone, the same command {start} in {folder!r}'
 
   def close(self) -> None:
-    """Lets others in; may be called again."""
+    """Releases the lock; may be called twice."""
     if not self._lock.closed:
       self._lock.truncate(0)
       self._lock.close()
@@ -73,7 +73,7 @@ class Workdir:
   def __exit__(self, kind, error, trace) -> None:
     del kind, trace
     try:
-      # An error of a directory that is gone says less than that.
+      # A lost directory is the cause of other errors.
       if isinstance(error, Exception) and not isinstance(error, LostWorkdir):
         self.check()
     finally:
@@ -81,33 +81,33 @@ class Workdir:
 
 
 def open_workdir(path: str) -> Workdir:
-  """Makes the directory, sees that it can be written, and locks it.
+  """Creates the directory if needed, checks that it is writable and locks it.
 
-  The file <path>/lock says who holds it. It stays there: a lock file that is
-  removed may be one that another process has just opened.
+  The file <path>/lock names the process. It is never removed, as another
+  process may have just opened it.
 
   Raises:
-    ValueError: it cannot be written, or another run is in it.
+    ValueError: the directory is not writable, or another run has locked it.
   """
   lock = None
   try:
     os.makedirs(path, exist_ok=True)
     lock = open(Run(path).lock_file, 'a+')
-    _take(lock, path)
+    _acquire(lock, path)
     lock.truncate(0)
     print(f'pid {os.getpid()} on {socket.gethostname()}', file=lock, flush=True)
   except (OSError, ValueError) as e:
     if lock is not None:
-      # What could not be written must not be tried again on closing.
+      # Closing tries to write the buffered text again.
       with contextlib.suppress(OSError):
         lock.close()
     if isinstance(e, ValueError):
       raise
-    raise ValueError(_unwritable(path, e)) from None
+    raise ValueError(_not_writable(path, e)) from None
   return Workdir(path, lock)
 
 
-def _take(lock: IO[str], path: str) -> None:
+def _acquire(lock: IO[str], path: str) -> None:
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
@@ -118,7 +118,7 @@ def _take(lock: IO[str], path: str) -> None:
       'or stop it, or name another --workdir'
     ) from None
   except OSError as e:
-    if e.errno not in _NO_LOCKS:
+    if e.errno not in _NO_LOCK_ERRORS:
       raise
     print(
       f'the file system of {path} has no locks ({e.strerror}): nothing keeps a '
@@ -127,7 +127,7 @@ def _take(lock: IO[str], path: str) -> None:
     )
 
 
-def _unwritable(path: str, error: OSError) -> str:
+def _not_writable(path: str, error: OSError) -> str:
   if is_full(error):
     return (
       f'the disk of the work directory {path!r} is full ({error.strerror}); '
@@ -140,4 +140,4 @@ def _unwritable(path: str, error: OSError) -> str:
 
 
 class LostWorkdir(ValueError):
-  """A work directory that is no longer where it was."""
+  """The work directory was deleted, moved or replaced."""

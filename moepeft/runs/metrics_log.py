@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""metrics.jsonl: a run's figures, one JSON object a line.
+"""metrics.jsonl: the metrics of a run, one JSON object per line.
 
-Every row has a 'step'. Rows of training have 'loss' and more, and at each log
-interval 'routing'; rows of validation have 'validation_loss'.
+Each row has a 'step'. Training rows have 'loss' and other metrics, and at each
+log interval 'routing'; validation rows have 'validation_loss'.
 """
 
 import json
@@ -15,11 +15,10 @@ import numpy as np
 
 from moepeft.core import files, untrusted
 
-# What a site of a row's 'routing' has by layer and expert, under one of these
-# keys: 'weight' where the router is dense, 'tokens' where it is sparse. 'load'
-# is in rows from before the two were told apart: a token counts 1/k for each of
-# its k experts, and of a dense router for the expert with the largest weight,
-# however little that is ahead.
+# Keys of the experts' shares, by layer and expert, of a site in a row's
+# 'routing': 'weight' for dense routers, 'tokens' for sparse ones. Older rows
+# have 'load' for both: a token counts 1/k for each of its k experts, with a
+# dense router for the expert with the largest weight.
 SHARES = {
   'weight': 'mean weight',
   'tokens': 'token share',
@@ -28,22 +27,27 @@ SHARES = {
 
 
 class MetricsLog:
-  """A file of JSON lines with a 'step' each; a kill tears at most the last."""
+  """A file of JSON lines with a 'step' each.
+
+  If the process is killed, only the last line may be incomplete.
+  """
 
   def __init__(self, path: str, step: int = 0):
-    """Lines of steps after `step` are dropped: they will be done again."""
+    """Removes lines of steps after `step`, which will be trained again."""
     self.path = path
     _drop_after(self.path, step)
-    # Unbuffered: a line is with the system, or was never begun.
+    # Unbuffered, so that no line waits in this process.
     self._file = open(self.path, 'ab', buffering=0)
 
   def write(self, row: Mapping[str, Any]) -> None:
-    """Appends a row; infinite and undefined numbers become null.
+    """Appends a row; infinities and NaN become null.
 
     Raises:
-      OSError: the disk is full; the file ends with a whole line all the same.
+      OSError: the disk is full; the file still ends with a complete line.
     """
-    line = (json.dumps(_finite(row), allow_nan=False) + '\n').encode()
+    line = (
+      json.dumps(_replace_nonfinite(row), allow_nan=False) + '\n'
+    ).encode()
     end = os.fstat(self._file.fileno()).st_size
     try:
       written = 0
@@ -58,22 +62,22 @@ class MetricsLog:
 
 
 def stream(path: str) -> Iterator[dict[str, Any]]:
-  """The rows of a file, one by one; none if it does not exist.
+  """Yields the rows of a file; none if it does not exist.
 
-  A torn last line, which a kill left, is passed over.
+  An incomplete last line, from a killed process, is ignored.
 
   Raises:
-    ValueError: another line is no row.
+    ValueError: another line is not a row.
   """
-  for _, row in _lines(path, _check_figures):
+  for _, row in _read_lines(path, _check_metrics):
     yield row
 
 
 def shares(site: Mapping[str, Any]) -> tuple[str, list]:
-  """(key of SHARES, [l][e]) of a site; a site without layers gets one.
+  """(key of SHARES, shares [l][e]) of a site.
 
-  Where layers have unlike counts of experts (the row has 'experts'), the lists
-  have unlike lengths.
+  A site without layers is given one. The layers' lists have different lengths
+  if their numbers of experts ('experts' in the row) differ.
 
   Args:
     site: a value of a row's 'routing'.
@@ -89,7 +93,7 @@ def shares(site: Mapping[str, Any]) -> tuple[str, list]:
 
 
 def share_array(site: Mapping[str, Any]) -> tuple[str, np.ndarray]:
-  """`shares` as an array [l, e], NaN where a layer has no such expert."""
+  """`shares` as an array [l, e], padded with NaN."""
   key, layers = shares(site)
   array = np.full((len(layers), max(map(len, layers))), np.nan)
   for row, layer in zip(array, layers, strict=True):
@@ -98,11 +102,11 @@ def share_array(site: Mapping[str, Any]) -> tuple[str, np.ndarray]:
 
 
 def read(path: str) -> list[dict[str, Any]]:
-  """All of `stream` at once."""
+  """`stream` as a list."""
   return list(stream(path))
 
 
-def _lines(
+def _read_lines(
   path: str, check: Callable[[dict[str, Any]], None]
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
   if not os.path.exists(path):
@@ -110,10 +114,10 @@ def _lines(
   with files.open_file(path) as lines:
     for number, line in enumerate(lines, 1):
       if line.endswith(b'\n'):
-        yield line, _row(line, path, number, check)
+        yield line, _parse_row(line, path, number, check)
 
 
-def _row(
+def _parse_row(
   line: bytes,
   path: str,
   number: int,
@@ -130,21 +134,21 @@ def _row(
   return row
 
 
-# Figures of a site: one, one a layer, or one for each expert of each layer.
-# Numbers that are not finite are null.
+# Values of a site: a number, [l], or [l][e]. Non-finite numbers are null.
 _NUMBER = (float, None)
-_FIGURES = (float, None, [_NUMBER], [[_NUMBER]])
+_SITE_VALUE = (float, None, [_NUMBER], [[_NUMBER]])
 _SITE = {f'{share}?': ([[_NUMBER]], [_NUMBER]) for share in SHARES}
 _SITE |= {'entropy': (*_NUMBER, [_NUMBER])}
 
 
-def _check_figures(row: dict[str, Any]) -> None:
+def _check_metrics(row: dict[str, Any]) -> None:
   """
   Raises:
-    Malformed: a figure is no number, or the layers of a site have others.
+    Malformed: a metric is not a number, or the layers of a site differ in
+      their number of values.
   """
   for key, value in row.items():
-    # Rows of another version may say yes or no of something.
+    # Rows of other versions may have booleans.
     if key != 'routing' and not isinstance(value, bool):
       untrusted.check_shape(value, (float, None), key)
   untrusted.check_shape(row, {'routing?': {str: _SITE}})
@@ -156,7 +160,7 @@ def _check_site(values: Mapping[str, Any], where: str) -> None:
   if not any(share in values for share in SHARES):
     raise untrusted.Malformed(f'{where!r} has no share of experts')
   for key, value in values.items():
-    untrusted.check_shape(value, _FIGURES, f'{where}.{key}')
+    untrusted.check_shape(value, _SITE_VALUE, f'{where}.{key}')
     if isinstance(value, list) and len({*map(_length, value)}) != 1:
       raise untrusted.Malformed(
         f'expected layers of as many figures each in {where + "." + key!r}'
@@ -168,14 +172,14 @@ def _length(value: Any) -> int:
 
 
 def _drop_after(path: str, step: int) -> None:
-  """Cuts a file, whose steps ascend, after the last row of a step.
+  """Truncates a file, whose steps ascend, after the last row of `step`.
 
-  A cut is done or not at any moment, and unlike a copy needs no space.
+  Truncation is atomic and, unlike a copy, needs no disk space.
   """
   if not os.path.exists(path):
     return
   end = 0
-  for line, row in _lines(path, lambda row: None):
+  for line, row in _read_lines(path, lambda row: None):
     if row['step'] > step:
       break
     end += len(line)
@@ -183,7 +187,7 @@ def _drop_after(path: str, step: int) -> None:
 
 
 def is_number(value: object) -> bool:
-  """Whether a value of a row is a finite number; others are null there."""
+  """Whether a value of a row is a finite number."""
   return (
     isinstance(value, int | float)
     and not isinstance(value, bool)
@@ -191,12 +195,12 @@ def is_number(value: object) -> bool:
   )
 
 
-def _finite(value: Any) -> Any:
-  """A row as JSON can hold it: NaN and the infinities as None."""
+def _replace_nonfinite(value: Any) -> Any:
+  """Replaces NaN and infinities, which JSON lacks, by None."""
   if isinstance(value, Mapping):
-    return {key: _finite(v) for key, v in value.items()}
+    return {key: _replace_nonfinite(v) for key, v in value.items()}
   if isinstance(value, (list, tuple)):
-    return [_finite(v) for v in value]
+    return [_replace_nonfinite(v) for v in value]
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that a run which goes on is the run that was begun."""
+"""Checks that a resumed run has the config and data it was started with."""
 
 import json
 import os
@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 
 from moepeft.runs.run import Run, read_object
 
-# Keys that may change when a run goes on: nothing that a step depends on, but
-# for the order of its sums (sharding). The base and the rest of the method are
-# compared by the checkpoint's metadata.
-_FREE = (
+# Config keys that may change when a run is resumed: no step depends on them,
+# except by the order of sums (sharding). The checkpoint's metadata has the
+# base and the adapter.
+_MAY_CHANGE = (
   'imports',
   'router_collapse_threshold',
   'early_stopping_patience',
@@ -34,35 +34,36 @@ _FREE = (
 def check_unchanged(
   run: Run, config: ConfigDict, may_differ: Sequence[str] = ()
 ) -> None:
-  """Compares a config with the one that a run was begun with.
+  """Compares a config with the one that a run was started with.
 
   Args:
-    may_differ: keys, or beginnings of keys, that need not be equal.
+    may_differ: keys or sections that need not be equal.
 
   Raises:
-    ValueError: a key differs, by name.
+    ValueError: a key differs; the message names it.
   """
   if not _can_resume(run, run.config_file):
     return
-  begun = flatten(run.read_config())
-  now = flatten(json.loads(config.to_json()))
-  free = (*_FREE, *(key.removeprefix('config.') for key in may_differ))
+  old_config = flatten(run.read_config())
+  new_config = flatten(json.loads(config.to_json()))
+  free = (*_MAY_CHANGE, *(key.removeprefix('config.') for key in may_differ))
   prefixes = tuple(f'{key}.' for key in free)
-  for key in sorted(begun.keys() & now.keys()):
-    if begun[key] != now[key] and not f'{key}.'.startswith(prefixes):
+  for key in sorted(old_config.keys() & new_config.keys()):
+    old, new = old_config[key], new_config[key]
+    if old != new and not f'{key}.'.startswith(prefixes):
       raise ValueError(
-        f'{run.path!r} holds a run with config.{key}={begun[key]!r}, now it '
-        f'is {now[key]!r}; set it back, choose another --workdir, or allow it '
-        f'with --may_differ={key}'
+        f'{run.path!r} holds a run with config.{key}={old!r}, now it is '
+        f'{new!r}; set it back, choose another --workdir, or allow it with '
+        f'--may_differ={key}'
       )
 
 
-def with_begun_date(run: Run, config: ConfigDict) -> ConfigDict:
-  """A config with the date that a run's chat template has written so far.
+def with_start_date(run: Run, config: ConfigDict) -> ConfigDict:
+  """Sets config.data.date of a resumed run to the date of its first start.
 
   Args:
-    run: one that goes on, or a new one.
-    config: its config.data.date stays where it is set.
+    run: a run to resume, or a new one.
+    config: unchanged if config.data.date is set.
   """
   if config.data.date or not _can_resume(run, run.config_file):
     return config
@@ -76,29 +77,29 @@ def check_same_data(
   hashes: Mapping[str, Mapping[str, str]],
   may_differ: Sequence[str] = (),
 ) -> None:
-  """Compares data's files with those that a run was begun with.
+  """Compares the data files with those that a run was started with.
 
-  Runs of before these were recorded go on.
+  Runs that are older than data.json are not checked.
 
   Args:
     hashes: from `moepeft.data.fingerprint.hashes`.
-    may_differ: as of `check_unchanged`.
+    may_differ: as for `check_unchanged`.
 
   Raises:
     ValueError: a file has changed, is new, or is gone; the message names it.
   """
   if not _can_resume(run, run.data_file):
     return
-  begun = read_object(
+  old_hashes = read_object(
     run.data_file,
     {str: {str: str}},
     'allow other data with --may_differ=data, after removing it',
   )
   free = tuple(f'{key.removeprefix("config.")}.' for key in may_differ)
-  for key in sorted(begun.keys() & hashes.keys()):
+  for key in sorted(old_hashes.keys() & hashes.keys()):
     if f'data.{key}.'.startswith(free):
       continue
-    old, new = begun[key], hashes[key]
+    old, new = old_hashes[key], hashes[key]
     for name in sorted(old.keys() | new.keys()):
       if old.get(name) != new.get(name):
         change = 'is gone' if name not in new else 'has changed'
@@ -111,7 +112,7 @@ def check_same_data(
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """{'a': {'b': 1}} as {'a.b': 1}; lists become tuples."""
+  """Flattens {'a': {'b': 1}} to {'a.b': 1}; lists become tuples."""
   flat = {}
   for key, value in tree.items():
     if isinstance(value, Mapping):
@@ -122,5 +123,5 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def _can_resume(run: Run, file: str) -> bool:
-  """Whether the run has a checkpoint to go on from, and the file."""
+  """Whether the run has a checkpoint to resume from, and the file."""
   return run.latest_step() is not None and os.path.exists(file)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a run's routers in words: shares, idle experts, collapse."""
+"""Describes a run's routers: expert shares, idle experts, collapse."""
 
 import math
 import statistics
@@ -9,28 +9,29 @@ from typing import Any
 from moepeft.runs import metrics_log
 from moepeft.runs.metrics_log import is_number
 
-# Of ln e: with a mean entropy of a token's weights from here on, a router mixes
-# several experts, whichever has the most.
-EVEN = 0.75
-# The share of one expert that is a collapse (the default of
-# config.router_collapse_threshold), for so many logs in a row, and that of one
-# that is idle.
-_FULL, _IN_A_ROW, _IDLE = 0.9, 3, 0.01
+# A router whose mean entropy of a token's weights is at least this fraction of
+# ln e mixes several experts, and is not collapsed.
+EVEN_ENTROPY = 0.75
+# An expert's share that counts as collapse, as the default of
+# config.router_collapse_threshold, if it lasts for _COLLAPSE_ROWS logs.
+_COLLAPSE_SHARE, _COLLAPSE_ROWS = 0.9, 3
+_IDLE_SHARE = 0.01
 
 
 def collapsed_routers(
   sites: Mapping[str, Mapping[str, Any]], limit: float
 ) -> dict[str, str]:
-  """{'site, layer n': what is so} where one expert has nearly all.
+  """'site, layer n' of each collapsed router -> a description.
 
-  A router is collapsed where one expert has more than `limit` of the weight
-  (dense) or gets more than `limit` of the tokens (sparse), and the entropy of
-  a token's weights is below EVEN of ln e. So a dense router that is even, with
-  one expert ahead by little, is none.
+  A router is collapsed if one expert has more than `limit` of the weight
+  (dense) or of the tokens (sparse), and the entropy of a token's weights is
+  below EVEN_ENTROPY ln e. The second condition excludes dense routers whose
+  weights are nearly equal.
 
   Args:
-    sites: a row's 'routing'. Of older rows, with 'load', the entropy is the
-      router's before any selection, as they have no other.
+    sites: a row's 'routing'. Older rows, with 'load', only have the entropy of
+      the router before the selection of experts, which is used for them.
+    limit: a share between 0 and 1.
   """
   lines = {}
   for site, layer, kind, shares, values in _layers(sites):
@@ -38,25 +39,25 @@ def collapsed_routers(
     nats = values.get(key)
     if nats is None or max(shares) <= limit:
       continue
-    most = math.log(len(shares))
-    evenness, bound = nats / most, EVEN
+    max_entropy = math.log(len(shares))
+    entropy, bound = nats / max_entropy, EVEN_ENTROPY
     if kind == 'load':
-      # That an expert with `limit` of the weight leaves at most, the others
-      # sharing the rest evenly.
+      # The entropy of one expert with `limit` of the weight, if all others
+      # have equal weights.
       rest = 1 - limit
       rest_entropy = (
-        rest * math.log(rest / (len(shares) - 1)) if rest > 0 else 0.0
+        -rest * math.log(rest / (len(shares) - 1)) if rest > 0 else 0.0
       )
-      bound = (-limit * math.log(limit) - rest_entropy) / most
-    if evenness < bound:
-      has = {
+      bound = (-limit * math.log(limit) + rest_entropy) / max_entropy
+    if entropy < bound:
+      description = {
         'weight': 'has {:.0%} of the weight',
         'tokens': 'gets {:.0%} of the tokens',
         'load': 'has the largest weight for {:.0%} of the tokens',
       }[kind].format(max(shares))
       lines[f'{site}, layer {layer}'] = (
-        f"expert {shares.index(max(shares))} {has}, the entropy of a token's "
-        f'weights is {evenness:.2f} of ln {len(shares)} '
+        f'expert {shares.index(max(shares))} {description}, the entropy of a '
+        f"token's weights is {entropy:.2f} of ln {len(shares)} "
         f'(config.router_collapse_threshold={limit})'
       )
   return lines
@@ -65,8 +66,10 @@ def collapsed_routers(
 def _layers(
   sites: Mapping[str, Any],
 ) -> Iterator[tuple[str, int, str, list[float], dict[str, float]]]:
-  """(site, layer, key of rows.SHARES, shares, entropies) of routers with
-  several experts; what is no routing is left out."""
+  """Yields (site, layer, key of SHARES, shares, entropies) of each router.
+
+  Routers with one expert, and sites without shares, are left out.
+  """
   for site, values in sites.items():
     if not isinstance(values, dict) or not metrics_log.SHARES.keys() & values:
       continue
@@ -92,6 +95,7 @@ def _layers(
 
 
 def router_lines(trained: list[dict]) -> list[str]:
+  """Lines about the routers of training rows; findings begin with '!'."""
   routed = [row for row in trained if isinstance(row.get('routing'), dict)]
   routed = [row for row in routed if row['routing']]
   if not routed:
@@ -108,30 +112,35 @@ def router_lines(trained: list[dict]) -> list[str]:
   if entropies:
     lines[0] += f', entropy {statistics.fmean(entropies):.0%} of its most'
   for kind in metrics_log.SHARES:
-    lines += _shares(kind, [layer for layer in layers if layer[2] == kind])
-  full = [
-    collapsed_routers(row['routing'], _FULL) for row in routed[-_IN_A_ROW:]
+    lines += _share_lines(kind, [layer for layer in layers if layer[2] == kind])
+  collapsed = [
+    collapsed_routers(row['routing'], _COLLAPSE_SHARE)
+    for row in routed[-_COLLAPSE_ROWS:]
   ]
-  lasting = [place for place in full[-1] if all(place in log for log in full)]
+  lasting = [
+    router for router in collapsed[-1] if all(router in c for c in collapsed)
+  ]
   if lasting:
     lines.append(
-      f'! router collapse: one expert has over {_FULL:.0%} (see '
-      f'references/curves.md) in the last {len(full)} logs at {len(lasting)} '
-      f'of {len(layers)}: {", ".join(lasting[:5])}'
+      f'! router collapse: one expert has over {_COLLAPSE_SHARE:.0%} (see '
+      f'references/curves.md) in the last {len(collapsed)} logs at '
+      f'{len(lasting)} of {len(layers)}: {", ".join(lasting[:5])}'
       + (' ...' if len(lasting) > 5 else '')
     )
   return lines
 
 
-def _shares(kind: str, layers: list[tuple]) -> list[str]:
-  """A line on one kind of share, and idle experts."""
+def _share_lines(kind: str, layers: list[tuple]) -> list[str]:
+  """Lines about the shares of one kind, and about idle experts."""
   if not layers:
     return []
-  tops = sorted(((max(row[3]), row) for row in layers), key=lambda p: -p[0])
-  most, (site, layer, *_) = tops[0]
-  mean = statistics.fmean(top for top, _ in tops)
-  idle = sum(share < _IDLE for *_, shares, _ in layers for share in shares)
-  every = sum(len(shares) for *_, shares, _ in layers)
+  max_shares = [max(shares) for *_, shares, _ in layers]
+  largest, mean = max(max_shares), statistics.fmean(max_shares)
+  site, layer, *_ = layers[max_shares.index(largest)]
+  idle = sum(
+    share < _IDLE_SHARE for *_, shares, _ in layers for share in shares
+  )
+  total = sum(len(shares) for *_, shares, _ in layers)
   line = {
     'weight': 'dense: the fullest expert has {} of the weight',
     'tokens': 'sparse: the fullest expert gets {} of the tokens',
@@ -139,10 +148,10 @@ def _shares(kind: str, layers: list[tuple]) -> list[str]:
     'has the largest weight for {} of the tokens',
   }[kind].format(f'{mean:.0%}')
   line += (
-    f' on average, {most:.0%} at most ({site} {layer}); {idle} of {every} '
-    f'experts below {_IDLE:.0%}'
+    f' on average, {largest:.0%} at most ({site} {layer}); {idle} of {total} '
+    f'experts below {_IDLE_SHARE:.0%}'
   )
-  # An expert that never has the largest weight may have much of it.
-  if kind != 'load' and idle > every / 4:
-    return [line, f'! {idle} of {every} experts are idle']
+  # 'load' counts largest weights only, so its zeros do not show idle experts.
+  if kind != 'load' and idle > total / 4:
+    return [line, f'! {idle} of {total} experts are idle']
   return [line]

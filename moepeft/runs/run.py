@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's directory: the names of its files, and reading them.
+"""The directory of a run: its file names, and functions that read them.
 
-Nothing here imports JAX or NumPy when it is imported, so that commands which
-only look at a run start at once.
+Importing this module does not import JAX or NumPy, so that commands which only
+read a run start fast.
 """
 
 import functools
@@ -17,33 +17,34 @@ from ml_collections import ConfigDict
 from moepeft.core import untrusted
 from moepeft.runs import metrics_log
 
-# Entries of before.json, after.json and summary.json that commands read.
-_EVALUATION = {
+# Shapes of the entries of before.json, after.json and summary.json that
+# commands read; see `untrusted.check_shape`.
+_EVALUATION_SHAPE = {
   'step?': int,
   'validation_loss?': float,
   'means?': {str: float},
   'rows?': [{'group': str, 'task': str, 'templates': str, 'accuracy': float}],
 }
-_SUMMARY = {'method?': str, 'semantics?': str}
+_SUMMARY_SHAPE = {'method?': str, 'semantics?': str}
 
 
 class Run:
   """The directory of a run of moepeft.train, which need not exist yet.
 
-  No other code knows the names of its files.
+  This class alone defines the names of the run's files.
 
   Attributes:
     path: the directory, --workdir.
-    config_file, gin_file: the config, and the gin files that it is from.
-    data_file: hashes of the data's files.
-    metrics_file: a JSON line a step; see `moepeft.runs.metrics_log`.
+    config_file, gin_file: the config, and the gin files it was made of.
+    data_file: hashes of the data files.
+    metrics_file: one JSON line per step; see `moepeft.runs.metrics_log`.
     before_file, after_file: evaluations before and after training.
-    summary_file: written when a run ends.
-    lock_file: held by the process that trains.
-    checkpoints_dir, damaged_dir: a folder a step, those that could not be
-      read in the second.
+    summary_file: written at the end of the run.
+    lock_file: locked by the process that trains.
+    checkpoints_dir: one directory per step.
+    damaged_dir: checkpoints that could not be read.
     reference_dir: log-probabilities of a precomputed reference model.
-    plots_dir: PNGs.
+    plots_dir: PNG files.
     profile_dir: a trace of JAX's profiler.
   """
 
@@ -65,7 +66,7 @@ class Run:
 
   @property
   def has_checkpoints_dir(self) -> bool:
-    """Whether training in this directory ever began."""
+    """Whether training was started in this directory."""
     return os.path.isdir(self.checkpoints_dir)
 
   def latest_step(self) -> int | None:
@@ -77,38 +78,38 @@ class Run:
     return max((int(name) for name in names if name.isdecimal()), default=None)
 
   def read_config(self) -> dict[str, Any]:
-    """The config that the run was begun with, nested.
+    """Reads the run's config as a nested dict.
 
-    Keys that this version does not have are kept, and those that an older run
-    lacks are absent.
+    It may have keys that this version does not know, and lacks keys that are
+    newer than the run.
 
     Raises:
-      ValueError: there is none, or it is damaged: no JSON, or a key's value is
-        of another type than in `moepeft.config.defaults`.
+      ValueError: there is no config, or it is damaged: it is not JSON, or the
+        type of a value differs from `moepeft.config.defaults`.
     """
     if not os.path.exists(self.config_file):
       raise ValueError(
         f'{self.path!r} is no work directory of moepeft.train: it has no '
         f'{os.path.basename(self.config_file)}'
       )
-    # data.temperature may be infinite; `load_config` checks all ranges.
+    # Not finite: data.temperature may be infinite. `load_config` checks ranges.
     advice = 'copy it from another run of its command'
     from moepeft.config import renamed
 
     return read_object(
       *(self.config_file, _config_shape(), advice),
       finite=False,
-      translate=renamed.translated,
+      translate=renamed.translate_config,
     )
 
   def load_config(self) -> ConfigDict:
-    """The same as a config, with the defaults for absent keys.
+    """Loads the run's config, with defaults for missing keys.
 
     Raises:
-      ValueError: as `read_config`, a value is none that training takes, or a
-        module of config.imports cannot be imported.
+      ValueError: as for `read_config`, a value is out of range, or a module of
+        config.imports cannot be imported.
     """
-    # Imports every model family, and with them JAX.
+    # Imported here, as they import all model families and JAX.
     from moepeft.config import check, defaults, imports
 
     config = defaults.default()
@@ -122,31 +123,35 @@ class Run:
     return config
 
   def metrics(self) -> Iterator[dict[str, Any]]:
-    """The rows of the metrics log, one by one; none before the first step.
+    """Yields the rows of the metrics log; none before the first step.
 
     Raises:
-      ValueError: a line is no row; see `metrics_log.stream`.
+      ValueError: a line is not a row; see `metrics_log.stream`.
     """
     return metrics_log.stream(self.metrics_file)
 
   def before(self) -> dict[str, Any]:
-    """The evaluation before training; {} where there was none.
+    """The evaluation before training; {} if there is none.
 
     Raises:
       ValueError: the file is damaged.
     """
-    return _read_optional(self.before_file, _EVALUATION)
+    return _read_optional(self.before_file, _EVALUATION_SHAPE)
 
   def after(self) -> dict[str, Any]:
-    """The evaluation after training, likewise."""
-    return _read_optional(self.after_file, _EVALUATION)
+    """The evaluation after training; see `before`."""
+    return _read_optional(self.after_file, _EVALUATION_SHAPE)
 
   def summary(self) -> dict[str, Any]:
-    """The summary of a run that has ended, likewise."""
-    return _read_optional(self.summary_file, _SUMMARY)
+    """The summary of a finished run; {} if there is none.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    return _read_optional(self.summary_file, _SUMMARY_SHAPE)
 
   def results_files(self) -> list[str]:
-    """Files of results that moepeft.evaluate has written here, by name."""
+    """The sorted paths of the results files of moepeft.evaluate."""
     folder = glob.escape(self.path)
     return sorted(
       file
@@ -155,11 +160,11 @@ class Run:
     )
 
   def evaluation_file(self, data: str = '', of_base: bool = False) -> str:
-    """The file of moepeft.evaluate's summary, with results beside it as .jsonl.
+    """The path of moepeft.evaluate's summary; its results end with .jsonl.
 
     Args:
-      data: the name of other data than the run's own held-out rows.
-      of_base: the base's results must not take the place of the run's.
+      data: the name of the data; '' for the run's held-out rows.
+      of_base: whether the results are the base's, not the run's.
     """
     name = 'base' if of_base else 'evaluation'
     return os.path.join(self.path, f'{name}{data and f"_{data}"}.json')
@@ -172,17 +177,17 @@ def read_object(
   finite: bool = True,
   translate: Callable[[dict], dict] = lambda value: value,
 ) -> dict[str, Any]:
-  """A JSON object that a run has written.
+  """Reads a JSON object that a run has written.
 
   Args:
-    shape: see `untrusted.check_shape`.
+    shape: the expected shape; see `untrusted.check_shape`.
     advice: a remedy for a damaged file, as an imperative.
-    finite: whether its numbers have to be.
-    translate: applied before the shape is checked.
+    finite: whether its numbers must be finite.
+    translate: applied to the object before its shape is checked.
 
   Raises:
-    ValueError: it is damaged; the message names the file.
-    OSError: it cannot be opened.
+    ValueError: the file is damaged; the message names it.
+    OSError: the file cannot be opened.
   """
   try:
     value = translate(untrusted.read_json_object(path))
@@ -203,13 +208,13 @@ def _read_optional(path: str, shape: Any) -> dict[str, Any]:
 def _config_shape() -> dict[str, Any]:
   from moepeft.config import defaults
 
-  return _shape(json.loads(defaults.default().to_json()))
+  return _shape_of(json.loads(defaults.default().to_json()))
 
 
-def _shape(value: Any) -> Any:
-  """The shape of a config that has the types of another, all keys optional."""
+def _shape_of(value: Any) -> Any:
+  """The shape of a value's types, with all keys optional."""
   if isinstance(value, Mapping):
-    return {f'{key}?': _shape(item) for key, item in value.items()}
+    return {f'{key}?': _shape_of(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):
     return list
   return type(value)

@@ -43,7 +43,7 @@ def test_a_module_that_raises_is_one_sentence(tmp_path):
 
 def test_a_file_name_is_corrected():
   with pytest.raises(ValueError, match="got 'a/b.py', write a.b"):
-    imports.names('my_module,a/b.py')
+    imports.module_names('my_module,a/b.py')
 
 
 def test_a_run_imports_what_its_config_names(module, tmp_path, capsys):

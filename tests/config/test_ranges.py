@@ -16,7 +16,7 @@ from moepeft.core import sharding
 from moepeft.core.ranges import MAX_SEED, Choices, Range
 from moepeft.data.batching import decoder_only
 from moepeft.data.chat import dataset as chat_dataset
-from moepeft.data.chat.formats import FORMS
+from moepeft.data.chat.formats import FORMATS
 from moepeft.data.text import dataset as text_dataset
 from moepeft.models import FAMILIES
 from moepeft.nn import attention, scan_layers
@@ -68,9 +68,9 @@ def test_every_default_is_allowed():
     ('preference.loss', dpo.LOSSES),
     ('loss.average_over', loss.PER),
     ('model.quantize', ('', *quantize.FORMATS)),
-    ('data.format', ('', *FORMS)),
+    ('data.format', ('', *FORMATS)),
     ('data.train_on', chat_dataset.TRAIN_ON),
-    ('data.truncation', decoder_only.TOO_LONG),
+    ('data.truncation', decoder_only.TRUNCATIONS),
     ('data.pretraining_objective', text_dataset.PREDICT),
     ('model.attention', attention.IMPLEMENTATIONS),
     ('model.remat', scan_layers.REMAT),

@@ -78,7 +78,7 @@ def test_a_run_of_before_loads_with_its_values(tmp_path):
 def test_the_module_of_seqio_s_tasks_is_imported_with_the_others(
   config, imports
 ):
-  assert renamed.translated(config) == {'imports': imports, 'data': {}}
+  assert renamed.translate_config(config) == {'imports': imports, 'data': {}}
 
 
 def test_a_value_of_before_of_the_wrong_type_is_damage(tmp_path):
@@ -95,4 +95,4 @@ def test_the_option_sites_of_before_is_refused_and_translated_where_stored():
   old = new.replace('targets', 'sites')
   with pytest.raises(ValueError, match='lora: the option sites is now targets'):
     build(old, t5.sites(t5.config('small')))
-  assert renamed.translated({'method': old})['method'] == new
+  assert renamed.translate_config({'method': old})['method'] == new

@@ -139,7 +139,9 @@ def test_nulls_that_a_table_fills_in_are_not_in_the_prompt(tmp_path):
   data = ConfigDict(
     {'path': path, 'split': 'train', 'format': '', 'system_prompt': ''}
   )
-  good, _, _ = preference_rows.rows(data, BadRows(), False, lambda *_: None)
+  good, _, _ = preference_rows.read_rows(
+    data, BadRows(), False, lambda *_: None
+  )
   read = [row.prompt.tools[0]['function'] for row in good]
   assert read == tools
 

@@ -426,8 +426,8 @@ def test_raw_rows_are_put_into_words_by_templates(tmp_path):
 
 def test_large_and_small_datasets_come_in_whole_epochs(monkeypatch):
   # On either side of where permutations are no longer held.
-  monkeypatch.setattr(mixing, '_SMALL', 1 << 12)
-  for size in (mixing._SMALL - 1, mixing._SMALL):
+  monkeypatch.setattr(mixing, '_MAX_STORED_PERMUTATION', 1 << 12)
+  for size in ((1 << 12) - 1, 1 << 12):
     epochs = mixing.ShuffledEpochs(range(size), seed=5)
     for epoch in (0, 3):
       begin = epoch * size

@@ -111,7 +111,9 @@ def test_half_of_a_character_in_text_is_a_bad_row(tmp_path):
 def rows_of(path):
   data = config_lib.default().data
   data.path = str(path)
-  return preference_rows.rows(data, BadRows('error'), False, lambda *row: row)
+  return preference_rows.read_rows(
+    data, BadRows('error'), False, lambda *row: row
+  )
 
 
 def test_a_bad_row_in_a_directory_of_preferences_is_told_by_file_and_line(

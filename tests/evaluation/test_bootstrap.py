@@ -67,7 +67,7 @@ def test_the_same_examples_are_resampled_whatever_was_measured():
 def test_draws_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
   each, weights = column([1, 0, 1, 1, 0]), column([1] * 5)
   whole = bootstrap.means(each, weights, draws=101)
-  monkeypatch.setattr(bootstrap, '_CELLS', 5 * 7)
+  monkeypatch.setattr(bootstrap, '_MAX_COUNTS', 5 * 7)
   np.testing.assert_array_equal(
     bootstrap.means(each, weights, draws=101), whole
   )

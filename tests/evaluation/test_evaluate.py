@@ -422,7 +422,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(
   rows = [CHOICES | {'task': t, 'template': p} for t in 'xy' for p in 'pq']
   path = dump(tmp_path / 'mine.jsonl', rows)
   options = {'data': path, 'part': str(tmp_path / 'rows.jsonl.part')}
-  monkeypatch.setattr(evaluator_lib, '_PORTION', 1)
+  monkeypatch.setattr(evaluator_lib, '_CHUNK_EXAMPLES', 1)
   accuracy, asked = Evaluator.accuracy, []
 
   def killed_at(count):

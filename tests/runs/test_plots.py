@@ -6,7 +6,7 @@ import pytest
 from matplotlib import image
 
 from moepeft.runs import before_after_plot, plots, router_plots
-from moepeft.runs.history import History, Thinned
+from moepeft.runs.history import History, Subsample
 from moepeft.runs.plots import smooth
 
 SITES = (
@@ -173,7 +173,7 @@ def test_two_methods_at_one_place_are_told_apart():
 
 @pytest.mark.parametrize('count', [0, 1, 7, 8, 9, 1000, 1024, 1025])
 def test_thinning_keeps_few_evenly_and_the_latest(count):
-  thin = Thinned(8, lambda item: item)
+  thin = Subsample(8, lambda item: item)
   for item in range(count):
     thin.add(item)
   items = thin.items()

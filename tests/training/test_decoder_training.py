@@ -208,7 +208,7 @@ def test_a_prompt_to_rank_keeps_what_begins_every_text(model, tmp_path):
 
 def test_a_window_that_is_all_too_long_is_refused():
   with pytest.raises(ValueError, match='raise the length'):
-    CausalCollator(ByteTokenizer(), 3, too_long='drop').encode(EXAMPLES)
+    CausalCollator(ByteTokenizer(), 3, truncation='drop').encode(EXAMPLES)
 
 
 def test_the_config_of_a_run_names_its_objective(text, tmp_path):

@@ -13,7 +13,7 @@ from moepeft.data.batching import decoder_only, seq2seq
 from moepeft.moe import router_stats
 from moepeft.runs import router_diagnosis
 from moepeft.runs.history import History
-from moepeft.runs.metrics_log import _finite
+from moepeft.runs.metrics_log import _replace_nonfinite
 from moepeft.runs.trackers import scalars
 from moepeft.training.metrics_logger import (
   MetricsLogger,
@@ -74,8 +74,8 @@ def test_a_likelihood_of_no_token_is_nan():
   assert (rows[1]['nll'], rows[1]['token_accuracy']) == (1.5, 0.25)
   # Trackers and plots take these.
   assert 'train/nll' not in scalars(rows[0])
-  json.dumps(_finite(rows[0]), allow_nan=False)
-  history = History([_finite(rows[0])])
+  json.dumps(_replace_nonfinite(rows[0]), allow_nan=False)
+  history = History([_replace_nonfinite(rows[0])])
   history.write(rows[1])
   np.testing.assert_array_equal(history.curve('nll')[1], [np.nan, 1.5])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collators: from examples to batches of encoder-decoders or decoders."""
+"""Collators: batches of examples for encoder-decoders and decoders."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,8 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moepeft.data.batching import packing, seq2seq
-from moepeft.data.batching import packing as batching_packing
-from moepeft.data.batching.decoder_only import CausalCollator, check_too_long
+from moepeft.data.batching.decoder_only import CausalCollator, check_truncation
 from moepeft.data.batching.task_ids import add_task_ids, task_id
 from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
@@ -24,7 +23,7 @@ Rows = dict[str, np.ndarray]  # arrays [rows, ...]
 
 
 class Collator(Protocol):
-  """Makes the arrays that a model reads of a source's items."""
+  """Makes a model's batches of a source's items."""
 
   tokenizer: Tokenizer
   packed: bool
@@ -32,54 +31,58 @@ class Collator(Protocol):
   prefix_ids: tuple[int, ...]
 
   def encode(self, items: Sequence) -> list:
-    """Encodes examples, and cuts encoded items, to fit a row.
+    """Encodes examples, and truncates items that are encoded already.
 
-    `prefix_ids` are put in front of each.
+    Each result fits a row and starts with `prefix_ids`.
     """
 
-  def rows(self, number: int, encoded: Sequence) -> Rows:
-    """The rows of window `number`, packed if the collator packs."""
+  def rows(self, window: int, encoded: Sequence) -> Rows:
+    """The rows of a window, packed if the collator packs.
+
+    Args:
+      window: its index, which seeds the order of packed rows.
+    """
 
   def pack(self, encoded: Sequence, bins: Sequence[Sequence[int]]) -> Rows:
-    """Rows that hold the items of each bin, in their order."""
+    """One row for each bin, of the items with the indices in it."""
 
   def pad(self, encoded: Sequence) -> Rows:
-    """Rows of one encoded item each, in their order."""
+    """One row for each encoded item."""
 
   def count_cut(self, items: Sequence) -> int:
-    """The number of items that are too long."""
+    """The number of items that `encode` truncates."""
 
   @property
   def length_keys(self) -> str:
-    """The config keys to raise so that nothing is cut."""
+    """The config keys to raise so that nothing is truncated, for messages."""
 
   @property
   def lengths(self) -> tuple[int, ...]:
-    """The length of a row, for each of its sides."""
+    """The length of a row: (inputs, targets), or (length,) of a decoder."""
 
   @property
   def max_lengths(self) -> tuple[int, ...]:
-    """The part of `lengths` that one text can fill, without the prefix."""
+    """`lengths` without the prefix: the most tokens of a text."""
 
   def resized(self, lengths: tuple[int, ...]) -> 'Collator':
     """The same collator with other `lengths`."""
 
   def sizes(self, encoded: Sequence) -> tuple[list[tuple[int, ...]], list[int]]:
-    """(tokens of each item on each side, trained tokens of each item)."""
+    """(lengths of each item, as in `lengths`; target tokens of each item)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqCollator:
-  """Inputs and targets, as encoder-decoders read them.
+  """Makes batches of inputs and targets for encoder-decoders.
 
   Attributes:
-    tokenizer: of the model.
-    inputs_length, targets_length: of a row, EOS included.
+    tokenizer: the model's tokenizer.
+    inputs_length, targets_length: tokens of a row, EOS included.
     packed: whether rows hold several examples.
     seed: of the packed rows' order.
-    prefix_ids: placeholders of a soft prompt, in front of all inputs;
-      they count.
-    tasks: see `batching.task_ids`.
+    prefix_ids: placeholders of a soft prompt before all inputs, which count
+      towards inputs_length.
+    tasks: task names with ids; see `batching.task_ids`.
   """
 
   tokenizer: Tokenizer
@@ -91,19 +94,18 @@ class Seq2SeqCollator:
   tasks: tuple[str, ...] = ()
 
   def __post_init__(self):
-    batching_packing.length_after_prefix(
+    packing.length_after_prefix(
       self.inputs_length, self.prefix_ids, 'config.data.inputs_length'
     )
 
   def encode(self, items: Sequence) -> list[packing.IdPair]:
-    """Pairs of ids of examples and of pairs."""
-    texts = [e for e in items if isinstance(e, Example)]
-    encoded = (
-      seq2seq.encode_examples(self.tokenizer, texts, *self.max_lengths)
-      if texts
+    """Encodes `Example`s and adds the prefix to them and to pairs of ids."""
+    examples = [e for e in items if isinstance(e, Example)]
+    pairs = iter(
+      seq2seq.encode_examples(self.tokenizer, examples, *self.max_lengths)
+      if examples
       else []
     )
-    pairs = iter(encoded)
     return [
       self._with_prefix(*next(pairs)[:2], task_id(self.tasks, item.task))
       if isinstance(item, Example)
@@ -114,16 +116,16 @@ class Seq2SeqCollator:
   def _with_prefix(
     self, x: Sequence[int], y: Sequence[int], task: int = 0
   ) -> packing.IdPair:
-    """Adds the prefix; an example that was cut to a row keeps its EOS."""
+    """Adds the prefix; inputs that are truncated for it keep their EOS."""
     if self.prefix_ids and len(x) > self.max_lengths[0]:
       x = [*x[: self.max_lengths[0] - 1], x[-1]]
     return packing.IdPair(packing.prepend(self.prefix_ids, x), y, task)
 
-  def rows(self, number: int, encoded: Sequence[packing.IdPair]) -> Rows:
-    """See `packing.pack` and `batching.seq2seq`."""
+  def rows(self, window: int, encoded: Sequence[packing.IdPair]) -> Rows:
+    """Rows as of `packing.pack_pairs` or `seq2seq.pad_pairs`."""
     if not self.packed:
       return self.pad(encoded)
-    rng = np.random.default_rng((self.seed, number))
+    rng = np.random.default_rng((self.seed, window))
     lengths = np.array(self.sizes(encoded)[0])
     return self.pack(encoded, packing.shuffled_bins(lengths, self.lengths, rng))
 
@@ -139,10 +141,10 @@ class Seq2SeqCollator:
     return add_task_ids(rows, self.tasks, tasks)
 
   def count_cut(self, items: Sequence) -> int:
-    texts = [e for e in items if isinstance(e, Example)]
     return sum(
       seq2seq.encode_example(self.tokenizer, e, *self.max_lengths)[2]
-      for e in texts
+      for e in items
+      if isinstance(e, Example)
     )
 
   @property
@@ -176,17 +178,17 @@ def make_model_collator(
   seed: int,
   adapter_map: AdapterMap | None = None,
 ) -> Collator:
-  """The collator of a model, with the lengths of config.data.
+  """Makes the collator of a model, with the lengths of config.data.
 
   Args:
     model: a model or its config; None for an encoder-decoder's batches.
-    adapter_map: of the model's method, which may put a prefix before each text
-      (`moepeft.peft.prefix`) and read the task of an example
+    adapter_map: the model's method. It may have a soft prompt
+      (`moepeft.peft.prefix`) or routers that read the task of an example
       (`moepeft.moe.task_names`).
 
   Raises:
-    ValueError: config.data.truncation is none that there is, or nothing that
-      this model's batches look at, or the model has no decoder.
+    ValueError: config.data.truncation is unknown, or has no effect on this
+      model's batches, or the model has no decoder.
   """
   prefix_ids, tasks = (), ()
   if adapter_map is not None:
@@ -205,7 +207,7 @@ def make_model_collator(
       prefix_ids,
       tasks,
     )
-  check_too_long(data.truncation)
+  check_truncation(data.truncation)
   is_single = 'single' in READERS.lookup(data.source).batches
   if data.truncation != 'prompt' and is_single:
     raise ValueError(
@@ -220,10 +222,10 @@ def make_model_collator(
 
 
 def scoring_lengths(data: ConfigDict, model: Any) -> tuple[int, int]:
-  """The most tokens of the inputs and of a choice in scoring.
+  """Maximum tokens of (the inputs, a choice) when choices are scored.
 
-  In a decoder they share a row: a choice has config.data.targets_length of
-  it, at most half, and the prompt the rest.
+  A decoder's row holds both: a choice has config.data.targets_length tokens,
+  at most half of the row, and the inputs have the rest.
   """
   if not decoder_only(model):
     return data.inputs_length, data.targets_length

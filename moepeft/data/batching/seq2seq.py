@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples to padded arrays of token ids."""
+"""Tokenizes and pads the examples of encoder-decoders."""
 
 from collections.abc import Sequence
 
@@ -13,35 +13,41 @@ PAD = 0
 
 
 def encode_truncated(
-  vocabulary: Tokenizer, text: str, length: int
+  tokenizer: Tokenizer, text: str, length: int
 ) -> tuple[list[int], bool]:
-  """(ids with EOS, whether the text's end was cut to `length` for it)."""
-  ids = vocabulary.encode(text)
-  return ids[: length - 1] + [require_eos(vocabulary)], len(ids) >= length
+  """(at most `length` ids, the last of them EOS; whether the text was cut)."""
+  ids = tokenizer.encode(text)
+  return ids[: length - 1] + [require_eos(tokenizer)], len(ids) >= length
 
 
 def encode_example(
-  vocabulary: Tokenizer, example: Example, inputs: int, targets: int
+  tokenizer: Tokenizer,
+  example: Example,
+  inputs_length: int,
+  targets_length: int,
 ) -> tuple[list[int], list[int], bool]:
   """Ids of inputs and targets, both with EOS, and whether one was cut."""
-  x, x_cut = encode_truncated(vocabulary, example.inputs, inputs)
-  y, y_cut = encode_truncated(vocabulary, example.targets, targets)
+  x, x_cut = encode_truncated(tokenizer, example.inputs, inputs_length)
+  y, y_cut = encode_truncated(tokenizer, example.targets, targets_length)
   return x, y, x_cut or y_cut
 
 
 def encode_examples(
-  vocabulary: Tokenizer, examples: Sequence[Example], inputs: int, targets: int
+  tokenizer: Tokenizer,
+  examples: Sequence[Example],
+  inputs_length: int,
+  targets_length: int,
 ) -> list[IdPair]:
-  """Inputs and targets of many examples, which tokenizers do faster at once."""
-  sides, end = [], np.int32(require_eos(vocabulary))
+  """`encode_example` of many examples; tokenizers are faster on batches."""
+  sides, eos = [], np.int32(require_eos(tokenizer))
   for texts, length in (
-    ([e.inputs for e in examples], inputs),
-    ([e.targets for e in examples], targets),
+    ([e.inputs for e in examples], inputs_length),
+    ([e.targets for e in examples], targets_length),
   ):
     sides.append(
       [
-        np.append(np.asarray(ids[: length - 1], np.int32), end)
-        for ids in vocabulary.encode_all(texts)
+        np.append(np.asarray(ids[: length - 1], np.int32), eos)
+        for ids in tokenizer.encode_all(texts)
       ]
     )
   return list(map(IdPair, *sides))
@@ -64,20 +70,20 @@ def pad_pairs(
   """The batch of an encoder-decoder.
 
   Returns:
-    inputs int32 [b, s], targets int32 [b, t], decoder_inputs (targets
-    shifted right by one, starting with padding's id, as T5 does), and the
-    masks inputs_mask, targets_mask, True on real tokens.
+    inputs int32 [b, s]; targets int32 [b, t]; decoder_inputs int32 [b, t],
+    the targets shifted right by one, with padding's id first, as in T5; and
+    inputs_mask bool [b, s], targets_mask bool [b, t], True except on padding.
   """
   x, y = pad_rows(inputs, inputs_length), pad_rows(targets, targets_length)
   return {
     'inputs': x,
     'targets': y,
     'decoder_inputs': np.pad(y[:, :-1], ((0, 0), (1, 0))),
-    'inputs_mask': _real(inputs, inputs_length),
-    'targets_mask': _real(targets, targets_length),
+    'inputs_mask': _padding_mask(inputs, inputs_length),
+    'targets_mask': _padding_mask(targets, targets_length),
   }
 
 
-def _real(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+def _padding_mask(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
   lengths = np.array([len(row) for row in rows])
   return np.arange(length)[None, :] < lengths[:, None]

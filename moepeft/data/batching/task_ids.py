@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Task ids of a batch, for methods whose routers read the task.
 
-`tasks` are the names that the routers have ids for, () where none reads a task:
-batches then say nothing of tasks. Ids count from 1; 0 is padding.
+`tasks` are the task names of the routers, () where no router reads a task:
+batches then have no task ids. Ids count from 1; 0 is padding.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from moepeft.core.ranges import suggestion
 
 
 def task_id(tasks: Sequence[str], name: str) -> int:
-  """The id of an example's task; 0 where no router reads it.
+  """The id of an example's task; 0 where no router reads tasks.
 
   Raises:
-    ValueError: the routers have no id for it.
+    ValueError: the routers have no id for the task.
   """
   if not tasks:
     return 0
@@ -38,9 +38,9 @@ def add_task_ids(
   """Rows with int32 <side>_tasks [b, t], the id of each token's example.
 
   Args:
-    rows: of `pad` or `pack`, returned as they are without `tasks`.
-    ids: of each example, from `task_id`.
-    bins: the examples of each row; None for one each, in their order.
+    rows: a collator's `pad` or `pack`; unchanged where `tasks` is empty.
+    ids: each example's `task_id`.
+    bins: indices of each row's examples; by default row i has example i.
 
   Raises:
     ValueError: an example has no task.
@@ -55,15 +55,16 @@ def add_task_ids(
     )
   if bins is None:
     bins = [[i] for i in range(len(ids))]
-  out = dict(rows)
-  # Targets of a decoder are of the same row as its inputs.
+  rows = dict(rows)
+  # A decoder's targets are its inputs, shifted, so one array serves both.
   sides = ('inputs', 'targets') if 'decoder_inputs' in rows else ('inputs',)
   for side in sides:
     segments = rows.get(f'{side}_segments', rows[f'{side}_mask'])
-    table = np.zeros((len(bins), max(map(len, bins)) + 1), np.int32)
+    # Column k is the task of segment k.
+    segment_tasks = np.zeros((len(bins), max(map(len, bins)) + 1), np.int32)
     for row, items in enumerate(bins):
-      table[row, 1 : len(items) + 1] = [ids[item] for item in items]
-    out[f'{side}_tasks'] = np.take_along_axis(
-      table, segments.astype(np.int32), axis=1
+      segment_tasks[row, 1 : len(items) + 1] = [ids[item] for item in items]
+    rows[f'{side}_tasks'] = np.take_along_axis(
+      segment_tasks, segments.astype(np.int32), axis=1
     )
-  return out
+  return rows

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations in the forms that people have: alpaca, sharegpt, messages.
+"""Parses conversations in the formats alpaca, sharegpt and messages.
 
 alpaca: `instruction`, `input`, `output` (Dolly: `context`, `response`), and
-perhaps `history` (pairs of a question and an answer). sharegpt:
+optionally `history` (pairs of a question and an answer). sharegpt:
 `conversations` of {from, value}. messages: OpenAI's, `messages` of {role,
 content, tool_calls}, or TRL's `prompt` and `completion` (or `response`), of
-which the latter is trained. All may have `system` and `tools` (or
-`functions`); an assistant's turn may have a `weight`, `loss` or `train` (0 is
-not trained, 1 is), a `function_call` and `reasoning_content` or `thinking`.
-Other fields are the subject of `moepeft.data.row_fields`.
+which the completion is trained. All may have `system` and `tools` (or
+`functions`). An assistant's turn may have a `weight`, `loss` or `train` (0 for
+no loss on it, or 1), a `function_call` and `reasoning_content` or `thinking`.
+`moepeft.data.row_fields` refuses or lists all other fields.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,31 +23,35 @@ from moepeft.data.example import BadRow, BadRows
 from moepeft.data.readers import dataset_rows
 from moepeft.data.row_fields import RowFields, UnusedFields
 
-FORMS = ('alpaca', 'sharegpt', 'messages')
-# Alpaca's names and Dolly's.
-_INPUTS, _ANSWERS = ('input', 'context'), ('output', 'response')
-_COMPLETIONS = ('completion', 'response')
-# A row's own field for the system's text, in the spellings of exports.
-_SYSTEM = ('system', 'system_prompt', 'system_message')
+FORMATS = ('alpaca', 'sharegpt', 'messages')
+# Alpaca's keys and Dolly's.
+_INPUT_KEYS, _OUTPUT_KEYS = ('input', 'context'), ('output', 'response')
+_COMPLETION_KEYS = ('completion', 'response')
+_SYSTEM_KEYS = ('system', 'system_prompt', 'system_message')
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-  """Turns, the system's first if there is one; tools as JSON schemas."""
+  """A conversation.
+
+  Attributes:
+    turns: the turns; a system turn comes first.
+    tools: JSON schemas of the tools, or None.
+  """
 
   turns: tuple[Turn, ...]
   tools: list | None = None
 
   @property
-  def answered(self) -> bool:
+  def ends_with_answer(self) -> bool:
     return bool(self.turns) and self.turns[-1].role == 'assistant'
 
 
 def read_rows(path: str, bad: BadRows) -> Iterator[tuple[str, str, dict]]:
-  """(file, 'FILE, row 0', row) of a file or a directory of them.
+  """Yields (file, 'FILE, row 0', row) of a file or of a directory's files.
 
   Raises:
-    ValueError: nothing is there, a file cannot be read, or as `bad` does.
+    ValueError: there is no file, a file cannot be read, or `bad` raises.
   """
   for file in fingerprint.data_files(path, fingerprint.CHAT_FILES, bad):
     for where, row in zip(*dataset_rows.read_json_rows(file, bad), strict=True):
@@ -54,12 +59,12 @@ def read_rows(path: str, bad: BadRows) -> Iterator[tuple[str, str, dict]]:
 
 
 def check_answered(conversation: Conversation) -> Conversation:
-  """The same.
+  """Returns the conversation.
 
   Raises:
-    BadRow: it does not end with an answer.
+    BadRow: it does not end with an answer of the assistant.
   """
-  if not conversation.answered:
+  if not conversation.ends_with_answer:
     raise BadRow(
       f"the last turn is the {conversation.turns[-1].role}'s, expected an "
       'answer of the assistant; add it, or remove the row'
@@ -67,20 +72,20 @@ def check_answered(conversation: Conversation) -> Conversation:
   return conversation
 
 
-def form_of(row: Mapping) -> str:
-  """The form that a row's fields are of.
+def infer_format(row: Mapping) -> str:
+  """The format of a row, by its keys.
 
   Raises:
-    BadRow: it is none.
+    BadRow: they are not those of any format.
   """
-  for key, form in (
+  for key, row_format in (
     ('messages', 'messages'),
     ('conversations', 'sharegpt'),
     ('instruction', 'alpaca'),
   ):
     if key in row:
-      return form
-  if 'prompt' in row and any(key in row for key in _COMPLETIONS):
+      return row_format
+  if 'prompt' in row and any(key in row for key in _COMPLETION_KEYS):
     return 'messages'
   raise BadRow(
     f'the row has {", ".join(map(repr, row)) or "no fields"}; expected '
@@ -89,68 +94,71 @@ def form_of(row: Mapping) -> str:
   )
 
 
-def check_form(form: str) -> None:
-  """Raises ValueError where config.data.format is none of FORMS, nor empty."""
-  if form and form not in FORMS:
+def check_format(row_format: str) -> None:
+  """Raises ValueError if config.data.format is neither in FORMATS nor empty."""
+  if row_format and row_format not in FORMATS:
     raise ValueError(
-      f'config.data.format is one of {", ".join(FORMS)}, or empty to find out; '
-      f'got {form!r}'
+      f'config.data.format is one of {", ".join(FORMATS)}, or empty to find '
+      f'out; got {row_format!r}'
     )
 
 
 def parse_conversation(
-  row: Mapping, form: str = '', unused: UnusedFields | None = None
+  row: Mapping, row_format: str = '', unused: UnusedFields | None = None
 ) -> Conversation:
-  """A row's conversation, which need not end with an answer.
+  """Parses a row's conversation, which need not end with an answer.
 
   Args:
-    form: one of FORMS, '' to find out by the fields.
-    unused: told of the fields that are not read.
+    row_format: one of FORMATS; '' to infer it from the keys.
+    unused: collects the names of fields that are not read.
 
   Raises:
-    BadRow: the row is not of the form, or has a field that changes its
-      meaning and cannot be used.
-    ValueError: there is no such form.
+    BadRow: the row is not in the format, or a field that changes its meaning
+      is not used.
+    ValueError: there is no such format.
   """
-  check_form(form)
+  check_format(row_format)
   fields = RowFields(row, unused=unused)
-  kind = form or form_of(fields)
-  if kind == 'alpaca':
+  row_format = row_format or infer_format(fields)
+  if row_format == 'alpaca':
     turns = alpaca_prompt(fields)
-    key, answer = fields.get_alias(_ANSWERS)
+    key, answer = fields.get_alias(_OUTPUT_KEYS)
     turns.append(Turn('assistant', check_text(answer, repr(key or 'output'))))
-  elif kind == 'sharegpt':
+  elif row_format == 'sharegpt':
     turns = messages.parse_turns(
       fields.get('conversations'), 'conversations', unused
     )
   elif 'messages' not in fields and 'prompt' in fields:
-    turns = _completed(fields, unused)
+    turns = _prompt_and_completion(fields, unused)
   else:
     turns = messages.parse_turns(fields.get('messages'), 'messages', unused)
-  if kind != 'alpaca':
+  if row_format != 'alpaca':
     turns = with_system(turns, fields)
   check_order(turns)
   conversation = Conversation(tuple(turns), parse_tools(fields))
   fields.close(turn_texts(turns))
   for turn in turns if unused is not None else ():
-    unused.see(turn.content)
+    unused.add_media(turn.content)
   return conversation
 
 
 def turn_texts(turns: Iterable[Turn]) -> set[str]:
-  """Texts of turns, stripped; an instruction and its input apart, too."""
+  """The stripped texts of turns, and their first line and other lines apart.
+
+  An alpaca turn is an instruction, a line break and its input.
+  """
   texts = {turn.content.strip() for turn in turns}
-  parts = {part for whole in texts for part in whole.split('\n', 1)}
+  parts = {part for text in texts for part in text.split('\n', 1)}
   return texts | {part.strip() for part in parts}
 
 
 def alpaca_prompt(fields: RowFields) -> list[Turn]:
-  """The turns of an alpaca row up to its question."""
+  """The turns of an alpaca row up to and including its question."""
   turns = with_system(_history(fields), fields)
   question = check_text(fields.get('instruction'), "'instruction'")
-  key, more = fields.get_alias(_INPUTS)
-  if more is not None and not _is_blank(more):
-    question += '\n' + check_text(more, repr(key))
+  key, input_text = fields.get_alias(_INPUT_KEYS)
+  if input_text is not None and not _is_blank(input_text):
+    question += '\n' + check_text(input_text, repr(key))
   return [*turns, Turn('user', question)]
 
 
@@ -176,10 +184,12 @@ def _history(fields: RowFields) -> list[Turn]:
   return turns
 
 
-def _completed(fields: RowFields, unused: UnusedFields | None) -> list[Turn]:
+def _prompt_and_completion(
+  fields: RowFields, unused: UnusedFields | None
+) -> list[Turn]:
   """TRL's prompt and completion, of which the completion is trained."""
   prompt = messages.parse_field(fields, 'prompt', 'user', unused)
-  key, _ = fields.get_alias(_COMPLETIONS)
+  key, _ = fields.get_alias(_COMPLETION_KEYS)
   answer = messages.parse_field(fields, key, 'assistant', unused)
   return [
     dataclasses.replace(turn, trained=turn.role != 'assistant')
@@ -192,12 +202,12 @@ def _is_blank(value: Any) -> bool:
 
 
 def with_system(turns: list[Turn], fields: RowFields) -> list[Turn]:
-  """The turns after the system's that a row gives in its own field.
+  """Puts the system turn of a row's own field before its turns.
 
   Raises:
-    BadRow: it is no text, or the turns begin with another system's.
+    BadRow: the field is not text, or the turns begin with another system turn.
   """
-  key, system = fields.get_alias(_SYSTEM)
+  key, system = fields.get_alias(_SYSTEM_KEYS)
   if system is None or _is_blank(system):
     return turns
   first = Turn('system', check_text(system, repr(key)))
@@ -212,29 +222,31 @@ def with_system(turns: list[Turn], fields: RowFields) -> list[Turn]:
 
 
 def check_order(turns: Sequence[Turn]) -> None:
-  """The system first, then the user; tools answer the assistant.
+  """Checks the order of turns: system, user, ...; tools after the assistant.
 
   Raises:
     BadRow: the order is another.
   """
-  begun = turns[1:] if turns and turns[0].role == 'system' else turns
-  if not begun or begun[0].role != 'user':
-    who = begun[0].role if begun else 'nobody'
+  dialog = turns[1:] if turns and turns[0].role == 'system' else turns
+  if not dialog or dialog[0].role != 'user':
+    role = dialog[0].role if dialog else 'nobody'
     raise BadRow(
       f"a conversation begins with the user's turn, after the system's if "
-      f'there is one; this one with the turn of {who}'
+      f'there is one; this one with the turn of {role}'
     )
-  for i, (previous, now) in enumerate(
-    zip(begun, begun[1:], strict=False), len(turns) - len(begun) + 1
+  for i, (previous, turn) in enumerate(
+    itertools.pairwise(dialog), len(turns) - len(dialog) + 1
   ):
-    if now.role == 'system':
+    if turn.role == 'system':
       raise BadRow(f'turn {i} is of the system, which may only be the first')
-    if now.role == 'tool' and previous.role not in ('assistant', 'tool'):
+    if turn.role == 'tool' and previous.role not in ('assistant', 'tool'):
       raise BadRow(
         f'turn {i} is of a tool and follows the {previous.role}, expected a '
         'call of the assistant before it'
       )
-    if now.role == 'tool' and not (previous.role == 'tool' or _calls(previous)):
+    if turn.role == 'tool' and not (
+      previous.role == 'tool' or _may_call(previous)
+    ):
       raise BadRow(
         f'turn {i} is of a tool, but the assistant called none before it; give '
         "its call in 'tool_calls' or a turn of 'function_call', or remove the "
@@ -242,6 +254,6 @@ def check_order(turns: Sequence[Turn]) -> None:
       )
 
 
-def _calls(turn: Turn) -> bool:
-  """Whether it calls a tool, or may do so in its own words (in JSON)."""
+def _may_call(turn: Turn) -> bool:
+  """Whether a turn calls a tool, or may do so by JSON in its text."""
   return bool(turn.calls) or '{' in turn.content or '[' in turn.content

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One turn of a conversation, and the tools that it may call."""
+"""Parses the turns of a conversation, their tool calls and the tools."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,11 +13,10 @@ from moepeft.data.row_fields import (
   UnusedFields,
 )
 
-# Spellings of whether a turn is trained: OpenAI's, ms-swift's, axolotl's.
-_LOSS = ('weight', 'loss', 'train', 'training')
-_THOUGHTS = ('reasoning_content', 'thinking', 'reasoning')
-# Kinds of parts that are text.
-_PARTS = ('text', 'input_text', 'output_text')
+# Keys for whether a turn is trained: OpenAI's, ms-swift's, axolotl's.
+_LOSS_KEYS = ('weight', 'loss', 'train', 'training')
+_THOUGHT_KEYS = ('reasoning_content', 'thinking', 'reasoning')
+_TEXT_PARTS = ('text', 'input_text', 'output_text')
 _ROLES = {
   'system': 'system',
   'developer': 'system',
@@ -38,17 +37,17 @@ _ROLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """A message of one side.
+  """A message.
 
   Attributes:
     role: 'system', 'user', 'assistant' or 'tool'.
-    content: not empty, but for an assistant that calls tools, and of tools.
-    calls: [{'name': ..., 'arguments': {...}}] of an assistant, with an 'id'
-      where it has one, or None.
-    trained: whether an assistant's is trained (`weight`, `loss`, `train`).
-    thought: of an assistant, before it answers (`reasoning_content`).
-    name: of who speaks, or of the tool.
-    call_id: of the call that a tool answers.
+    content: text; '' only for an assistant that calls tools, and for tools.
+    calls: an assistant's [{'name': ..., 'arguments': {...}}], each with an
+      'id' if it has one, or None.
+    trained: whether the loss is on an assistant's turn.
+    thought: an assistant's reasoning before its answer (`reasoning_content`).
+    name: the speaker's or the tool's name.
+    call_id: the id of the call that a tool answers.
   """
 
   role: str
@@ -63,27 +62,27 @@ class Turn:
 def parse_turns(
   items: Any, field: str, unused: UnusedFields | None = None
 ) -> list[Turn]:
-  """The turns of a list; a system's turn without a text is none.
+  """Parses a list of turns; empty system turns are left out.
 
   Raises:
-    BadRow: it is no list, it is empty, or a turn is not of its form.
+    BadRow: the value is not a list, it is empty, or a turn is malformed.
   """
   if not isinstance(items, list) or not items:
     raise BadRow(
       f'expected a list of turns in {field!r}, got {items!r}; mend or remove '
       'the row'
     )
-  every = [parse_turn(item, i, unused) for i, item in enumerate(items)]
-  return [t for t in every if t.role != 'system' or t.content]
+  turns = [parse_turn(item, i, unused) for i, item in enumerate(items)]
+  return [turn for turn in turns if turn.role != 'system' or turn.content]
 
 
 def parse_field(
   fields: RowFields, key: str, role: str, unused: UnusedFields | None = None
 ) -> list[Turn]:
-  """A field's turns: a text is one of `role`, an object one of its own.
+  """Parses a field of text (a turn of `role`), a turn, or a list of turns.
 
   Raises:
-    BadRow: as `turns`; the message names the field.
+    BadRow: as for `parse_turns`; the message names the field.
   """
   value = fields.get(key)
   if isinstance(value, str):
@@ -102,18 +101,19 @@ def parse_field(
 
 
 def parse_turn(
-  item: Any, place: int, unused: UnusedFields | None = None
+  item: Any, index: int, unused: UnusedFields | None = None
 ) -> Turn:
-  """One turn of {from, value} or {role, content, tool_calls}.
+  """Parses one turn of {from, value} or {role, content, tool_calls}.
 
   Args:
-    unused: told of the fields that are not read.
+    index: of the turn, for messages.
+    unused: collects the names of fields that are not read.
 
   Raises:
-    BadRow: it is neither, it is empty (a system's or a tool's aside), or has
-      a field that changes its meaning and cannot be used.
+    BadRow: the turn is neither, its text is empty (allowed for systems and
+      tools), or a field that changes its meaning is not used.
   """
-  where = f'turn {place}'
+  where = f'turn {index}'
   if not isinstance(item, Mapping):
     raise BadRow(f'{where} is {item!r}, expected an object; mend the row')
   fields = RowFields(item, where, unused)
@@ -126,14 +126,14 @@ def parse_turn(
   role, calls = _ROLES[name], None
   _, content = fields.get_alias(('content', 'value'))
   if role == 'call':
-    role, calls, content = 'assistant', _calls(content, where), ''
+    role, calls, content = 'assistant', _parse_calls(content, where), ''
   elif role == 'assistant':
     _, value = fields.get_alias(('tool_calls', 'function_call'))
     if value not in (None, '', [], {}):
-      calls = _calls(value, where)
-  content = _joined(content, where)
+      calls = _parse_calls(value, where)
+  content = _join_parts(content, where)
   blank = content is None or isinstance(content, str) and not content.strip()
-  # Tools that do something often have nothing to tell.
+  # Tools with side effects often return no text.
   if blank and (calls or role in ('system', 'tool')):
     content = ''
   else:
@@ -142,18 +142,18 @@ def parse_turn(
     role,
     content,
     calls,
-    _trained(fields, role, where),
+    _is_trained(fields, role, where),
     _thought(fields, role, where),
-    _label(fields, 'name', where),
-    _label(fields, 'tool_call_id', where) if role == 'tool' else '',
+    _optional_text(fields, 'name', where),
+    _optional_text(fields, 'tool_call_id', where) if role == 'tool' else '',
   )
   fields.close({content.strip()})
   return parsed
 
 
-def _trained(fields: RowFields, role: str, where: str) -> bool:
+def _is_trained(fields: RowFields, role: str, where: str) -> bool:
   """Whether an assistant's turn is trained."""
-  key, value = fields.get_alias(_LOSS)
+  key, value = fields.get_alias(_LOSS_KEYS)
   if value in (None, ''):
     return True
   if not isinstance(value, (bool, int, float)) or value not in (0, 1):
@@ -169,8 +169,8 @@ def _trained(fields: RowFields, role: str, where: str) -> bool:
 
 
 def _thought(fields: RowFields, role: str, where: str) -> str:
-  """An assistant's thoughts before its answer, '' if there are none."""
-  key, value = fields.get_alias(_THOUGHTS)
+  """An assistant's reasoning before its answer; '' if there is none."""
+  key, value = fields.get_alias(_THOUGHT_KEYS)
   if value in (None, ''):
     return ''
   if role != 'assistant':
@@ -180,20 +180,22 @@ def _thought(fields: RowFields, role: str, where: str) -> str:
   return check_text(value, f'{where}, {key!r}')
 
 
-def _label(fields: RowFields, key: str, where: str) -> str:
+def _optional_text(fields: RowFields, key: str, where: str) -> str:
   value = fields.get(key, '')
   return value and check_text(value, f'{where}, {key!r}')
 
 
-def _joined(content: Any, where: str) -> Any:
-  """OpenAI's lists of parts as one text."""
+def _join_parts(content: Any, where: str) -> Any:
+  """Joins OpenAI's lists of text parts to one text."""
   if not isinstance(content, list):
     return content
   texts = []
   for part in content:
     fields = RowFields(part if isinstance(part, Mapping) else {}, where)
     value = fields.get('text')
-    if fields.get('type', 'text') not in _PARTS or not isinstance(value, str):
+    if fields.get('type', 'text') not in _TEXT_PARTS or not isinstance(
+      value, str
+    ):
       raise BadRow(
         f'{where} holds something other than text; only text can be trained: '
         'remove the row'
@@ -204,10 +206,13 @@ def _joined(content: Any, where: str) -> Any:
 
 
 def check_text(value: Any, name: str) -> str:
-  """A value that is text and not empty, without a byte order mark.
+  """Returns a text without its byte order mark.
+
+  Args:
+    name: the value's name in messages.
 
   Raises:
-    BadRow: it is not; `said` names it.
+    BadRow: the value is not text, it is empty, or it has a lone surrogate.
   """
   if not isinstance(value, str):
     raise BadRow(f'{name} is {value!r}, expected text; mend or remove the row')
@@ -219,9 +224,9 @@ def check_text(value: Any, name: str) -> str:
   return value
 
 
-def _calls(value: Any, where: str) -> list[dict]:
-  """[{'name', 'arguments'}] of JSON or of OpenAI's list."""
-  parsed = _json(value, where, 'a call of a tool')
+def _parse_calls(value: Any, where: str) -> list[dict]:
+  """[{'name', 'arguments'}] of JSON, a call, or OpenAI's list of calls."""
+  parsed = _parse_json(value, where, 'a call of a tool')
   parsed = parsed if isinstance(parsed, list) else [parsed]
   calls = []
   for item in parsed or [{}]:
@@ -229,7 +234,7 @@ def _calls(value: Any, where: str) -> list[dict]:
     inner = outer.get('function')
     call = RowFields(inner, where) if isinstance(inner, Mapping) else outer
     name, arguments = call.get('name'), call.get('arguments')
-    arguments = _json(arguments, where, 'arguments') if arguments else {}
+    arguments = _parse_json(arguments, where, 'arguments') if arguments else {}
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
       raise BadRow(
         f"{where} calls no tool: expected {{'name': ..., 'arguments': "
@@ -249,43 +254,41 @@ def _calls(value: Any, where: str) -> list[dict]:
 
 
 def parse_tools(fields: RowFields) -> list[dict] | None:
-  """A row's tools, in OpenAI's form.
+  """A row's tools in OpenAI's format, or None.
 
   Raises:
-    BadRow: they are no list of JSON schemas.
+    BadRow: they are not a list of JSON schemas.
   """
   key, value = fields.get_alias(('tools', 'functions'))
   if value in (None, '', []):
     return None
-  parsed = _json(value, repr(key), 'a list of tools')
+  parsed = _parse_json(value, repr(key), 'a list of tools')
   if parsed == []:
     return None
   if not isinstance(parsed, list):
-    raise _no_tools(key, value)
-  every = []
+    raise _bad_tools(key, value)
+  tools = []
   for item in parsed:
-    # Some exports write each tool as JSON.
-    tool = _json(item, repr(key), 'a tool')
+    # Some exports encode each tool as JSON text.
+    tool = _parse_json(item, repr(key), 'a tool')
     if not isinstance(tool, dict):
-      raise _no_tools(key, value)
-    tool = (
-      tool if 'function' in tool else {'type': 'function', 'function': tool}
-    )
-    function = tool['function']
-    if not isinstance(function, dict):
-      raise _no_tools(key, value)
-    every.append(tool)
-  return every
+      raise _bad_tools(key, value)
+    if 'function' not in tool:
+      tool = {'type': 'function', 'function': tool}
+    if not isinstance(tool['function'], dict):
+      raise _bad_tools(key, value)
+    tools.append(tool)
+  return tools
 
 
-def _no_tools(key: str, value: Any) -> BadRow:
+def _bad_tools(key: str, value: Any) -> BadRow:
   return BadRow(
     f'expected a list of JSON schemas in {key!r}, got {value!r}; mend or '
     'remove the row'
   )
 
 
-def _json(value: Any, where: str, description: str) -> Any:
+def _parse_json(value: Any, where: str, description: str) -> Any:
   if not isinstance(value, str):
     return value
   try:

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compared and judged answers as batches with several sides."""
+"""Datasets and batches of compared answers (pairs) and of judged answers.
+
+A side is a prompt with one answer. Pairs have the sides chosen and rejected; a
+judged answer has its own side, and one with an answer to another prompt, of
+which KTO measures the KL divergence.
+"""
 
 import dataclasses
 import hashlib
@@ -24,33 +29,33 @@ from moepeft.data.tokenizers.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreferenceExample:
-  """A row as ids.
+  """A tokenized row.
 
   Attributes:
-    sides: each answer with its prompt, as the model's collator encodes it.
-    label: whether a judged answer is a good one; None of a pair.
-    idx: of the row in its file.
+    sides: the k sides, as the model's collator encodes them.
+    label: whether a judged answer is good; None for a pair.
+    idx: index of the row in its file.
     group: index of the first row with this prompt; the split is by group.
-    place: among all items of its source.
-    references: float32 [k, t], log p of each target of each side, where it
-      was computed before training.
+    index: index of the example in its dataset.
+    references: float32 [k, t], the reference model's log p of each side's
+      targets, if it was computed before training.
   """
 
   sides: tuple
   label: bool | None
   idx: int
   group: int
-  place: int
+  index: int
   references: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class PairCollator:
-  """The collator of batches with several sides; see `collators.Collator`.
+  """The collator of batches with two sides; see `collators.Collator`.
 
   Attributes:
-    side_collator: of one side.
-    judged: whether answers are judged one by one, not compared.
+    side_collator: the model's collator, which encodes one side.
+    judged: whether answers are judged one by one, not compared in pairs.
   """
 
   side_collator: collators.Collator
@@ -74,41 +79,40 @@ class PairCollator:
 
   @property
   def sides(self) -> tuple[str, str]:
-    """The prefixes of its batches' keys."""
+    """The prefixes of the batches' keys, one for each side."""
     return JUDGED if self.judged else PAIR
 
   def encode(
     self, items: Sequence[PreferenceExample]
   ) -> list[PreferenceExample]:
-    """The items, which are encoded already."""
+    """Returns the items, which are encoded already."""
     return list(items)
 
   def rows(
-    self, number: int, encoded: Sequence[PreferenceExample]
+    self, window: int, encoded: Sequence[PreferenceExample]
   ) -> collators.Rows:
-    """A window's rows: see `padded` and `laid`."""
+    """Rows as of `pack` or `pad`."""
     if not self.packed:
       return self.pad(encoded)
-    rng = np.random.default_rng((self.seed, number))
-    fills = [
+    rng = np.random.default_rng((self.seed, window))
+    side_lengths = [
       self.side_collator.sizes(side)[0] for side in self._by_side(encoded)
     ]
-    lengths = np.concatenate(fills, axis=1)
+    lengths = np.concatenate(side_lengths, axis=1)
     capacity = self.lengths * len(self.sides)
     return self.pack(encoded, packing.shuffled_bins(lengths, capacity, rng))
 
   def pad(self, encoded: Sequence[PreferenceExample]) -> collators.Rows:
-    """A batch of each side, its keys after the side's name.
+    """The side collator's batch of each side, with a prefix on its keys.
 
     Returns:
-      'chosen_inputs', ..., 'rejected_inputs', ... of pairs; 'inputs', ...,
-      'kl_inputs', ... and 'label' bool [b] of judged answers; and
-      'chosen_reference' ('reference' of judged ones) and its like, float32
-      [b, t], where the items have them.
+      For pairs 'chosen_inputs', ..., 'rejected_inputs', ...; for judged answers
+      'inputs', ..., 'kl_inputs', ... and 'label' bool [b]. If the examples have
+      references, '<side>reference' float32 [b, t] of each side.
     """
     batch = {}
     for i, side in enumerate(self._by_side(encoded)):
-      batch |= self._named(i, self.side_collator.pad(side))
+      batch |= self._with_side(i, self.side_collator.pad(side))
       if encoded[0].references is not None:
         references = np.stack([item.references[i] for item in encoded])
         batch[f'{self.sides[i]}reference'] = references
@@ -119,23 +123,24 @@ class PairCollator:
   def pack(
     self, encoded: Sequence[PreferenceExample], bins: Sequence[Sequence[int]]
   ) -> collators.Rows:
-    """Rows of several items each, which have the same segment on every side.
+    """Rows of several examples each, with equal segment ids on all sides.
 
     Returns:
-      As `padded`, with the segments and positions of the model's own form;
-      'label' is [b, t], of each segment from 1 on.
+      The arrays of `pad`, with the side collator's segments and positions.
+      'label' is [b, t]: entry i is the label of segment i + 1.
     """
     batch, t = {}, self.lengths[-1]
     for i, side in enumerate(self._by_side(encoded)):
-      batch |= self._named(i, self.side_collator.pack(side, bins))
+      batch |= self._with_side(i, self.side_collator.pack(side, bins))
       if encoded[0].references is not None:
         references = np.zeros((len(bins), t), np.float32)
-        # Targets fill the last of a form's lengths.
-        ends = [size[-1] for size in self.side_collator.sizes(side)[0]]
+        # The last length of a collator is that of the targets.
+        lengths = [size[-1] for size in self.side_collator.sizes(side)[0]]
         for row, items in enumerate(bins):
-          parts = [encoded[j].references[i][: ends[j]] for j in items]
-          whole = np.concatenate(parts)
-          references[row, : len(whole)] = whole
+          packed = np.concatenate(
+            [encoded[j].references[i][: lengths[j]] for j in items]
+          )
+          references[row, : len(packed)] = packed
         batch[f'{self.sides[i]}reference'] = references
     if self.judged:
       batch['label'] = np.zeros((len(bins), t), bool)
@@ -149,11 +154,11 @@ class PairCollator:
       list(side) for side in zip(*(e.sides for e in encoded), strict=True)
     ]
 
-  def _named(self, side: int, rows: collators.Rows) -> collators.Rows:
+  def _with_side(self, side: int, rows: collators.Rows) -> collators.Rows:
     return {f'{self.sides[side]}{key}': array for key, array in rows.items()}
 
   def count_cut(self, items: Sequence[PreferenceExample]) -> int:
-    """0: what was too long was told when the rows were read."""
+    """0: `preference.rows.notes` counts them when the rows are read."""
     del items
     return 0
 
@@ -175,21 +180,21 @@ class PairCollator:
     )
 
   def sizes(self, encoded: Sequence[PreferenceExample]):
-    """(the longest side of each item, trained tokens of all its sides)."""
-    places, trained = [], []
+    """(each item's longest lengths, target tokens of all its sides)."""
+    lengths, num_targets = [], []
     for item in encoded:
-      side_sizes, tokens = self.side_collator.sizes(item.sides)
-      places.append(tuple(map(max, zip(*side_sizes, strict=True))))
-      trained.append(sum(tokens))
-    return places, trained
+      side_lengths, side_targets = self.side_collator.sizes(item.sides)
+      lengths.append(tuple(map(max, zip(*side_lengths, strict=True))))
+      num_targets.append(sum(side_targets))
+    return lengths, num_targets
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceDataset:
-  """The encoded rows of a source of preferences.
+  """The examples of a source of preferences.
 
   Attributes:
-    items: rows that fit, in the source's order.
+    items: the rows that fit, in the source's order.
     notes: lines for the user.
   """
 
@@ -198,18 +203,23 @@ class PreferenceDataset:
 
   @property
   def sha256(self) -> str:
-    """The hash of every id and of the loss masks, in order."""
+    """The hash of all ids and loss masks, in order."""
     digest = hashlib.sha256()
     for item in self.items:
       for side in item.sides:
-        arrays = vars(side).values() if isinstance(side, Sample) else side
-        for part in arrays:
-          array = np.asarray(part, np.int32)
+        # Without the task id, which older runs' hashes do not have.
+        fields = (
+          (side.ids, side.loss_mask, side.cut)
+          if isinstance(side, Sample)
+          else side[:2]
+        )
+        for field in fields:
+          array = np.asarray(field, np.int32)
           digest.update(np.int64(array.size).tobytes() + array.tobytes())
     return digest.hexdigest()
 
   def with_references(self, references: np.ndarray) -> 'PreferenceDataset':
-    """The same items with theirs of float32 [items, k, t]."""
+    """The same items with references float32 [items, k, t]."""
     items = (
       dataclasses.replace(item, references=references[i])
       for i, item in enumerate(self.items)
@@ -219,37 +229,38 @@ class PreferenceDataset:
   def split(
     self, held_out: float
   ) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
-    """(training, validation), all answers to a prompt on one side.
+    """Splits the items into (training, validation), by prompt.
 
-    See `moepeft.data.split.last`.
+    See `moepeft.data.split.hold_out_last`.
+
+    Args:
+      held_out: the share of the rows to hold out.
 
     Raises:
-      ValueError: nothing is left to train on.
+      ValueError: no row is left to train on.
     """
-    rows = {item.idx: item.group for item in self.items}
-    out = data_split.hold_out_last(list(rows.values()), held_out)
-    held_out_rows = {idx for idx, away in zip(rows, out, strict=True) if away}
-    if len(held_out_rows) == len(rows):
+    groups = {item.idx: item.group for item in self.items}
+    mask = data_split.hold_out_last(list(groups.values()), held_out)
+    if all(mask):
       raise ValueError(f'held_out={held_out} leaves no row to train on')
-    parts = [], []
-    for item in self.items:
-      parts[item.idx in held_out_rows].append(item)
-    return parts
+    is_held_out = dict(zip(groups, mask, strict=True))
+    train = [item for item in self.items if not is_held_out[item.idx]]
+    return train, [item for item in self.items if is_held_out[item.idx]]
 
 
 def objective_collator(
   data: ConfigDict, objective: str, batch: str, collator: collators.Collator
 ) -> collators.Collator:
-  """The collator of an objective's batches.
+  """Makes the collator of an objective's batches.
 
   Args:
     objective: config.objective.
-    batch: of its `ObjectiveSpec`.
-    collator: the model's.
+    batch: the kind of batch in its `ObjectiveSpec`.
+    collator: the model's collator.
 
   Raises:
-    ValueError: the objective and config.data.source are not of one kind, or
-      the method has a soft prompt and the objective compares answers.
+    ValueError: config.data.source has no rows for such batches, or the method
+      has a soft prompt and the objective compares answers.
   """
   if batch not in READERS.lookup(data.source).batches:
     sources = [name for name in READERS if batch in READERS[name].batches]
@@ -274,17 +285,17 @@ def read_preferences(
   collator: collators.Collator,
   render: preference_tokenize.Render | None = None,
 ) -> PreferenceDataset:
-  """Reads config.data.path and makes ids of it.
+  """Reads and tokenizes the rows of config.data.path.
 
   Args:
-    collator: of `objective_collator`; where answers are judged, a pair becomes
-      two of them.
-    render: of a decoder; by default the chat template, or plain text where
-      the tokenizer has none.
+    collator: of `objective_collator`; if it is for judged answers, a pair
+      becomes two of them.
+    render: encodes a decoder's conversations; by default with the chat
+      template, or as plain text if the tokenizer has none.
 
   Raises:
-    ValueError: no such file; a row that is not of the form (the message names
-      the file and the row), or of no use to the objective; or none that fits.
+    ValueError: there is no such file, a row is malformed (the message names
+      the file and the row) or of no use to the objective, or no row fits.
   """
   if not isinstance(collator, PairCollator):
     raise ValueError(
@@ -299,67 +310,74 @@ def read_preferences(
     )
   bad = BadRows(data.on_bad_row, data.ignore_fields)
   encode = preference_tokenize.row_encoder(data, side_collator, render)
-  rows, parts, places = preference_rows.rows(data, bad, judged, encode)
-  spans = [
-    preference_tokenize.fit_answers(is_same, side_collator, data.truncation)
-    for is_same in parts
-  ]
-  same = [
-    span is not None and preference_tokenize.answers_equal(is_same, span)
-    for is_same, span in zip(parts, spans, strict=True)
-  ]
-  spans = [
-    None if is_same else x for x, is_same in zip(spans, same, strict=True)
-  ]
-  alike = [
-    place for place, is_same in zip(places, same, strict=True) if is_same
-  ]
-  kept_rows = [i for i, span in enumerate(spans) if span is not None]
-  if alike and not kept_rows:
+  rows, encoded, locations = preference_rows.read_rows(
+    data, bad, judged, encode
+  )
+  budgets: list[preference_tokenize.AnswerBudget | None] = []
+  # Locations of the rows whose answers have equal ids.
+  equal_answers = []
+  for answers, location in zip(encoded, locations, strict=True):
+    budget = preference_tokenize.fit_answers(
+      answers, side_collator, data.truncation
+    )
+    if budget is not None and preference_tokenize.answers_equal(
+      answers, budget
+    ):
+      equal_answers.append(location)
+      budget = None
+    budgets.append(budget)
+  row_indices = [i for i, budget in enumerate(budgets) if budget is not None]
+  if equal_answers and not row_indices:
     raise ValueError(
       f'no row of {data.path} compares answers that differ to the tokenizer '
-      f'within {side_collator.length_keys} (the first: {alike[0]}); mend the '
-      'rows, or raise the length'
+      f'within {side_collator.length_keys} (the first: {equal_answers[0]}); '
+      'mend the rows, or raise the length'
     )
-  if not kept_rows:
+  if not row_indices:
     raise ValueError(
       f'none of {len(rows)} rows of {data.path} fits '
       f'{side_collator.length_keys} with '
-      f'config.data.truncation={data.truncation!r} (the first: {places[0]}); '
-      'raise the length'
+      f'config.data.truncation={data.truncation!r} (the first: '
+      f'{locations[0]}); raise the length'
     )
   mismatched = (
-    preference_formats.mismatched([rows[i] for i in kept_rows], data.path)
+    preference_formats.mismatched_indices(
+      [rows[i] for i in row_indices], data.path
+    )
     if judged
     else ()
   )
   items, groups = [], {}
-  for place, i in enumerate(kept_rows):
-    prompt, cap = spans[i].prompt, spans[i].cap
+  for index, i in enumerate(row_indices):
+    budget = budgets[i]
     sides = [
-      preference_tokenize.make_side(prompt, answer, cap, side_collator)
-      for answer in parts[i].answers
+      preference_tokenize.make_side(
+        budget.prompt, answer, budget.answer_length, side_collator
+      )
+      for answer in encoded[i].answers
     ]
     if judged:
-      mismatched_answer = parts[kept_rows[mismatched[place]]].answers[0]
+      mismatched_answer = encoded[row_indices[mismatched[index]]].answers[0]
       sides.append(
         preference_tokenize.make_side(
-          prompt, mismatched_answer, spans[i].room, side_collator
+          budget.prompt, mismatched_answer, budget.max_length, side_collator
         )
       )
     label = rows[i].label if judged else None
-    first = groups.setdefault(repr(rows[i].prompt.turns), rows[i].idx)
+    group = groups.setdefault(repr(rows[i].prompt.turns), rows[i].idx)
     items.append(
-      PreferenceExample(tuple(sides), label, rows[i].idx, first, place)
+      PreferenceExample(tuple(sides), label, rows[i].idx, group, index)
     )
-  notes = preference_rows.notes(data, places, spans, alike, bad, side_collator)
+  notes = preference_rows.notes(
+    data, locations, budgets, equal_answers, bad, side_collator
+  )
   labels = {item.label for item in items}
   if judged and len(labels) == 1:
-    notes = (*notes, _one_class(data.path, labels == {True}))
+    notes = (*notes, _one_class_note(data.path, labels == {True}))
   return PreferenceDataset(tuple(items), notes)
 
 
-def _one_class(path: str, good: bool) -> str:
+def _one_class_note(path: str, good: bool) -> str:
   present, missing = ('good', 'bad') if good else ('bad', 'good')
   return (
     f'note: every answer of {path} is {present} and none is {missing}, so that '

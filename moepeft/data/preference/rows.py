@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading of rows of compared and of judged answers."""
+"""Reads rows of compared and of judged answers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,40 +17,47 @@ from moepeft.data.preference.tokenize import EncodedAnswers
 from moepeft.data.readers import dataset_rows
 
 
-def rows(
+def read_rows(
   data: ConfigDict,
   bad: BadRows,
   judged: bool,
   encode: preference_tokenize.Encode,
 ) -> tuple[list, list[EncodedAnswers], list[str]]:
-  """(rows of the one kind, the same as ids, where each stands); those of no
-  use are bad ones."""
+  """(rows of the objective's kind, their ids, the file and line of each).
+
+  Rows that the objective cannot use are bad rows.
+
+  Raises:
+    ValueError: there is no good row.
+  """
   table, where = dataset_rows.open_table(data.path, data.split, bad)
-  good, parts, places, nulls = (
-    [],
-    [],
-    [],
-    dataset_rows.fills_missing_fields(table),
-  )
+  nulls = dataset_rows.fills_missing_fields(table)
+  good, encoded, locations = [], [], []
   for i, fields in enumerate(table):
     try:
       fields = dataset_rows.without_nulls(fields) if nulls else fields
       row = preference_formats.parse_row(fields, data.format, i, bad.unused)
-      parsed = _useful(row, judged, data.system_prompt)
-      ids = [encode(row.prompt, row.answers) for row in parsed]
+      parsed = _objective_rows(row, judged, data.system_prompt)
+      answers = [encode(row.prompt, row.answers) for row in parsed]
       good.extend(parsed)
-      parts.extend(ids)
-      places.extend([where(i)] * len(parsed))
+      encoded.extend(answers)
+      locations.extend([where(i)] * len(parsed))
     except BadRow as e:
       bad(where(i), e)
   if not good:
     first = f', the first: {bad.reasons[0]}' if bad.reasons else ''
     raise ValueError(f'{data.path} holds no good row{first}')
-  return good, parts, places
+  return good, encoded, locations
 
 
-def _useful(row: ComparedRow | JudgedRow, judged: bool, system: str) -> list:
-  """A row as the objective takes it, with a system's turn where it has none."""
+def _objective_rows(
+  row: ComparedRow | JudgedRow, judged: bool, system: str
+) -> list:
+  """The rows that the objective reads of one row, with a system turn.
+
+  Args:
+    system: the content of the system turn of rows without one; '' for none.
+  """
   if isinstance(row, JudgedRow) and not judged:
     raise BadRow(
       'one answer with a label, but the objective compares two; set '
@@ -60,28 +67,31 @@ def _useful(row: ComparedRow | JudgedRow, judged: bool, system: str) -> list:
     turns = (Turn('system', system), *row.prompt.turns)
     prompt = dataclasses.replace(row.prompt, turns=turns)
     row = dataclasses.replace(row, prompt=prompt)
-  pair = isinstance(row, ComparedRow) and judged
-  return list(preference_formats.unpaired(row)) if pair else [row]
+  if isinstance(row, ComparedRow) and judged:
+    return list(preference_formats.split_pair(row))
+  return [row]
 
 
 def notes(
   data: ConfigDict,
-  places: Sequence[str],
-  spans: Sequence,
-  alike: Sequence[str],
+  locations: Sequence[str],
+  budgets: Sequence[preference_tokenize.AnswerBudget | None],
+  equal_answers: Sequence[str],
   bad: BadRows,
   collator: collators.Collator,
 ) -> tuple[str, ...]:
   """Lines for the user on the rows that were read, cut and left out.
 
   Args:
-    places: where each row stands; spans: of `answer_ids.span`, None of rows
-      that are left out: at `alike` as both answers are the same.
+    locations: the file and line of each row.
+    budgets: each row's `tokenize.fit_answers`; None if it is left out.
+    equal_answers: locations of rows that are left out as their answers have
+      equal ids.
   """
-  lines = [f'{data.path}: {len(places):,} rows']
+  lines = [f'{data.path}: {len(locations):,} rows']
   lines += [f'skipped {reason}' for reason in bad.reasons[:1]]
-  decoder = isinstance(collator, decoder_only.CausalCollator)
-  if decoder and not (
+  is_decoder = isinstance(collator, decoder_only.CausalCollator)
+  if is_decoder and not (
     data.chat_template
     or preference_tokenize.has_chat_template(collator.tokenizer)
   ):
@@ -89,30 +99,34 @@ def notes(
       f'{collator.tokenizer} brings no chat template: turns are written as '
       'plain text'
     )
-  elif decoder:
+  elif is_decoder:
     lines += chat_dataset.load_chat_template(data, collator.tokenizer).warnings
   if len(bad.reasons) > 1:
     lines.append(f'skipped {len(bad.reasons) - 1:,} bad rows more')
-  pairs, same_answers = list(zip(places, spans, strict=True)), set(alike)
-  left = [
-    place for place, span in pairs if span is None and place not in same_answers
+  pairs = list(zip(locations, budgets, strict=True))
+  left_out = [
+    location
+    for location, budget in pairs
+    if budget is None and location not in set(equal_answers)
   ]
-  cut = [place for place, span in pairs if span is not None and span.cut]
+  cut = [
+    location for location, budget in pairs if budget is not None and budget.cut
+  ]
   for affected, description in (
-    (left, 'left out, as they do not fit'),
+    (left_out, 'left out, as they do not fit'),
     (cut, 'cut'),
   ):
     if affected:
       lines.append(
-        f'{len(affected):,} of {len(places):,} rows of {data.path} are '
+        f'{len(affected):,} of {len(locations):,} rows of {data.path} are '
         f'{description} (the first: {affected[0]}); raise '
         f'{collator.length_keys} to keep them whole'
       )
   lines += bad.notes(data.path)
-  if alike:
+  if equal_answers:
     lines.append(
-      f'{len(alike):,} of {len(places):,} rows of {data.path} are left out, as '
-      'their answers are the same to the tokenizer, or after they are cut (the '
-      f'first: {alike[0]})'
+      f'{len(equal_answers):,} of {len(locations):,} rows of {data.path} are '
+      'left out, as their answers are the same to the tokenizer, or after they '
+      f'are cut (the first: {equal_answers[0]})'
     )
   return tuple(lines)

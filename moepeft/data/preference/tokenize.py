@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt and its answers as ids, and what of them fits a row.
+"""Tokenizes a prompt and its answers, and truncates them to a row.
 
-The prompt is the same on all sides and never trained. What is too long costs
-it its beginning, or the row: no answer is cut beside one that is whole.
+All sides have the same prompt, without a loss on it. A row that is too long
+loses the prompt's beginning or is left out. Answers are truncated only if all
+of them are too long.
 """
 
 import dataclasses
@@ -23,10 +24,10 @@ from moepeft.data.tokenizers.tokenizer import (
   require_eos,
 )
 
-# The share of a decoder's row that a prompt keeps beside long answers.
-_LEAST = 4
+# Next to long answers, a prompt keeps at least 1 / 4 of a decoder's row.
+_PROMPT_DIVISOR = 4
 
-# A conversation as ids, of which the last run of trained tokens is the answer.
+# Encodes a conversation; the last run of tokens with a loss is the answer.
 Render = Callable[[Conversation], Sample]
 # (prompt, answers) -> EncodedAnswers
 Encode = Callable[[Conversation, Sequence[Turn]], 'EncodedAnswers']
@@ -34,7 +35,12 @@ Encode = Callable[[Conversation, Sequence[Turn]], 'EncodedAnswers']
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedAnswers:
-  """A row as ids, of any length: its prompt, and (ids, trained) of answers."""
+  """A tokenized row of any length.
+
+  Attributes:
+    prompt: int32 [n].
+    answers: (ids int32 [m], loss mask bool [m]) of each answer.
+  """
 
   prompt: np.ndarray
   answers: tuple[tuple[np.ndarray, np.ndarray], ...]
@@ -45,29 +51,31 @@ class AnswerBudget:
   """The part of a row that fits.
 
   Attributes:
-    prompt: what is left of it.
-    cap: tokens of each answer that are kept, all of them unless both are cut.
-    room: tokens that there are for an answer.
-    cut: whether anything was cut.
+    prompt: the truncated prompt, int32 [n].
+    answer_length: tokens that the row's answers are truncated to, which is the
+      longest answer's length if nothing is truncated.
+    max_length: tokens that any answer to the prompt may have.
+    cut: whether anything was truncated.
   """
 
   prompt: np.ndarray
-  cap: int
-  room: int
+  answer_length: int
+  max_length: int
   cut: bool
 
 
 def row_encoder(
   data: ConfigDict, collator: collators.Collator, render: Render | None
 ) -> Encode:
-  """A function that encodes a row.
+  """Makes a function that encodes a row.
 
   Args:
-    collator: of one side.
-    render: of a decoder; by default `renderer`'s.
+    collator: the model's collator.
+    render: encodes a decoder's conversations; by default `make_renderer`'s.
 
   Raises:
-    ValueError: config.data asks for what pairs have not, or has no template.
+    ValueError: a key of config.data has no effect on preferences, or the chat
+      template cannot be read.
   """
   if data.train_on != 'answers':
     raise ValueError(
@@ -83,29 +91,29 @@ def row_encoder(
       )
     tokenizer = collator.tokenizer
 
-    def encode_pair(prompt, answers) -> EncodedAnswers:
+    def encode_seq2seq(prompt, answers) -> EncodedAnswers:
       _check_plain(prompt, answers)
-      end = np.int32(require_eos(tokenizer))
+      eos = np.int32(require_eos(tokenizer))
       texts = [plain_text(prompt), *(turn.content for turn in answers)]
       encoded = tokenizer.encode_all(texts)
-      ids = [np.append(np.asarray(text, np.int32), end) for text in encoded]
+      ids = [np.append(np.asarray(text, np.int32), eos) for text in encoded]
       return EncodedAnswers(
         ids[0], tuple((x, np.ones(len(x), bool)) for x in ids[1:])
       )
 
-    return encode_pair
+    return encode_seq2seq
   render = render or make_renderer(data, collator.tokenizer)
 
   def encode_decoder(prompt, answers) -> EncodedAnswers:
-    prompts, answer_parts = [], []
-    # Of no other turn is anything trained, so none is cut from what is before.
+    prompts, encoded = [], []
+    # Without a loss on the context, the first loss marks the answer's start.
     context = [dataclasses.replace(t, trained=False) for t in prompt.turns]
     for answer in answers:
       turns = (*context, dataclasses.replace(answer, trained=True))
-      whole = render(dataclasses.replace(prompt, turns=turns))
-      start = _last_run(whole.loss_mask)
-      prompts.append(whole.ids[:start])
-      answer_parts.append((whole.ids[start:], whole.loss_mask[start:]))
+      sample = render(dataclasses.replace(prompt, turns=turns))
+      start = _last_run_start(sample.loss_mask)
+      prompts.append(sample.ids[:start])
+      encoded.append((sample.ids[start:], sample.loss_mask[start:]))
     if any(
       not np.array_equal(prompts[0], prompt_ids) for prompt_ids in prompts
     ):
@@ -113,43 +121,48 @@ def row_encoder(
         'the chat template makes another prompt of each answer; name one that '
         'does not with config.data.chat_template'
       )
-    return EncodedAnswers(prompts[0], tuple(answer_parts))
+    return EncodedAnswers(prompts[0], tuple(encoded))
 
   return encode_decoder
 
 
-def _last_run(trained: np.ndarray) -> int:
-  """The start of the last run of trained tokens."""
-  if not trained.any():
+def _last_run_start(loss_mask: np.ndarray) -> int:
+  """The index at which the last run of True begins."""
+  if not loss_mask.any():
     raise BadRow('no token of the answer is trained; mend or remove the row')
-  last = int(np.flatnonzero(trained)[-1])
-  untrained = np.flatnonzero(~trained[:last])
-  return int(untrained[-1]) + 1 if len(untrained) else 0
+  last = int(np.flatnonzero(loss_mask)[-1])
+  unmasked = np.flatnonzero(~loss_mask[:last])
+  return int(unmasked[-1]) + 1 if len(unmasked) else 0
 
 
 def make_renderer(data: ConfigDict, tokenizer: Tokenizer) -> Render:
-  """The chat template, or plain text where the tokenizer has none.
+  """Encodes by the chat template, or as plain text without one.
 
   Raises:
-    ValueError: config.data.chat_template cannot be read, or is for bytes.
+    ValueError: config.data.chat_template cannot be read, or the tokenizer is
+      of bytes.
   """
   if data.chat_template or has_chat_template(tokenizer):
     return chat_dataset.load_chat_template(data, tokenizer).encode
 
-  def plain(whole: Conversation) -> Sample:
-    _check_plain(whole)
-    prompt = dataclasses.replace(whole, turns=whole.turns[:-1])
+  def encode_plain(chat: Conversation) -> Sample:
+    _check_plain(chat)
+    prompt = dataclasses.replace(chat, turns=chat.turns[:-1])
     (prompt_ids,) = decoder_only.encode_prompts(tokenizer, [plain_text(prompt)])
-    (ids,) = decoder_only.encode_answers(tokenizer, [whole.turns[-1].content])
+    (ids,) = decoder_only.encode_answers(tokenizer, [chat.turns[-1].content])
     return decoder_only.make_sample(prompt_ids, ids)
 
-  return plain
+  return encode_plain
 
 
-def _check_plain(whole: Conversation, answers: Sequence[Turn] = ()) -> None:
-  """Plain text is what turns say, so there must be no more to them."""
-  turns = (*whole.turns, *answers)
-  if whole.tools or any(
+def _check_plain(chat: Conversation, answers: Sequence[Turn] = ()) -> None:
+  """
+  Raises:
+    BadRow: the row has tools, calls, thoughts or names, which plain text
+      cannot represent.
+  """
+  turns = (*chat.turns, *answers)
+  if chat.tools or any(
     turn.calls or turn.thought or turn.name and turn.role != 'tool'
     for turn in turns
   ):
@@ -161,7 +174,7 @@ def _check_plain(whole: Conversation, answers: Sequence[Turn] = ()) -> None:
 
 
 def has_chat_template(tokenizer: Tokenizer) -> bool:
-  """Whether a vocabulary brings a chat template."""
+  """Whether a tokenizer has a chat template."""
   hf_tokenizer = (
     tokenizer.tokenizer if isinstance(tokenizer, HuggingFaceTokenizer) else None
   )
@@ -169,66 +182,75 @@ def has_chat_template(tokenizer: Tokenizer) -> bool:
 
 
 def plain_text(prompt: Conversation) -> str:
-  """Turns as plain text: a single one as it is, several by their roles."""
+  """The content of a single turn; 'role: content' lines of several turns."""
   if len(prompt.turns) == 1:
     return prompt.turns[0].content
   return '\n'.join(f'{turn.role}: {turn.content}' for turn in prompt.turns)
 
 
 def fit_answers(
-  parts: EncodedAnswers, collator: collators.Collator, too_long: str
+  encoded: EncodedAnswers, collator: collators.Collator, truncation: str
 ) -> AnswerBudget | None:
-  """The part of a row that fits; None where the row is left out."""
-  prompt = parts.prompt
-  lengths = [len(ids) for ids, _ in parts.answers]
+  """The part of a row that fits; None if the row is left out.
+
+  Args:
+    truncation: config.data.truncation.
+  """
+  prompt, bos = encoded.prompt, collator.tokenizer.bos
+  lengths = [len(ids) for ids, _ in encoded.answers]
   longest, shortest = max(lengths), min(lengths)
   if not isinstance(collator, decoder_only.CausalCollator):
-    most, available = collator.lengths
-    over = len(prompt) > most
-    if over and too_long == 'drop':
+    max_prompt, max_answer = collator.lengths
+    cut = len(prompt) > max_prompt
+    if cut and truncation == 'drop':
       return None
-    left = prompt[:most]
-    if too_long == 'prompt':
-      left = decoder_only.keep_last(prompt, most, collator.tokenizer.bos)
-    if longest <= available:
-      return AnswerBudget(left, longest, available, over)
-    cut = too_long == 'end' and shortest > available
-    return AnswerBudget(left, available, available, True) if cut else None
-  # One token more than are fed.
-  row = collator.length + 1
-  if len(prompt) + longest <= row:
-    return AnswerBudget(prompt, longest, row - len(prompt), False)
-  if too_long == 'prompt':
-    left = row - longest
-    if left < min(len(prompt), row // _LEAST):
+    if truncation == 'prompt':
+      prompt = decoder_only.keep_last(prompt, max_prompt, bos)
+    prompt = prompt[:max_prompt]
+    if longest <= max_answer:
+      return AnswerBudget(prompt, longest, max_answer, cut)
+    cut = truncation == 'end' and shortest > max_answer
+    return AnswerBudget(prompt, max_answer, max_answer, True) if cut else None
+  # The last token is only a target, so a row has one token more than inputs.
+  row_length = collator.length + 1
+  max_answer = row_length - len(prompt)
+  if longest <= max_answer:
+    return AnswerBudget(prompt, longest, max_answer, False)
+  if truncation == 'prompt':
+    max_prompt = row_length - longest
+    if max_prompt < min(len(prompt), row_length // _PROMPT_DIVISOR):
       return None
-    prompt_end = decoder_only.keep_last(prompt, left, collator.tokenizer.bos)
-    return AnswerBudget(prompt_end, longest, longest, True)
-  available = row - len(prompt)
-  # Both ends are cut or none.
-  cut = too_long == 'end' and shortest > available >= 1
-  return AnswerBudget(prompt, available, available, True) if cut else None
+    prompt = decoder_only.keep_last(prompt, max_prompt, bos)
+    return AnswerBudget(prompt, longest, longest, True)
+  # A whole answer next to a truncated one would be an unfair comparison.
+  cut = truncation == 'end' and shortest > max_answer >= 1
+  return AnswerBudget(prompt, max_answer, max_answer, True) if cut else None
 
 
-def answers_equal(parts: EncodedAnswers, span: AnswerBudget) -> bool:
-  """Whether two answers have become one: nothing is learnt of them."""
-  cut = [tuple(part[: span.cap] for part in answer) for answer in parts.answers]
-  return len(cut) > 1 and all(
-    np.array_equal(part, first_part)
-    for answer in cut[1:]
-    for part, first_part in zip(answer, cut[0], strict=True)
+def answers_equal(encoded: EncodedAnswers, budget: AnswerBudget) -> bool:
+  """Whether a pair's truncated answers are equal, so that none is better."""
+  truncated = [
+    tuple(array[: budget.answer_length] for array in answer)
+    for answer in encoded.answers
+  ]
+  return len(truncated) > 1 and all(
+    np.array_equal(array, first_array)
+    for answer in truncated[1:]
+    for array, first_array in zip(answer, truncated[0], strict=True)
   )
 
 
 def make_side(
-  prompt: np.ndarray, answer, cap: int, collator: collators.Collator
-):
-  """One answer with its prompt, as the collator of one side encodes it."""
-  ids, trained = (part[:cap] for part in answer)
+  prompt: np.ndarray,
+  answer: tuple[np.ndarray, np.ndarray],
+  max_length: int,
+  collator: collators.Collator,
+) -> IdPair | Sample:
+  """A prompt with one answer of at most `max_length` ids, for the collator."""
+  ids, loss_mask = (array[:max_length] for array in answer)
   if not isinstance(collator, decoder_only.CausalCollator):
     return IdPair(prompt, ids)
-  untrained = np.zeros(len(prompt), bool)
   return Sample(
     np.concatenate([prompt, ids]).astype(np.int32),
-    np.concatenate([untrained, trained]),
+    np.concatenate([np.zeros(len(prompt), bool), loss_mask]),
   )

@@ -267,28 +267,30 @@ def render_templates(
   where: Callable[[int], str] = 'row {}'.format,
   seed: int = 0,
 ) -> ExampleRows:
-  """Every template of every row, row by row.
+  """Examples of all templates of each row, row by row.
 
-  All are rendered once, to know which apply and that none fails, and again
-  when they are asked for (`rows.Made`): what is held is two integers each.
+  Each is rendered once here, to find the pairs that apply and to check that
+  none fails, and again on access (`example.LazyExamples`).
 
   Args:
-    templates: of the rows' dataset.
-    table: raw rows by place, from 0.
-    bad: told of the rows on which a template fails. A template that fails on
-      every row is an error in any case.
-    where: a place in words, for errors.
-    seed: of what `choice` draws.
+    templates: the templates of the rows' dataset.
+    table: raw rows.
+    bad: called with the rows on which a template fails. A template that fails
+      on every row is an error in any case.
+    where: row index -> the row's file and line, for messages.
+    seed: of the filter `choice`, which draws at random.
 
   Raises:
-    ValueError: no example, a template that is unsafe or whose text has not
-      two parts, or as `bad` does; the message names template and row.
+    ValueError: there is no example, a template is unsafe, its text has not
+      two parts, or `bad` raises; the message names the template and the row.
   """
-  makers = tuple(
+  example_fns = tuple(
     functools.partial(apply_template, t, templates.task, seed)
     for t in templates.templates
   )
-  return example_lib.lazy_examples(templates.path, table, makers, where, bad)
+  return example_lib.lazy_examples(
+    templates.path, table, example_fns, where, bad
+  )
 
 
 def apply_template(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From rows to the figures of a table: of a run, of seeds, of differences."""
+"""Estimates of runs, of means over seeds and of differences, from results."""
 
 import dataclasses
 import types
@@ -22,14 +22,14 @@ from moepeft.evaluation.results import (
 )
 from moepeft.evaluation.tables.run_results import RunResults
 
-# The data of what after.json says of a run's own groups of tasks.
+# `ColumnKey.data` of the accuracies of task groups in after.json.
 AFTER = 'after'
-# The dataset of a mean over tasks that are not the paper's.
+# `ColumnKey.dataset` of a mean over tasks that are not the paper's.
 MEAN = 'mean'
-# With fewer seeds Student's interval is many times as wide as they are apart
-# (of two, 9 times): there is none.
-_STUDENTS_SEEDS = 5
-# How an interval was made.
+# With fewer seeds a Student interval is much wider than the range of the
+# seeds (9 times with two seeds), so none is reported.
+_MIN_STUDENT_SEEDS = 5
+# Values of `Estimate.interval_method`.
 EXAMPLES = 'the percentile bootstrap over examples'
 SEEDS_AND_EXAMPLES = (
   'the percentile bootstrap over seeds and examples, each resampled by itself '
@@ -39,7 +39,7 @@ STUDENT = "Student's t over seeds (not over examples)"
 
 
 class ColumnKey(NamedTuple):
-  """The key of a column; dataset '' for all of the data together."""
+  """The key of a column; dataset '' stands for all datasets of `data`."""
 
   data: str
   metric: str
@@ -48,14 +48,15 @@ class ColumnKey(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A value with its 95 % interval, fractions in per cent.
+  """An estimate with its 95 % confidence interval; fractions are in per cent.
 
   Attributes:
-    value: the figure.
-    low, high: ends of the interval; None where there is none.
-    majority: of always giving the most frequent answer, or None.
-    seeds: the figure of each seed where it is a mean over several.
-    how: EXAMPLES, SEEDS_AND_EXAMPLES or STUDENT, where there is an interval.
+    value: the point estimate.
+    low, high: ends of the interval, or None.
+    majority: the value of always predicting the most frequent label, or None.
+    seeds: the value of each seed, for a mean over several seeds.
+    interval_method: EXAMPLES, SEEDS_AND_EXAMPLES or STUDENT; '' without an
+      interval.
   """
 
   value: float
@@ -67,16 +68,16 @@ class Estimate:
 
 
 def estimates_of(entry: RunResults) -> dict[ColumnKey, Estimate]:
-  """All figures of one run, or of a base."""
+  """All estimates of one run, or of a base."""
   estimates = {}
   for key, rows in results_by_column(entry):
     if key.metric == LOSS:
-      estimates[key] = _pooled_figure(rows)
+      estimates[key] = _pooled_loss(rows)
       continue
     scale = metric_info(key.metric).factor
     for name, score in paper_metric.scores(rows, key.metric).items():
-      if (named := _named(key, name)) is not None:
-        estimates[named] = _scaled(score, scale)
+      if (column := _column_key(key, name)) is not None:
+        estimates[column] = _scale(score, scale)
   loss = ColumnKey(HELD_OUT, LOSS, '')
   if loss not in estimates and entry.loss is not None:
     estimates[loss] = Estimate(entry.loss)
@@ -86,17 +87,17 @@ def estimates_of(entry: RunResults) -> dict[ColumnKey, Estimate]:
 
 
 def draws_of(entry: RunResults) -> dict[ColumnKey, np.ndarray]:
-  """Bootstrap draws of the figures that have an interval, likewise scaled."""
+  """Bootstrap draws [draws] of the estimates, scaled as they are."""
   draws = {}
   for key, rows in results_by_column(entry):
     if key.metric == LOSS:
-      if not _single(rows):
-        draws[key] = _pooled(rows)
+      if not _has_one_example(rows):
+        draws[key] = _pooled_loss_draws(rows)
       continue
     scale = metric_info(key.metric).factor
-    for name, drawn in paper_metric.draws(rows, key.metric).items():
-      if (named := _named(key, name)) is not None:
-        draws[named] = scale * drawn
+    for name, score_draws in paper_metric.draws(rows, key.metric).items():
+      if (column := _column_key(key, name)) is not None:
+        draws[column] = scale * score_draws
   return draws
 
 
@@ -104,15 +105,15 @@ def mean_over_seeds(
   runs: Sequence[Mapping[ColumnKey, Estimate]],
   draws: Mapping[ColumnKey, np.ndarray] = types.MappingProxyType({}),
 ) -> dict[ColumnKey, Estimate]:
-  """Means over runs that differ by seed, of the figures that all of them have.
+  """Means over runs that differ by seed, of the columns that all runs have.
 
-  Of one run, its own figures. Of several, the interval is that of `draws`;
-  where there are none (figures that are not kept by example), Student's over
-  five or more runs, cut to the values that the metric can have, and none over
-  fewer.
+  The estimates of a single run are returned as they are. The interval of
+  several runs is that of `draws`. A column without draws (its scores are not
+  known by example) has Student's interval over five or more runs, clipped to
+  the metric's bounds, and none over fewer.
 
   Args:
-    draws: from `mean_draws` of the same runs.
+    draws: `mean_draws` of the same runs.
   """
   if len(runs) == 1:
     return dict(runs[0])
@@ -123,73 +124,67 @@ def mean_over_seeds(
       mean = float(values.mean())
       low, high, interval_method = None, None, ''
       if key in draws:
-        (low, high), interval_method = (
-          bootstrap.interval(draws[key]),
-          SEEDS_AND_EXAMPLES,
-        )
-      elif len(values) >= _STUDENTS_SEEDS:
-        half, interval_method = student(values), STUDENT
-        least, most = metric_info(key.metric).bounds
-        low, high = max(mean - half, least), min(mean + half, most)
+        low, high = bootstrap.interval(draws[key])
+        interval_method = SEEDS_AND_EXAMPLES
+      elif len(values) >= _MIN_STUDENT_SEEDS:
+        half_width, interval_method = student_half_width(values), STUDENT
+        lower, upper = metric_info(key.metric).bounds
+        low, high = max(mean - half_width, lower), min(mean + half_width, upper)
       majorities = [run[key].majority for run in runs]
-      # Examples may depend on the seed, and with them what is frequent.
+      # The seed may select the examples, and so the most frequent label.
       majority = None if None in majorities else float(np.mean(majorities))
       seeds = tuple(values.tolist())
       means[key] = Estimate(mean, low, high, majority, seeds, interval_method)
   return means
 
 
-def student(values: np.ndarray) -> float:
-  """Half of the 95 % interval of a mean: t sd / sqrt(n), n - 1 degrees."""
+def student_half_width(values: np.ndarray) -> float:
+  """Half the width of a mean's 95 % interval: t sd / sqrt(n), n - 1 degrees."""
   n = len(values)
   deviation = np.std(values, ddof=1)
   return float(special.stdtrit(n - 1, 0.975) * deviation / np.sqrt(n))
 
 
 def differences(
-  estimates_and_draws: tuple[
-    Mapping[ColumnKey, Estimate], Mapping[ColumnKey, np.ndarray]
-  ],
+  method: tuple[Mapping[ColumnKey, Estimate], Mapping[ColumnKey, np.ndarray]],
   baseline: tuple[Mapping[ColumnKey, Estimate], Mapping[ColumnKey, np.ndarray]],
 ) -> dict[ColumnKey, Estimate]:
-  """Ours less the baseline's, with intervals over the same resamples.
+  """A method's estimates minus the baseline's, with paired intervals.
 
   Args:
-    ours, baseline: figures from `over_seeds` and draws from `mean_draws`.
+    method, baseline: (estimates of `mean_over_seeds`, draws of `mean_draws`).
   """
+  (estimates, draws), (base_estimates, base_draws) = method, baseline
   result = {}
-  for key in estimates_and_draws[0].keys() & baseline[0].keys():
+  for key in estimates.keys() & base_estimates.keys():
     low = high = None
-    if key in estimates_and_draws[1] and key in baseline[1]:
-      low, high = bootstrap.interval(
-        estimates_and_draws[1][key] - baseline[1][key]
-      )
-    result[key] = Estimate(
-      estimates_and_draws[0][key].value - baseline[0][key].value, low, high
-    )
+    if key in draws and key in base_draws:
+      low, high = bootstrap.interval(draws[key] - base_draws[key])
+    difference = estimates[key].value - base_estimates[key].value
+    result[key] = Estimate(difference, low, high)
   return result
 
 
 def mean_draws(entries: Sequence[RunResults]) -> dict[ColumnKey, np.ndarray]:
-  """Draws of the mean over seeds, where all of them have draws.
+  """Draws of the mean over seeds, of the columns with draws in all runs.
 
-  Draw i resamples the examples, the same ones for every seed, and the seeds.
+  Each draw resamples the seeds, and the examples alike for all seeds.
   """
-  drawn = [draws_of(e) for e in sorted(entries, key=lambda e: e.seed)]
-  weights = bootstrap.seed_weights(len(drawn))
+  by_seed = [draws_of(e) for e in sorted(entries, key=lambda e: e.seed)]
+  weights = bootstrap.seed_weights(len(by_seed))
   return {
-    key: np.einsum('is,si->i', weights, [draws[key] for draws in drawn])
-    for key in drawn[0]
-    if all(key in draws for draws in drawn)
+    key: np.einsum('is,si->i', weights, [draws[key] for draws in by_seed])
+    for key in by_seed[0]
+    if all(key in draws for draws in by_seed)
   }
 
 
 def without_after_evaluations(
   entries: Sequence[RunResults],
 ) -> list[RunResults]:
-  """Leaves out what after.json says where any run has held-out rows.
+  """Drops after.json's values if any run has results of held-out rows.
 
-  The two are not of the same examples.
+  The two are of different examples.
   """
   if not any(entry.has_held_out for entry in entries):
     return list(entries)
@@ -199,16 +194,16 @@ def without_after_evaluations(
 def results_by_column(
   entry: RunResults,
 ) -> Iterable[tuple[ColumnKey, list[Result]]]:
-  """Rows that make a figure or a grid together; held-out ones first.
+  """Groups the results of a run by column, held-out data first.
 
-  The dataset of a key is AVERAGE for the paper's tasks, of which each has a
-  column; else it is the key of the one column that the rows have.
+  The paper's tasks, which have a column each, are one group, whose dataset is
+  AVERAGE.
   """
-  parts = {}
+  groups = {}
   for row in entry.rows:
     key = ColumnKey(row.data, row.metric, _dataset(entry, row))
-    parts.setdefault(key, []).append(row)
-  return sorted(parts.items(), key=lambda item: column_order(item[0]))
+    groups.setdefault(key, []).append(row)
+  return sorted(groups.items(), key=lambda item: column_order(item[0]))
 
 
 def _dataset(entry: RunResults, row: Result) -> str:
@@ -219,59 +214,58 @@ def _dataset(entry: RunResults, row: Result) -> str:
   if row.data != HELD_OUT:
     return MEAN
   if entry.generates_tasks and row.task in tasks.TASKS:
-    # Their prompts are the wordings, seen in training or held out.
+    # Prompts of embedded tasks are 'seen' and 'held_out' templates.
     return f'{tasks.TASKS[row.task].group} {row.prompt}'.strip()
   return ''
 
 
 def column_order(key: ColumnKey) -> tuple:
-  """Sorts columns: held-out data, then by data, metric and dataset."""
-  datasets = ('', *EIGHT, *ROUNDS, AVERAGE, MEAN)
-  place = datasets.index(key.dataset) if key.dataset in datasets else 0
+  """The sort key of columns: held-out data first, then metric and dataset."""
+  all_data = (HELD_OUT, AFTER)
+  data = all_data.index(key.data) if key.data in all_data else len(all_data)
   metrics = (LOSS, *(name for name in metric_names() if name != LOSS))
-  first = (HELD_OUT, AFTER)
-  data = first.index(key.data) if key.data in first else len(first)
   metric = metrics.index(key.metric)
-  return data, key.data, metric, place, key.dataset
+  datasets = ('', *EIGHT, *ROUNDS, AVERAGE, MEAN)
+  dataset = datasets.index(key.dataset) if key.dataset in datasets else 0
+  return data, key.data, metric, dataset, key.dataset
 
 
-def _named(key: ColumnKey, name: str) -> ColumnKey | None:
-  """The column of a grid's score; None for one that has no column."""
+def _column_key(key: ColumnKey, name: str) -> ColumnKey | None:
+  """The column of a score of `paper_metric`; None if it has none."""
   if key.dataset == AVERAGE:
     return key._replace(dataset=name)
   return key if name == AVERAGE else None
 
 
-def _scaled(score: paper_metric.Score, scale: float) -> Estimate:
+def _scale(score: paper_metric.Score, scale: float) -> Estimate:
   fields = (score.value, score.low, score.high, score.majority)
-  scaled = (None if x is None else scale * x for x in fields)
+  values = (None if x is None else scale * x for x in fields)
   return Estimate(
-    *scaled, interval_method='' if score.low is None else EXAMPLES
+    *values, interval_method='' if score.low is None else EXAMPLES
   )
 
 
-def _pooled_figure(rows: Sequence[Result]) -> Estimate:
-  """Nats a target token over all examples of all tasks."""
+def _pooled_loss(rows: Sequence[Result]) -> Estimate:
+  """Nats per target token over all examples of all tasks."""
   total = sum(sum(row.each) for row in rows)
   value = total / sum(sum(row.weights) for row in rows)
-  if _single(rows):
+  if _has_one_example(rows):
     return Estimate(value)
-  return Estimate(
-    value, *bootstrap.interval(_pooled(rows)), interval_method=EXAMPLES
-  )
+  low, high = bootstrap.interval(_pooled_loss_draws(rows))
+  return Estimate(value, low, high, interval_method=EXAMPLES)
 
 
-def _single(rows: Sequence[Result]) -> bool:
+def _has_one_example(rows: Sequence[Result]) -> bool:
   return len({(row.task, i) for row in rows for i in row.idx}) < 2
 
 
-def _pooled(rows: Sequence[Result]) -> np.ndarray:
-  """Draws of the same; an example is drawn with all of its prompts."""
+def _pooled_loss_draws(rows: Sequence[Result]) -> np.ndarray:
+  """Draws of the pooled loss; an example is drawn with all of its prompts."""
   pairs = sorted({(row.task, i) for row in rows for i in row.idx})
-  place = {pair: i for i, pair in enumerate(pairs)}
+  index = {pair: i for i, pair in enumerate(pairs)}
   idx, each, weights = [], [], []
   for row in rows:
-    idx += [place[row.task, i] for i in row.idx]
+    idx += [index[row.task, i] for i in row.idx]
     each += row.each
     weights += row.weights
   table = bootstrap.table([idx], [each], [weights])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether runs were evaluated on the same: data, lengths, prompts, examples."""
+"""Checks that runs were evaluated on the same data, prompts and examples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,17 +14,17 @@ from moepeft.evaluation.tables.run_results import RunResults
 def check_comparable(entries: Sequence[RunResults]) -> None:
   """Checks that runs were evaluated on the same examples and prompts.
 
-  Embedded tasks are drawn anew for every seed: there, runs of one seed. Facts
-  of their data that older results lack are not compared.
+  Examples of embedded tasks depend on the seed, so they are compared between
+  runs of the same seed. Fields that older results lack are not compared.
 
   Raises:
     ValueError: two runs cannot be compared.
   """
-  first_values, judged = {}, None
+  first_values, first_evaluated = {}, None
   for entry in entries:
     if entry.loss is not None or entry.means:
-      judged = judged or entry
-      _check_same_evaluation_config(judged, entry)
+      first_evaluated = first_evaluated or entry
+      _check_same_evaluation_config(first_evaluated, entry)
     for row in entry.rows:
       _check_same_data(first_values, row, entry)
       _check_same_lengths(first_values, row, entry)
@@ -50,11 +50,12 @@ def check_comparable(entries: Sequence[RunResults]) -> None:
 def _check_same_evaluation_config(
   first: RunResults, second: RunResults
 ) -> None:
-  for key, value in first.judged.items():
-    if second.judged[key] != value:
+  for key, value in first.evaluation_config.items():
+    second_value = second.evaluation_config[key]
+    if second_value != value:
       raise ValueError(
         f'after.json of {first.folder!r} and of {second.folder!r} are of other '
-        f'examples: config.{key} is {value!r} and {second.judged[key]!r}; '
+        f'examples: config.{key} is {value!r} and {second_value!r}; '
         'train both with the same value to compare them'
       )
 
@@ -62,11 +63,11 @@ def _check_same_evaluation_config(
 def _check_same_data(
   first_values: dict, row: Result, entry: RunResults
 ) -> None:
-  # A seed draws embedded tasks, and what the templates of a dataset choose.
+  # The seed draws embedded tasks, and the random choices of templates.
   reader = READERS.get(entry.source)
   is_seeded = reader is None or reader.is_seeded
-  drawn = row.data == HELD_OUT and is_seeded
-  key = ('content', row.data, entry.seed if drawn else None)
+  depends_on_seed = row.data == HELD_OUT and is_seeded
+  key = ('content', row.data, entry.seed if depends_on_seed else None)
   first, folder = _first_seen(first_values, key, row.data_sha, entry)
   if first != row.data_sha:
     raise ValueError(
@@ -105,13 +106,13 @@ def _check_same_examples(
 def _first_seen(
   first_values: dict, key: tuple, value: Any, entry: RunResults
 ) -> tuple[Any, str]:
-  """(what was found first of something, where); None is passed over."""
+  """(the first value of a key, its folder); a value of None is not stored."""
   if value is None:
     return None, entry.folder
   return first_values.setdefault(key, (value, entry.folder))
 
 
 def _seed(row: Result, entry: RunResults) -> int | None:
-  """The seed that chose the rows; None where none did."""
-  drawn = entry.generates_tasks and row.data == HELD_OUT
-  return entry.seed if drawn else None
+  """The seed that the examples depend on, or None."""
+  depends_on_seed = entry.generates_tasks and row.data == HELD_OUT
+  return entry.seed if depends_on_seed else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs as the lines of a table: beside each other, a baseline, the paper."""
+"""Builds tables that compare runs with each other, a baseline and the paper."""
 
 import dataclasses
 import json
@@ -40,9 +40,9 @@ from moepeft.runs.run import Run
 
 
 def columns(keys: Sequence[ColumnKey]) -> list[Column]:
-  """A column for each key, with a name of its own."""
-  several = len({k.data for k in keys if k.dataset in EIGHT}) > 1
-  return [_column(key, _name(key, several)) for key in keys]
+  """A column for each key; names are distinct."""
+  show_data = len({k.data for k in keys if k.dataset in EIGHT}) > 1
+  return [_column(key, _column_name(key, show_data)) for key in keys]
 
 
 def _column(key: ColumnKey, name: str) -> Column:
@@ -58,7 +58,7 @@ def _column(key: ColumnKey, name: str) -> Column:
   )
 
 
-def _name(key: ColumnKey, several: bool) -> str:
+def _column_name(key: ColumnKey, show_data: bool) -> str:
   metric = key.metric.replace('_', ' ')
   if key.data == HELD_OUT and not key.dataset:
     return f'held-out {metric}'
@@ -68,19 +68,19 @@ def _name(key: ColumnKey, several: bool) -> str:
   if key.dataset in ('', MEAN):
     return f'{key.data} {metric}'
   name = key.dataset if metric == ACCURACY else f'{key.dataset} {metric}'
-  return f'{name} ({key.data})' if several else name
+  return f'{name} ({key.data})' if show_data else name
 
 
 def _is_group(key: ColumnKey) -> bool:
-  """Whether a column is of a group of tasks, named by the group."""
-  papers = (*EIGHT, *ROUNDS, AVERAGE)
+  """Whether a column is of a group of embedded tasks."""
+  paper_datasets = (*EIGHT, *ROUNDS, AVERAGE)
   return key.data == AFTER or (
-    key.data == HELD_OUT and key.dataset not in papers
+    key.data == HELD_OUT and key.dataset not in paper_datasets
   )
 
 
-# The data of columns of the paper's table alone.
-_PRINTED = 'paper'
+# `ColumnKey.data` of a table of the paper without runs.
+_PAPER_DATA = 'paper'
 
 
 def table(
@@ -90,59 +90,59 @@ def table(
   title: str = '',
   routing: bool = False,
 ) -> Table:
-  """The table of some work directories, in the order they are given.
+  """Makes the table of work directories, in the order they are given.
 
   Args:
-    runs: work directories; with none of them, the paper's table alone.
-    paper: one of the paper's tables, or ''.
-    baseline: a method, or one of the runs, that the others are compared with.
-    title: of the table.
-    routing: whether to say how the routers of the runs ended up.
+    runs: work directories; without any, the table is the paper's.
+    paper: a table of the paper whose rows are added, or ''.
+    baseline: a method or a work directory that the others are compared with.
+    title: the table's title.
+    routing: whether to add columns about the runs' routers.
 
   Raises:
-    ValueError: nothing is asked for, there is no such table or baseline, or
-      runs are damaged or not to be compared.
+    ValueError: there is neither a run nor a table, there is no such table or
+      baseline, or runs are damaged or not comparable.
   """
-  printed = published.table(paper) if paper else ()
+  paper_rows = published.table(paper) if paper else ()
   if not runs:
-    if not printed:
+    if not paper_rows:
       raise ValueError(
         'name the work directories of runs, or a table with --paper=t5_xl'
       )
-    return _paper_alone(paper, printed, title)
+    return _paper_table(paper, paper_rows, title)
   all_entries = _read_runs(runs)
   entries = aggregate.without_after_evaluations(all_entries)
   comparable.check_comparable(entries)
-  rows = _table_rows(entries, printed, routing)
+  rows = _table_rows(entries, paper_rows, routing)
   keys = sorted(
     {key for row in rows for key in row.estimates}, key=aggregate.column_order
   )
   metric_columns, routing_columns = columns(keys), []
   if routing:
     routing_columns = routing_tables.columns(row.routing for row in rows)
-  shown = [*metric_columns, *routing_columns]
+  value_columns = [*metric_columns, *routing_columns]
   baseline_row = _baseline_row(rows, baseline) if baseline else None
-  majority = _majority([row.estimates for row in rows], keys)
-  lines = _lines(rows, bool(printed), baseline_row)
+  majority = _majority_lines([row.estimates for row in rows], keys)
+  lines = _make_lines(rows, bool(paper_rows), baseline_row)
   row_of_line = {
     i: row for i, (_, row) in enumerate(lines, len(majority)) if row is not None
   }
   notes = [
-    *_notes(rows, keys, shown, baseline_row),
+    *_make_notes(rows, keys, value_columns, baseline_row),
     *footnotes.after_evaluation_notes(all_entries, entries),
   ]
   if routing:
     notes += routing_tables.notes(routing_columns)
-  if printed:
-    in_paper = [row.printed for row in rows if row.printed]
-    notes += footnotes.paper_notes(paper, in_paper)
+  if paper_rows:
+    matching = [row.paper_row for row in rows if row.paper_row]
+    notes += footnotes.paper_notes(paper, matching)
   return Table(
-    (PARAMETERS, PERCENT, SEEDS, *shown),
+    (PARAMETERS, PERCENT, SEEDS, *value_columns),
     (*majority, *(line for line, _ in lines)),
     tuple(notes),
     title,
-    decimals=2 if printed else 1,
-    best=_best(row_of_line, metric_columns),
+    decimals=2 if paper_rows else 1,
+    best=_best_cells(row_of_line, metric_columns),
   )
 
 
@@ -151,23 +151,25 @@ class _TableRow:
   """A row of the table.
 
   Attributes:
-    group: its runs, one a seed.
-    by_seed: the estimates of each.
-    estimates, draws: their means, and bootstrap draws of these.
-    printed: the paper's row of the same method.
-    routing: cells about its routers.
+    group: the row's runs, one per seed.
+    by_seed: the estimates of each run.
+    estimates, draws: the means over seeds, and bootstrap draws of them.
+    paper_row: the paper's row of the same method, if there is one.
+    routing: cells about the routers.
   """
 
   group: SeedGroup
   by_seed: Sequence[Mapping[ColumnKey, Estimate]]
   estimates: Mapping[ColumnKey, Estimate]
   draws: Mapping[ColumnKey, np.ndarray]
-  printed: Published | None
+  paper_row: Published | None
   routing: Mapping[str, Cell]
 
 
 def _table_rows(
-  entries: Sequence[RunResults], printed: Sequence[Published], routing: bool
+  entries: Sequence[RunResults],
+  paper_rows: Sequence[Published],
+  routing: bool,
 ) -> list[_TableRow]:
   rows = []
   for group in seeds.group_by_seed(entries):
@@ -179,24 +181,26 @@ def _table_rows(
         by_seed,
         aggregate.mean_over_seeds(by_seed, draws),
         draws,
-        _published_row(printed, group.first),
+        _find_paper_row(paper_rows, group.first),
         routing_tables.cells(group.entries) if routing else {},
       )
     )
   return rows
 
 
-def _notes(
+def _make_notes(
   rows: Sequence[_TableRow],
   keys: Sequence[ColumnKey],
-  shown: Sequence[Column],
+  value_columns: Sequence[Column],
   baseline_row: _TableRow | None,
 ) -> list[str]:
   groups = [row.group for row in rows]
   notes = [
     *footnotes.run_notes(groups, [row.estimates for row in rows], keys),
     *footnotes.bold_note(groups),
-    *footnotes.missing_notes(groups, [row.by_seed for row in rows], shown),
+    *footnotes.missing_notes(
+      groups, [row.by_seed for row in rows], value_columns
+    ),
   ]
   if baseline_row is not None and any(
     cell.low is not None
@@ -210,67 +214,73 @@ def _notes(
 
 def _read_runs(runs: Sequence[str]) -> list[RunResults]:
   defaults = json.loads(config_lib.default().to_json())
-  # A shell's glob and completion end a folder with a slash.
+  # Shells complete a directory with a slash.
   paths = [run.rstrip('/') or run for run in runs]
   return [entry for path in paths for entry in run_results.read(path, defaults)]
 
 
-def _lines(
+def _make_lines(
   rows: Sequence[_TableRow], paper: bool, baseline_row: _TableRow | None
 ) -> list[tuple[Line, _TableRow | None]]:
-  """A row's line with the row, then its differences; bases first."""
+  """(line, row), each followed by lines of differences and of the paper.
+
+  Lines of bases come first; lines that are not of a row have None.
+  """
   lines = []
   for row in sorted(rows, key=lambda row: not row.group.first.is_base):
-    lines.append((_line(row, paper), row))
+    lines.append((_make_line(row, paper), row))
     if baseline_row is not None and row is not baseline_row:
       lines.append((_difference_line(row, baseline_row), None))
-    if row.printed is not None:
-      lines += [
-        (line, None) for line in _paper_lines(row.printed, row.estimates)
-      ]
+    if row.paper_row is not None:
+      paper_lines = _paper_lines(row.paper_row, row.estimates)
+      lines += [(line, None) for line in paper_lines]
   return lines
 
 
-def _best(
+def _best_cells(
   rows: Mapping[int, _TableRow], columns: Sequence[Column]
 ) -> frozenset[tuple[int, ColumnKey]]:
-  """(line, key) of figures that are clearly the best of their column.
+  """(line, key) of the cells that are significantly the best of their column.
 
-  The 95 % interval of the difference from each other row, over the same
-  resamples, has no 0; a figure without draws is not told from the others.
+  The 95 % paired bootstrap interval of the difference from each other row does
+  not contain 0. Columns in which a row has no draws have no best cell.
   """
   best = set()
   for column in columns:
     key = column.key
     sign = 1 if column.better == 'higher' else -1
-    there = {i: row for i, row in rows.items() if key in row.estimates}
-    if len(there) < 2:
+    column_rows = {i: row for i, row in rows.items() if key in row.estimates}
+    if len(column_rows) < 2:
       continue
-    top = max(there, key=lambda i: sign * there[i].estimates[key].value)
-    rest = [row for i, row in there.items() if i != top]
-    if all(key in row.draws for row in there.values()) and all(
-      bootstrap.interval(sign * (there[top].draws[key] - row.draws[key]))[0] > 0
-      for row in rest
+    if not all(key in row.draws for row in column_rows.values()):
+      continue
+    top = max(
+      column_rows, key=lambda i: sign * column_rows[i].estimates[key].value
+    )
+    top_draws = column_rows.pop(top).draws[key]
+    if all(
+      bootstrap.interval(sign * (top_draws - row.draws[key]))[0] > 0
+      for row in column_rows.values()
     ):
       best.add((top, key))
   return frozenset(best)
 
 
-def _published_row(
-  printed: Sequence[Published], entry: RunResults
+def _find_paper_row(
+  paper_rows: Sequence[Published], entry: RunResults
 ) -> Published | None:
-  """The paper's row of a run's method."""
-  if entry.is_base or not printed:
+  """The paper's row of a run's method, if there is one."""
+  if entry.is_base or not paper_rows:
     return None
   method = canonical_text(entry.method, entry.semantics)
-  for row in printed:
+  for row in paper_rows:
     if row.method and canonical_text(row.method, entry.semantics) == method:
       return row
   return None
 
 
 def _baseline_row(rows: Sequence[_TableRow], baseline: str) -> _TableRow:
-  """The row that --baseline names, by a work directory or by its method."""
+  """The row that --baseline names by its work directory or its method."""
   path = os.path.abspath(os.path.expanduser(baseline))
   matching = [
     row
@@ -279,10 +289,10 @@ def _baseline_row(rows: Sequence[_TableRow], baseline: str) -> _TableRow:
     and not row.group.first.is_base
   ] or [row for row in rows if _same_method(row.group.first, baseline)]
   if len(matching) != 1:
-    there = ', '.join(dict.fromkeys(row.group.first.method for row in rows))
+    methods = ', '.join(dict.fromkeys(row.group.first.method for row in rows))
     raise ValueError(
       f'--baseline={baseline} names {len(matching)} rows, expected one; the '
-      f'methods are {there}: give one of them, or its work directory'
+      f'methods are {methods}: give one of them, or its work directory'
     )
   return matching[0]
 
@@ -295,16 +305,16 @@ def _same_method(entry: RunResults, text: str) -> bool:
       text, entry.semantics
     )
   except ValueError:
-    # Neither a method nor a run: the caller lists what there is.
+    # Not a method string; the caller raises an error with all methods.
     return False
 
 
-def _line(row: _TableRow, paper: bool) -> Line:
+def _make_line(row: _TableRow, paper: bool) -> Line:
   first, qualifier = row.group.first, row.group.qualifier
-  if paper and row.printed is None and not first.is_base:
+  if paper and row.paper_row is None and not first.is_base:
     qualifier = f'{qualifier} (not in the paper)'
   cells: dict[Any, Cell] = {
-    k: _cell(figure) for k, figure in row.estimates.items()
+    key: _to_cell(estimate) for key, estimate in row.estimates.items()
   }
   cells |= row.routing
   if not first.is_base:
@@ -317,31 +327,34 @@ def _line(row: _TableRow, paper: bool) -> Line:
 
 
 def _parameter_counts(entry: RunResults) -> tuple[int, int]:
-  """(trained, of the base), from the rows or else from shapes."""
+  """Numbers of (trained, base) parameters, from results or else from shapes."""
   if entry.parameters is not None:
     return entry.parameters, entry.base_parameters
-  counted = count(Run(entry.folder).load_config())
-  return counted['peft'], counted['params']
+  counts = count(Run(entry.folder).load_config())
+  return counts['peft'], counts['params']
 
 
-def _cell(figure: Estimate) -> Cell:
-  return Cell(figure.value, figure.low, figure.high, figure.seeds)
+def _to_cell(estimate: Estimate) -> Cell:
+  return Cell(estimate.value, estimate.low, estimate.high, estimate.seeds)
 
 
-def _majority(
+def _majority_lines(
   by_row: Sequence[Mapping[ColumnKey, Estimate]], keys
 ) -> list[Line]:
   cells = {}
   for key in keys:
-    values = [row[key].majority for row in by_row if key in row]
-    numbers = [value for value in values if value is not None]
-    if numbers:
-      cells[key] = Cell(float(np.mean(numbers)))
+    majorities = [row[key].majority for row in by_row if key in row]
+    values = [value for value in majorities if value is not None]
+    if values:
+      cells[key] = Cell(float(np.mean(values)))
   return [Line('majority', '', 'majority', cells=cells)] if cells else []
 
 
-def _paired(row: _TableRow, baseline: _TableRow) -> bool:
-  """Whether held-out examples of both are the same: by seed, if embedded."""
+def _is_paired(row: _TableRow, baseline: _TableRow) -> bool:
+  """Whether two rows have the same held-out examples.
+
+  Those of embedded tasks depend on the seed.
+  """
   entries = (*row.group.entries, *baseline.group.entries)
   if not any(entry.generates_tasks for entry in entries):
     return True
@@ -353,38 +366,40 @@ def _paired(row: _TableRow, baseline: _TableRow) -> bool:
 
 def _difference_line(row: _TableRow, baseline: _TableRow) -> Line:
   draws = row.draws
-  if not _paired(row, baseline):
-    # What is drawn anew for every seed is not the same examples.
-    draws = {key: drawn for key, drawn in draws.items() if key.data != HELD_OUT}
-  baseline_values = (baseline.estimates, baseline.draws)
-  differences = aggregate.differences((row.estimates, draws), baseline_values)
-  cells = {key: _cell(figure) for key, figure in differences.items()}
-  words = ('less', baseline.group.first.method, baseline.group.qualifier)
-  return Line('difference', '', ' '.join(filter(None, words)), cells=cells)
+  if not _is_paired(row, baseline):
+    draws = {key: d for key, d in draws.items() if key.data != HELD_OUT}
+  differences = aggregate.differences(
+    (row.estimates, draws), (baseline.estimates, baseline.draws)
+  )
+  cells = {key: _to_cell(estimate) for key, estimate in differences.items()}
+  parts = ('less', baseline.group.first.method, baseline.group.qualifier)
+  return Line('difference', '', ' '.join(filter(None, parts)), cells=cells)
 
 
 def _paper_lines(
-  printed: Published, estimates: Mapping[ColumnKey, Estimate]
+  paper_row: Published, estimates: Mapping[ColumnKey, Estimate]
 ) -> list[Line]:
-  """The paper's line, and ours less the paper's."""
-  there = printed.cells()
+  """The paper's line, and the line of our estimates minus the paper's."""
+  values = paper_row.cells()
   paper: dict[Any, Cell] = {
-    key: Cell(there[key.dataset])
+    key: Cell(values[key.dataset])
     for key in estimates
-    if _is_in_paper(key) and key.dataset in there
+    if _is_in_paper(key) and key.dataset in values
   }
-  less = {}
+  differences = {}
   for key in paper:
-    estimate, value = estimates[key], there[key.dataset]
+    estimate, value = estimates[key], values[key.dataset]
     bounds = (estimate.low, estimate.high)
     low, high = (None if x is None else x - value for x in bounds)
-    less[key] = Cell(estimate.value - value, low, high)
-  if printed.percent is not None:
-    paper[PERCENT.key] = Cell(printed.percent)
-  name = 'paper' if printed.name == printed.method else f'paper: {printed.name}'
+    differences[key] = Cell(estimate.value - value, low, high)
+  if paper_row.percent is not None:
+    paper[PERCENT.key] = Cell(paper_row.percent)
+  name = 'paper'
+  if paper_row.name != paper_row.method:
+    name = f'paper: {paper_row.name}'
   return [
     Line('paper', '', name, cells=paper),
-    Line('difference', '', 'less the paper', cells=less),
+    Line('difference', '', 'less the paper', cells=differences),
   ]
 
 
@@ -392,18 +407,20 @@ def _is_in_paper(key: ColumnKey) -> bool:
   return key.metric == ACCURACY and key.dataset in (*EIGHT, AVERAGE)
 
 
-def _paper_alone(size: str, printed: Sequence[Published], title: str) -> Table:
-  keys = [ColumnKey(_PRINTED, ACCURACY, name) for name in (*EIGHT, AVERAGE)]
+def _paper_table(
+  size: str, paper_rows: Sequence[Published], title: str
+) -> Table:
+  keys = [ColumnKey(_PAPER_DATA, ACCURACY, name) for name in (*EIGHT, AVERAGE)]
   lines, notes = [], footnotes.paper_notes(size, ())
-  for row in printed:
-    remark = footnotes.published_row_note(row)
+  for row in paper_rows:
+    row_note = footnotes.published_row_note(row)
     mark = ''
-    if remark:
+    if row_note:
       mark = str(1 + sum(note.startswith('[') for note in notes))
-      notes.append(f'[{mark}] {remark}')
-    there = row.cells()
+      notes.append(f'[{mark}] {row_note}')
+    values = row.cells()
     cells: dict[Any, Cell] = {
-      key: Cell(there[key.dataset]) for key in keys if key.dataset in there
+      key: Cell(values[key.dataset]) for key in keys if key.dataset in values
     }
     if row.percent is not None:
       cells[PERCENT.key] = Cell(row.percent)
@@ -417,5 +434,4 @@ def _paper_alone(size: str, printed: Sequence[Published], title: str) -> Table:
         cells,
       )
     )
-  shown = (PERCENT, *columns(keys))
-  return Table(shown, tuple(lines), tuple(notes), title)
+  return Table((PERCENT, *columns(keys)), tuple(lines), tuple(notes), title)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notes below a table: intervals, examples, budgets, sources."""
+"""Footnotes of a table: intervals, examples, budgets, sources."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from moepeft.evaluation.paper_metric import AVERAGE, EIGHT
@@ -14,8 +15,8 @@ from moepeft.evaluation.tables.run_results import RunResults
 from moepeft.evaluation.tables.seeds import SeedGroup
 from moepeft.metrics import METRICS, TextMetric
 
-# Of fewer seeds a bootstrap cannot say how far the next one may lie.
-_FEW = 5
+# A bootstrap over fewer seeds underestimates the variance between seeds.
+_MIN_SEEDS = 5
 
 
 def run_notes(
@@ -23,18 +24,18 @@ def run_notes(
   estimates: Sequence[Mapping[ColumnKey, Estimate]],
   keys: Sequence[ColumnKey],
 ) -> list[str]:
-  """Remarks on a table of runs.
+  """Notes on a table of runs.
 
   Args:
-    rows, estimates: the table's rows and their estimates, in one order.
-    keys: of its columns.
+    rows, estimates: the table's rows and their estimates, in the same order.
+    keys: the keys of its columns.
   """
   trained = [row for row in rows if not row.first.is_base]
   notes = [
-    *_intervals(estimates),
-    *_few_seeds(rows),
-    *_measures(keys),
-    *_examples(rows),
+    *_interval_notes(estimates),
+    *_few_seeds_notes(rows),
+    *_metric_notes(keys),
+    *_example_notes(rows),
   ]
   if keys and AVERAGE not in {key.dataset for key in keys}:
     notes += ['No average: not all of the eight sets are there.'] * any(
@@ -42,44 +43,46 @@ def run_notes(
     )
   return [
     *notes,
-    *_semantics(trained),
-    *_budgets(trained),
-    *_checkpoints(trained),
-    *_settings(trained),
+    *_semantics_notes(trained),
+    *_budget_notes(trained),
+    *_checkpoint_notes(trained),
+    *_setting_notes(trained),
   ]
 
 
-def _intervals(estimates) -> list[str]:
+def _interval_notes(estimates) -> list[str]:
   used = {
-    f.interval_method
+    estimate.interval_method
     for by_column in estimates
-    for f in by_column.values()
-    if f.low is not None
+    for estimate in by_column.values()
+    if estimate.low is not None
   }
+  # Interval method -> the rows that have it, if there are several methods.
   where = {
     aggregate.SEEDS_AND_EXAMPLES: ' where a row has several seeds',
     aggregate.STUDENT: ' where seeds have no figures by example',
     aggregate.EXAMPLES: '',
   }
-  hows = [method for method in where if method in used]
-  if not hows:
+  methods = [method for method in where if method in used]
+  if not methods:
     return []
-  if len(hows) > 1:
-    hows = [method + where[method] for method in hows]
-  return [f'± is half the width of the 95 % interval: {"; else ".join(hows)}.']
+  if len(methods) > 1:
+    methods = [method + where[method] for method in methods]
+  text = '; else '.join(methods)
+  return [f'± is half the width of the 95 % interval: {text}.']
 
 
-def _few_seeds(rows: Sequence[SeedGroup]) -> list[str]:
-  if not any(1 < len(row.entries) < _FEW for row in rows):
+def _few_seeds_notes(rows: Sequence[SeedGroup]) -> list[str]:
+  if not any(1 < len(row.entries) < _MIN_SEEDS for row in rows):
     return []
   return [
-    f'Intervals of fewer than {_FEW} seeds are of these seeds: they do not '
-    'say how far another one may lie. The picture has a dot for each.'
+    f'Intervals of fewer than {_MIN_SEEDS} seeds are of these seeds: they do '
+    'not say how far another one may lie. The picture has a dot for each.'
   ]
 
 
 def bold_note(rows: Sequence[SeedGroup]) -> list[str]:
-  """A remark on bold type; none where there is one row."""
+  """A note on bold cells; [] for a table of one row."""
   if len(rows) < 2:
     return []
   return [
@@ -88,7 +91,7 @@ def bold_note(rows: Sequence[SeedGroup]) -> list[str]:
   ]
 
 
-def _measures(keys: Sequence[ColumnKey]) -> list[str]:
+def _metric_notes(keys: Sequence[ColumnKey]) -> list[str]:
   notes = []
   if any(key.metric == LOSS for key in keys):
     notes.append('Losses are nats a target token, lower is better.')
@@ -112,9 +115,10 @@ def _measures(keys: Sequence[ColumnKey]) -> list[str]:
       'Accuracies of other data are in %: the mean over tasks of the median '
       'over prompts.'
     )
-  named = {key.metric for key in keys}
-  for metric in (METRICS[name] for name in METRICS if name in named):
-    notes.append(_text_metric(metric))
+  names = {key.metric for key in keys}
+  notes += [
+    _text_metric_note(METRICS[name]) for name in METRICS if name in names
+  ]
   if any(key.data == HELD_OUT and ' ' in key.dataset for key in keys):
     notes.append(
       'Accuracies of groups of embedded tasks are in %: the mean over tasks, '
@@ -128,7 +132,7 @@ def _measures(keys: Sequence[ColumnKey]) -> list[str]:
   return notes
 
 
-def _text_metric(metric: TextMetric) -> str:
+def _text_metric_note(metric: TextMetric) -> str:
   label = metric.label[0].upper() + metric.label[1:]
   direction = '' if metric.larger_is_better else ', lower is better'
   mean = 'the mean over tasks of the median over prompts'
@@ -140,42 +144,40 @@ def _text_metric(metric: TextMetric) -> str:
   return f'{label} is in {metric.unit}{direction}: {mean}.'
 
 
-def _examples(rows: Sequence[SeedGroup]) -> list[str]:
-  """The numbers of examples, and of those that were cut."""
+def _example_notes(rows: Sequence[SeedGroup]) -> list[str]:
+  """The numbers of examples, and of truncated examples."""
   notes = []
-  every = [r for group in rows for e in group.entries for r in e.rows]
-  for data in dict.fromkeys(row.data for row in every):
-    sizes = {row.examples for row in every if row.data == data}
-    tasks = {row.task for row in every if row.data == data}
-    span = f'{min(sizes):,} to {max(sizes):,}'
+  results = [r for group in rows for e in group.entries for r in e.rows]
+  for data in dict.fromkeys(result.data for result in results):
+    sizes = {result.examples for result in results if result.data == data}
+    tasks = {result.task for result in results if result.data == data}
+    size_range = f'{min(sizes):,} to {max(sizes):,}'
     if len(sizes) == 1:
-      span = f'{min(sizes):,}'
+      size_range = f'{min(sizes):,}'
     name = 'the held-out rows' if data == HELD_OUT else f'{data!r}'
     notes.append(
-      f'Examples a prompt in {name}: {span}, of {len(tasks)} '
+      f'Examples a prompt in {name}: {size_range}, of {len(tasks)} '
       f'task{"s" * (len(tasks) > 1)}.'
     )
   return notes + _cut_notes(rows)
 
 
 def _cut_notes(rows: Sequence[SeedGroup]) -> list[str]:
-  """Examples cut or left out: of a prompt once if they are the same in all."""
-  counts: dict[tuple, set[tuple[int, int, int]]] = {}
-  single = []
+  """One note on truncated examples, or one per row if their counts differ."""
+  prompt_counts: dict[tuple, set[tuple[int, int, int]]] = {}
+  row_counts = []
   for group in rows:
-    results = [row for entry in group.entries for row in entry.rows]
-    single.append([(row.examples, row.cut, row.left_out) for row in results])
-    for row, count in zip(results, single[-1], strict=True):
-      key = (row.data, row.task, row.prompt, row.metric)
-      counts.setdefault(key, set()).add(count)
-  if all(len(of_prompt) == 1 for of_prompt in counts.values()):
-    return _cut_note(
-      '', [count for of_prompt in counts.values() for count in of_prompt]
-    )
+    results = [result for entry in group.entries for result in entry.rows]
+    row_counts.append([(r.examples, r.cut, r.left_out) for r in results])
+    for result, counts in zip(results, row_counts[-1], strict=True):
+      key = (result.data, result.task, result.prompt, result.metric)
+      prompt_counts.setdefault(key, set()).add(counts)
+  if all(len(counts) == 1 for counts in prompt_counts.values()):
+    return _cut_note('', [*itertools.chain(*prompt_counts.values())])
   return [
     note
-    for group, results in zip(rows, single, strict=True)
-    for note in _cut_note(f'{row_label(group)}: ', results)
+    for group, counts in zip(rows, row_counts, strict=True)
+    for note in _cut_note(f'{row_label(group)}: ', counts)
   ]
 
 
@@ -193,62 +195,67 @@ def _cut_note(name: str, counts: Sequence[tuple[int, int, int]]) -> list[str]:
 
 def missing_notes(
   rows: Sequence[SeedGroup],
-  single: Sequence[Sequence[Mapping[ColumnKey, Estimate]]],
+  by_seed: Sequence[Sequence[Mapping[ColumnKey, Estimate]]],
   columns: Sequence[Column],
 ) -> list[str]:
   """Notes on columns that only some seeds of a row have.
 
   Args:
-    single: of each row, the figures of each seed.
+    by_seed: each row's estimates of each seed.
   """
   notes = []
-  for row, seeds in zip(rows, single, strict=True):
-    lacking = [
+  for row, seeds in zip(rows, by_seed, strict=True):
+    missing = [
       column.name
       for column in columns
-      if 0 < sum(column.key in one_seed for one_seed in seeds) < len(seeds)
+      if 0 < sum(column.key in estimates for estimates in seeds) < len(seeds)
     ]
-    if lacking:
+    if missing:
       folders = ', '.join(entry.folder for entry in row.entries)
       notes.append(
         f'{row_label(row)}: not all of {folders} have '
-        f'{", ".join(lacking)}, which is missing.'
+        f'{", ".join(missing)}, which is missing.'
       )
   return notes
 
 
 def after_evaluation_notes(
-  before: Sequence[RunResults], shown: Sequence[RunResults]
+  all_entries: Sequence[RunResults], entries: Sequence[RunResults]
 ) -> list[str]:
-  """Notes on losses of after.json, shown or left out."""
-  if any(entry.loss is not None for entry in shown):
+  """Notes on losses of after.json that are in the table or were left out.
+
+  Args:
+    all_entries, entries: with and without after.json's losses; see
+      `aggregate.without_after_evaluations`.
+  """
+  if any(entry.loss is not None for entry in entries):
     return [
       'Held-out losses are those of after.json: the first batches of the '
       'held-out rows, without intervals.'
     ]
-  lacking = [
+  left_out = [
     entry.folder
-    for entry in before
+    for entry in all_entries
     if entry.loss is not None and not entry.has_held_out
   ]
-  if not lacking:
+  if not left_out:
     return []
   return [
-    f'No held-out rows in {", ".join(lacking)}: their after.json is of other '
+    f'No held-out rows in {", ".join(left_out)}: their after.json is of other '
     'examples than the rows of the others; python -m moepeft.evaluate '
     '--workdir=DIR makes them.'
   ]
 
 
-def _semantics(rows: Sequence[SeedGroup]) -> list[str]:
-  kinds = sorted({row.first.semantics for row in rows})
-  bases = sorted({row.first.base for row in rows})
-  if len(kinds) == len(bases) == 1:
-    return [f'Base {bases[0]}, {kinds[0]} semantics.']
+def _semantics_notes(rows: Sequence[SeedGroup]) -> list[str]:
+  semantics = {row.first.semantics for row in rows}
+  bases = {row.first.base for row in rows}
+  if len(semantics) == len(bases) == 1:
+    return [f'Base {bases.pop()}, {semantics.pop()} semantics.']
   return []
 
 
-def _budgets(rows: Sequence[SeedGroup]) -> list[str]:
+def _budget_notes(rows: Sequence[SeedGroup]) -> list[str]:
   budgets = {}
   for row in rows:
     budgets.setdefault(row.first.budget, []).append(row_label(row))
@@ -263,8 +270,8 @@ def _budgets(rows: Sequence[SeedGroup]) -> list[str]:
   return [f'**Budgets differ**: {text}.']
 
 
-def _checkpoints(rows: Sequence[SeedGroup]) -> list[str]:
-  """At which steps the best checkpoints are."""
+def _checkpoint_notes(rows: Sequence[SeedGroup]) -> list[str]:
+  """The steps of the best checkpoints."""
   steps = [
     f'{row_label(row)} step {", ".join(f"{e.step:,}" for e in row.entries)}'
     for row in rows
@@ -275,7 +282,7 @@ def _checkpoints(rows: Sequence[SeedGroup]) -> list[str]:
   return [f'Best checkpoints, by the validation loss: {"; ".join(steps)}.']
 
 
-def _settings(rows: Sequence[SeedGroup]) -> list[str]:
+def _setting_notes(rows: Sequence[SeedGroup]) -> list[str]:
   firsts = [row.first for row in rows]
   notes = []
   for key in tables_seeds.differing_settings(firsts):
@@ -285,7 +292,7 @@ def _settings(rows: Sequence[SeedGroup]) -> list[str]:
       values.setdefault(value, []).append(row_label(row))
     counts = sorted(map(len, values.values()))
     texts = [
-      # Of many rows most have one value: that one needs no list.
+      # The most frequent value needs no list of its rows.
       f'else {value}'
       if len(labels) == counts[-1] > counts[-2]
       else f'{value} ({", ".join(labels)})'
@@ -296,7 +303,7 @@ def _settings(rows: Sequence[SeedGroup]) -> list[str]:
 
 
 def row_label(row: SeedGroup) -> str:
-  """A row as the table calls it."""
+  """The row's label in the table."""
   return f'`{row.first.method}`' + (
     f' {row.qualifier}' if row.qualifier else ''
   )
@@ -310,7 +317,7 @@ def baseline_note(baseline: SeedGroup) -> str:
 
 
 def paper_notes(size: str, rows: Sequence[Published]) -> list[str]:
-  """The source of the paper's figures, and faults of some."""
+  """The source of the paper's numbers, and known errors of its rows."""
   notes = [
     f'Paper: Zadouri et al., arXiv:2309.05444, {size}, full validation sets; '
     'from secondary sources, to be checked against the PDF before they are '
@@ -325,10 +332,10 @@ def paper_notes(size: str, rows: Sequence[Published]) -> list[str]:
 
 
 def published_row_note(row: Published) -> str:
-  """A sentence on a row of the paper that is not sound, or ''."""
-  faults = [row.note] if row.note else []
+  """The known errors of a row of the paper, or ''."""
+  errors = [row.note] if row.note else []
   if (mean := row.recomputed()) is not None:
-    faults.append(
+    errors.append(
       f'their mean is {mean:.3f}, the printed average {row.average}'
     )
-  return f'{row.name}: {"; ".join(faults)}.' if faults else ''
+  return f'{row.name}: {"; ".join(errors)}.' if errors else ''

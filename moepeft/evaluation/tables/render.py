@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables as text: Markdown, and LaTeX with booktabs."""
+"""Renders tables as Markdown and as LaTeX with booktabs."""
 
 import dataclasses
 import re
 from collections.abc import Hashable, Mapping
 
 MISSING = '-'
-# Lines whose figures compete for bold type.
-_COMPETING = ('run', 'base')
+# Kinds of lines that may have the best cell of a column.
+_RANKED_KINDS = ('run', 'base')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,13 +15,13 @@ class Column:
   """A column.
 
   Attributes:
-    key: what lines have its cells under.
-    name: its head.
+    key: the key of its cells in `Line.cells`.
+    name: its header.
     kind: 'count' (1,234,567), 'share' (three digits) or 'score'.
-    better: 'higher' or 'lower', or '' where nothing is best.
-    unit: of a score.
-    bounds: the least and the largest score that there can be.
-    decimals: of a score; None for the table's.
+    better: 'higher' or 'lower', or '' for a column without a best cell.
+    unit: a score's unit.
+    bounds: the minimum and maximum of a score.
+    decimals: a score's decimals; None for the table's.
   """
 
   key: Hashable
@@ -40,10 +40,10 @@ SEEDS = Column('seeds', 'seeds', 'count')
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """A number with the ends of its interval, where it has one.
+  """A value, with the ends of its confidence interval if it has one.
 
   Attributes:
-    seeds: of what it is the mean of, where that is several seeds.
+    seeds: the value of each seed, for a mean over several seeds.
   """
 
   value: float
@@ -57,12 +57,12 @@ class Line:
   """A row of a table.
 
   Attributes:
-    kind: 'run', 'base', 'majority', 'paper', or 'difference', whose numbers
-      have signs.
-    label: what it is: a method, printed as code; '' for none.
-    qualifier: plain words after the label.
-    mark: of a footnote, '' for none.
-    cells: {column's key: cell}; what is not there is printed as missing.
+    kind: 'run', 'base', 'majority', 'paper', or 'difference', whose values
+      are printed with a sign.
+    label: a method, printed as code, or ''.
+    qualifier: plain text after the label.
+    mark: a footnote mark, or ''.
+    cells: column key -> cell; other cells are printed as missing.
   """
 
   kind: str
@@ -74,12 +74,12 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Lines in columns, with notes to stand below.
+  """A table with footnotes.
 
   Attributes:
-    decimals: of scores; the paper prints two.
-    best: (line, column's key) in bold type; None: of each column the best by
-      its printed number, for tables whose numbers have no intervals.
+    decimals: decimals of scores; the paper prints two.
+    best: (line index, column key) of bold cells. None, for tables without
+      confidence intervals, makes the best printed value of each column bold.
   """
 
   columns: tuple[Column, ...]
@@ -93,9 +93,9 @@ class Table:
 def format_number(
   cell: Cell | None, column: Column, decimals: int = 2, signed: bool = False
 ) -> str:
-  """A cell as text: '60.79', '60.79 ± 1.20', '+0.30', '1,234,567' or '-'.
+  """Formats a cell: '60.79', '60.79 ± 1.20', '+0.30', '1,234,567' or '-'.
 
-  What follows ± is half of the interval's width.
+  The number after ± is half the width of the interval.
   """
   if cell is None:
     return MISSING
@@ -103,32 +103,32 @@ def format_number(
     return f'{cell.value:,.0f}'
   if column.kind == 'share':
     return f'{cell.value:.3g}'
-  places = decimals if column.decimals is None else column.decimals
-  text = f'{cell.value:{"+" if signed else ""}.{places}f}'
-  # No negative zero.
+  if column.decimals is not None:
+    decimals = column.decimals
+  text = f'{cell.value:{"+" if signed else ""}.{decimals}f}'
+  # Avoids '-0.00'.
   if float(text) == 0:
     text = text.replace('-', '+' if signed else '')
   if cell.low is None:
     return text
-  return f'{text} ± {(cell.high - cell.low) / 2:.{places}f}'
+  return f'{text} ± {(cell.high - cell.low) / 2:.{decimals}f}'
 
 
 def bold_cells(table: Table) -> set[tuple[int, Hashable]]:
-  """(line, column's key) that stand in bold type.
+  """(line index, column key) of the bold cells.
 
-  `table.best`, or else of each column the best as printed; ties share, and
-  where fewer than two compete, nothing is best.
+  Without `table.best` they are the best printed values of each column, ties
+  included, if at least two lines have a value.
   """
   if table.best is not None:
     return set(table.best)
   bold = set()
   for column in table.columns:
-    places = column.decimals
-    places = table.decimals if places is None else places
+    decimals = table.decimals if column.decimals is None else column.decimals
     values = {
-      i: round(line.cells[column.key].value, places)
+      i: round(line.cells[column.key].value, decimals)
       for i, line in enumerate(table.lines)
-      if line.kind in _COMPETING and column.key in line.cells
+      if line.kind in _RANKED_KINDS and column.key in line.cells
     }
     if column.better and len(values) > 1:
       top = (max if column.better == 'higher' else min)(values.values())
@@ -137,12 +137,12 @@ def bold_cells(table: Table) -> set[tuple[int, Hashable]]:
 
 
 def markdown(table: Table) -> str:
-  """The table as Markdown that is aligned in a terminal too."""
+  """Renders a table as Markdown that is aligned in a terminal, too."""
   head = ['method', *(column.name for column in table.columns)]
   bold, body = bold_cells(table), []
   for i, line in enumerate(table.lines):
     label = f'`{line.label}`' if line.label else ''
-    cells = [_joined(label, line)]
+    cells = [_join_label(label, line)]
     for column, text in zip(
       table.columns, cell_texts(table, line), strict=True
     ):
@@ -150,7 +150,7 @@ def markdown(table: Table) -> str:
     body.append([cell.replace('|', '\\|') for cell in cells])
   widths = [max(map(len, cells)) for cells in zip(head, *body, strict=True)]
   rule = ['-' * widths[0], *('-' * (w - 1) + ':' for w in widths[1:])]
-  lines = [_aligned(row, widths) for row in (head, rule, *body)]
+  lines = [_align_row(row, widths) for row in (head, rule, *body)]
   if table.title:
     lines = [f'**{table.title}**', '', *lines]
   if table.notes:
@@ -159,12 +159,12 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-  """The table as LaTeX; needs the packages booktabs and graphicx."""
+  """Renders a table as LaTeX for the packages booktabs and graphicx."""
   bold, body = bold_cells(table), []
   for i, line in enumerate(table.lines):
     label = f'\\texttt{{{escape_latex(line.label)}}}' if line.label else ''
     plain = dataclasses.replace(line, qualifier=escape_latex(line.qualifier))
-    cells = [_joined(label, plain)]
+    cells = [_join_label(label, plain)]
     for column, text in zip(
       table.columns, cell_texts(table, line), strict=True
     ):
@@ -197,7 +197,7 @@ def latex(table: Table) -> str:
 
 
 def cell_texts(table: Table, line: Line) -> list[str]:
-  """The numbers of a line as text, column by column."""
+  """The cells of a line as text, one per column."""
   return [
     format_number(
       line.cells.get(column.key),
@@ -210,8 +210,8 @@ def cell_texts(table: Table, line: Line) -> list[str]:
 
 
 def plain_label(line: Line) -> str:
-  """A line's label and what stands beside it, without any markup."""
-  return _joined(line.label, line)
+  """A line's label, qualifier and footnote mark, without markup."""
+  return _join_label(line.label, line)
 
 
 _SPECIAL = {
@@ -233,17 +233,17 @@ _SPECIAL = {
 
 
 def escape_latex(text: str) -> str:
-  """Text for LaTeX; the minus of a number becomes a minus."""
+  """Escapes text for LaTeX; the hyphen of a negative number becomes a minus."""
   text = re.sub(r'(?<![\w-])-(?=\d)', '−', text)
   return ''.join(_SPECIAL.get(c, c) for c in text)
 
 
-def _joined(label: str, line: Line) -> str:
+def _join_label(label: str, line: Line) -> str:
   mark = f'[{line.mark}]' if line.mark else ''
   return ' '.join(filter(None, (label, line.qualifier, mark)))
 
 
-def _aligned(cells: list[str], widths: list[int]) -> str:
+def _align_row(cells: list[str], widths: list[int]) -> str:
   first = cells[0].ljust(widths[0])
   numbers = (c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))
   return f'| {" | ".join((first, *numbers))} |'

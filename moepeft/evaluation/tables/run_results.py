@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results in a run's directory, with its settings and losses."""
+"""Reads the results in a run's directory, with its settings and losses."""
 
 import dataclasses
 import os
@@ -13,10 +13,10 @@ from moepeft.peft.method_text import canonical_text
 from moepeft.runs.resume import flatten
 from moepeft.runs.run import Run
 
-# The method's name in rows of the base without adapter.
+# `Result.method` of the base without adapter.
 BASE = 'none'
 _COMMAND = 'python -m moepeft.evaluate --workdir='
-# Keys of a config that decide which examples after.json is of.
+# Config keys that select the examples of after.json.
 _EVALUATION_KEYS = (
   'data.validation_fraction',
   'data.inputs_length',
@@ -31,8 +31,8 @@ _EVALUATION_KEYS = (
   'evaluation.path',
   'evaluation.tasks',
 )
-# Keys of a config that change no figure, or that an entry has by itself.
-_IRRELEVANT = (
+# Config keys that do not affect results, or are attributes of RunResults.
+_IGNORED_KEYS = (
   'checkpoint',
   'data.num_workers',
   'evaluation',
@@ -51,20 +51,22 @@ _IRRELEVANT = (
 
 @dataclasses.dataclass(frozen=True)
 class RunResults:
-  """A run at one step, or its base without adapter.
+  """Results of a run at one step, or of its base without adapter.
 
   Attributes:
     folder: the work directory.
-    method, semantics, base, seed, step: as in rows.
-    base_parameters, parameters: as in rows; None where there are no rows.
-    settings: {dotted key: value} of the config, what changes no figure left
-      out; empty for the base.
+    method, semantics, base, seed, step: see `results.EvalInfo`.
+    base_parameters, parameters: see `results.EvalInfo`; None without results.
+    settings: dotted config key -> value, of the keys that may affect results;
+      empty for the base.
     source: config.data.source.
-    rows: of all its evaluations.
+    rows: the results of all evaluations.
     loss: after.json's validation loss, if it is of this step.
-    means: after.json's mean accuracies of groups, likewise.
-    judged: {key: value} of what decides which examples those two are of.
-    is_best: whether all rows are of the best checkpoint, whatever its step.
+    means: after.json's mean accuracies of task groups, if they are of this
+      step.
+    evaluation_config: config key -> value, of the keys that select the
+      examples of after.json.
+    is_best: whether all results are of the best checkpoint.
   """
 
   folder: str
@@ -80,7 +82,7 @@ class RunResults:
   rows: tuple[Result, ...] = ()
   loss: float | None = None
   means: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  judged: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  evaluation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   is_best: bool = False
 
   @property
@@ -93,38 +95,38 @@ class RunResults:
 
   @property
   def generates_tasks(self) -> bool:
-    """Whether held-out examples are generated, so that the seed draws them."""
+    """Whether held-out examples are generated, and so depend on the seed."""
     reader = READERS.get(self.source)
     return reader is not None and reader.evaluates_tasks
 
   @property
   def budget(self) -> tuple[int, int]:
-    """(steps, rows a batch); the best checkpoint is chosen of all steps."""
+    """(steps, batch size); the best checkpoint is selected from all steps."""
     steps = self.settings.get('steps', self.step) if self.is_best else self.step
     return steps, self.settings.get('batch_size', 0)
 
   @property
-  def at(self) -> str:
-    """The checkpoint, in words that runs of other seeds share."""
+  def checkpoint_label(self) -> str:
+    """A label of the checkpoint, the same for all seeds."""
     return 'best checkpoint' if self.is_best else f'step {self.step:,}'
 
 
 def read(folder: str, defaults: Mapping[str, Any]) -> list[RunResults]:
-  """The entries of a work directory, one for each step and the base's.
+  """Reads a work directory: an entry for each step, and for the base.
 
   Args:
-    defaults: a config's keys, nested, for those that an older run lacks.
+    defaults: a nested config with values of keys that an older run lacks.
 
   Raises:
-    ValueError: it is no work directory, nothing was evaluated in it, two of
-      its files metric the same, or a file is damaged.
+    ValueError: it is not a work directory, it has no evaluation, two of its
+      files have the same result, or a file is damaged.
   """
   run = Run(folder)
   config = flatten(defaults) | flatten(run.read_config())
   after = run.after()
   entries = [
-    _run_results(folder, config, after, results_of_step)
-    for results_of_step in _results_by_step(run).values()
+    _with_results(folder, config, after, step_results)
+    for step_results in _results_by_step(run).values()
   ]
   if entries:
     return entries
@@ -137,31 +139,32 @@ def read(folder: str, defaults: Mapping[str, Any]) -> list[RunResults]:
 
 
 def _results_by_step(run: Run) -> dict[tuple, list[Result]]:
-  """All rows of a folder by (method, semantics, step)."""
-  groups, origin = {}, {}
+  """All results of a run by (method, semantics, step)."""
+  groups, result_files = {}, {}
   for path in run.results_files():
     for row in results.read(path):
       key = (row.method, row.semantics, row.step)
-      key_of_result = (*key, row.data, row.task, row.prompt, row.metric)
-      if key_of_result in origin:
+      result_key = (*key, row.data, row.task, row.prompt, row.metric)
+      if result_key in result_files:
         raise ValueError(
           f'{row.metric} of {row.task!r}, prompt {row.prompt!r}, is in '
-          f'{origin[key_of_result]} and again in {path}; remove one of the two'
+          f'{result_files[result_key]} and again in {path}; remove one of '
+          'the two'
         )
-      origin[key_of_result] = path
+      result_files[result_key] = path
       groups.setdefault(key, []).append(row)
   return groups
 
 
-def _run_results(
+def _with_results(
   folder: str,
   config: Mapping[str, Any],
   after: Mapping,
-  results_of_step: Sequence[Result],
+  step_results: Sequence[Result],
 ) -> RunResults:
-  row = results_of_step[0]
+  row = step_results[0]
   _check_method(folder, config, row)
-  same = after.get('step') == row.step and row.method != BASE
+  has_after = after.get('step') == row.step and row.method != BASE
   return RunResults(
     folder=folder,
     method=row.method,
@@ -173,23 +176,21 @@ def _run_results(
     step=row.step,
     settings={} if row.method == BASE else _settings(config),
     source=config['data.source'],
-    rows=tuple(results_of_step),
-    loss=after.get('validation_loss') if same else None,
-    means=after.get('means', {}) if same else {},
-    judged={key: config[key] for key in _EVALUATION_KEYS},
-    is_best=all(row.checkpoint == 'best' for row in results_of_step),
+    rows=tuple(step_results),
+    loss=after.get('validation_loss') if has_after else None,
+    means=after.get('means', {}) if has_after else {},
+    evaluation_config={key: config[key] for key in _EVALUATION_KEYS},
+    is_best=all(row.checkpoint == 'best' for row in step_results),
   )
 
 
 def _check_method(folder: str, config: Mapping[str, Any], row: Result) -> None:
-  """Raises ValueError where rows are of a run that was there before."""
+  """Raises ValueError if a result is of an earlier run in the directory."""
   if row.method == BASE:
     return
-  now = (
-    canonical_text(config['method'], config['semantics']),
-    config['semantics'],
-  )
-  if (canonical_text(row.method, row.semantics), row.semantics) != now:
+  expected = canonical_text(config['method'], config['semantics'])
+  method = canonical_text(row.method, row.semantics)
+  if (method, row.semantics) != (expected, config['semantics']):
     raise ValueError(
       f'{folder!r} holds rows of {row.method!r} ({row.semantics}), its run is '
       f'of {config["method"]!r} ({config["semantics"]}); evaluate it again '
@@ -199,7 +200,7 @@ def _check_method(folder: str, config: Mapping[str, Any], row: Result) -> None:
 
 def _without_results(run: Run, config: Mapping, after: Mapping) -> RunResults:
   summary = run.summary()
-  # As in rows: 'package:t5_tiny' is t5_tiny.
+  # As in results, 'package:t5_tiny' is named t5_tiny.
   path = config['model.path'].rstrip('/')
   base = os.path.basename(path).split(':')[-1] or 'random'
   return RunResults(
@@ -215,14 +216,14 @@ def _without_results(run: Run, config: Mapping, after: Mapping) -> RunResults:
     source=config['data.source'],
     loss=after.get('validation_loss'),
     means=after.get('means', {}),
-    judged={key: config[key] for key in _EVALUATION_KEYS},
+    evaluation_config={key: config[key] for key in _EVALUATION_KEYS},
   )
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-  beginnings = tuple(f'{key}.' for key in _IRRELEVANT)
+  prefixes = tuple(f'{key}.' for key in _IGNORED_KEYS)
   return {
     key: value
     for key, value in config.items()
-    if not f'{key}.'.startswith(beginnings)
+    if not f'{key}.'.startswith(prefixes)
   }

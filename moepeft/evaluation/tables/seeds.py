@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that differ by their seed become one row, with a label of its own."""
+"""Groups runs that differ only by their seed into the rows of a table."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ import numpy as np
 from moepeft.evaluation.results import Result
 from moepeft.evaluation.tables.run_results import RunResults
 
-# Two evaluations of one base on other machines round otherwise.
-_ROUNDING = 1e-4
+# Relative rounding differences between evaluations on different machines.
+_RTOL = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,8 @@ class SeedGroup:
   """A row of a table.
 
   Attributes:
-    entries: one a seed, in the order of the command line.
-    qualifier: words that tell it from rows of the same method.
+    entries: one run per seed, in the order of the command line.
+    qualifier: text that distinguishes it from other rows of the same method.
   """
 
   entries: tuple[RunResults, ...]
@@ -32,19 +32,19 @@ class SeedGroup:
 
 
 def group_by_seed(entries: Sequence[RunResults]) -> list[SeedGroup]:
-  """Rows in the order of their first entry, labels told apart.
+  """Groups runs by seed, in the order of each group's first run.
 
-  A base that several runs have evaluated is one entry with the rows of all.
+  The results of one base from several runs are merged.
 
   Raises:
-    ValueError: a run is given twice, two runs differ in nothing, not even in
-      their seed, or evaluations of one base contradict each other.
+    ValueError: a run is given twice, two runs have the same settings and seed,
+      or results of one base contradict each other.
   """
   by_key = {}
   for entry in _with_base_sizes(entries):
-    members = by_key.setdefault(_key(entry), [])
+    members = by_key.setdefault(_group_key(entry), [])
     if entry.is_base and members:
-      members[0] = _merged(members[0], entry)
+      members[0] = _merge_base(members[0], entry)
       continue
     for member in members:
       if member.seed == entry.seed:
@@ -55,7 +55,7 @@ def group_by_seed(entries: Sequence[RunResults]) -> list[SeedGroup]:
 
 
 def differing_settings(entries: Sequence[RunResults]) -> list[str]:
-  """Settings in which entries differ, their budget left out."""
+  """Config keys in which entries differ, except those of the budget."""
   keys = sorted({key for entry in entries for key in entry.settings})
   return [
     key
@@ -65,16 +65,16 @@ def differing_settings(entries: Sequence[RunResults]) -> list[str]:
   ]
 
 
-def _key(entry: RunResults) -> tuple:
+def _group_key(entry: RunResults) -> tuple:
   base = entry.base, entry.base_parameters
   if entry.is_base:
-    return entry.method, base, entry.seed if _is_seeds(entry) else None
+    return entry.method, base, entry.seed if _depends_on_seed(entry) else None
   settings = tuple(sorted((k, repr(v)) for k, v in entry.settings.items()))
-  return entry.method, entry.semantics, base, entry.at, settings
+  return entry.method, entry.semantics, base, entry.checkpoint_label, settings
 
 
 def _with_base_sizes(entries: Sequence[RunResults]) -> list[RunResults]:
-  """A run without rows has the size that the base has elsewhere, if one."""
+  """Adds base_parameters to runs without results, from other runs' bases."""
   sizes = {}
   for entry in entries:
     if entry.base_parameters is not None:
@@ -87,15 +87,15 @@ def _with_base_sizes(entries: Sequence[RunResults]) -> list[RunResults]:
   ]
 
 
-def _is_seeds(entry: RunResults) -> bool:
-  """Whether a base's rows depend on the seed: its weights or its examples."""
+def _depends_on_seed(entry: RunResults) -> bool:
+  """Whether a base's results depend on the seed, by weights or examples."""
   return entry.base == 'random' or (
     entry.generates_tasks and entry.has_held_out
   )
 
 
-def _merged(first: RunResults, second: RunResults) -> RunResults:
-  """A base with the rows of both of its evaluations."""
+def _merge_base(first: RunResults, second: RunResults) -> RunResults:
+  """Merges the results of two evaluations of one base."""
   rows = {_result_key(row): row for row in first.rows}
   for row in second.rows:
     if not _equal_scores(rows.setdefault(_result_key(row), row), row):
@@ -115,8 +115,8 @@ def _equal_scores(first: Result, second: Result) -> bool:
   if first.idx != second.idx or (first.each is None) != (second.each is None):
     return False
   if first.each is None:
-    return bool(np.isclose(first.value, second.value, rtol=_ROUNDING))
-  return bool(np.allclose(first.each, second.each, rtol=_ROUNDING))
+    return bool(np.isclose(first.value, second.value, rtol=_RTOL))
+  return bool(np.allclose(first.each, second.each, rtol=_RTOL))
 
 
 def _duplicate_message(first: RunResults, second: RunResults) -> str:
@@ -137,42 +137,43 @@ def _duplicate_message(first: RunResults, second: RunResults) -> str:
 def _qualifier(
   entry: RunResults, rows: Sequence[tuple[RunResults, ...]]
 ) -> str:
-  """Words that tell a row apart: base and semantics where rows' differ."""
+  """Text that distinguishes a row, of the values in which rows differ."""
   firsts = [members[0] for members in rows]
   trained = [e for e in firsts if not e.is_base]
-  words = []
+  parts = []
   if len({(e.base, e.base_parameters) for e in firsts}) > 1:
-    words.append(f'on {entry.base}')
+    parts.append(f'on {entry.base}')
   sizes = {e.base_parameters for e in firsts if e.base == entry.base}
   if len(sizes) > 1 and entry.base_parameters is not None:
-    words.append(f'{entry.base_parameters:,} parameters')
+    parts.append(f'{entry.base_parameters:,} parameters')
   if entry.is_base:
     seeds = {e.seed for e in firsts if e.is_base and e.base == entry.base}
-    if len(seeds) > 1 and _is_seeds(entry):
-      words.append(f'seed {entry.seed}')
-    return ', '.join(['the base', *words])
+    if len(seeds) > 1 and _depends_on_seed(entry):
+      parts.append(f'seed {entry.seed}')
+    return ', '.join(['the base', *parts])
   if len({e.semantics for e in trained}) > 1:
-    words.append(entry.semantics)
-  alike = [
+    parts.append(entry.semantics)
+  same_method = [
     e
     for e in trained
     if (e.method, e.semantics, e.base, e.base_parameters)
     == (entry.method, entry.semantics, entry.base, entry.base_parameters)
   ]
-  if len({e.at for e in alike}) > 1:
-    words.append(entry.at)
-  keys = [*differing_settings(alike), *_budget(alike)]
-  words += [f'{key}={format_value(entry.settings.get(key))}' for key in keys]
-  return ', '.join(words)
+  if len({e.checkpoint_label for e in same_method}) > 1:
+    parts.append(entry.checkpoint_label)
+  keys = [*differing_settings(same_method), *_differing_budget(same_method)]
+  parts += [f'{key}={format_value(entry.settings.get(key))}' for key in keys]
+  return ', '.join(parts)
 
 
-def _budget(entries: Sequence[RunResults]) -> list[str]:
+def _differing_budget(entries: Sequence[RunResults]) -> list[str]:
   keys = []
   for key in ('batch_size', 'steps'):
     values = {entry.settings.get(key) for entry in entries}
     if len(values) > 1 and not (
-      # The step has been said.
-      key == 'steps' and len({e.at for e in entries}) == len(entries)
+      # The checkpoint's label has the step.
+      key == 'steps'
+      and len({e.checkpoint_label for e in entries}) == len(entries)
     ):
       keys.append(key)
   return keys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of one run as text, for a terminal."""
+"""Renders the results of one run as text for a terminal."""
 
 from collections.abc import Sequence
 
@@ -23,14 +23,14 @@ _HEAD = (
   'prompts',
   'examples',
 )
-# Prompts of the embedded tasks: wordings of training, and others.
-_WORDINGS = ('seen', 'held_out')
+# Prompts of embedded tasks: templates seen in training, and held-out ones.
+_TEMPLATE_SPLITS = ('seen', 'held_out')
 
 
 def table(rows: Sequence[Result]) -> str:
-  """The scores of each metric, with their intervals, and what they are of.
+  """The scores of each metric, with intervals and numbers of examples.
 
-  'over prompts' is from the least to the greatest figure of a task's prompts.
+  'over prompts' is the range of the values of a task's prompts.
 
   Raises:
     ValueError: a prompt occurs twice.
@@ -38,75 +38,70 @@ def table(rows: Sequence[Result]) -> str:
   blocks = []
   for name in metric_names():
     unit = metric_info(name).unit
-    by_split = _by_wordings([row for row in rows if row.metric == name])
+    by_split = _by_template_split([row for row in rows if row.metric == name])
     for suffix, split_rows in by_split.items():
       lines = aligned(_lines(name, split_rows))
       blocks.append(f'{name} ({unit}){suffix}\n{lines}')
   return '\n\n'.join(blocks)
 
 
-def _by_wordings(rows: Sequence[Result]) -> dict[str, list[Result]]:
-  """Rows of the embedded tasks by wording: a median over both is of neither."""
+def _by_template_split(rows: Sequence[Result]) -> dict[str, list[Result]]:
+  """Results of embedded tasks by template split, which share no median."""
   names = {row.prompt for row in rows}
-  if names != set(_WORDINGS):
+  if names != set(_TEMPLATE_SPLITS):
     return {'': list(rows)} if rows else {}
   return {
     f', wordings {name}': [row for row in rows if row.prompt == name]
-    for name in _WORDINGS
+    for name in _TEMPLATE_SPLITS
   }
 
 
 def _lines(name: str, rows: Sequence[Result]) -> list[Sequence[str]]:
   lines = [_HEAD]
   for task, score in paper_metric.scores(rows, name).items():
-    of_task = rows
+    task_rows = rows
     if task != paper_metric.AVERAGE:
       members = paper_metric.ROUNDS if task == 'anli' else (task,)
-      of_task = [row for row in rows if row.task in members]
-    lines.append(_line(name, task, score, of_task))
+      task_rows = [row for row in rows if row.task in members]
+    lines.append(_line(name, task, score, task_rows))
   unused = {'perplexity'} if name != LOSS else set()
-  # The first is of several prompts only, the second of accuracy.
+  # Only several prompts have a range, and only accuracy has a majority.
   for key in ('over prompts', 'majority'):
-    place = _HEAD.index(key)
-    if all(line[place] == '-' for line in lines[1:]):
+    column = _HEAD.index(key)
+    if all(line[column] == '-' for line in lines[1:]):
       unused.add(key)
-  keep = [i for i, key in enumerate(_HEAD) if key not in unused]
-  return [[line[i] for i in keep] for line in lines]
+  columns = [i for i, key in enumerate(_HEAD) if key not in unused]
+  return [[line[i] for i in columns] for line in lines]
 
 
 def _line(
   name: str, task: str, score: paper_metric.Score, rows: Sequence[Result]
 ) -> Sequence[str]:
-  """Cells of all of `_HEAD`."""
+  """The cells of all columns of `_HEAD`."""
   info = metric_info(name)
 
-  def shown(value: float | None) -> str:
+  def number(value: float | None) -> str:
     return '-' if value is None else f'{info.factor * value:.{info.decimals}f}'
 
-  def span(low: float | None, high: float | None) -> str:
-    return '-' if low is None else f'{shown(low)} to {shown(high)}'
+  def interval(low: float | None, high: float | None) -> str:
+    return '-' if low is None else f'{number(low)} to {number(high)}'
 
   values = [row.value for row in rows]
   single = task == paper_metric.AVERAGE or len(values) < 2
   return (
     task,
-    shown(score.value),
+    number(score.value),
     f'{np.exp(score.value):.3f}',
-    '-' if single else span(min(values), max(values)),
-    span(score.low, score.high),
-    shown(score.majority),
+    '-' if single else interval(min(values), max(values)),
+    interval(score.low, score.high),
+    number(score.majority),
     str(len(rows)),
-    str(_examples(rows)),
+    str(len({(row.task, i) for row in rows for i in row.idx})),
   )
 
 
-def _examples(rows: Sequence[Result]) -> int:
-  """Different ones, whatever their prompts."""
-  return len({(row.task, i) for row in rows for i in row.idx})
-
-
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-  """Lines of cells as text, each column as wide as its widest cell."""
+  """Joins lines of cells, with columns as wide as their widest cell."""
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return '\n'.join(
     '  '.join(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trackers: the places besides metrics.jsonl where a run's metrics go.
+"""Trackers: backends besides metrics.jsonl that a run's metrics are logged to.
 
 A new tracker is a file with a `TrackerSpec` and a line in `TRACKERS`, or a
-user's module that calls `TRACKERS.register`. config.log.trackers names those
-of a run.
+user's module that calls `TRACKERS.register`. config.log.trackers names a run's
+trackers.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ TRACKERS = Registry(
     'wandb': 'wandb:TRACKER',
   },
 )
-# Curves stand together by the part before the slash; all others are 'train'.
-_PAGES = {
+# Metric -> the section of its tag, before the slash; 'train' for all others.
+_SECTIONS = {
   'steps_per_s': 'speed',
   'inputs_padding': 'data',
   'targets_padding': 'data',
@@ -47,10 +47,10 @@ class Tracker(Protocol):
   """An open tracker of one run."""
 
   def write(self, row: Mapping[str, Any]) -> None:
-    """Takes a row as `moepeft.runs.metrics_log` describes it."""
+    """Logs a row of `moepeft.runs.metrics_log`."""
 
   def close(self) -> None:
-    """Called once, at the end of a run or when a signal ends it."""
+    """Called once, at the end of the run or when a signal ends it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +58,14 @@ class TrackerSpec:
   """The entry of a tracker.
 
   Attributes:
-    open: (run, step, config) -> the tracker of a run that begins or goes on.
-      `step` is the one that it goes on from: rows of later steps are written
-      again. `config` is the run's, as a nested dict. Raises a ValueError, a
-      sentence with a remedy, where the tracker cannot be opened.
-    is_local: whether all that the tracker writes is in the run's directory.
-      Others are opened first: they may refuse the run, which then has left
-      no file.
-    view: a shell command that shows the metrics, with {workdir}; '' for none.
+    open: (run, step, config) -> the tracker of a new or resumed run. A run
+      resumes from `step`, so that rows of later steps are written again.
+      `config` is the run's config as a nested dict. Raises a ValueError with
+      a remedy if the tracker cannot be opened.
+    is_local: whether the tracker writes to the run's directory only. Other
+      trackers are opened first, so that no file is left if they refuse the
+      run.
+    view: a shell command that shows the metrics, with {workdir}, or ''.
   """
 
   open: Callable[[Run, int, Mapping[str, Any]], Tracker]
@@ -74,17 +74,17 @@ class TrackerSpec:
 
 
 def specs(names: str) -> list[TrackerSpec]:
-  """The entries of config.log.trackers, names with commas between them.
+  """The entries of config.log.trackers, which are separated by commas.
 
   Raises:
-    ValueError: there is no tracker of a name.
+    ValueError: there is no tracker of one of the names.
   """
   parts = (name.strip() for name in names.split(','))
   return [TRACKERS.lookup(name) for name in parts if name]
 
 
 def view_commands(names: str, workdir: str) -> str:
-  """The commands that show a run's metrics, with semicolons between them."""
+  """The shell commands that show a run's metrics, separated by semicolons."""
   commands = (spec.view.format(workdir=workdir) for spec in specs(names))
   return '; '.join(filter(None, commands))
 
@@ -92,36 +92,36 @@ def view_commands(names: str, workdir: str) -> str:
 def open_trackers(
   run: Run, step: int, config: Mapping[str, Any]
 ) -> list[Tracker]:
-  """The metrics log of a run, and the trackers that its config names.
+  """Opens a run's metrics log and the trackers that its config names.
 
   Args:
-    step: that the run goes on from; rows of later steps are dropped.
-    config: the run's, as a nested dict.
+    step: the step that the run resumes from; rows of later steps are removed.
+    config: the run's config as a nested dict.
 
   Raises:
     ValueError: a tracker is unknown or cannot be opened.
   """
-  opened = [
+  trackers = [
     spec.open(run, step, config)
     for spec in sorted(
       specs(config['log']['trackers']), key=lambda spec: spec.is_local
     )
   ]
-  # A run that begins measures step 0 once more.
-  return [MetricsLog(run.metrics_file, step or -1), *opened]
+  # A new run evaluates step 0 again, so its row is removed, too.
+  return [MetricsLog(run.metrics_file, step or -1), *trackers]
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-  """{tag: value} of a row's finite numbers, for a page of curves.
+  """Tag -> value of a row's finite numbers, for dashboards.
 
-  A site's entropy and the share of its fullest expert are means over layers;
-  the tag has the kind of the share, a key of `metrics_log.SHARES`.
+  A site's entropy and the largest share of an expert are means over layers.
+  The tag of a share has its kind, a key of `metrics_log.SHARES`.
   """
   tags = {}
   for key, value in row.items():
     if key != 'step' and isinstance(value, (int, float)):
-      page = _PAGES.get(key, 'train')
-      tags[f'{page}/{key.removeprefix(f"{page}_")}'] = float(value)
+      section = _SECTIONS.get(key, 'train')
+      tags[f'{section}/{key.removeprefix(f"{section}_")}'] = float(value)
   routing = row.get('routing', {})
   for site, name in short_names(routing).items():
     tags[f'entropy/{name}'] = float(np.mean(routing[site]['entropy']))

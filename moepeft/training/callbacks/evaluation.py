@@ -26,7 +26,7 @@ class HeldOutEvaluation(Callback):
     self._before, self._after = before, after
 
   def on_start(self, loop):
-    self._validated_step = loop.history.last('validation_loss')
+    self._validated_step = loop.history.last_step('validation_loss')
     if self._before and not loop.first_step:
       print('evaluating before training', flush=True)
       loop.before = loop.evaluator(loop.variables, 'before training', 0)

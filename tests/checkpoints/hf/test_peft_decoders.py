@@ -12,10 +12,6 @@ from moepeft.models.decoder.model import Decoder, sites
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.peft import build
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
-theirs = pytest.importorskip('peft')
-
 IDS = np.random.default_rng(0).integers(2, 29, (2, 7))
 SIZES = dict(
   vocab_size=29,
@@ -31,6 +27,7 @@ GPT2_SIZES = dict(vocab_size=29, n_embd=12, n_head=3, n_layer=2, n_positions=16)
 
 def base(kind):
   """A random model, its weights so large that all of them matter."""
+  transformers = pytest.importorskip('transformers')
   sizes = GPT2_SIZES if kind == 'GPT2' else SIZES
   config = getattr(transformers, f'{kind}Config')(**sizes)
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -38,6 +35,7 @@ def base(kind):
 
 
 def shaken(weights, model, size):
+  torch = pytest.importorskip('torch')
   noise = torch.Generator().manual_seed(5)
   with torch.no_grad():
     for weight in weights:
@@ -48,9 +46,12 @@ def shaken(weights, model, size):
 def adapted(kind, config, folder, **saving):
   """A model with a random adapter, both saved; their logits, and a plain
   model's."""
+  theirs = pytest.importorskip('peft')
   model = base(kind)
   model.save_pretrained(folder / 'base')
   plain = torch_logits(model)
+  name, options = config
+  config = getattr(theirs, name)(**options)
   model = theirs.get_peft_model(model, config).eval()
   trained = [p for name, p in model.named_parameters() if p.requires_grad]
   shaken(trained, model, 0.3)
@@ -59,12 +60,18 @@ def adapted(kind, config, folder, **saving):
 
 
 def torch_logits(model):
+  torch = pytest.importorskip('torch')
   with torch.no_grad():
     return model(input_ids=torch.tensor(IDS)).logits.numpy()
 
 
+# (class, arguments): peft is imported by the tests, as it takes seconds.
 def lora(**options):
-  return theirs.LoraConfig(r=3, lora_alpha=5, lora_dropout=0.1, **options)
+  return 'LoraConfig', dict(r=3, lora_alpha=5, lora_dropout=0.1, **options)
+
+
+def ia3(**options):
+  return 'IA3Config', options
 
 
 ATTENTION = ['q_proj', 'v_proj']
@@ -108,27 +115,25 @@ CASES = {
   ),
   'ia3': (
     'Llama',
-    theirs.IA3Config(
+    ia3(
       target_modules=['k_proj', 'v_proj', 'down_proj'],
       feedforward_modules=['down_proj'],
     ),
   ),
   'ia3-biased': (
     'Qwen2',
-    theirs.IA3Config(
-      target_modules=['k_proj', 'up_proj'], feedforward_modules=['up_proj']
-    ),
+    ia3(target_modules=['k_proj', 'up_proj'], feedforward_modules=['up_proj']),
   ),
   'ia3-some-layers': (
     'Gemma',
-    theirs.IA3Config(
+    ia3(
       target_modules=r'.*layers\.1\..*\.(v_proj|down_proj)',
       feedforward_modules=r'.*\.down_proj',
     ),
   ),
   'ia3-conv1d': (
     'GPT2',
-    theirs.IA3Config(
+    ia3(
       target_modules=['c_fc', 'mlp.c_proj'],
       feedforward_modules=['mlp.c_proj'],
       fan_in_fan_out=True,
@@ -157,6 +162,8 @@ def test_adapters_of_peft_come_in_and_go_out(name, tmp_path):
   assert np.abs(found - expected).max() < limit
   assert np.abs(plain - expected).max() > 100 * limit
   peft.save(tmp_path / 'again', loaded.config, adapter, loaded.path)
+  transformers = pytest.importorskip('transformers')
+  theirs = pytest.importorskip('peft')
   model = transformers.AutoModelForCausalLM.from_pretrained(loaded.path)
   model = theirs.PeftModel.from_pretrained(model, tmp_path / 'again').eval()
   assert np.abs(torch_logits(model) - expected).max() < limit

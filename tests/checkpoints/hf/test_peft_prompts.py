@@ -18,10 +18,6 @@ from moepeft.peft.prefix import model_prefix_ids
 from .test_peft_decoders import IDS, shaken, torch_logits
 from .test_peft_decoders import base as decoder_of
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
-theirs = pytest.importorskip('peft')
-
 # Tokens are placed by number in GPT-2.
 DECODERS = ('Llama', 'GPT2')
 T5 = dict(
@@ -39,6 +35,8 @@ TARGETS = np.random.default_rng(1).integers(2, 29, (2, 4))
 
 
 def t5():
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
   config = transformers.T5Config(**T5, decoder_start_token_id=0)
   torch.manual_seed(3)
   model = transformers.T5ForConditionalGeneration(config).eval()
@@ -49,6 +47,7 @@ def logits_of(model, kind):
   """Behind the prompt, where there is one."""
   if kind != 'T5':
     return torch_logits(model)[:, -IDS.shape[1] :]
+  torch = pytest.importorskip('torch')
   with torch.no_grad():
     return model(
       input_ids=torch.tensor(IDS), decoder_input_ids=torch.tensor(TARGETS)
@@ -61,6 +60,7 @@ def adapted(kind, folder, **options):
   model.save_pretrained(folder / 'base')
   plain = logits_of(model, kind)
   task = 'SEQ_2_SEQ_LM' if kind == 'T5' else 'CAUSAL_LM'
+  theirs = pytest.importorskip('peft')
   config = theirs.PromptTuningConfig(
     task_type=task, num_virtual_tokens=3, **options
   )
@@ -99,6 +99,8 @@ def test_prompts_of_peft_come_in_and_go_out(kind, tmp_path):
   assert np.abs(plain - expected).max() > 100 * limit
   peft.save(tmp_path / 'again', loaded.config, adapter, loaded.path)
   auto = 'AutoModelForSeq2SeqLM' if kind == 'T5' else 'AutoModelForCausalLM'
+  transformers = pytest.importorskip('transformers')
+  theirs = pytest.importorskip('peft')
   model = getattr(transformers, auto).from_pretrained(loaded.path)
   model = theirs.PeftModel.from_pretrained(model, tmp_path / 'again').eval()
   assert np.abs(logits_of(model, kind) - expected).max() < limit
@@ -124,6 +126,7 @@ def test_a_prompt_of_a_model_that_scales_vectors_is_refused(tmp_path):
 
 def test_a_prompt_of_another_width_is_refused(tmp_path):
   adapted('Llama', tmp_path)
+  transformers = pytest.importorskip('transformers')
   config = transformers.LlamaConfig(
     vocab_size=29, hidden_size=16, num_attention_heads=2, num_hidden_layers=1
   )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of like lengths: every example once, in few shapes."""
 
-from moepeft.data.batching.bucketing import buckets, repeat_last, round_up
+from moepeft.data.batching.bucketing import make_buckets, repeat_last, round_up
 
 
 def test_lengths_are_rounded_to_powers_of_two_within_bounds():
@@ -14,7 +14,7 @@ def test_lengths_are_rounded_to_powers_of_two_within_bounds():
 
 def test_every_example_is_in_one_batch_that_it_fits():
   lengths = [(5, 3), (70, 3), (64, 16), (65, 20), (100, 1), (2, 17), (9, 9)]
-  found = buckets(lengths, (64, 16), (100, 20), 2)
+  found = make_buckets(lengths, (64, 16), (100, 20), 2)
   # Rounded: (64, 16), (100, 16), (64, 16), (100, 20), (100, 16), (64, 20),
   # (64, 16). From the greatest on, equal ones as they come, by twos.
   assert found == [
@@ -29,7 +29,7 @@ def test_every_example_is_in_one_batch_that_it_fits():
 def test_only_the_last_batch_is_not_full():
   # 31 lengths of many shapes: 31 = 7 * 4 + 3.
   lengths = [(1 + 37 * i % 499, 1 + 53 * i % 127) for i in range(31)]
-  found = buckets(lengths, (16, 4), (512, 128), 4)
+  found = make_buckets(lengths, (16, 4), (512, 128), 4)
   assert [len(places) for _, places in found] == [4] * 7 + [3]
   assert sorted(sum((places for _, places in found), [])) == list(range(31))
   for shape, places in found:
@@ -39,7 +39,7 @@ def test_only_the_last_batch_is_not_full():
 
 
 def test_no_examples_are_no_batches():
-  assert buckets([], (64,), (100,), 2) == []
+  assert make_buckets([], (64,), (100,), 2) == []
 
 
 def test_a_batch_is_made_whole_by_its_last_example():

@@ -46,15 +46,15 @@ def test_an_example_becomes_its_inputs_a_line_end_its_targets_and_eos():
 
 
 @pytest.mark.parametrize(
-  ('too_long', 'ids', 'trained'),
+  ('truncation', 'ids', 'trained'),
   [
     # Of 2 3 4 | 5 6 in 4: the prompt's first goes, or the answer's last.
     ('prompt', [3, 4, 5, 6], [0, 0, 1, 1]),
     ('end', [2, 3, 4, 5], [0, 0, 0, 1]),
   ],
 )
-def test_what_is_too_long_loses_what_is_asked(too_long, ids, trained):
-  found = truncate(one(2, 3, 4, 5, 6, prompt=3), 4, too_long)
+def test_what_is_too_long_loses_what_is_asked(truncation, ids, trained):
+  found = truncate(one(2, 3, 4, 5, 6, prompt=3), 4, truncation)
   assert found.ids.tolist() == ids
   np.testing.assert_array_equal(found.loss_mask, np.array(trained, bool))
   assert found.cut
@@ -125,7 +125,7 @@ def test_what_has_nothing_left_to_train_is_dropped():
   long = one(2, 3, 4, 5, prompt=3)
   assert truncate(long, 3, 'end') is None
   assert truncate(long, 3, 'drop') is None
-  form = CausalCollator(ByteTokenizer(), 2, too_long='drop')
+  form = CausalCollator(ByteTokenizer(), 2, truncation='drop')
   with pytest.raises(ValueError, match='raise the length'):
     form.encode([long])
 
@@ -160,4 +160,4 @@ def test_packed_rows_hold_every_sample_once_with_places_of_its_own():
 
 def test_a_policy_that_is_none_is_refused():
   with pytest.raises(ValueError, match='prompt, end, drop'):
-    CausalCollator(ByteTokenizer(), 7, too_long='middle')
+    CausalCollator(ByteTokenizer(), 7, truncation='middle')

@@ -14,7 +14,7 @@ from moepeft.data.chat import template as chat_template
 from moepeft.data.example import BadRow
 from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from moepeft.inference import loaded_model, prompts
-from moepeft.runs.resume import with_begun_date
+from moepeft.runs.resume import with_start_date
 from moepeft.runs.run import Run
 
 from ... import chat_cases
@@ -160,12 +160,12 @@ def test_a_date_is_chosen_once_and_read_back(tmp_path):
   found = chat_template.with_date(config, HuggingFaceTokenizer(str(words)))
   assert datetime.date.fromisoformat(found.data.date) and not config.data.date
   found.data.date = '2021-02-03'
-  assert with_begun_date(Run(str(tmp_path)), config) is config
+  assert with_start_date(Run(str(tmp_path)), config) is config
   (tmp_path / 'checkpoints' / '4').mkdir(parents=True)
   (tmp_path / 'config.json').write_text(found.to_json())
-  assert with_begun_date(Run(str(tmp_path)), config).data.date == '2021-02-03'
+  assert with_start_date(Run(str(tmp_path)), config).data.date == '2021-02-03'
   config.data.date = '2021-02-04'
-  assert with_begun_date(Run(str(tmp_path)), config) is config
+  assert with_start_date(Run(str(tmp_path)), config) is config
 
 
 def test_a_run_without_a_clock_has_no_date(tmp_path):

@@ -117,7 +117,7 @@ LONG = {'prompt': 'p' * 30 + 'end', 'chosen': 'c' * 9, 'rejected': 'r' * 4}
 
 
 @pytest.mark.parametrize(
-  ('length', 'too_long', 'prompt', 'chosen', 'rejected'),
+  ('length', 'truncation', 'prompt', 'chosen', 'rejected'),
   [
     # 34 of the prompt, its line's end too, and 10 of the chosen with EOS.
     (43, 'prompt', 34, 10, 5),
@@ -135,10 +135,10 @@ LONG = {'prompt': 'p' * 30 + 'end', 'chosen': 'c' * 9, 'rejected': 'r' * 4}
   ],
 )
 def test_no_answer_is_cut_beside_a_whole_one(
-  tmp_path, length, too_long, prompt, chosen, rejected
+  tmp_path, length, truncation, prompt, chosen, rejected
 ):
-  data = data_of(tmp_path, [LONG, *rows_of()], truncation=too_long)
-  own = samples(length, too_long=too_long)
+  data = data_of(tmp_path, [LONG, *rows_of()], truncation=truncation)
+  own = samples(length, truncation=truncation)
   found = preference_dataset.read_preferences(data, own)
   # The short rows are whole in any case but the tightest.
   first = next((i for i in found.items if i.idx == 0), None)
@@ -149,7 +149,7 @@ def test_no_answer_is_cut_beside_a_whole_one(
   for side, count in zip(first.sides, (chosen, rejected), strict=True):
     assert int(side.loss_mask.sum()) == count
     assert len(side.ids) - count == prompt
-    if too_long == 'prompt':
+    if truncation == 'prompt':
       assert text(side.ids[:prompt]).endswith('nd\n')
 
 
@@ -160,7 +160,9 @@ def test_pairs_that_are_one_answer_after_a_cut_are_left_out(tmp_path):
     {'prompt': 'prompt 1', 'chosen': 'other', 'rejected': 'same, and'},
   ]
   data = data_of(tmp_path, rows, truncation='end')
-  found = preference_dataset.read_preferences(data, samples(12, too_long='end'))
+  found = preference_dataset.read_preferences(
+    data, samples(12, truncation='end')
+  )
   assert [item.idx for item in found.items] == [1]
   assert any(
     '1 of 2 rows' in n and 'the same to the tokenizer' in n and 'row 0' in n

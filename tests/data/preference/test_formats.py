@@ -9,7 +9,7 @@ from moepeft.data.preference.formats import (
   ComparedRow,
   JudgedRow,
   parse_row,
-  unpaired,
+  split_pair,
 )
 
 ASKED = Conversation((Turn('user', 'Why?'),))
@@ -83,7 +83,7 @@ def test_turns_before_the_answer_stay_in_the_prompt():
 
 
 def test_a_pair_is_a_good_and_a_bad_answer():
-  good, bad = unpaired(ComparedRow(ASKED, SO, NO, 7))
+  good, bad = split_pair(ComparedRow(ASKED, SO, NO, 7))
   assert good == JudgedRow(ASKED, SO, True, 7)
   assert bad == JudgedRow(ASKED, NO, False, 7)
 
