@@ -126,9 +126,9 @@ def _make_to_bytes(decoder: Any) -> Callable[[str], Bytes]:
 def byte_alphabet() -> dict[str, int]:
   """{character: byte} of byte-level tokenizers (GPT-2's)."""
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = (i for i in range(256) if i not in printable)
+  unprintable = (i for i in range(256) if i not in printable)
   return {chr(i): i for i in printable} | {
-    chr(256 + n): i for n, i in enumerate(others)
+    chr(256 + n): i for n, i in enumerate(unprintable)
   }
 
 
