@@ -302,7 +302,7 @@ def test_prompts_and_lower_case_are_done(folder):
           'default_prompt_name': 'q',
         },
       },
-      "leaves its prompt 'find: ' out",
+      "excludes its prompt 'find: '",
     ),
   ],
 )
