@@ -83,10 +83,12 @@ class StopStrings:
       return ''
     text = self._pending + text
     matches = [(text.find(stop), stop) for stop in self._stops]
-    ends = [(start + len(stop), start) for start, stop in matches if start >= 0]
-    if ends:
+    spans = [
+      (start + len(stop), start) for start, stop in matches if start >= 0
+    ]
+    if spans:
       self.matched, self._pending = True, ''
-      return text[: min(ends)[1]]
+      return text[: min(spans)[1]]
     withheld = max((_overlap(text, stop) for stop in self._stops), default=0)
     self._pending = text[len(text) - withheld :]
     return text[: len(text) - withheld]
@@ -173,8 +175,8 @@ class TextStream:
 
   def finish(self) -> str:
     """Returns the remaining text."""
-    rest = self._stops.feed(self._detokenizer.finish())
-    return self._markers.remove(rest + self._stops.finish())
+    text = self._stops.feed(self._detokenizer.finish())
+    return self._markers.remove(text + self._stops.finish())
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -200,8 +200,8 @@ def _kind(spec: Spec) -> Spec:
 
 
 def _without(spec: Spec, options: Sequence[str]) -> Spec:
-  rest = tuple((k, v) for k, v in spec.options if k not in options)
-  return Spec(spec.name, rest)
+  remaining = tuple((k, v) for k, v in spec.options if k not in options)
+  return Spec(spec.name, remaining)
 
 
 def _kinds(parts: Sequence[BucketPart]) -> tuple[Spec, ...]:

@@ -131,8 +131,8 @@ class AnswerStream:
       return AnswerDelta(reason=STOP)
     last = self._release(self._detokenizer.finish())
     if not self.stopped:
-      rest = self._markers.remove(self._stops.finish())
-      last += AnswerDelta(rest, tuple(self._pending))
+      text = self._markers.remove(self._stops.finish())
+      last += AnswerDelta(text, tuple(self._pending))
     return last + AnswerDelta(reason=STOP if self.stopped else reason)
 
   def _release(self, text: str) -> AnswerDelta:
