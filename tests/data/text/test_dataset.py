@@ -9,7 +9,7 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import registries
 from moepeft.config import check as config_check
-from moepeft.data.__main__ import replayed, show
+from moepeft.data.__main__ import replay_shares, show
 from moepeft.data.batching import collators
 from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.batching.decoder_only import CausalCollator
@@ -249,7 +249,7 @@ def test_the_share_of_replayed_tokens_is_told(path, tmp_path):
   assert '25.0% of the examples (not of the tokens)' in found.notes[-1]
   # In whole rounds of 1,024 a quarter: five tokens of each against one.
   trained = [5 if found.replay[i][0] else 1 for i in range(1024)]
-  said = replayed(found, trained)
+  said = replay_shares(found, trained)
   assert '25.0% of the examples, 62.5% of the trained tokens' in said
 
 
