@@ -123,6 +123,17 @@ def test_every_file_has_a_licence_line_and_says_what_it_is():
       assert ast.get_docstring(ast.parse(text)), path
 
 
+def test_a_command_runs_at_the_end_of_its_file():
+  # What is defined after the block does not exist while the command runs.
+  for path in structure.sources(structure.PACKAGE).values():
+    body = ast.parse(path.read_text()).body
+    for node in body[:-1]:
+      assert not (
+        isinstance(node, ast.If)
+        and ast.unparse(node.test) == "__name__ == '__main__'"
+      ), path
+
+
 def test_class_names_are_unique():
   assert structure.duplicate_classes().keys() - DUPLICATE_CLASSES == set()
 

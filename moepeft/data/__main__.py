@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m moepeft.data --config=FILE: shows the data that a model will see.
+"""python -m moepeft.data --config=FILE: shows a config's training batches.
 
-It prints the rates of the mixture, lengths and cuts, padding, and decoded rows
-of a batch with the trained tokens in brackets.
+It prints the mixture's rates, lengths, truncation and padding, and decoded rows
+of a batch with the tokens that have a loss in brackets.
 """
 
 import collections
@@ -31,18 +31,19 @@ from moepeft.models import decoder_only
 from moepeft.objectives.batches import make_collator
 from moepeft.tasks import Example
 
-_BARS = 8
-_WIDTH = 40
-_UNCUT = 1 << 30
+_NUM_BINS = 8
+# Characters of the longest bar of a histogram.
+_BAR_LENGTH = 40
+_NO_LIMIT = 1 << 30
 
 
 def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
-  """Prints everything of a config.
+  """Prints a summary of a config's data, and decoded rows.
 
   Args:
-    windows: how much to look at, in windows of `WINDOW` examples.
-    rows: how many rows of the first batch to decode.
-    only: whether to print these rows alone.
+    windows: the number of windows of `WINDOW` examples to read.
+    rows: the number of rows of the first batch to decode.
+    only: whether to print the decoded rows only.
   """
   data = config.data
   tokenizer = load_tokenizer(data.tokenizer, config.model.path)
@@ -54,7 +55,7 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   source = open_data(
     data, config.seed, vocab_size=shape.vocab, collator=collator
   )
-  names, items = look(source, windows * WINDOW)
+  names, items = first_items(source, windows * WINDOW)
   batch = collator.rows(0, collator.encode(items[:WINDOW]))
   if only:
     print(*source.notes, sep='\n', file=sys.stderr)
@@ -62,12 +63,12 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
     print_summary(config, source, collator, names, items)
   colour = sys.stdout.isatty()
   for row in range(min(rows, len(next(iter(batch.values()))))):
-    for side, part in sides_of(batch, collator):
+    for side, part in split_sides(batch, collator):
       name = heading(side, batch, row, collator.packed)
       lines = (
         row_lines(part, row, tokenizer, colour)
         if decoder_only(shape)
-        else decoded(part, row, tokenizer)
+        else example_lines(part, row, tokenizer)
       )
       print('\n'.join([*([f'\n{name}'] if name else []), *lines]))
   green = 'green' if colour and decoder_only(shape) else '[...]'
@@ -80,21 +81,19 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
 
 
 def heading(side: str, batch: Batch, row: int, packed: bool = False) -> str:
-  """A side's name, and of a judged answer what is said of it.
+  """A side's name, with the labels of judged answers.
 
   Args:
-    packed: whether a row has several answers, each with a label.
+    packed: whether a row has several answers, with a label each.
   """
   if side != 'judged':
     return side
   if not packed:
     return f'judged {"good" if batch["label"][row] else "bad"}'
-  # A segment's label is at its number less one.
+  # Entry i is the label of segment i + 1.
   count = int(batch['inputs_segments'][row].max())
-  judgements = (
-    'good' if label else 'bad' for label in batch['label'][row][:count]
-  )
-  return f'judged {", ".join(judgements)} (segment by segment)'
+  labels = ('good' if label else 'bad' for label in batch['label'][row][:count])
+  return f'judged {", ".join(labels)} (segment by segment)'
 
 
 def print_summary(
@@ -110,28 +109,32 @@ def print_summary(
   print(f'tokens   {collator.tokenizer}')
   for note in source.notes:
     terminal.show(note)
-  whole = collator.resized((_UNCUT,) * len(collator.lengths)).encode(items)
-  sides, most = ('inputs', 'targets'), collator.lengths
-  sizes, trained = collator.sizes(whole)
-  if len(most) == 1:
-    # Of a decoder, tokens and those of them that are trained.
-    sides, most = ('tokens', 'trained'), most * 2
+  untruncated = collator.resized((_NO_LIMIT,) * len(collator.lengths))
+  sides, max_lengths = ('inputs', 'targets'), collator.lengths
+  sizes, trained = collator.sizes(untruncated.encode(items))
+  if len(max_lengths) == 1:
+    # A decoder's columns are all tokens, and the tokens with a loss.
+    sides, max_lengths = ('tokens', 'trained'), max_lengths * 2
     sizes = [(*size, n) for size, n in zip(sizes, trained, strict=True)]
   sizes = np.array(sizes)
-  terminal.show(f'\n{mixture(source, names, sizes, most, sides)}\n')
+  terminal.show(
+    f'\n{mixture_table(source, names, sizes, max_lengths, sides)}\n'
+  )
   if source.replay is not None:
-    print(f'{replayed(source, trained)}\n')
+    print(f'{replay_shares(source, trained)}\n')
   for side, name in enumerate(sides[: len(collator.lengths)]):
-    print(histogram(sizes[:, side], name, most[side]))
+    print(histogram(sizes[:, side], name, max_lengths[side]))
   windows = [items[i : i + WINDOW] for i in range(0, len(items), WINDOW)]
   batches = [
     collator.rows(i, collator.encode(part)) for i, part in enumerate(windows)
   ]
-  parts = [part for batch in batches for _, part in sides_of(batch, collator)]
+  parts = [
+    part for batch in batches for _, part in split_sides(batch, collator)
+  ]
   print(f'\n{padding(parts, len(items) * len(parts) // len(batches))}')
 
 
-def replayed(source: TrainingData, trained: Sequence[int]) -> str:
+def replay_shares(source: TrainingData, trained: Sequence[int]) -> str:
   """The share of replayed text in the trained tokens of the first examples."""
   is_replayed = np.array(
     [source.replay[i][0] for i in range(len(trained))], bool
@@ -144,8 +147,8 @@ def replayed(source: TrainingData, trained: Sequence[int]) -> str:
   )
 
 
-def sides_of(batch: Batch, collator: Collator) -> list[tuple[str, Batch]]:
-  """(name, batch) of each side of answers; the whole of all else."""
+def split_sides(batch: Batch, collator: Collator) -> list[tuple[str, Batch]]:
+  """(name, batch) of each side; ('', batch) for batches without sides."""
   if not isinstance(collator, PairCollator):
     return [('', batch)]
   names = (
@@ -157,10 +160,11 @@ def sides_of(batch: Batch, collator: Collator) -> list[tuple[str, Batch]]:
   ]
 
 
-def look(source: TrainingData, count: int) -> tuple[list[str], list]:
-  """(dataset of each, first items); no names of streams and of several texts.
+def first_items(source: TrainingData, count: int) -> tuple[list[str], list]:
+  """(dataset names, items) of the first `count` items.
 
-  Items of a stream are cut already.
+  Names are [] for streams, whose items are truncated already, and for mixtures
+  of texts.
   """
   if source.open_stream is not None:
     elements = itertools.islice(source.open_stream(0), count)
@@ -170,29 +174,29 @@ def look(source: TrainingData, count: int) -> tuple[list[str], list]:
     return list(source.shares) * count if len(source.shares) == 1 else [], items
   names = [e.task for e in items]
   if not set(names) <= set(source.shares):
-    # At the rates of a named mixture, which go by template.
+    # A named mixture has a rate for each template.
     names = [f'{e.task}/{e.template}' for e in items]
   return names, items
 
 
-def mixture(
+def mixture_table(
   source: TrainingData,
   names: Sequence[str],
   sizes: np.ndarray,
   lengths: tuple[int, int],
   sides: tuple[str, str] = ('inputs', 'targets'),
 ) -> str:
-  """A table of datasets: rows, rate, what came of it, lengths and cuts."""
+  """A table of datasets: rows, rate, share, mean lengths, truncated items."""
   rows = collections.Counter(e.task for e in source.rows)
   rows |= collections.Counter(f'{e.task}/{e.template}' for e in source.rows)
-  where = collections.defaultdict(list)
+  indices = collections.defaultdict(list)
   for i, name in enumerate(names):
-    where[name].append(i)
+    indices[name].append(i)
   lines = [
     ('dataset', 'rows', 'rate', 'seen', *sides, 'cut'),
   ]
   for name, share in sorted(source.shares.items(), key=lambda s: -s[1]):
-    dataset_sizes = sizes[where[name]] if where[name] else np.zeros((0, 2))
+    dataset_sizes = sizes[indices[name]] if indices[name] else np.zeros((0, 2))
     cut = int(np.any(dataset_sizes > lengths, axis=1).sum())
     lines.append(
       (
@@ -207,7 +211,7 @@ def mixture(
   total = int(np.any(sizes > lengths, axis=1).sum())
   lines.append(('all', '', '', '', *_means(sizes), f'{total:,}'))
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  shown = (
+  aligned = (
     '  '.join(
       cell.ljust(width) if i == 0 else cell.rjust(width)
       for i, (cell, width) in enumerate(zip(line, widths, strict=True))
@@ -215,7 +219,7 @@ def mixture(
     for line in lines
   )
   heading = f'{len(sizes):,} examples; lengths in tokens, before cuts'
-  return '\n'.join([heading, *shown])
+  return '\n'.join([heading, *aligned])
 
 
 def _means(sizes: np.ndarray) -> tuple[str, str]:
@@ -223,26 +227,26 @@ def _means(sizes: np.ndarray) -> tuple[str, str]:
   return f'{x:.0f}', f'{y:.0f}'
 
 
-def histogram(lengths: np.ndarray, name: str, most: int) -> str:
-  """A histogram of lengths, with the length that they are cut to."""
-  half, nine = np.percentile(lengths, (50, 90))
-  cut = int((lengths > most).sum())
+def histogram(lengths: np.ndarray, name: str, max_length: int) -> str:
+  """A histogram of lengths, with the number of those above `max_length`."""
+  median, percentile_90 = np.percentile(lengths, (50, 90))
+  cut = int((lengths > max_length).sum())
   lines = [
-    f'{name}: median {half:.0f}, 90 % up to {nine:.0f}, longest '
-    f'{lengths.max()}; {cut:,} of {len(lengths):,} are cut to {most}'
+    f'{name}: median {median:.0f}, 90 % up to {percentile_90:.0f}, longest '
+    f'{lengths.max()}; {cut:,} of {len(lengths):,} are cut to {max_length}'
   ]
-  least, largest = int(lengths.min()), int(lengths.max())
-  width = -(-(largest - least + 1) // _BARS)
-  edges = range(least, largest + width + 1, width)
+  smallest, largest = int(lengths.min()), int(lengths.max())
+  width = -(-(largest - smallest + 1) // _NUM_BINS)
+  edges = range(smallest, largest + width + 1, width)
   counts, _ = np.histogram(lengths, edges)
   for count, low in zip(counts, edges, strict=False):
-    bar = '#' * round(_WIDTH * count / counts.max())
+    bar = '#' * round(_BAR_LENGTH * count / counts.max())
     lines.append(f'  {low:>6} .. {low + width - 1:<6} {count:>7,}  {bar}')
   return '\n'.join(lines)
 
 
 def padding(parts: Sequence[Batch], examples: int) -> str:
-  """Examples a row, and the shares of padding."""
+  """The mean number of examples in a row, and the shares of padding."""
   rows = sum(len(part['inputs']) for part in parts)
   shares = [
     1 - np.concatenate([part[f'{side}_mask'] for part in parts]).mean()
@@ -257,27 +261,27 @@ def padding(parts: Sequence[Batch], examples: int) -> str:
   return f'{summary}the inputs, {shares[1]:.1%} of the targets'
 
 
-def decoded(part: Batch, row: int, tokenizer: Tokenizer) -> list[str]:
-  """The examples of a row as text."""
+def example_lines(batch: Batch, row: int, tokenizer: Tokenizer) -> list[str]:
+  """The decoded examples of a row."""
   lines = []
   segments = [
-    # A row of its own where nothing is packed.
-    part.get(f'{side}_segments', part[f'{side}_mask'].astype(int))[row]
+    # A row that is not packed is one segment.
+    batch.get(f'{side}_segments', batch[f'{side}_mask'].astype(int))[row]
     for side in ('inputs', 'targets')
   ]
   for segment in range(1, segments[0].max() + 1):
     lines.append(f'\nrow {row}, example {segment}')
     x, y = (
-      text(tokenizer, part[side][row][segment_ids == segment])
+      decode(tokenizer, batch[side][row][segment_ids == segment])
       for side, segment_ids in zip(('inputs', 'targets'), segments, strict=True)
     )
-    shown = [f'  inputs   {x}', f'  targets  [{y}]']
-    lines += map(terminal.visible, shown)
+    example = [f'  inputs   {x}', f'  targets  [{y}]']
+    lines += map(terminal.visible, example)
   return lines
 
 
-def text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-  """Decoded ids, special tokens and sentinels visible, lines indented."""
+def decode(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+  """Decodes ids with special tokens, and indents the lines."""
   return tokenizer.show(ids.tolist()).replace('\n', '\n           ')
 
 
@@ -285,7 +289,7 @@ def main(argv) -> None:
   del argv
   config_check.check(_CONFIG.value, registries.BY_KEY)
   only = _SHOW_BATCH.value
-  # A picture needs no more than a window.
+  # The decoded rows are all in the first window.
   show(_CONFIG.value, 1 if only else _WINDOWS.value, _ROWS.value, only)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that users name: the data files among them, their text, hashes."""
+"""Finds, reads and hashes the data files that a config names."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,9 @@ class FileKind:
   """A kind of files of data.
 
   Attributes:
-    endings: of their names, in lower case; none where any name will do.
-    verb: 'rows are', as in 'rows are read from .jsonl'.
-    is_nested: whether files in a directory's directories count, too.
+    endings: endings of the files' names, in lower case; () for any name.
+    verb: 'rows are', as in 'rows are read from .jsonl', for messages.
+    is_nested: whether subdirectories are searched, too.
   """
 
   endings: tuple[str, ...]
@@ -47,58 +47,59 @@ TABLE_FILES = FileKind(
 )
 TEXT_FILES = FileKind(('.txt', '.jsonl', '.txt.gz', '.jsonl.gz'), 'text is')
 TEMPLATE_FILES = FileKind(('.yaml', '.yml'), 'templates are', is_nested=True)
-# Files that keys of config.data name beside data.path.
+# Keys of config.data, besides data.path, that name files.
 _KINDS_BY_KEY = {
   'replay': TEXT_FILES,
   'templates': TEMPLATE_FILES,
   'chat_template': FileKind(()),
 }
-# Of a large file's parts: train.jsonl-00000-of-00008.
-_PART = re.compile(r'-\d+-of-\d+(?=(\.gz)?$)')
-# What hides a file, or is of an editor or a program that has it open: .x, ~$x,
-# #x#. macOS writes ._x beside x on foreign disks.
+# The number of a file's part: train.jsonl-00000-of-00008.
+_PART_SUFFIX = re.compile(r'-\d+-of-\d+(?=(\.gz)?$)')
+# Hidden files, and temporary files of editors (~$x, #x#) and of macOS (._x).
 _HIDDEN_PREFIXES = ('.', '~', '#')
-_FOLDERS = ('__MACOSX', '__pycache__')
-# JSON that describes a data set beside it, as `datasets` has them.
-_DESCRIPTIONS = (
+_IGNORED_FOLDERS = ('__MACOSX', '__pycache__')
+# Metadata files of `datasets`.
+_METADATA_FILES = (
   'config.json',
   'dataset_dict.json',
   'dataset_info.json',
   'dataset_infos.json',
   'state.json',
 )
-# Of a file up to this size every byte counts, of a larger one these blocks.
-_WHOLE = 1 << 28
-_BLOCKS, _BLOCK = 256, 1 << 20
+# Files up to this size, in bytes, are hashed completely.
+_MAX_FULL_HASH = 1 << 28
+# Larger files are hashed at this many blocks of this size.
+_NUM_BLOCKS, _BLOCK_SIZE = 256, 1 << 20
 
 
 def is_data_file(name: str, endings: tuple[str, ...]) -> bool:
-  """Whether a file of this name holds data.
+  """Whether a file of this name is a data file.
 
-  Left out are hidden files and those of editors, backups (train.jsonl.bak) and
-  downloads that are under way (train.jsonl.part).
+  Hidden and temporary files, backups (train.jsonl.bak) and unfinished downloads
+  (train.jsonl.part) are not.
 
   Args:
-    endings: of a `FileKind`; those of the name may be in any case.
+    endings: `FileKind.endings`; the case of the name is ignored.
   """
-  if name.startswith(_HIDDEN_PREFIXES) or name in _DESCRIPTIONS:
+  if name.startswith(_HIDDEN_PREFIXES) or name in _METADATA_FILES:
     return False
-  return _PART.sub('', name.lower()).endswith(endings)
+  return _PART_SUFFIX.sub('', name.lower()).endswith(endings)
 
 
 def file_ending(file: str) -> str:
-  """The ending of a name, '.gz' and a part's number aside: 'jsonl'."""
-  name = _PART.sub('', os.path.basename(file).lower())
+  """The ending of a name without '.gz' and part number: 'jsonl'."""
+  name = _PART_SUFFIX.sub('', os.path.basename(file).lower())
   return name.removesuffix('.gz').rpartition('.')[2]
 
 
 @dataclasses.dataclass(frozen=True)
 class DirectoryListing:
-  """A directory.
+  """The contents of a directory.
 
   Attributes:
-    files: paths of its data files, in the order of their names.
-    left_out: names of all else that is in it, a directory's with a slash.
+    files: paths of its data files, sorted by name.
+    left_out: names of all other entries; names of directories end with a
+      slash.
   """
 
   files: tuple[str, ...]
@@ -108,33 +109,36 @@ class DirectoryListing:
 def list_directory(
   folder: str, endings: tuple[str, ...], deep: bool = False
 ) -> DirectoryListing:
-  """The data files of a directory.
+  """Lists the data files of a directory.
 
   Args:
-    endings: of a `FileKind`.
-    deep: whether those of its directories count, too.
+    endings: `FileKind.endings`.
+    deep: whether to search subdirectories, too.
 
   Raises:
-    ValueError: one of them is a directory, though named as a file is.
-    NotAFile: one of them is a pipe, a socket or a device.
+    ValueError: a directory has the name of a data file.
+    NotAFile: a data file is a pipe, a socket or a device.
   """
   files, left_out = [], []
   for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-    data = is_data_file(entry.name, endings)
+    is_data = is_data_file(entry.name, endings)
     if entry.is_dir():
-      hidden = entry.name.startswith(_HIDDEN_PREFIXES) or entry.name in _FOLDERS
-      if data and not hidden:
+      hidden = (
+        entry.name.startswith(_HIDDEN_PREFIXES)
+        or entry.name in _IGNORED_FOLDERS
+      )
+      if is_data and not hidden:
         raise ValueError(
           f'{entry.path} is a directory, expected a file of that name; rename '
           'it, or name it itself'
         )
       if deep and not hidden:
-        inside = list_directory(entry.path, endings, deep)
-        files += inside.files
-        left_out += [f'{entry.name}/{name}' for name in inside.left_out]
+        listing = list_directory(entry.path, endings, deep)
+        files += listing.files
+        left_out += [f'{entry.name}/{name}' for name in listing.left_out]
       else:
         left_out.append(f'{entry.name}/')
-    elif data:
+    elif is_data:
       core_files.check_file(entry.path)
       files.append(entry.path)
     else:
@@ -145,51 +149,52 @@ def list_directory(
 def data_files(
   path: str, kind: FileKind, bad: BadRows | None = None
 ) -> list[str]:
-  """The files of data under a path: itself, or those of a directory.
+  """The data files of a path: the file itself, or a directory's files.
 
   Args:
-    bad: told of what is left out.
+    bad: records the files that are left out.
 
   Raises:
-    ValueError: nothing is there, or nothing of the kind.
-    NotAFile: it is a pipe, a socket or a device, or one of its files is.
+    ValueError: the path does not exist, or has no file of the kind.
+    NotAFile: the path or one of the files is a pipe, a socket or a device.
   """
   path, endings = core_files.local_path(path), kind.endings
-  kinds = ', '.join(endings)
+  ending_names = ', '.join(endings)
   core_files.check_file(path)
   if os.path.isfile(path):
     if not path.lower().endswith(endings):
       raise ValueError(
-        f'{kind.verb} read from {kinds}; got {path!r}: convert it, or '
+        f'{kind.verb} read from {ending_names}; got {path!r}: convert it, or '
         'name a directory of such files'
       )
     return [path]
   if not os.path.isdir(path):
     raise ValueError(
-      f'{path!r} does not exist; name a file of {kinds}, or a directory of them'
+      f'{path!r} does not exist; name a file of {ending_names}, or a directory '
+      'of them'
     )
   listing = list_directory(path, endings)
   if bad is not None:
     bad.left_out += listing.left_out
   if not listing.files:
-    raise ValueError(f'{path} holds no file of {kinds}')
+    raise ValueError(f'{path} holds no file of {ending_names}')
   return list(listing.files)
 
 
 @contextlib.contextmanager
 def open_data_file(file: str) -> Iterator[IO[bytes]]:
-  """A file's bytes, unpacked where its name ends with .gz.
+  """Opens a data file, and decompresses it if its name ends with .gz.
 
   Raises:
     NotAFile: it is a pipe, a socket or a device.
-    ValueError: it is not UTF-8 by its first bytes, or it ends early or is
-      damaged; raised where it is met.
+    ValueError: the first bytes are not UTF-8, or, while it is read, the file
+      is damaged or truncated.
   """
-  packed = file.lower().endswith('.gz')
+  compressed = file.lower().endswith('.gz')
   with core_files.open_file(file) as raw:
     try:
-      with gzip.open(raw) if packed else raw as stream:
-        _check_beginning(file, stream.peek(4)[:4])
+      with gzip.open(raw) if compressed else raw as stream:
+        _check_first_bytes(file, stream.peek(4)[:4])
         yield stream
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
       raise ValueError(
@@ -197,7 +202,7 @@ def open_data_file(file: str) -> Iterator[IO[bytes]]:
       ) from None
 
 
-def _check_beginning(file: str, head: bytes) -> None:
+def _check_first_bytes(file: str, head: bytes) -> None:
   if head[:2] == b'\x1f\x8b':
     raise ValueError(
       f'{file} is compressed with gzip; give it a name that ends with .gz'
@@ -210,12 +215,12 @@ def _check_beginning(file: str, head: bytes) -> None:
 
 
 def read_text(file: str) -> str:
-  """All of a text file, without byte order marks wherever they stand.
+  """Reads a text file without byte order marks.
 
-  Files that were put together have one in their middle, too.
+  Concatenated files may have a byte order mark in the middle, too.
 
   Raises:
-    ValueError: as `opened`, or it is not UTF-8.
+    ValueError: as for `open_data_file`, or the file is not UTF-8.
   """
   with open_data_file(file) as stream:
     raw = stream.read()
@@ -229,13 +234,14 @@ def read_text(file: str) -> str:
 
 
 def read_named_text(key: str, path: str, description: str) -> str:
-  """The text of a file that `key`, a flag or a key of a config, names.
+  """Reads the text file that a flag or a config key names.
 
   Args:
-    description: of the kind of file, for the message.
+    key: the flag or the key, for the message.
+    description: the kind of file, for the message.
 
   Raises:
-    ValueError: it cannot be read.
+    ValueError: the file cannot be read.
   """
   try:
     return core_files.read_text(core_files.local_path(path)).replace(
@@ -249,10 +255,11 @@ def read_named_text(key: str, path: str, description: str) -> str:
 
 
 def data_hashes(data: ConfigDict) -> dict[str, dict[str, str]]:
-  """{'path': {file: hash}}, and so of each key of config.data that names any.
+  """Hashes the local files that config.data names.
 
-  Files are those that readers read, named from the directory that the key
-  names. What is no local file (names on the hub, SeqIO's tasks) has no hash.
+  Returns:
+    Key of config.data -> file name, relative to the key's path -> hash. Names
+    on the hub and SeqIO tasks have no hash.
   """
   reader = READERS.lookup(data.source)
   if reader.files is None:
@@ -261,12 +268,14 @@ def data_hashes(data: ConfigDict) -> dict[str, dict[str, str]]:
   for key, kind in {'path': reader.files, **_KINDS_BY_KEY}.items():
     path = core_files.local_path(data[key])
     if path and os.path.exists(path):
-      hashes[key] = {name: sha256(file) for name, file in _named(path, kind)}
+      hashes[key] = {
+        name: sha256(file) for name, file in _named_files(path, kind)
+      }
   return hashes
 
 
-def _named(path: str, kind: FileKind) -> Iterator[tuple[str, str]]:
-  """(name, file) of a file or of a directory's files of data."""
+def _named_files(path: str, kind: FileKind) -> Iterator[tuple[str, str]]:
+  """Yields (name, path) of a file, or of a directory's data files."""
   core_files.check_file(path)
   if not os.path.isdir(path):
     yield os.path.basename(path), path
@@ -277,25 +286,25 @@ def _named(path: str, kind: FileKind) -> Iterator[tuple[str, str]]:
   for file in listing.files:
     if os.path.isfile(file):
       yield os.path.relpath(file, path), file
-  # save_to_disk's descriptions name the files of its tables.
+  # The metadata files of save_to_disk name the files of its tables.
   for name in listing.left_out if kind == TABLE_FILES else ():
-    if os.path.basename(name) in _DESCRIPTIONS:
+    if os.path.basename(name) in _METADATA_FILES:
       yield name, os.path.join(path, name)
 
 
-def sha256(file: str, whole: int = _WHOLE) -> str:
-  """The hash of a file's bytes.
+def sha256(file: str, max_full: int = _MAX_FULL_HASH) -> str:
+  """The SHA-256 of a file.
 
-  Of a file larger than `whole` it is that of its size and of 256 blocks of a
-  MiB, evenly spaced, its first and its last among them: it takes a fraction of
-  a second and misses an edit between two blocks that keeps the size.
+  A file of more than `max_full` bytes is hashed by its size and 256 evenly
+  spaced blocks of 1 MiB, the first and the last included. This takes a fraction
+  of a second, but misses an edit between two blocks that keeps the size.
   """
   size = os.path.getsize(file)
   with core_files.open_file(file) as stream:
-    if size <= whole:
+    if size <= max_full:
       return hashlib.file_digest(stream, 'sha256').hexdigest()
     digest = hashlib.sha256(str(size).encode())
-    for i in range(_BLOCKS):
-      stream.seek(i * max(size - _BLOCK, 0) // (_BLOCKS - 1))
-      digest.update(stream.read(_BLOCK))
+    for i in range(_NUM_BLOCKS):
+      stream.seek(i * max(size - _BLOCK_SIZE, 0) // (_NUM_BLOCKS - 1))
+      digest.update(stream.read(_BLOCK_SIZE))
   return digest.hexdigest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoded rows of decoder-only models: what is trained, and what is not."""
+"""Shows decoded rows of decoder-only models, with the loss mask."""
 
 import itertools
 
@@ -12,46 +12,45 @@ from moepeft.data.tokenizers.tokenizer import Tokenizer
 _GREEN, _PLAIN = '\033[32m', '\033[0m'
 
 
-def row_segments(part: Batch, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(ids int [n], trained bool [n]) of each segment of a row."""
-  # A row of its own where nothing is packed.
-  segment_ids = part.get('inputs_segments', part['inputs_mask'].astype(int))[
-    row
-  ]
+def row_segments(batch: Batch, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(ids int [n], loss mask bool [n]) of each segment of a row."""
+  # A row that is not packed is one segment.
+  mask = batch['inputs_mask'].astype(int)
+  segment_ids = batch.get('inputs_segments', mask)[row]
   segments = []
   for segment in range(1, int(segment_ids.max()) + 1):
-    at = segment_ids == segment
-    ids = np.append(part['inputs'][row][at], part['targets'][row][at][-1:])
-    trained = np.append([False], part['targets_mask'][row][at])
-    segments.append((ids, trained))
+    in_segment = segment_ids == segment
+    inputs, targets = (batch[k][row][in_segment] for k in ('inputs', 'targets'))
+    loss_mask = np.append([False], batch['targets_mask'][row][in_segment])
+    segments.append((np.append(inputs, targets[-1:]), loss_mask))
   return segments
 
 
 def highlight(
-  ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer, colour: bool
+  ids: np.ndarray, loss_mask: np.ndarray, tokenizer: Tokenizer, colour: bool
 ) -> str:
-  """The text, special tokens visible, trained tokens green or in brackets."""
-  shown = []
-  for is_trained, run in itertools.groupby(
-    zip(ids.tolist(), trained, strict=True), lambda pair: bool(pair[1])
+  """Text with special tokens; tokens with a loss are green or in brackets."""
+  parts = []
+  for has_loss, run in itertools.groupby(
+    zip(ids.tolist(), loss_mask, strict=True), lambda pair: bool(pair[1])
   ):
     text = terminal.visible(tokenizer.show([token for token, _ in run]))
-    if is_trained:
+    if has_loss:
       text = f'{_GREEN}{text}{_PLAIN}' if colour else f'[{text}]'
-    shown.append(text)
-  return ''.join(shown)
+    parts.append(text)
+  return ''.join(parts)
 
 
 def row_lines(
-  part: Batch, row: int, tokenizer: Tokenizer, colour: bool
+  batch: Batch, row: int, tokenizer: Tokenizer, colour: bool
 ) -> list[str]:
-  """A row's segments, each under a line that says how much is trained."""
+  """The text of a row's segments, each under a line with its token counts."""
   lines = []
-  for number, (ids, trained) in enumerate(row_segments(part, row), 1):
+  for segment, (ids, loss_mask) in enumerate(row_segments(batch, row), 1):
     lines.append(
-      f'\nrow {row}, segment {number}: {len(ids) - 1} tokens, '
-      f'{int(trained.sum())} trained'
+      f'\nrow {row}, segment {segment}: {len(ids) - 1} tokens, '
+      f'{int(loss_mask.sum())} trained'
     )
-    shown = highlight(ids, trained, tokenizer, colour)
-    lines.append('  ' + shown.replace('\n', '\n  '))
+    text = highlight(ids, loss_mask, tokenizer, colour)
+    lines.append('  ' + text.replace('\n', '\n  '))
   return lines

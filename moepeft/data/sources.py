@@ -24,14 +24,14 @@ def open_data(
   """Opens config.data.
 
   Args:
-    shard: (this host, number of hosts), by which streams are divided.
-    vocab_size: of the model, which token ids of the source must be below; 0
-      for no check.
-    collator: of the model's batches, which text is cut for.
+    shard: (this host, number of hosts), for streams.
+    vocab_size: the size of the model's vocabulary, which the source's token
+      ids must be below; 0 for no check.
+    collator: the model's collator, which text is split for.
 
   Raises:
-    ValueError: an unknown source, path, task family or mixture, or rows that
-      are not of the form.
+    ValueError: the source, path, task family or mixture is unknown, or rows
+      are malformed.
   """
   reader = READERS.lookup(data.source)
   context = ReadContext(seed, collator, shard, vocab_size)
@@ -58,13 +58,13 @@ def _check_replay(data: ConfigDict, reader: DataReader) -> None:
 def _mix_in_text(
   source: TrainingData, data: ConfigDict, context: ReadContext
 ) -> TrainingData:
-  """Adds plain text at config.data.replay_rate, so that less is forgotten."""
+  """Mixes plain text in at config.data.replay_rate, against forgetting."""
   seed, rate = context.seed, data.replay_rate
   chunks = read_chunks(data, context.collator, data.replay, context.vocab_size)
-  drawn = mixing.mix({'replay': chunks}, {}, seed)
+  shuffled = mixing.mix({'replay': chunks}, {}, seed)
   schedule = mixing.MixtureSchedule((1 - rate, rate), seed)
   train = grain.MapDataset.select_from_datasets(
-    [source.train, chunks.prepared(drawn, seed)], schedule
+    [source.train, chunks.random_items(shuffled, seed)], schedule
   )
   shares = {name: (1 - rate) * share for name, share in source.shares.items()}
   return dataclasses.replace(

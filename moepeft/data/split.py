@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The split of rows into those to train on and those held out."""
+"""Splits rows into training and held-out rows."""
 
 import collections
 from collections.abc import Hashable, Sequence
@@ -8,45 +8,54 @@ from moepeft.tasks import Example
 
 
 def hold_out_last(prompts: Sequence[Hashable], share: float) -> list[bool]:
-  """Whether each row is held out: about the last `share` of them.
+  """Whether each row is held out, about the last `share` of them.
 
-  Rows of one prompt stay together, where the first of them is; a prompt with
-  so many rows that the share is better met without them is trained. The same
-  rows give the same answer, in every run; where no prompt repeats, it is the
-  last of them, rounded.
+  Rows of one prompt are held out together, in the order of the prompts' first
+  rows. A prompt is trained if holding its rows out would miss the share by
+  more. The result depends on the rows alone; without repeated prompts it is
+  the last rows.
+
+  Args:
+    prompts: the prompt of each row.
   """
   groups: dict[Hashable, list[int]] = {}
-  for place, prompt in enumerate(prompts):
-    groups.setdefault(prompt, []).append(place)
-  left = int(round(len(prompts) * share))
-  out = [False] * len(prompts)
-  for places in reversed(groups.values()):
-    if abs(left - len(places)) < left:
-      left -= len(places)
-      for place in places:
-        out[place] = True
-  return out
+  for i, prompt in enumerate(prompts):
+    groups.setdefault(prompt, []).append(i)
+  missing = int(round(len(prompts) * share))
+  mask = [False] * len(prompts)
+  for indices in reversed(groups.values()):
+    if abs(missing - len(indices)) < missing:
+      missing -= len(indices)
+      for i in indices:
+        mask[i] = True
+  return mask
 
 
 def split_by_idx(
   examples: Sequence[Example], held_out: float
 ) -> tuple[list[Example], list[Example]]:
-  """(training, validation): the last `held_out` of each dataset's idx.
+  """Splits examples into (training, validation) by the last idx of a dataset.
 
-  Templates of one dataset share examples, so the split goes by `idx`; rows
-  without one go by their order.
+  Templates of one dataset share an example's `idx`, so that it is on one side.
+  Rows without an `idx` are numbered in order.
+
+  Args:
+    held_out: the share of each dataset's idx to hold out.
+
+  Raises:
+    ValueError: no row is left to train on.
   """
-  keys = collections.defaultdict(set)
+  by_task = collections.defaultdict(set)
   numbered = [(e, e.idx if e.idx >= 0 else i) for i, e in enumerate(examples)]
-  for e, key in numbered:
-    keys[e.task].add(key)
+  for e, idx in numbered:
+    by_task[e.task].add(idx)
   first = {}
-  for task, keys_of_task in keys.items():
-    ordered = sorted(keys_of_task)
+  for task, task_idx in by_task.items():
+    ordered = sorted(task_idx)
     cut = len(ordered) - int(round(len(ordered) * held_out))
     first[task] = ordered[cut] if cut < len(ordered) else float('inf')
-  train = [e for e, key in numbered if key < first[e.task]]
-  validation = [e for e, key in numbered if key >= first[e.task]]
+  train = [e for e, idx in numbered if idx < first[e.task]]
+  validation = [e for e, idx in numbered if idx >= first[e.task]]
   if not train:
     raise ValueError(f'held_out={held_out} leaves no row to train on')
   return train, validation

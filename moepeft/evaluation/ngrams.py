@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""N-gram language models, a baseline of models that are trained from nothing.
+"""N-gram language models, a baseline for models that are pretrained here.
 
-N-grams of the training text predict the rows that a run of the config is
-validated on. Losses are means over the same targets as the run's, in nats.
+N-grams of the training text predict a run's validation rows. Losses are means
+over the same targets as the run's, in nats.
 
-N-grams are smoothed by Kneser and Ney's interpolation (Chen and Goodman, 1999,
-An empirical study of smoothing techniques for language modeling), one discount
-an order. Like the model they see nothing before a row. Where spans are hidden
-they know the text to the left, hidden spans included, which the
-model has to read from its inputs and its own targets; where a span ends they
-tell from its length so far.
+N-grams are smoothed by interpolated Kneser-Ney (Chen and Goodman, 1999, An
+empirical study of smoothing techniques for language modeling), with one
+discount per order. Like the model they have no context before a row. With span
+corruption their context is the original text to the left, which the model has
+to combine from its inputs and its own targets, and the end of a span is
+predicted from its length so far.
 """
 
 import dataclasses
@@ -27,19 +27,18 @@ from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import span_corruption as spans
 from moepeft.evaluation.eval_sets import validation_rows
 
-# Least and largest discount of a count.
-_DISCOUNTS = 0.1, 0.9
+_MIN_DISCOUNT, _MAX_DISCOUNT = 0.1, 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictedText:
-  """A text, of which some tokens are predicted.
+  """A text with a mask of the tokens that are predicted.
 
   Attributes:
     ids: int [n].
-    predicted: bool [n].
-    spans: the length of each hidden span, whose ends are predicted too.
-    constant: targets that are always the same.
+    predicted: bool [n], True on the targets.
+    spans: the lengths of noise spans, whose ends are targets, too.
+    constant: the number of targets that are the same in every row.
   """
 
   ids: np.ndarray
@@ -54,67 +53,74 @@ class PredictedText:
 
 @dataclasses.dataclass(frozen=True)
 class _Counts:
-  """Counts of the n-grams of one n, by one way of counting.
+  """Raw or continuation counts of the n-grams of one order.
 
   Attributes:
-    grams: [grams].
-    following: [contexts], the sum over the tokens that follow each.
-    kinds: [contexts], how many different ones follow.
-    discount: what is taken off every count.
+    grams: [grams], the count of each n-gram.
+    totals: [contexts], the sum of the counts of each context's n-grams.
+    kinds: [contexts], the number of different tokens after each context.
+    discount: subtracted from each count.
   """
 
   grams: np.ndarray
-  following: np.ndarray
+  totals: np.ndarray
   kinds: np.ndarray
   discount: float
 
   def p(self, grams: np.ndarray, contexts: np.ndarray, lower: np.ndarray):
-    """p of tokens; `lower` is that of shorter contexts. -1 is unknown."""
-    following = _at(self.following, contexts)
-    off = np.maximum(_at(self.grams, grams) - self.discount, 0)
-    rest = self.discount * _at(self.kinds, contexts) * lower
+    """Interpolated probabilities of tokens.
+
+    Args:
+      grams, contexts: indices of each token's n-gram and context; -1 if it was
+        not counted.
+      lower: the probability of each token given the next shorter context.
+    """
+    totals = _take(self.totals, contexts)
+    discounted = np.maximum(_take(self.grams, grams) - self.discount, 0)
+    backoff = self.discount * _take(self.kinds, contexts) * lower
     return np.where(
-      following > 0, (off + rest) / np.maximum(following, 1), lower
+      totals > 0, (discounted + backoff) / np.maximum(totals, 1), lower
     )
 
 
-def _counts(contexts: np.ndarray, grams: np.ndarray) -> _Counts:
-  """Args: the context of each gram, and how often it was counted."""
+def _make_counts(contexts: np.ndarray, grams: np.ndarray) -> _Counts:
+  """Makes the counts of n-grams from their context indices and counts."""
   once, twice = ((grams == n).sum() for n in (1, 2))
   discount = once / max(once + 2 * twice, 1)
   return _Counts(
     grams,
     np.bincount(contexts, grams),
     np.bincount(contexts, grams > 0),
-    # Where little was counted it may be 0, which leaves nothing to the unseen.
-    float(np.clip(discount, *_DISCOUNTS)),
+    # With few counts it may be 0, and then unseen n-grams have p = 0.
+    float(np.clip(discount, _MIN_DISCOUNT, _MAX_DISCOUNT)),
   )
 
 
-def _at(values: np.ndarray, places: np.ndarray) -> np.ndarray:
-  """values[places], 0 where there is none."""
-  valid = (places >= 0) & (places < len(values))
-  return np.where(valid, values[np.where(valid, places, 0)], 0)
+def _take(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
+  """values[indices], 0 for indices out of range."""
+  valid = (indices >= 0) & (indices < len(values))
+  return np.where(valid, values[np.where(valid, indices, 0)], 0)
 
 
 class NGrams:
-  """p(token | up to n - 1 tokens before it in its row)."""
+  """Models p(token | up to n - 1 tokens before it in its row)."""
 
   def __init__(self, rows: Sequence[np.ndarray], order: int, size: int):
     """
     Args:
-      rows: int [n] each, what is counted.
+      rows: the training rows, int [n] each.
       order: the largest n, if a row is that long.
-      size: of the vocabulary.
+      size: the size of the vocabulary.
     """
-    tokens, places = _joined(rows)
+    tokens, positions = _concatenate(rows)
     self._size = size
-    # Of each n: codes of grams (context * size + token), ascending; what was
-    # counted; and, of shorter ones, how many different tokens came before.
-    self._codes, self._raw, self._before = [], [], []
+    # For each n: ascending codes of n-grams (context * size + token), and
+    # their counts; for each n but the largest: continuation counts, of the
+    # different tokens before an n-gram.
+    self._codes, self._raw, self._continuation = [], [], []
     grams = np.zeros(len(tokens), np.int64)
     for n in range(1, order + 1):
-      contexts = _contexts(grams, places, n)
+      contexts = _contexts(grams, positions, n)
       has_context = contexts >= 0
       if not has_context.any():  # no row is that long
         break
@@ -126,65 +132,69 @@ class NGrams:
       )
       if n > 1:
         shorter = self._codes[-1]
-        before = np.bincount(grams[has_context][first], minlength=len(shorter))
-        self._before.append(_counts(shorter // size, before))
+        counts_before = np.bincount(
+          grams[has_context][first], minlength=len(shorter)
+        )
+        self._continuation.append(_make_counts(shorter // size, counts_before))
       self._codes.append(codes)
-      self._raw.append(_counts(codes // size, counts))
+      self._raw.append(_make_counts(codes // size, counts))
       grams = np.full(len(tokens), -1, np.int64)
       grams[has_context] = inverse
 
   def log_p(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For n of 1, 2, ...: log p of every token of the rows, in their order."""
-    tokens, places = _joined(rows)
+    """log p of all tokens of the rows, in order, for n of 1, 2, ..."""
+    tokens, positions = _concatenate(rows)
     lower = np.full(len(tokens), 1 / self._size)
     grams, by_order = np.zeros(len(tokens), np.int64), []
     for n, (codes, raw) in enumerate(
       zip(self._codes, self._raw, strict=True), 1
     ):
-      contexts = _contexts(grams, places, n)
+      contexts = _contexts(grams, positions, n)
       gram_codes = contexts * self._size + tokens
-      place = np.minimum(np.searchsorted(codes, gram_codes), len(codes) - 1)
-      counted = (contexts >= 0) & (codes[place] == gram_codes)
-      grams = np.where(counted, place, -1)
+      indices = np.minimum(np.searchsorted(codes, gram_codes), len(codes) - 1)
+      is_counted = (contexts >= 0) & (codes[indices] == gram_codes)
+      grams = np.where(is_counted, indices, -1)
       p = raw.p(grams, contexts, lower)
-      # A row's first tokens have no longer context: theirs is all there is.
+      # The first n - 1 tokens of a row keep the p of a lower order.
       by_order.append(
-        np.where(places >= n - 1, p, by_order[-1]) if by_order else p
+        np.where(positions >= n - 1, p, by_order[-1]) if by_order else p
       )
-      if n <= len(self._before):
-        lower = self._before[n - 1].p(grams, contexts, lower)
+      if n <= len(self._continuation):
+        lower = self._continuation[n - 1].p(grams, contexts, lower)
     return [np.log(p) for p in by_order]
 
 
-def _joined(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens of all rows, the place of each in its row)."""
-  places = np.concatenate([np.arange(len(row)) for row in rows])
-  return np.concatenate(rows).astype(np.int64), places
+def _concatenate(
+  rows: Sequence[np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens of all rows, position of each token in its row)."""
+  positions = np.concatenate([np.arange(len(row)) for row in rows])
+  return np.concatenate(rows).astype(np.int64), positions
 
 
-def _contexts(grams: np.ndarray, places: np.ndarray, n: int) -> np.ndarray:
-  """The (n - 1)-gram before each token; -1 where its row has none."""
+def _contexts(grams: np.ndarray, positions: np.ndarray, n: int) -> np.ndarray:
+  """The index of the (n - 1)-gram before each token; -1 if there is none."""
   if n == 1:
-    return np.zeros(len(places), np.int64)
-  before = np.concatenate([[-1], grams[:-1]])
-  return np.where(places >= n - 1, before, -1)
+    return np.zeros(len(positions), np.int64)
+  previous = np.concatenate([[-1], grams[:-1]])
+  return np.where(positions >= n - 1, previous, -1)
 
 
-def ends(lengths: Sequence[int], most: int) -> np.ndarray:
-  """p [most] that a span ends at 1, 2, ... tokens, given that it gets there.
+def span_end_probs(lengths: Sequence[int], max_length: int) -> np.ndarray:
+  """p [max_length] that a span of at least 1, 2, ... tokens ends there.
 
-  One span that ends and one that goes on are added to each count.
+  One span that ends and one that continues are added to each count.
   """
-  counts = np.bincount(lengths, minlength=most + 1)
-  there = counts[::-1].cumsum()[::-1]
-  return ((counts + 1) / (there + 2))[1 : most + 1]
+  counts = np.bincount(lengths, minlength=max_length + 1)
+  at_least = counts[::-1].cumsum()[::-1]
+  return ((counts + 1) / (at_least + 2))[1 : max_length + 1]
 
 
-def ends_nats(lengths: Sequence[int], p: np.ndarray) -> float:
-  """The loss of where spans end and where they go on, in sum."""
-  goes_on = np.concatenate([[0], np.log1p(-p).cumsum()])
-  at = np.asarray(lengths, int) - 1
-  return -float((goes_on[at] + np.log(p)[at]).sum())
+def span_ends_nll(lengths: Sequence[int], p: np.ndarray) -> float:
+  """-log p of the lengths of spans, in nats, summed."""
+  log_continues = np.concatenate([[0], np.log1p(-p).cumsum()])
+  last = np.asarray(lengths, int) - 1
+  return -float((log_continues[last] + np.log(p)[last]).sum())
 
 
 def losses(
@@ -193,47 +203,56 @@ def losses(
   order: int,
   size: int,
 ) -> list[float]:
-  """Nats a target of n-grams of 1 to `order`."""
+  """Nats per target of n-grams with n of 1 to `order`."""
   grams = NGrams([row.ids for row in train], order, size)
   targets = sum(row.targets for row in rows)
   predicted = np.concatenate([row.predicted for row in rows])
   train_spans = [n for row in train for n in row.spans]
   held_out_spans = [n for row in rows for n in row.spans]
-  closing = 0.0
+  span_ends = 0.0
   if held_out_spans:
-    closing = ends_nats(
-      held_out_spans, ends(train_spans, max(held_out_spans + train_spans))
+    max_length = max(held_out_spans + train_spans)
+    span_ends = span_ends_nll(
+      held_out_spans, span_end_probs(train_spans, max_length)
     )
   return [
-    float((closing - log_p[predicted].sum()) / targets)
+    float((span_ends - log_p[predicted].sum()) / targets)
     for log_p in grams.log_p([row.ids for row in rows])
   ]
 
 
-def row(item, predict: str, sentinels: Sequence[int]) -> PredictedText:
-  """The row of a piece of text; `item` is a Sample or two lists of ids."""
-  if predict == 'spans':
+def predicted_text(
+  item: Sample | Sequence[Sequence[int]],
+  pretraining_objective: str,
+  sentinels: Sequence[int],
+) -> PredictedText:
+  """The text of a training item, with a mask of its targets.
+
+  Args:
+    item: a Sample, or ids of inputs and of targets.
+  """
+  if pretraining_objective == 'spans':
     if isinstance(item, Sample):
       item = item.ids[~item.loss_mask], item.ids[item.loss_mask]
-    ids, hidden = spans.restore(*item[:2], sentinels)
+    ids, is_noise = spans.restore(*item[:2], sentinels)
     # The first target is always the first sentinel.
-    return PredictedText(ids, hidden, spans.lengths(hidden), constant=1)
+    return PredictedText(ids, is_noise, spans.lengths(is_noise), constant=1)
   if isinstance(item, Sample):
-    # Nothing stands before the first token, so it is never predicted.
+    # No token precedes the first one, so it is never predicted.
     return PredictedText(
       item.ids, item.loss_mask & (np.arange(len(item.ids)) > 0)
     )
-  # Without the end of the inputs, which is always the same.
+  # Without the EOS of the inputs.
   inputs, targets = np.asarray(item[0])[:-1], np.asarray(item[1])
   ids = np.concatenate([inputs, targets])
   return PredictedText(ids, np.arange(len(ids)) >= len(inputs))
 
 
 def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
-  """(targets, nats a target of 1-grams, 2-grams, ...).
+  """(number of targets, nats per target of 1-grams, 2-grams, ...).
 
   Raises:
-    ValueError: the config reads no plain text, or holds none out.
+    ValueError: the config's source is not plain text, or no text is held out.
   """
   data = config.data
   if not READERS.lookup(data.source).is_plain_text:
@@ -241,24 +260,27 @@ def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
       'n-grams are counted in plain text; give a config with config.data.source'
       f"='text', it is {data.source!r}"
     )
-  words = load_tokenizer(data.tokenizer, config.model.path)
+  tokenizer = load_tokenizer(data.tokenizer, config.model.path)
   _, shape = base_lib.shape(config.model)
-  collator = make_model_collator(data, words, shape, config.seed)
-  data_sources = open_data(
+  collator = make_model_collator(data, tokenizer, shape, config.seed)
+  training_data = open_data(
     data, config.seed, vocab_size=shape.vocab, collator=collator
   )
-  validation = validation_rows(config, data_sources, collator)
+  validation = validation_rows(config, training_data, collator)
   if not validation:
     raise ValueError(
       'no text is held out; raise config.data.validation_fraction'
     )
-  pieces, _ = text_dataset.read_chunks(
+  chunks, _ = text_dataset.read_chunks(
     data, collator, data.path, shape.vocab
   ).split(data.validation_fraction)
-  sentinels = words.sentinels(shape.vocab)
+  sentinels = tokenizer.sentinels(shape.vocab)
   train, rows = (
-    [row(item, data.pretraining_objective, sentinels) for item in items]
-    for items in (pieces.fixed(pieces, config.seed), validation)
+    [
+      predicted_text(item, data.pretraining_objective, sentinels)
+      for item in items
+    ]
+    for items in (chunks.fixed_items(config.seed), validation)
   )
-  nats = losses(train, rows, order, words.size)
+  nats = losses(train, rows, order, tokenizer.size)
   return sum(row.targets for row in rows), nats

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's metric: medians over prompts, and their mean over datasets.
 
-The accuracy of each prompt; its median over the prompts of a task; ANLI is
-the mean of its three rounds' medians; the average is over eight datasets.
+A task's score is the median of the accuracies of its prompts. ANLI's score is
+the mean of its three rounds' scores. The average is over eight datasets.
 Source: arXiv:2309.05444, section 3.2 and table 1.
 """
 
@@ -22,14 +22,14 @@ AVERAGE = 'average'
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """One cell of the grid, in the units of the rows.
+  """The score of a dataset, in the unit of the results.
 
   Attributes:
-    value: median over prompts, or a mean of such.
-    low, high: ends of its 95 % bootstrap interval; None where a row has no
-      figures by example, or a task has one example only.
-    majority: the same of always giving a prompt's most frequent label; None
-      where the rows have none.
+    value: the median over prompts, or a mean of medians.
+    low, high: its 95 % bootstrap interval; None if a result has no scores by
+      example, or a task has only one example.
+    majority: the score of always predicting a prompt's most frequent label;
+      None if a result has none.
   """
 
   value: float
@@ -44,33 +44,35 @@ def scores(
   draws: int = bootstrap.DRAWS,
   seed: int = 0,
 ) -> dict[str, Score]:
-  """A score for every dataset of one run, and 'average' at the end.
+  """The score of each dataset of one run, with 'average' last.
 
-  Where all tasks are the paper's, 'average' needs all eight datasets; where
-  others are there too, it is the mean of all that are there. The rounds of
-  ANLI become 'anli' where all three are there.
+  The three rounds of ANLI, if complete, are replaced by 'anli'. If all tasks
+  are the paper's, there is an 'average' only of all eight datasets; otherwise
+  it is the mean of all datasets.
 
   Raises:
     ValueError: a prompt occurs twice.
   """
-  tasks = _tasks(rows, metric)
-  values = _grid({k: _median([r.value for r in v]) for k, v in tasks.items()})
-  majorities = _grid(
+  tasks = _results_by_task(rows, metric)
+  values = _by_dataset(
+    {k: _median([r.value for r in v]) for k, v in tasks.items()}
+  )
+  majorities = _by_dataset(
     {
       name: _median([r.majority for r in results])
       for name, results in tasks.items()
       if all(r.majority is not None for r in results)
     }
   )
-  drawn = _draws(tasks, draws, seed)
+  dataset_draws = _dataset_draws(tasks, draws, seed)
   result = {}
   for name, value in values.items():
     low, high = None, None
-    if name in drawn:
-      low, high = bootstrap.interval(drawn[name])
-    # An average of fewer tasks than the values' would be something else.
-    whole = name != AVERAGE or majorities.keys() == values.keys()
-    majority = majorities.get(name) if whole else None
+    if name in dataset_draws:
+      low, high = bootstrap.interval(dataset_draws[name])
+    # The averages of values and of majorities must be over the same datasets.
+    comparable = name != AVERAGE or majorities.keys() == values.keys()
+    majority = majorities.get(name) if comparable else None
     result[name] = Score(value, low, high, majority)
   return result
 
@@ -81,23 +83,23 @@ def draws(
   draws: int = bootstrap.DRAWS,
   seed: int = 0,
 ) -> dict[str, np.ndarray]:
-  """Bootstrap draws [draws] of every score; none where a row has no figures
-  by example, or any task of a score has one example only.
+  """Bootstrap draws [draws] of each score that has a confidence interval.
 
-  Draw i of two runs resamples the same examples where the runs were evaluated
-  on the same ones, so the draws of their difference are the differences of
-  their draws.
+  Draw i resamples the same examples for all runs that were evaluated on the
+  same examples, so that draws can be subtracted for paired comparisons.
 
   Raises:
     ValueError: a prompt occurs twice.
   """
-  return _draws(_tasks(rows, metric), draws, seed)
+  return _dataset_draws(_results_by_task(rows, metric), draws, seed)
 
 
-def _tasks(rows: Iterable[Result], metric: str) -> dict[str, list[Result]]:
-  """Rows of a metric by task, as they come, prompts in order of their names.
+def _results_by_task(
+  rows: Iterable[Result], metric: str
+) -> dict[str, list[Result]]:
+  """A metric's results by task, with prompts sorted by name.
 
-  The order of tasks and prompts then changes no sum.
+  Sorting makes sums independent of the order of the results.
   """
   tables: dict[str, dict[str, Result]] = collections.defaultdict(dict)
   for row in rows:
@@ -117,51 +119,47 @@ def _tasks(rows: Iterable[Result], metric: str) -> dict[str, list[Result]]:
   }
 
 
-def _draws(
+def _dataset_draws(
   tasks: dict[str, list[Result]], count: int, seed: int
 ) -> dict[str, np.ndarray]:
-  """Draws of all tasks with scores by example, and of their means.
+  """Draws of the scores of datasets; {} for results without scores by example.
 
-  A task of one example is the same in every draw, which says nothing of how
-  certain it is: neither it nor a mean with it has draws.
+  All draws of a task with one example are equal, so neither that task nor a
+  mean over it has draws.
   """
-  drawn_by_task = {}
+  task_draws = {}
   for name, results in tasks.items():
     if any(row.each is None for row in results):
-      # The average has no draws then either.
       return {}
     each, weights = bootstrap.table(
       *zip(*[(r.idx, r.each, r.weights) for r in results], strict=True)
     )
-    drawn = bootstrap.means(each, weights, name, count, seed)
-    drawn_by_task[name] = np.nanmedian(drawn, axis=1)
-  lacking = {name for name, results in tasks.items() if _single(results)}
-  if lacking & {*ROUNDS}:
-    lacking.add('anli')
-  if lacking:
-    lacking.add(AVERAGE)
-  return {k: v for k, v in _grid(drawn_by_task).items() if k not in lacking}
+    prompt_draws = bootstrap.means(each, weights, name, count, seed)
+    task_draws[name] = np.nanmedian(prompt_draws, axis=1)
+  excluded = {name for name, rows in tasks.items() if _has_one_example(rows)}
+  if excluded & {*ROUNDS}:
+    excluded.add('anli')
+  if excluded:
+    excluded.add(AVERAGE)
+  return {k: v for k, v in _by_dataset(task_draws).items() if k not in excluded}
 
 
-def _single(rows: Sequence[Result]) -> bool:
-  """Whether all is of one example, so that there is no interval."""
+def _has_one_example(rows: Sequence[Result]) -> bool:
   return len({i for row in rows for i in row.idx}) < 2
 
 
-def _grid(tasks: dict) -> dict:
-  """Tasks' figures, numbers or draws, as datasets', with their average."""
-  cells = dict(tasks)
-  if all(name in cells for name in ROUNDS):
-    rounds = _mean([cells[name] for name in ROUNDS])
-    cells = {'anli': rounds} | {
-      name: value for name, value in cells.items() if name not in ROUNDS
-    }
-  papers = set(cells) <= {*EIGHT, *ROUNDS}
-  if cells and (not papers or set(cells) == set(EIGHT)):
-    order = EIGHT if papers else sorted(cells)
-    cells = {name: cells[name] for name in order}
-    cells[AVERAGE] = _mean(list(cells.values()))
-  return cells
+def _by_dataset(tasks: dict) -> dict:
+  """Values or draws of tasks -> those of datasets, with their average."""
+  datasets = dict(tasks)
+  if all(name in datasets for name in ROUNDS):
+    anli = _mean([datasets.pop(name) for name in ROUNDS])
+    datasets = {'anli': anli} | datasets
+  is_paper = set(datasets) <= {*EIGHT, *ROUNDS}
+  if datasets and (not is_paper or set(datasets) == set(EIGHT)):
+    order = EIGHT if is_paper else sorted(datasets)
+    datasets = {name: datasets[name] for name in order}
+    datasets[AVERAGE] = _mean(list(datasets.values()))
+  return datasets
 
 
 def _mean(values: Sequence):
@@ -170,5 +168,4 @@ def _mean(values: Sequence):
 
 
 def _median(values: Sequence[float]) -> float:
-  """The middle one, or the mean of the middle two."""
   return float(np.median(values))

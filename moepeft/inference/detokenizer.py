@@ -1,71 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token ids to text while they come: whole characters, cut at stop strings.
+"""Incremental detokenization: token ids to text, up to a stop string.
 
-What was given out is final: it is never taken back, and its sum is the text
-of all ids decoded at once, up to the first stop string. Of bytes that are no
-UTF-8 alone a decoder may say something else at once: one that decodes a run of
-bytes together (byte fallback) breaks those before a stray one too.
+The concatenated output is the text of all ids decoded at once, up to the first
+stop string. It may differ only for bytes that are not UTF-8: a decoder with
+byte fallback replaces a whole run of bytes if one of them is invalid.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-# What decoders put where bytes are no UTF-8, or not yet.
-_BROKEN = '\ufffd'
+# The character that decoders write for bytes that are not UTF-8, or incomplete.
+_REPLACEMENT = '\ufffd'
 _MARKER = re.compile('[\ud800-\udfff]')
 
 
 class Detokenizer:
-  """Ids to text, a few at a time, never half a character.
+  """Decodes ids incrementally, without incomplete characters.
 
-  Decoders join tokens (spaces, bytes of one character), so a token's text
-  needs those before it: a window of the newest is decoded again and again.
+  A token's text depends on the tokens before it (spaces, bytes of a character),
+  so a window of the newest tokens is decoded again for each new one.
   """
 
   def __init__(self, decode: Callable[[list[int]], str]):
     """
     Args:
-      decode: ids to text, broken UTF-8 marked with U+FFFD.
+      decode: decodes ids to text, with U+FFFD for invalid UTF-8.
     """
     self._decode = decode
     self._window: list[int] = []
-    # How much of the window is given out: its tokens, then characters.
+    # The numbers of tokens and of characters of the window that were emitted.
     self._tokens, self._emitted = 0, 0
 
   def feed(self, ids: Sequence[int]) -> str:
-    """The text that is certain now, '' while a character is incomplete."""
+    """Returns the new text; '' while a character is incomplete."""
     if not len(ids):
       return ''
     self._window += ids
     text = self._decode(self._window)
-    whole = text.rstrip(_BROKEN)
-    new = whole[self._emitted :]
+    complete = text.rstrip(_REPLACEMENT)
+    new = complete[self._emitted :]
     self._emitted += len(new)
-    if whole == text:
+    if complete == text:
       self._slide()
     return new
 
   def _slide(self) -> None:
-    """Leaves the newest ids in the window: what the next are joined to."""
+    """Shortens the window to the newest ids."""
     newest = self._window[self._tokens :]
     text = self._decode(newest)
-    # Decoders drop spaces at a text's beginning, so it must be past them.
+    # Decoders drop leading spaces, so the window must not begin with them.
     if text.strip():
       self._window, self._emitted = newest, len(text)
     self._tokens = len(self._window)
 
   def finish(self) -> str:
-    """The bytes that never became a character, marked."""
+    """Returns the remaining text, with U+FFFD for incomplete characters."""
     new = self._decode(self._window)[self._emitted :]
     self._emitted += len(new)
     return new
 
 
 class StopStrings:
-  """Text up to the first stop string, whichever way it comes in pieces.
+  """Passes text on up to the first stop string.
 
-  The first is the one that ends first, and of those the longest; what may be
-  the beginning of one is held back.
+  The first stop string is the one that ends first, and of those the longest.
+  Text that may be the beginning of a stop string is withheld.
   """
 
   def __init__(self, stops: Sequence[str]):
@@ -79,53 +78,58 @@ class StopStrings:
     self.matched = False
 
   def feed(self, text: str) -> str:
-    """The text that is before every stop string; '' once one is found."""
+    """Returns the new text before a stop string; '' after one was found."""
     if self.matched:
       return ''
     text = self._pending + text
-    places = [(text.find(stop), stop) for stop in self._stops]
-    ends = [(at + len(stop), at) for at, stop in places if at >= 0]
-    if ends:
+    matches = [(text.find(stop), stop) for stop in self._stops]
+    spans = [
+      (start + len(stop), start) for start, stop in matches if start >= 0
+    ]
+    if spans:
       self.matched, self._pending = True, ''
-      return text[: min(ends)[1]]
-    keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-    self._pending = text[len(text) - keep :]
-    return text[: len(text) - keep]
+      return text[: min(spans)[1]]
+    withheld = max((_overlap(text, stop) for stop in self._stops), default=0)
+    self._pending = text[len(text) - withheld :]
+    return text[: len(text) - withheld]
 
   def finish(self) -> str:
-    """The text that was withheld and became no stop string."""
+    """Returns the withheld text, which is not part of a stop string."""
     pending, self._pending = self._pending, ''
     return pending
 
 
 class SpecialTokenMarkers:
-  """Stop strings with special tokens, which have no text in an answer.
+  """Markers for special tokens in stop strings, which are not decoded to text.
 
-  A special token of a stop string is marked in the answer's text by a
-  character that no text has, half of a surrogate pair, and the stop string is
-  looked for in both forms: an answer may also spell such a token out.
+  A special token of a stop string is represented in the answer's text by a
+  marker, half of a surrogate pair, which no text contains. The stop string is
+  searched with markers and as it is, since an answer may also spell it out.
 
   Attributes:
-    stops: the stop strings, and those of the marked form.
-    of: {id of a special token: its marker}.
+    stops: the stop strings, and their versions with markers.
+    by_token: {id of a special token: its marker}.
   """
 
   def __init__(
-    self, hidden: Callable[[str], Mapping[int, str]], stops: Sequence[str]
+    self,
+    special_tokens: Callable[[str], Mapping[int, str]],
+    stops: Sequence[str],
   ):
     """
     Args:
-      hidden: {id: content} of a text's special tokens, see `vocabulary.hidden`.
+      special_tokens: returns {id: content} of the special tokens in a text; see
+        `skipped_special_tokens`.
     """
-    tokens = hidden('\n'.join(stops)) if stops else {}
-    # Surrogates are 2,048 characters; stop strings hold fewer tokens.
+    tokens = special_tokens('\n'.join(stops)) if stops else {}
+    # There are 2,048 surrogates, more than the special tokens in stop strings.
     pairs = zip(tokens.items(), map(chr, range(0xD800, 0xE000)), strict=False)
-    self.of, by_content = {}, {}
+    self.by_token, by_content = {}, {}
     for (i, content), marker in pairs:
-      self.of[i] = by_content[content] = marker
+      self.by_token[i] = by_content[content] = marker
     self.stops = tuple(stops)
     if by_content:
-      # As tokenizers do: of two that begin at one place, the longer.
+      # As in tokenizers, the longer of two tokens at the same position wins.
       longest = sorted(by_content, key=len, reverse=True)
       pattern = re.compile('|'.join(map(re.escape, longest)))
       marked = (
@@ -133,51 +137,49 @@ class SpecialTokenMarkers:
       )
       self.stops = tuple(dict.fromkeys((*stops, *marked)))
 
-  def removed(self, text: str) -> str:
-    """The text without markers."""
-    return _MARKER.sub('', text) if self.of else text
+  def remove(self, text: str) -> str:
+    """Removes the markers from a text."""
+    return _MARKER.sub('', text) if self.by_token else text
 
 
 class TextStream:
-  """The text of one answer while its ids come."""
+  """The text of one answer while it is generated."""
 
   def __init__(
     self,
     decode: Callable[[list[int]], str],
     stops: Sequence[str] = (),
-    hidden: Callable[[str], Mapping[int, str]] = lambda text: {},
+    special_tokens: Callable[[str], Mapping[int, str]] = lambda text: {},
   ):
     """
     Args:
-      hidden: special tokens that stop strings may hold, see `Markers`.
+      special_tokens: see `SpecialTokenMarkers`.
     """
-    self._detokenizer, self._markers = (
-      Detokenizer(decode),
-      SpecialTokenMarkers(hidden, stops),
-    )
+    self._detokenizer = Detokenizer(decode)
+    self._markers = SpecialTokenMarkers(special_tokens, stops)
     self._stops = StopStrings(self._markers.stops)
 
   @property
   def stopped(self) -> bool:
-    """Whether a stop string was met; what comes after it is no text."""
+    """Whether a stop string was found; later text is dropped."""
     return self._stops.matched
 
   def feed(self, ids: Sequence[int]) -> str:
-    if not self._markers.of:
+    if not self._markers.by_token:
       return self._stops.feed(self._detokenizer.feed(ids))
     text = ''
     for i in ids:
       text += self._stops.feed(self._detokenizer.feed([i]))
-      text += self._stops.feed(self._markers.of.get(i, ''))
-    return self._markers.removed(text)
+      text += self._stops.feed(self._markers.by_token.get(i, ''))
+    return self._markers.remove(text)
 
   def finish(self) -> str:
-    """The rest, when no more ids come."""
-    rest = self._stops.feed(self._detokenizer.finish())
-    return self._markers.removed(rest + self._stops.finish())
+    """Returns the remaining text."""
+    text = self._stops.feed(self._detokenizer.finish())
+    return self._markers.remove(text + self._stops.finish())
 
 
 def _overlap(text: str, stop: str) -> int:
-  """The number of a text's last characters that begin a stop string."""
-  most = min(len(text), len(stop) - 1)
-  return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
+  """The number of last characters of a text that begin a stop string."""
+  longest = min(len(text), len(stop) - 1)
+  return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON schemas (draft 2020-12) as llguidance's compiler is to read them.
+"""Prepares JSON schemas (draft 2020-12) for llguidance's compiler.
 
-It keeps most of what schemas say and refuses the rest. What is done here is
-what it does not see to: white space without end, days that no year has, keys
-that come twice, and schemas whose compilation would take minutes.
+The compiler enforces most keywords and refuses the others. This module adds
+what the compiler lacks: bounded white space, valid dates, a check for keys that
+may occur twice, and limits on schemas that would take minutes to compile.
 """
 
 import copy
@@ -14,25 +14,25 @@ from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-# One blank after a comma and a colon at most. The default of llguidance is any
-# white space at any place, which a model may write without end.
+# At most one space after a comma and a colon. By default, llguidance allows any
+# white space everywhere, which a model may generate without end.
 SPACING = {
   'whitespace_flexible': False,
   'item_separator': ', ?',
   'key_separator': ': ?',
 }
-# Of a schema's JSON, its nesting, and the schemas inside of it: compiling a
-# thousand takes about a second.
-CHARACTERS, DEPTH, PARTS = 100_000, 64, 1_000
-# Numbers that are multiples of n need about n states, and n^2 time.
-MULTIPLE = 5_000
+# Limits on a schema's JSON text, nesting and subschemas. A thousand subschemas
+# take about a second to compile.
+MAX_CHARACTERS, MAX_DEPTH, MAX_SUBSCHEMAS = 100_000, 64, 1_000
+# A grammar for multiples of n has about n states and takes n^2 time to compile.
+MAX_MULTIPLE = 5_000
 
-# Where schemas stand in a schema: under names, in lists, alone.
-_NAMED = ('properties', 'patternProperties', '$defs', 'definitions')
-_LISTED = ('allOf', 'anyOf', 'oneOf', 'prefixItems')
-_ALONE = ('additionalProperties', 'items')
+# Keywords whose values are mappings of schemas, lists of schemas, and schemas.
+_SCHEMA_MAPS = ('properties', 'patternProperties', '$defs', 'definitions')
+_SCHEMA_LISTS = ('allOf', 'anyOf', 'oneOf', 'prefixItems')
+_SCHEMA_KEYS = ('additionalProperties', 'items')
 _IN_PLACE = ('allOf', 'anyOf', 'oneOf', '$ref')
-_NOTES = {
+_ANNOTATIONS = {
   *('title', 'description', 'default', 'examples', 'deprecated', 'readOnly'),
   *('writeOnly', '$comment', '$schema', '$id', '$defs', 'definitions'),
   *('discriminator', 'nullable'),
@@ -40,7 +40,7 @@ _NOTES = {
 _DAY = (
   r'(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])'
   r'|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))'
-  # The 29th of February: years by 4, and of the hundreds those by 400.
+  # 29 February: years divisible by 4, and centuries divisible by 400.
   r'|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])'
   r'|(?:[02468][048]|[13579][26])00)-02-29)'
 )
@@ -48,7 +48,7 @@ _TIME = (
   r'(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?'
   r'(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])'
 )
-# RFC 3339, without leap seconds, which few readers take.
+# RFC 3339, without leap seconds, which few parsers accept.
 _FORMATS = {
   'date': f'^{_DAY}$',
   'time': f'^{_TIME}$',
@@ -56,20 +56,20 @@ _FORMATS = {
 }
 
 
-def prepared(schema: Any, strict: bool) -> str:
-  """A schema as the JSON text that is compiled.
+def prepare(schema: Any, strict: bool) -> str:
+  """Prepares a schema, and returns the JSON text to compile.
 
-  Objects that list properties have no others, unless the schema speaks of
-  `additionalProperties`, or joins objects by allOf and the like: answers are
-  then of fewer kinds, and each fits the schema.
+  Objects with `properties` get `additionalProperties: false`, unless the schema
+  sets it or combines objects by allOf and similar keywords. Fewer answers are
+  possible then, and all of them fit the schema.
 
   Args:
-    strict: whether what llguidance cannot keep is an error; else it is left
-      out, and answers may break it.
+    strict: whether keywords that llguidance does not support are errors;
+      otherwise they are ignored, and answers may violate them.
 
   Raises:
-    ValueError: it is no schema, too large, nested too deeply, or asks for what
-      cannot be kept or would take too long.
+    ValueError: the schema is invalid, too large, nested too deeply, or cannot
+      be compiled.
   """
   if not isinstance(schema, dict):
     raise ValueError(
@@ -77,57 +77,58 @@ def prepared(schema: Any, strict: bool) -> str:
       '{"type": ...}'
     )
   check_depth(schema)
-  size = len(written(schema))
-  if size > CHARACTERS:
+  size = len(to_json(schema))
+  if size > MAX_CHARACTERS:
     raise ValueError(
       f'the JSON schema has {size:,} characters, expected at most '
-      f'{CHARACTERS:,}; make it smaller'
+      f'{MAX_CHARACTERS:,}; make it smaller'
     )
   if 'x-guidance' in schema:
     raise ValueError(
-      "the JSON schema has 'x-guidance', by which the compiler's own options "
-      'would be changed; leave it out'
+      "the JSON schema has 'x-guidance', which would change the compiler's "
+      'options; leave it out'
     )
-  copied = copy.deepcopy(schema)
-  every = list(_schemas(copied))
-  if len(every) > PARTS:
+  schema_copy = copy.deepcopy(schema)
+  subschemas = list(_subschemas(schema_copy))
+  if len(subschemas) > MAX_SUBSCHEMAS:
     raise ValueError(
-      f'the JSON schema has {len(every):,} schemas inside of it, expected at '
-      f'most {PARTS:,}; make it smaller'
+      f'the JSON schema has {len(subschemas):,} subschemas, expected at most '
+      f'{MAX_SUBSCHEMAS:,}; make it smaller'
     )
-  _check_multiples(every)
-  close = _apart(every)
-  for part in every:
-    _mend(part, close)
+  _check_multiples(subschemas)
+  close = _can_close(subschemas)
+  for subschema in subschemas:
+    _translate(subschema, close)
   options = SPACING if strict else SPACING | {'lenient': True}
-  return written({'x-guidance': options, **copied})
+  return to_json({'x-guidance': options, **schema_copy})
 
 
-def written(value: Any) -> str:
-  """A value as JSON.
+def to_json(value: Any) -> str:
+  """Converts a value to JSON text.
 
   Raises:
-    ValueError: it is not JSON.
+    ValueError: the value is not JSON.
   """
   try:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
   except (TypeError, ValueError, RecursionError) as e:
-    raise ValueError(f'the JSON schema is not JSON ({e}); mend it') from None
+    raise ValueError(f'the JSON schema is not JSON ({e}); correct it') from None
 
 
 def check_depth(value: Any) -> None:
-  """
+  """Checks the nesting of lists and objects.
+
   Raises:
-    ValueError: lists and objects are nested too deeply.
+    ValueError: they are nested too deeply.
   """
   level = [value]
-  for _ in range(DEPTH + 1):
+  for _ in range(MAX_DEPTH + 1):
     level = [child for item in level for child in _children(item)]
     if not level:
       return
   raise ValueError(
-    f'the JSON schema is nested deeper than {DEPTH} levels; make it flatter, '
-    "or refer to parts of it with '$ref'"
+    f'the JSON schema is nested deeper than {MAX_DEPTH} levels; make it '
+    "flatter, or refer to parts of it with '$ref'"
   )
 
 
@@ -139,49 +140,55 @@ def _children(value: Any) -> Iterator[Any]:
 
 
 @dataclasses.dataclass(eq=False)
-class _Part:
-  """A schema inside of one; `joined` to others that the same value keeps."""
+class _Subschema:
+  """A subschema.
+
+  Attributes:
+    joined: whether the same value must fit other subschemas too.
+  """
 
   schema: dict
   joined: bool
 
 
-def _schemas(schema: Any, joined: bool = False) -> Iterator[_Part]:
-  """It and every schema inside of it."""
+def _subschemas(schema: Any, joined: bool = False) -> Iterator[_Subschema]:
+  """Yields a schema and all its subschemas."""
   if not isinstance(schema, dict):
     return
-  yield _Part(schema, joined)
-  for key in _NAMED:
-    named = schema.get(key)
-    for child in named.values() if isinstance(named, dict) else ():
-      yield from _schemas(child)
-  for key in _LISTED:
-    listed = schema.get(key)
-    # Beside nothing else, options stand alone.
-    beside = set(schema) - _NOTES - {key}
-    within = key in _IN_PLACE and (joined or bool(beside) or key == 'allOf')
-    for child in listed if isinstance(listed, list) else ():
-      yield from _schemas(child, within)
-  for key in _ALONE:
-    yield from _schemas(schema.get(key))
+  yield _Subschema(schema, joined)
+  for key in _SCHEMA_MAPS:
+    mapping = schema.get(key)
+    for child in mapping.values() if isinstance(mapping, dict) else ():
+      yield from _subschemas(child)
+  for key in _SCHEMA_LISTS:
+    schemas = schema.get(key)
+    # Without other keywords, the options are the whole schema.
+    other_keys = set(schema) - _ANNOTATIONS - {key}
+    is_joined = key in _IN_PLACE and (
+      joined or bool(other_keys) or key == 'allOf'
+    )
+    for child in schemas if isinstance(schemas, list) else ():
+      yield from _subschemas(child, is_joined)
+  for key in _SCHEMA_KEYS:
+    yield from _subschemas(schema.get(key))
 
 
-def _apart(every: list[_Part]) -> bool:
-  """Whether no schema is referred to from where others hold too."""
-  for part in every:
-    schema = part.schema
+def _can_close(subschemas: list[_Subschema]) -> bool:
+  """Whether no schema is combined with a referenced one."""
+  for subschema in subschemas:
+    schema = subschema.schema
     if (
       'allOf' in schema
       or '$ref' in schema
-      and (part.joined or set(schema) - _NOTES - {'$ref'})
+      and (subschema.joined or set(schema) - _ANNOTATIONS - {'$ref'})
     ):
       return False
   return True
 
 
-def _mend(part: _Part, close: bool) -> None:
-  """Says in other words what llguidance leaves out, or raises."""
-  schema = part.schema
+def _translate(subschema: _Subschema, close: bool) -> None:
+  """Rewrites keywords that llguidance ignores, or raises ValueError."""
+  schema = subschema.schema
   if schema.get('uniqueItems') is False:
     del schema['uniqueItems']
   _check_keys(schema)
@@ -197,7 +204,7 @@ def _mend(part: _Part, close: bool) -> None:
       schema['allOf'] = [*joined, {'pattern': pattern}]
     else:
       schema['pattern'] = pattern
-  if close and not part.joined and _closable(schema):
+  if close and not subschema.joined and _may_close(schema):
     schema['additionalProperties'] = False
 
 
@@ -205,46 +212,51 @@ def _text(value: Any) -> str:
   return value if isinstance(value, str) else ''
 
 
-def _closable(schema: dict) -> bool:
+def _may_close(schema: dict) -> bool:
   properties = schema.get('properties')
-  spoken = (*_IN_PLACE, 'additionalProperties', 'patternProperties')
-  if not isinstance(properties, dict) or any(key in schema for key in spoken):
+  open_keys = (*_IN_PLACE, 'additionalProperties', 'patternProperties')
+  if not isinstance(properties, dict) or any(
+    key in schema for key in open_keys
+  ):
     return False
   required = schema.get('required', [])
-  within = isinstance(required, list) and all(
+  is_joined = isinstance(required, list) and all(
     k in [*properties] for k in required
   )
-  return within and 'minProperties' not in schema
+  return is_joined and 'minProperties' not in schema
 
 
 def _check_keys(schema: dict) -> None:
-  """Keys that the schema does not name may come twice, and then count once."""
+  """Checks minProperties: keys that are not named may be generated twice."""
   required = schema.get('required', ())
-  least = schema.get('minProperties', 0)
-  sized = isinstance(required, list | tuple) and isinstance(least, int)
-  if sized and least > len(required) + 1:
+  min_properties = schema.get('minProperties', 0)
+  is_valid = isinstance(required, list | tuple) and isinstance(
+    min_properties, int
+  )
+  if is_valid and min_properties > len(required) + 1:
     raise ValueError(
-      f"the JSON schema has 'minProperties' {least} beside {len(required)} "
-      'required properties, of which one more can be kept; name them in '
-      "'properties' and 'required'"
+      f"the JSON schema has 'minProperties' {min_properties} and "
+      f'{len(required)} required properties; expected at most one more than '
+      "these: name them in 'properties' and 'required'"
     )
 
 
-def _check_multiples(every: list[_Part]) -> None:
+def _check_multiples(subschemas: list[_Subschema]) -> None:
   multiples = [1]
-  for part in every:
-    value = part.schema.get('multipleOf')
+  for subschema in subschemas:
+    value = subschema.schema.get('multipleOf')
     if isinstance(value, int | float) and not isinstance(value, bool):
       multiples.append(_coefficient(value))
-  if math.lcm(*multiples) > MULTIPLE:
+  if math.lcm(*multiples) > MAX_MULTIPLE:
     raise ValueError(
-      f"the least number that every 'multipleOf' of the JSON schema divides is "
-      f'above {MULTIPLE:,}, which takes too long to compile; use smaller ones'
+      "the least common multiple of the JSON schema's 'multipleOf' values is "
+      f'above {MAX_MULTIPLE:,}, which takes too long to compile; use smaller '
+      'ones'
     )
 
 
 def _coefficient(value: float) -> int:
-  """The digits of a number without the zeros at its ends: 7 of 0.070."""
+  """The digits of a number without zeros at the ends: 7 for 0.070."""
   try:
     digits = Decimal(repr(value)).normalize().as_tuple().digits
   except InvalidOperation:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes that each token adds to a text, of any vocabulary.
+"""The bytes of each token of a tokenizer.
 
-Tokens may hold parts of characters, several words or JSON's signs together:
-grammars and reported log-probabilities are over bytes.
+Grammars and the reported log-probabilities need bytes, because a token may be a
+part of a character.
 """
 
 import functools
@@ -17,10 +17,10 @@ from moepeft.data.tokenizers.tokenizer import (
   Tokenizer,
 )
 
-# A text with what decoders are known to change: blanks, signs, accents.
-_PROBE = 'It\'s {"a b": [1, true, "é  x"]} .'
-_FALLBACK = re.compile('<0x([0-9A-Fa-f]{2})>')
-# A token's bytes as a text's first, and later on.
+# A text with what decoders are known to change: spaces, punctuation, accents.
+_TEST_TEXT = 'It\'s {"a b": [1, true, "é  x"]} .'
+_BYTE_FALLBACK = re.compile('<0x([0-9A-Fa-f]{2})>')
+# (the bytes of a token at the start of a text, and elsewhere).
 Bytes = tuple[bytes, bytes]
 
 
@@ -29,9 +29,9 @@ class TokenBytes:
 
   def __init__(self, tokenizer: Tokenizer):
     self._tokenizer = tokenizer
-    # {id: content} of tokens that are no text.
+    # {id: content}.
     self._special: dict[int, str] = {}
-    self._read: Callable[[str], Bytes] | None = None
+    self._to_bytes: Callable[[str], Bytes] | None = None
     if isinstance(tokenizer, HuggingFaceTokenizer):
       added = tokenizer.tokenizer.added_tokens_decoder
       self._special = {
@@ -42,18 +42,18 @@ class TokenBytes:
       self._special |= dict(zip(ids, contents, strict=False))
       backend = getattr(tokenizer.tokenizer, 'backend_tokenizer', None)
       if getattr(backend, 'decoder', None) is not None:
-        self._read = _reader(backend.decoder)
+        self._to_bytes = _make_to_bytes(backend.decoder)
 
   def __getitem__(self, i: int) -> bytes:
-    """A token's bytes inside of a text; a special token's content.
+    """The bytes of a token inside a text, or the content of a special token.
 
-    b'' of an id that stands for nothing.
+    They are b'' for an unused id.
     """
     if not isinstance(self._tokenizer, HuggingFaceTokenizer):
       return bytes([i - 3]) if 3 <= i < 259 else b''
     if i in self._special:
       return self._special[i].encode()
-    # Ids beyond the tokenizer are the model's padding.
+    # The model's vocabulary may be padded.
     in_tokenizer = i < self._tokenizer.size
     text = (
       self._tokenizer.tokenizer.convert_ids_to_tokens(i)
@@ -62,16 +62,15 @@ class TokenBytes:
     )
     if text is None:
       return b''
-    return text.encode() if self._read is None else self._read(text)[1]
+    return text.encode() if self._to_bytes is None else self._to_bytes(text)[1]
 
   def table(self, size: int) -> tuple[list[bytes], list[bytes]]:
-    """(bytes as a text's first token, and later on) of all ids below `size`.
+    """The bytes of all ids below `size`, at the start of a text and elsewhere.
 
-    b'' of special tokens and of ids that stand for nothing.
+    They are b'' for special tokens and unused ids.
 
     Raises:
-      ValueError: the texts of the vocabulary are not those of its tokens one
-        after the other.
+      ValueError: the tokenizer does not decode tokens one by one.
     """
     tokenizer = self._tokenizer
     if isinstance(tokenizer, ByteTokenizer):
@@ -82,7 +81,7 @@ class TokenBytes:
         'constrained answers need the bytes of tokens; expected a vocabulary '
         f'of bytes or a Hugging Face tokenizer, got {tokenizer}'
       )
-    if self._read is None:
+    if self._to_bytes is None:
       raise ValueError(
         f'the tokenizer {tokenizer} has no decoder of its own; constrained '
         'answers need a fast tokenizer (tokenizer.json)'
@@ -90,44 +89,46 @@ class TokenBytes:
     first, later = [b''] * size, [b''] * size
     for text, i in tokenizer.tokenizer.get_vocab().items():
       if i < size and i not in self._special:
-        first[i], later[i] = self._read(text)
+        first[i], later[i] = self._to_bytes(text)
     _check(tokenizer, first, later)
     return first, later
 
 
-def _reader(decoder: Any) -> Callable[[str], Bytes]:
-  """The function from a token of the vocabulary to its bytes."""
+def _make_to_bytes(decoder: Any) -> Callable[[str], Bytes]:
+  """Makes the function from a token of the vocabulary to its bytes."""
   decoder_json = json.loads(decoder.__getstate__())
-  kinds = {
+  decoder_types = {
     decoder_json['type'],
     *(d['type'] for d in decoder_json.get('decoders', ())),
   }
-  letters = alphabet() if 'ByteLevel' in kinds else None
+  alphabet = byte_alphabet() if 'ByteLevel' in decoder_types else None
 
-  def read(text: str) -> Bytes:
-    if letters is not None:
-      byte_level = all(letter in letters for letter in text)
-      same = bytes(map(letters.get, text)) if byte_level else text.encode()
-      return same, same
-    byte = _FALLBACK.fullmatch(text)
-    if byte and 'ByteFallback' in kinds:
-      same = bytes.fromhex(byte[1])
-      return same, same
-    # After a letter, which no decoder changes.
+  def to_bytes(text: str) -> Bytes:
+    if alphabet is not None:
+      byte_level = all(char in alphabet for char in text)
+      token_bytes = (
+        bytes(map(alphabet.get, text)) if byte_level else text.encode()
+      )
+      return token_bytes, token_bytes
+    byte = _BYTE_FALLBACK.fullmatch(text)
+    if byte and 'ByteFallback' in decoder_types:
+      token_bytes = bytes.fromhex(byte[1])
+      return token_bytes, token_bytes
+    # After an 'a', which no decoder changes.
     return decoder.decode([text]).encode(), decoder.decode(['a', text])[
       1:
     ].encode()
 
-  return read
+  return to_bytes
 
 
 @functools.cache
-def alphabet() -> dict[str, int]:
-  """The letters that byte-level tokenizers write bytes with (GPT-2's)."""
-  shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  rest = (i for i in range(256) if i not in shown)
-  return {chr(i): i for i in shown} | {
-    chr(256 + n): i for n, i in enumerate(rest)
+def byte_alphabet() -> dict[str, int]:
+  """{character: byte} of byte-level tokenizers (GPT-2's)."""
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  unprintable = (i for i in range(256) if i not in printable)
+  return {chr(i): i for i in printable} | {
+    chr(256 + n): i for n, i in enumerate(unprintable)
   }
 
 
@@ -136,14 +137,14 @@ def _check(
   first: Sequence[bytes],
   later: Sequence[bytes],
 ) -> None:
-  probe = tokenizer.encode(_PROBE)
-  ids = [i for i in probe if i < len(later) and later[i]]
-  joined = b''.join([first[i] for i in ids[:1]])
-  joined += b''.join(later[i] for i in ids[1:])
+  test_ids = tokenizer.encode(_TEST_TEXT)
+  ids = [i for i in test_ids if i < len(later) and later[i]]
+  token_text = b''.join([first[i] for i in ids[:1]])
+  token_text += b''.join(later[i] for i in ids[1:])
   decoded = tokenizer.decode(ids)
-  if joined.decode(errors='replace') != decoded:
+  if token_text.decode(errors='replace') != decoded:
     raise ValueError(
-      f'the tokenizer {tokenizer} decodes {_PROBE!r} to {decoded!r}, but its '
-      f'tokens one by one are {joined!r}; constrained answers need a '
-      'tokenizer whose texts are its tokens in a row'
+      f'the tokenizer {tokenizer} decodes {_TEST_TEXT!r} to {decoded!r}, but '
+      f'its tokens one by one to {token_text!r}; constrained answers need a '
+      'tokenizer that decodes tokens one by one'
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's figures as PNGs: losses, learning rate, routers, before and after."""
+"""Plots of a run: losses, learning rate, routers, before and after training."""
 
 import os
 import time
@@ -19,15 +19,16 @@ from matplotlib.ticker import (
 from moepeft.runs import before_after_plot, router_plots
 from moepeft.runs.history import History
 
-# Okabe and Ito's, which the colour-blind can tell apart.
+# From the palette of Okabe and Ito, which is colour-blind safe.
 _BLUE, _ORANGE, _PALE = '#0072B2', '#D55E00', '#56B4E9'
 _DPI = 100
-# {key of rows.SHARES: name of the figure}; sites of a run may be of two kinds.
-_SHARES = {'weight': 'weight', 'tokens': 'tokens', 'load': 'argmax'}
-# Between two drawings while a run goes on; one takes a second or two.
-_SECONDS = 60
-# Times the least that the largest loss has on a linear axis, at most.
-_LOG = 2.5
+# Key of `metrics_log.SHARES` -> name in the plot's file name.
+_SHARE_NAMES = {'weight': 'weight', 'tokens': 'tokens', 'load': 'argmax'}
+# Seconds between updates during a run; drawing takes a second or two.
+_UPDATE_SECONDS = 60
+# With a larger ratio of the largest to the smallest loss, the axis is
+# logarithmic.
+_LOG_SCALE_RATIO = 2.5
 
 
 class Figures:
@@ -45,14 +46,14 @@ class Figures:
 
   def refresh(self) -> None:
     """Draws them where a minute has passed since."""
-    if time.monotonic() - self._last > _SECONDS:
+    if time.monotonic() - self._last > _UPDATE_SECONDS:
       self.draw()
 
 
 def draw_before_after(
   before: Mapping[str, Any], after: Mapping[str, Any], folder: str
 ) -> list[str]:
-  """Draws before_after.png; [] where nothing was measured both times."""
+  """Draws before_after.png; [] if no metric was measured both times."""
   figure = before_after_plot.draw(before, after)
   if figure is None:
     return []
@@ -60,11 +61,11 @@ def draw_before_after(
 
 
 def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
-  """Draws what there is to draw; returns the paths of the PNGs.
+  """Draws the plots that the rows have data for; returns the PNGs' paths.
 
   Args:
-    rows: as in `moepeft.runs.metrics_log`, or a `History` of them.
-    folder: made if need be. A reader sees the old picture or the new.
+    rows: rows of `moepeft.runs.metrics_log`, or a `History` of them.
+    folder: created if needed. Files are replaced atomically.
   """
   history = rows if isinstance(rows, History) else History(rows)
   figures = {
@@ -73,7 +74,7 @@ def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
     'preference': _preference(history),
     **{
       f'router_{name}': router_plots.shares(history.routing(), kind)
-      for kind, name in _SHARES.items()
+      for kind, name in _SHARE_NAMES.items()
     },
     'router_entropy': router_plots.entropy(history.routing()),
   }
@@ -93,23 +94,32 @@ def _save(figure: Figure, path: str) -> str:
 
 
 def _loss(history: History) -> Figure | None:
-  """Training loss as it was and smoothed, and validation points."""
-  # What validation measures too, whatever is minimised.
-  compared = len(history.curve('margins')[0])
-  steps, values = history.curve('loss' if compared else 'nll')
+  """The training loss, raw and smoothed, and the validation loss."""
+  # Validation measures 'nll' unless the objective compares answers.
+  is_preference = len(history.curve('margins')[0])
+  steps, values = history.curve('loss' if is_preference else 'nll')
   if not len(steps):
     steps, values = history.curve('loss')
-  at, validated = history.curve('validation_loss')
-  if not len(steps) + len(at):
+  validation_steps, validation_values = history.curve('validation_loss')
+  if not len(steps) + len(validation_steps):
     return None
-  figure, axes = _blank('Loss', 'loss' if compared else 'loss (nats a token)')
+  figure, axes = _make_axes(
+    'Loss', 'loss' if is_preference else 'loss (nats a token)'
+  )
   if len(steps):
     axes.plot(steps, values, color=_PALE, lw=0.8, alpha=0.6, label='training')
     axes.plot(steps, smooth(values), color=_BLUE, lw=1.8, label='smoothed')
-  if len(at):
-    axes.plot(at, validated, 'o-', color=_ORANGE, ms=4, label='validation')
-  _scale(axes, values, validated)
-  # Above the axes, where no curve can run under it.
+  if len(validation_steps):
+    axes.plot(
+      validation_steps,
+      validation_values,
+      'o-',
+      color=_ORANGE,
+      ms=4,
+      label='validation',
+    )
+  _set_scale(axes, values, validation_values)
+  # Above the axes, where it covers no curve.
   axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=3, frameon=False)
   return figure
 
@@ -119,11 +129,11 @@ def _preference(history: History) -> Figure | None:
   if not len(history.curve('margins')[0]):
     return None
   figure = Figure(figsize=(7, 7), layout='constrained')
-  above, below = figure.subplots(2, 1, sharex=True)
-  _curves(above, history, {'accuracies': (_BLUE, 'accuracy')})
-  above.set(ylim=(0, 1), ylabel='share of pairs')
+  accuracy_axes, reward_axes = figure.subplots(2, 1, sharex=True)
+  _curves(accuracy_axes, history, {'accuracies': (_BLUE, 'accuracy')})
+  accuracy_axes.set(ylim=(0, 1), ylabel='share of pairs')
   _curves(
-    below,
+    reward_axes,
     history,
     {
       'rewards_chosen': (_BLUE, 'chosen'),
@@ -131,7 +141,7 @@ def _preference(history: History) -> Figure | None:
       'margins': (_PALE, 'margin'),
     },
   )
-  below.set(xlabel='step', ylabel='reward')
+  reward_axes.set(xlabel='step', ylabel='reward')
   return figure
 
 
@@ -140,10 +150,10 @@ def _curves(axes: Axes, history: History, curves: Mapping[str, tuple]) -> None:
     steps, values = history.curve(key)
     if len(steps):
       axes.plot(steps, smooth(values), color=color, lw=1.8, label=label)
-    at, validated = history.curve(f'validation_{key}')
-    if len(at):
+    steps, values = history.curve(f'validation_{key}')
+    if len(steps):
       validation = f'{label}, validation'
-      axes.plot(at, validated, 'o--', color=color, ms=4, label=validation)
+      axes.plot(steps, values, 'o--', color=color, ms=4, label=validation)
   axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=3, frameon=False)
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(alpha=0.3, lw=0.6)
@@ -153,14 +163,14 @@ def _learning_rate(history: History) -> Figure | None:
   steps, values = history.curve('learning_rate')
   if not len(steps):
     return None
-  figure, axes = _blank('Learning rate', 'learning rate (a step)')
+  figure, axes = _make_axes('Learning rate', 'learning rate (a step)')
   axes.plot(steps, values, color=_BLUE, lw=1.8)
   axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
   axes.set_ylim(bottom=0)
   return figure
 
 
-def _blank(title: str, label: str) -> tuple[Figure, Axes]:
+def _make_axes(title: str, label: str) -> tuple[Figure, Axes]:
   figure = Figure(figsize=(7, 4), layout='constrained')
   axes = figure.subplots()
   axes.set_title(title, loc='left')
@@ -171,14 +181,16 @@ def _blank(title: str, label: str) -> tuple[Figure, Axes]:
   return figure, axes
 
 
-def _scale(axes: Axes, values: np.ndarray, validated: np.ndarray) -> None:
-  """A scale on which the end of a run is seen as well as its beginning.
+def _set_scale(
+  axes: Axes, values: np.ndarray, validation_values: np.ndarray
+) -> None:
+  """Sets the scale of a loss so that its late changes are visible, too.
 
-  Spikes of a long run, those over the 99.5th percentile, leave the picture.
-  Positive values whose largest is over _LOG times the least have a logarithmic
-  axis: a fall from 10 to 1 does not flatten the one from 1 to 0.9.
+  Spikes of a long run above the 99.5th percentile are cut off. The axis of
+  positive losses is logarithmic if their ratio exceeds _LOG_SCALE_RATIO, so
+  that a fall from 10 to 1 does not flatten one from 1 to 0.9.
   """
-  finite, points = (a[np.isfinite(a)] for a in (values, validated))
+  finite, points = (a[np.isfinite(a)] for a in (values, validation_values))
   if not len(finite) + len(points):
     return
   high = finite
@@ -186,35 +198,34 @@ def _scale(axes: Axes, values: np.ndarray, validated: np.ndarray) -> None:
     high = [np.percentile(finite, 99.5)]
   low = min([*finite, *points])
   high = max([*high, *points])
-  if low > 0 and high > _LOG * low:
+  if low > 0 and high > _LOG_SCALE_RATIO * low:
     axes.set_yscale('log')
-    room = (high / low) ** 0.05
-    axes.set_ylim(low / room, high * room)
-    # Within a decade and a half three numbers are too few.
+    margin = (high / low) ** 0.05
+    axes.set_ylim(low / margin, high * margin)
+    # Ticks at 1, 2 and 5 are too few for less than a decade and a half.
     subs = (1, 2, 5) if high > 30 * low else (1, 1.5, 2, 3, 4, 5, 7)
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:g}'))
     axes.yaxis.set_minor_formatter(NullFormatter())
     return
   if len(finite) >= 200:
-    room = 0.05 * max(high - low, 1e-9)
-    axes.set_ylim(low - room, high + room)
+    margin = 0.05 * max(high - low, 1e-9)
+    axes.set_ylim(low - margin, high + margin)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-  """A mean under a bell of a fiftieth of the points, which does not lag.
+  """Smooths values with a Gaussian window, a hundredth of the points wide.
 
-  Where the bell hangs over an end, or over a value that is not finite, its
-  weights there are left out.
+  Weights beyond the ends and on non-finite values are zero.
   """
   width = max(2.0, len(values) / 100)
-  reach = np.arange(-np.ceil(3 * width), np.ceil(3 * width) + 1)
-  bell = np.exp(-0.5 * (reach / width) ** 2)
+  offsets = np.arange(-np.ceil(3 * width), np.ceil(3 * width) + 1)
+  kernel = np.exp(-0.5 * (offsets / width) ** 2)
   finite = np.isfinite(values)
-  # 'same' is of the longer of the two: the padding makes that the values.
-  pad = len(reach)
+  # mode='same' returns the longer length, so the values are padded.
+  pad = len(offsets)
   mean, norm = (
-    np.convolve(np.pad(a, pad), bell, mode='same')[pad:-pad]
+    np.convolve(np.pad(a, pad), kernel, mode='same')[pad:-pad]
     for a in (np.where(finite, values, 0.0), finite.astype(float))
   )
   return np.where(norm > 0, mean / np.maximum(norm, 1e-9), np.nan)

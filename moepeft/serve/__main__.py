@@ -264,6 +264,73 @@ def run() -> int:
   return exit_code
 
 
+# Seconds between two lines if the output is not a terminal.
+_PRINT_INTERVAL = 10.0
+
+
+class Formatter(logging.Formatter):
+  """Redacts secrets and escapes control characters, also in tracebacks."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    return terminal.visible(secrets.redact(super().format(record)))
+
+
+class StartupProgress:
+  """Prints the progress of compiling the programs.
+
+  On a terminal it overwrites one line; otherwise it prints a line at intervals.
+  """
+
+  def __init__(self, out: TextIO = sys.stderr):
+    self._out, self._started, self._printed_at = out, time.monotonic(), 0.0
+
+  def __call__(self, stage: str, done: int, count: int) -> None:
+    """The progress callback of `Engine.start`."""
+    seconds = time.monotonic() - self._started
+    line = f'compiling {done + 1} of {count}: {stage} ({seconds:.0f} s)'
+    if self._out.isatty():
+      print(f'\r\x1b[K{line}', end='', file=self._out, flush=True)
+    elif not self._printed_at or seconds - self._printed_at > _PRINT_INTERVAL:
+      self._printed_at = max(seconds, 1e-9)
+      print(line, file=self._out, flush=True)
+
+  def done(self, lines: Sequence[str]) -> None:
+    """Prints the startup time and lines in a box."""
+    clear = '\r\x1b[K' if self._out.isatty() else ''
+    seconds = time.monotonic() - self._started
+    lines = [f'ready after {seconds:.0f} s', *map(terminal.visible, lines)]
+    width = max(map(len, lines))
+    rule = '─' * (width + 2)
+    rows = [f'│ {line.ljust(width)} │' for line in lines]
+    box = '\n'.join([f'┌{rule}┐', *rows, f'└{rule}┘'])
+    print(f'{clear}{box}', file=self._out, flush=True)
+
+
+def banner_lines(
+  url: str,
+  model: str,
+  adapters: Sequence[LoadedAdapter],
+  keys: ApiKeys,
+  embeddings: str = '',
+) -> list[str]:
+  """The lines that describe the running server."""
+  rows = [f'page      {url}/', f'API       {url}/v1', f'model     {model}']
+  for i, adapter in enumerate(adapters):
+    rows.append(f'{"" if i else "adapters":10}{adapter.name}: {adapter.method}')
+  if not adapters:
+    rows.append('adapters  none')
+  if embeddings:
+    rows.append(f'vectors   {embeddings}')
+  if keys.users:
+    rows.append(f'key       needed, one of {len(keys.users)}')
+  else:
+    rows.append(
+      'key       none: every client that reaches the address is served'
+    )
+  loads = 'with an admin key' if keys.admins else 'off (--admin_key_file)'
+  return [*rows, f'loading   {loads}']
+
+
 if __name__ == '__main__':
   _MODEL = flags.DEFINE_string(
     'model',
@@ -421,70 +488,3 @@ if __name__ == '__main__':
     'access_log', True, 'Log a line for each request.'
   )
   command_line.run(main)
-
-
-# Seconds between two lines if the output is not a terminal.
-_PRINT_INTERVAL = 10.0
-
-
-class Formatter(logging.Formatter):
-  """Redacts secrets and escapes control characters, also in tracebacks."""
-
-  def format(self, record: logging.LogRecord) -> str:
-    return terminal.visible(secrets.redact(super().format(record)))
-
-
-class StartupProgress:
-  """Prints the progress of compiling the programs.
-
-  On a terminal it overwrites one line; otherwise it prints a line at intervals.
-  """
-
-  def __init__(self, out: TextIO = sys.stderr):
-    self._out, self._started, self._printed_at = out, time.monotonic(), 0.0
-
-  def __call__(self, stage: str, done: int, count: int) -> None:
-    """The progress callback of `Engine.start`."""
-    seconds = time.monotonic() - self._started
-    line = f'compiling {done + 1} of {count}: {stage} ({seconds:.0f} s)'
-    if self._out.isatty():
-      print(f'\r\x1b[K{line}', end='', file=self._out, flush=True)
-    elif not self._printed_at or seconds - self._printed_at > _PRINT_INTERVAL:
-      self._printed_at = max(seconds, 1e-9)
-      print(line, file=self._out, flush=True)
-
-  def done(self, lines: Sequence[str]) -> None:
-    """Prints the startup time and lines in a box."""
-    clear = '\r\x1b[K' if self._out.isatty() else ''
-    seconds = time.monotonic() - self._started
-    lines = [f'ready after {seconds:.0f} s', *map(terminal.visible, lines)]
-    width = max(map(len, lines))
-    rule = '─' * (width + 2)
-    rows = [f'│ {line.ljust(width)} │' for line in lines]
-    box = '\n'.join([f'┌{rule}┐', *rows, f'└{rule}┘'])
-    print(f'{clear}{box}', file=self._out, flush=True)
-
-
-def banner_lines(
-  url: str,
-  model: str,
-  adapters: Sequence[LoadedAdapter],
-  keys: ApiKeys,
-  embeddings: str = '',
-) -> list[str]:
-  """The lines that describe the running server."""
-  rows = [f'page      {url}/', f'API       {url}/v1', f'model     {model}']
-  for i, adapter in enumerate(adapters):
-    rows.append(f'{"" if i else "adapters":10}{adapter.name}: {adapter.method}')
-  if not adapters:
-    rows.append('adapters  none')
-  if embeddings:
-    rows.append(f'vectors   {embeddings}')
-  if keys.users:
-    rows.append(f'key       needed, one of {len(keys.users)}')
-  else:
-    rows.append(
-      'key       none: every client that reaches the address is served'
-    )
-  loads = 'with an admin key' if keys.admins else 'off (--admin_key_file)'
-  return [*rows, f'loading   {loads}']

@@ -71,7 +71,7 @@ def test_every_default_is_allowed():
     ('data.format', ('', *FORMATS)),
     ('data.train_on', chat_dataset.TRAIN_ON),
     ('data.truncation', decoder_only.TRUNCATIONS),
-    ('data.pretraining_objective', text_dataset.PREDICT),
+    ('data.pretraining_objective', text_dataset.PRETRAINING_OBJECTIVES),
     ('model.attention', attention.IMPLEMENTATIONS),
     ('model.remat', scan_layers.REMAT),
     ('sharding.preset', sharding.PRESETS),

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
+from moepeft.data.__main__ import decode as decoded_text
 from moepeft.data.__main__ import show
-from moepeft.data.__main__ import text as decoded_text
 from moepeft.data.batching.decoder_only import make_sample, pack_samples
 from moepeft.data.preview import highlight, row_lines
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer

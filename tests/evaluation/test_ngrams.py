@@ -62,9 +62,9 @@ def test_nothing_is_counted_or_seen_across_rows():
 def test_ends_of_spans_are_told_from_their_lengths():
   # Of spans of 1, 1 and 3: 2 of 3 end at 1, 0 of 1 at 2, 1 of 1 at 3; one
   # that ends and one that goes on are added.
-  p = ngrams.ends([1, 1, 3], 3)
+  p = ngrams.span_end_probs([1, 1, 3], 3)
   np.testing.assert_allclose(p, [3 / 5, 1 / 3, 2 / 3])
-  nats = ngrams.ends_nats([1, 2], p)
+  nats = ngrams.span_ends_nll([1, 2], p)
   np.testing.assert_allclose(nats, -math.log(3 / 5 * 2 / 5 * 1 / 3))
 
 
@@ -77,7 +77,7 @@ def test_hidden_spans_are_put_back(seed):
   found, again = span_corruption.restore(*pair, list(range(99, 79, -1)))
   np.testing.assert_array_equal(found, ids)
   np.testing.assert_array_equal(again, hidden)
-  one = ngrams.row(pair, 'spans', list(range(99, 79, -1)))
+  one = ngrams.predicted_text(pair, 'spans', list(range(99, 79, -1)))
   # Every target is scored once: the first sentinel, tokens, ends and EOS.
   assert one.targets == len(pair[1])
   assert sum(one.spans) == hidden.sum()

@@ -78,12 +78,16 @@ def test_placeholders_stand_before_the_inputs_of_pairs_and_count():
     [example('a', 'b'), example('abcdef', 'b'), ([7, 8, 9, 6, 1], [5, 1])]
   )
   # Of six places the text has three, the last is EOS's.
-  assert [list(map(int, x)) for x, _ in found] == [
+  assert [list(map(int, pair.inputs)) for pair in found] == [
     [*AHEAD, 100, 1],
     [*AHEAD, 100, 101, 1],
     [*AHEAD, 7, 8, 1],
   ]
-  assert [list(map(int, y)) for _, y in found] == [[101, 1], [101, 1], [5, 1]]
+  assert [list(map(int, pair.targets)) for pair in found] == [
+    [101, 1],
+    [101, 1],
+    [5, 1],
+  ]
   assert own.count_cut([example('abc', 'b')]) == 1
   assert own.count_cut([example('a', 'b')]) == 0
 
@@ -120,7 +124,8 @@ def test_a_prompt_that_leaves_no_room_is_refused():
 def test_answers_that_are_compared_have_no_prompt():
   data = config_lib.default().data
   data.source = 'preference'
-  own = make_model_collator(data, WORDS, LLAMA, 0, AHEAD)
+  own = make_model_collator(data, WORDS, LLAMA, 0)
+  own = dataclasses.replace(own, prefix_ids=AHEAD)
   with pytest.raises(ValueError, match="'dpo' does not go with a soft prompt"):
     objective_collator(data, 'dpo', 'pair', own)
 

@@ -247,7 +247,9 @@ def test_logs_plots_alarms_and_tables_take_the_layers_own_experts():
   kind, shares = metrics_log.share_array(site)
   summary = routing_table.summary({'q': (kind, shares, site['entropy'])})
   np.testing.assert_allclose(summary.entropy, (1 + 0.2 / np.log(4)) / 2)
-  np.testing.assert_allclose(summary.tops['weight'], [(0.5 + 0.97) / 2, 0.97])
+  np.testing.assert_allclose(
+    summary.max_shares['weight'], [(0.5 + 0.97) / 2, 0.97]
+  )
 
 
 def test_a_site_without_a_real_token_has_zeros():

@@ -15,7 +15,7 @@ from moepeft.data.tokenizers.tokenizer import (
   ByteTokenizer,
   HuggingFaceTokenizer,
 )
-from moepeft.inference.token_bytes import alphabet
+from moepeft.inference.token_bytes import byte_alphabet
 from moepeft.serve.http.chat_templates import ChatSettings
 from moepeft.serve.http.connection import DEFAULT_LIMITS
 from moepeft.serve.http.metrics import Metrics
@@ -40,7 +40,7 @@ def byte_tokenizer(path):
   from transformers import PreTrainedTokenizerFast
 
   vocab = {'<pad>': 0, '<eos>': END, '<unk>': 2}
-  vocab |= {letter: byte + 3 for letter, byte in alphabet().items()}
+  vocab |= {letter: byte + 3 for letter, byte in byte_alphabet().items()}
   backend = Backend(models.BPE(vocab, []))
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = decoders.ByteLevel()

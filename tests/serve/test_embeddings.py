@@ -291,7 +291,7 @@ def test_prompts_and_lower_case_are_done(folder):
     ),
     (
       {'steps': [*_STEPS[:2], {'path': '2_D', 'type': 'a.Dense'}, _STEPS[2]]},
-      'the steps Transformer, Pooling, Dense, Normalize',
+      'the modules Transformer, Pooling, Dense, Normalize',
     ),
     ({'steps': {'a': 1}}, 'no modules.json that can be read'),
     (
@@ -302,7 +302,7 @@ def test_prompts_and_lower_case_are_done(folder):
           'default_prompt_name': 'q',
         },
       },
-      "leaves its prompt 'find: ' out",
+      "excludes its prompt 'find: '",
     ),
   ],
 )

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spans of a conversation's answers in the text of a chat template."""
+"""Finds the character spans of answers in a rendered conversation."""
 
 import re
 from collections.abc import Callable, Sequence
 
 from moepeft.data.example import BadRow
 
-# (messages, whether the next answer is begun) -> text
+# (messages, add_generation_prompt) -> text
 Render = Callable[[Sequence[dict], bool], str]
 Span = tuple[int, int]
 
-# What marks answers in templates that say themselves what is generated.
-_MARK = re.compile(r'\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}')
-# No text has them: they are for private use, and texts that do are refused.
+# The tags around answers in templates that mark generated text.
+_GENERATION_TAG = re.compile(r'\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}')
+# Private-use characters; a text that contains them is refused.
 _BEGIN, _END = '\ue0a1', '\ue0a2'
 _REWRITTEN = (
   'the chat template rewrites turn {}, so that its answer is not found '
@@ -21,36 +21,40 @@ _REWRITTEN = (
 )
 
 
-def has_generation_marks(template: str) -> bool:
-  """Whether a template marks generated text by {% generation %}."""
-  return _MARK.search(template) is not None
+def has_generation_tags(template: str) -> bool:
+  """Whether a template has {% generation %} tags."""
+  return _GENERATION_TAG.search(template) is not None
 
 
-def show_marks(template: str) -> str:
-  """The same template with a character where an answer begins or ends."""
+def mark_answers(template: str) -> str:
+  """Replaces {% generation %} tags by characters that the template renders."""
 
   def replace(match: re.Match) -> str:
     left_trim, end, right_trim = match.groups()
-    # Blocks as they were on either side, where Jinja trims what is blank.
+    # Blocks on both sides keep Jinja's trimming of white space.
     mark = f'{{{{ "{_END if end else _BEGIN}" }}}}'
     return f'{{%{left_trim} if true %}}{mark}{{% endif {right_trim}%}}'
 
-  return _MARK.sub(replace, template)
+  return _GENERATION_TAG.sub(replace, template)
 
 
-def marked_spans(text: str, whole: str) -> list[Span]:
-  """[start, end) of the answers that a template of `shown` marks.
+def marked_spans(marked_text: str, text: str) -> list[Span]:
+  """[start, end) of the answers in `text`.
+
+  Args:
+    marked_text: the output of a template of `mark_answers`.
+    text: the output of the template itself.
 
   Raises:
-    BadRow: `whole` is another text.
+    BadRow: the two differ in more than the marks.
   """
-  spans, at, plain = [], 0, []
-  for begun, part in enumerate(re.split(f'[{_BEGIN}{_END}]', text)):
-    if begun % 2:
-      spans.append((at, at + len(part)))
-    at += len(part)
-    plain.append(part)
-  if ''.join(plain) != whole:
+  parts = re.split(f'[{_BEGIN}{_END}]', marked_text)
+  spans, start = [], 0
+  for i, part in enumerate(parts):
+    if i % 2:
+      spans.append((start, start + len(part)))
+    start += len(part)
+  if ''.join(parts) != text:
     raise BadRow(
       "what the chat template marks by '{% generation %}' is not found; name "
       'another with config.data.chat_template, or mend the row'
@@ -59,77 +63,80 @@ def marked_spans(text: str, whole: str) -> list[Span]:
 
 
 def find_answers(
-  render: Render, messages: Sequence[dict], whole: str
+  render: Render, messages: Sequence[dict], text: str
 ) -> list[Span]:
-  """[start, end) of the assistant's turns in the whole text, one each.
+  """[start, end) of each turn of the assistant in a conversation's text.
 
-  An answer is what rendering with its turn adds to rendering what stands
-  before it and the generation prompt. A template that renders a last turn
-  otherwise than the same turn later on (Qwen3 does) is met by looking for the
-  turn's end before the next turn.
+  An answer is the text that its turn adds to the rendered turns before it with
+  the generation prompt. Some templates (Qwen3's) render a last turn differently
+  from the same turn in the middle; then the end of the answer is searched for
+  before the next turn.
 
   Raises:
-    BadRow: they are not found exactly.
+    BadRow: an answer is not found exactly.
   """
-  spans, last = [], 0
+  spans, last_end = [], 0
   for i, message in enumerate(messages):
     if message['role'] != 'assistant':
       continue
-    text_before, text_after = (
-      render(messages[:i], True),
-      render(messages[: i + 1], False),
-    )
-    start, end = len(text_before), -1
-    if whole.startswith(text_before) and last <= start:
-      if whole.startswith(text_after) and text_after.startswith(text_before):
-        end = len(text_after)
+    prompt = render(messages[:i], True)
+    prompt_and_answer = render(messages[: i + 1], False)
+    start, end = len(prompt), -1
+    if text.startswith(prompt) and last_end <= start:
+      if text.startswith(prompt_and_answer) and prompt_and_answer.startswith(
+        prompt
+      ):
+        end = len(prompt_and_answer)
       else:
-        end = _end(render, messages, i, whole, start)
+        end = _find_end(render, messages, i, text, start)
     if end <= start:
       raise BadRow(_REWRITTEN.format(i))
     spans.append((start, end))
-    last = end
+    last_end = end
   return spans
 
 
-def _end(
-  render: Render, messages: Sequence[dict], place: int, whole: str, start: int
+def _find_end(
+  render: Render, messages: Sequence[dict], index: int, text: str, start: int
 ) -> int:
-  """The end of a turn that was rendered otherwise by itself; -1 if none."""
-  content, next_begins = messages[place]['content'].strip(), len(whole)
-  if place + 1 < len(messages):
-    next_begins = _content(render, messages, place + 1, whole)
-  tail = _tail(render, messages[:place])
-  at = (
-    whole.find(content + tail, start, next_begins) if content and tail else -1
-  )
-  if at >= 0:
-    return at + len(content) + len(tail)
-  if not tail.strip() or whole.count(tail, start, next_begins) != 1:
+  """The end of an answer that is rendered differently as the last turn.
+
+  Returns:
+    -1 if it is not found.
+  """
+  content, next_start = messages[index]['content'].strip(), len(text)
+  if index + 1 < len(messages):
+    next_start = _content_start(render, messages, index + 1, text)
+  end_text = _end_of_turn(render, messages[:index])
+  if content and end_text:
+    found_at = text.find(content + end_text, start, next_start)
+    if found_at >= 0:
+      return found_at + len(content) + len(end_text)
+  if not end_text.strip() or text.count(end_text, start, next_start) != 1:
     return -1
-  at = whole.find(tail, start)
-  # Without its thoughts, or with them: but the same answer.
-  text = whole[start:at].strip()
-  return at + len(tail) if text in content or content in text else -1
+  end = text.find(end_text, start)
+  # The template may have added or removed thoughts, but not other text.
+  answer = text[start:end].strip()
+  matches = answer in content or content in answer
+  return end + len(end_text) if matches else -1
 
 
-def _content(
-  render: Render, messages: Sequence[dict], place: int, whole: str
+def _content_start(
+  render: Render, messages: Sequence[dict], index: int, text: str
 ) -> int:
-  """The start of a turn's content: the first place that another content
-  changes."""
-  turn = messages[place]
+  """The start of a turn's content: the first character that changes with it."""
+  turn = messages[index]
   changed_messages = [*messages]
-  changed_messages[place] = {**turn, 'content': _BEGIN + turn['content']}
-  changed = render(changed_messages, False)
-  pairs = zip(whole, changed, strict=False)
+  changed_messages[index] = {**turn, 'content': _BEGIN + turn['content']}
+  changed_text = render(changed_messages, False)
+  pairs = zip(text, changed_text, strict=False)
   return next(
     (i for i, (x, y) in enumerate(pairs) if x != y),
-    min(len(whole), len(changed)),
+    min(len(text), len(changed_text)),
   )
 
 
-def _tail(render: Render, messages: Sequence[dict]) -> str:
-  """The text that ends an answer after these turns."""
+def _end_of_turn(render: Render, messages: Sequence[dict]) -> str:
+  """The text that the template writes after an answer to these turns."""
   answer = {'role': 'assistant', 'content': _BEGIN}
   return render([*messages, answer], False).rpartition(_BEGIN)[2]

@@ -16,8 +16,8 @@ _TOOLS = (
   'You may call these tools, each a JSON schema. To call one, answer with '
   '<tool_call>{"name": ..., "arguments": ...}</tool_call>.\n'
 )
-# By what templates name an answer's thoughts.
-_THOUGHTS = ('reasoning_content', 'thinking')
+# Names of an answer's thoughts in templates.
+_THOUGHT_KEYS = ('reasoning_content', 'thinking')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +62,9 @@ def render_chat(
   text = render(messages, False)
   if train_on == 'all':
     return RenderedChat(text, None)
-  if answer_spans.has_generation_marks(source):
-    whole_template = tokenizer.get_chat_template(template or None, tools=tools)
-    marked_template = answer_spans.show_marks(whole_template)
+  if answer_spans.has_generation_tags(source):
+    source = tokenizer.get_chat_template(template or None, tools=tools)
+    marked_template = answer_spans.mark_answers(source)
     render_marked = make_renderer(tokenizer, marked_template, tools)
     spans = answer_spans.marked_spans(render_marked(messages, False), text)
     if all(is_trained):
@@ -104,13 +104,13 @@ def template_source(tokenizer: Any, template: str) -> str:
 def template_messages(
   conversation: Conversation, template: str
 ) -> tuple[list[dict], Any]:
-  """(turns as the template reads them, tools).
+  """(messages, tools) for a template.
 
-  Where it has no words for calls or tools, they are written into the turns as
-  JSON.
+  Calls and tools are written into the messages as JSON if the template does not
+  render them.
 
   Raises:
-    BadRow: there are thoughts, and it has no words for them.
+    BadRow: there are thoughts, and the template does not render them.
   """
   turns, tools = list(conversation.turns), conversation.tools
   if tools and 'tools' not in template:
@@ -123,16 +123,16 @@ def template_messages(
 
 
 def _json(value: Any) -> str:
-  """As templates' `tojson` writes it: letters as they are."""
+  """JSON as of the templates' filter `tojson`, without ASCII escapes."""
   return json.dumps(value, ensure_ascii=False)
 
 
 def _message(turn: Turn, template: str) -> dict:
   message = {'role': turn.role, 'content': turn.content}
   if turn.thought:
-    # 'enable_thinking' is another thing.
+    # Not within 'enable_thinking'.
     names = (
-      name for name in _THOUGHTS if re.search(rf'(?<!\w){name}\b', template)
+      name for name in _THOUGHT_KEYS if re.search(rf'(?<!\w){name}\b', template)
     )
     name = next(names, None)
     if name is None:
@@ -149,33 +149,34 @@ def _message(turn: Turn, template: str) -> dict:
   if turn.calls and 'tool_calls' in template:
     message['tool_calls'] = [
       {k: v for k, v in call.items() if k == 'id'}
-      | {'type': 'function', 'function': _bare(call)}
+      | {'type': 'function', 'function': _without_id(call)}
       for call in turn.calls
     ]
   elif turn.calls:
-    calls = (f'<tool_call>{_json(_bare(c))}</tool_call>' for c in turn.calls)
+    calls = (
+      f'<tool_call>{_json(_without_id(c))}</tool_call>' for c in turn.calls
+    )
     message['content'] = '\n'.join([turn.content, *calls]).lstrip('\n')
   return message
 
 
-def _bare(call: dict) -> dict:
-  """A call without its id."""
+def _without_id(call: dict) -> dict:
   return {k: v for k, v in call.items() if k != 'id'}
 
 
 def make_renderer(tokenizer: Any, template: str, tools: Any) -> Render:
-  """Texts of messages by a template, whose failure is a bad row."""
+  """Makes a function that renders messages; errors become `BadRow`."""
 
-  def render(messages: Sequence[dict], begun: bool) -> str:
+  def render(messages: Sequence[dict], add_generation_prompt: bool) -> str:
     try:
       return tokenizer.apply_chat_template(
         list(messages),
         tools=tools,
         chat_template=template or None,
         tokenize=False,
-        add_generation_prompt=begun,
+        add_generation_prompt=add_generation_prompt,
       )
-    # A template is a program: there is no list of what it may raise.
+    # A template is a program, which may raise any exception.
     except Exception as e:
       reason = ' '.join(str(e).split()) or type(e).__name__
       raise BadRow(

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chat template that config.data names, as one Jinja text.
+"""Reads chat templates, and makes them write the same text every day.
 
-Templates may ask for the date (Llama 3's do), by `strftime_now`, so that a run
-that goes on another day would train on another text. A run keeps the date of
-its first start in config.data.date; generating and serving use today's, as
-these templates are meant.
+Some templates (Llama 3's) write today's date by `strftime_now`, so that a run
+resumed on another day would train on other text. A run keeps the date of its
+first start in config.data.date. Generating and serving use today's date.
 """
 
 import datetime
@@ -19,28 +18,27 @@ from moepeft.data.readers import READERS
 from moepeft.data.row_fields import BadRow
 from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 
-_CLOCK = 'strftime_now'
-# One text in quotes, so that nothing of an expression is taken for a format.
-_CALL = re.compile(
-  rf"""\b{_CLOCK}\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\)"""
+_DATE_FUNCTION = 'strftime_now'
+# A call with one string literal; a call with an expression does not match.
+_DATE_CALL = re.compile(
+  rf"""\b{_DATE_FUNCTION}\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\)"""
 )
 _COMMENT = re.compile(r'\{#.*?#\}', re.S)
-_DEFINED_TEST = re.compile(rf'\b{_CLOCK}\s+is\s+(not\s+)?defined\b')
-# Jinja's words that draw from Python's own generator, which no seed of ours
-# sets.
-_RANDOM = re.compile(
+_DEFINED_TEST = re.compile(rf'\b{_DATE_FUNCTION}\s+is\s+(not\s+)?defined\b')
+# Jinja's functions that use Python's global random generator.
+_RANDOM_TAG = re.compile(
   r'\|\s*random\b|\bfilter\s+random\b|\bmap\s*\(\s*["\']random["\']'
   r'|\blipsum\b'
 )
-# How Python writes a value that has no text, such as a method not called.
-_ADDRESS = re.compile(r'<[^<>]* at 0x[0-9a-f]+>')
+# The repr of a Python object, such as a method that is not called.
+_OBJECT_ADDRESS = re.compile(r'<[^<>]* at 0x[0-9a-f]+>')
 
 
 def read(path: str) -> str:
-  """The text of config.data.chat_template, '' where there is none.
+  """Reads the file config.data.chat_template; '' if there is none.
 
   Raises:
-    ValueError: it cannot be read.
+    ValueError: the file cannot be read.
   """
   if not path:
     return ''
@@ -50,7 +48,7 @@ def read(path: str) -> str:
 
 
 def template_source(tokenizer: Tokenizer, path: str) -> str:
-  """All that the template of a config may say; '' where there is none."""
+  """The Jinja source of all templates of a config; '' if there is none."""
   template = (
     tokenizer.tokenizer.chat_template
     if isinstance(tokenizer, HuggingFaceTokenizer)
@@ -62,14 +60,14 @@ def template_source(tokenizer: Tokenizer, path: str) -> str:
 
 def reads_clock(template: str) -> bool:
   """Whether a template writes the date."""
-  return _CLOCK in _DEFINED_TEST.sub('', _COMMENT.sub('', template))
+  return _DATE_FUNCTION in _DEFINED_TEST.sub('', _COMMENT.sub('', template))
 
 
 def parse_date(text: str) -> datetime.datetime:
-  """config.data.date as a date.
+  """Parses config.data.date.
 
   Raises:
-    ValueError: it is none.
+    ValueError: it is not a date.
   """
   try:
     return datetime.datetime.fromisoformat(text)
@@ -81,40 +79,38 @@ def parse_date(text: str) -> datetime.datetime:
 
 
 def fix_date(template: str, date: str) -> str:
-  """A template that writes a date wherever it asked for the day's.
+  """Replaces a template's calls for today's date by a fixed date.
 
   Args:
     date: config.data.date; '' leaves the template as it is.
 
   Raises:
-    ValueError: it is no date, or the template asks in a way that cannot be
-      replaced.
+    ValueError: it is not a date, or a call cannot be replaced.
   """
   if not date:
     return template
-  when = parse_date(date)
+  parsed_date = parse_date(date)
 
-  def written(call: re.Match) -> str:
-    literal = json.dumps(when.strftime(call[2]), ensure_ascii=False)
-    # A call may stand within {{ }}, so its text is an expression too.
+  def replace(call: re.Match) -> str:
+    literal = json.dumps(parsed_date.strftime(call[2]), ensure_ascii=False)
+    # A call is an expression within {{ }}, so its replacement is one, too.
     return f'({literal})'
 
-  fixed = _CALL.sub(written, template)
+  fixed = _DATE_CALL.sub(replace, template)
   if reads_clock(fixed):
     raise ValueError(
-      f'the chat template calls {_CLOCK} with a format that is no text in '
-      'quotes, so that its date cannot be kept for a run that goes on; name '
+      f'the chat template calls {_DATE_FUNCTION} with a format that is no text '
+      'in quotes, so that its date cannot be kept for a run that goes on; name '
       'another template with config.data.chat_template'
     )
   return fixed
 
 
 def with_date(config: ConfigDict, tokenizer: Tokenizer) -> ConfigDict:
-  """A config whose chat template writes the same date whenever it is read.
+  """Sets config.data.date to today, if it is empty and the template uses it.
 
   Args:
-    config: of a run; where config.data.date is empty and the template asks
-      for the date, it becomes today's.
+    config: a run's config.
   """
   data = config.data
   if data.date or not READERS.lookup(data.source).uses_chat_template:
@@ -129,10 +125,10 @@ def with_date(config: ConfigDict, tokenizer: Tokenizer) -> ConfigDict:
 def check_deterministic(template: str) -> None:
   """
   Raises:
-    ValueError: the template draws at random, so that a run that goes on would
-      train on another text.
+    ValueError: the template uses random numbers, so that a resumed run would
+      train on other text.
   """
-  word = _RANDOM.search(_COMMENT.sub('', template))
+  word = _RANDOM_TAG.search(_COMMENT.sub('', template))
   if word:
     raise ValueError(
       f'the chat template draws at random ({word[0]!r}), so that its text is '
@@ -144,13 +140,14 @@ def check_deterministic(template: str) -> None:
 def check_contents(text: str, contents: Iterable[str]) -> None:
   """
   Args:
-    text: what a template wrote of a conversation.
+    text: a rendered conversation.
     contents: the texts of the conversation.
 
   Raises:
-    BadRow: the template wrote an address, which is another one in each process.
+    BadRow: the template wrote a memory address, which differs between
+      processes.
   """
-  address = _ADDRESS.search(text)
+  address = _OBJECT_ADDRESS.search(text)
   if address and not any(address[0] in part for part in contents):
     raise BadRow(
       f'the chat template writes {address[0]!r} where a text should be, as '
@@ -160,13 +157,13 @@ def check_contents(text: str, contents: Iterable[str]) -> None:
 
 
 def set_chat_template(tokenizer: Tokenizer, path: str, system: str) -> None:
-  """Makes the template that a run was trained by the tokenizer's own.
+  """Sets a tokenizer's chat template to that of a run.
 
   Args:
     path, system: config.data.chat_template and config.data.system_prompt.
 
   Raises:
-    ValueError: it cannot be read.
+    ValueError: the template cannot be read.
   """
   if isinstance(tokenizer, HuggingFaceTokenizer):
     text = read(path) or tokenizer.tokenizer.chat_template
@@ -175,7 +172,7 @@ def set_chat_template(tokenizer: Tokenizer, path: str, system: str) -> None:
 
 
 def with_system(text: str, system: str) -> str:
-  """A template that puts a system's turn before conversations without one."""
+  """Makes a template that adds a system turn to conversations without one."""
   if not text or not system:
     return text
   literal = json.dumps(system, ensure_ascii=False)
@@ -183,6 +180,6 @@ def with_system(text: str, system: str) -> str:
   return (
     "{%- if not messages or messages[0]['role'] != 'system' -%}"
     f'{{%- set messages = {turn} + messages -%}}'
-    # The line's end is the block's: what stands first is as it was.
+    # Jinja drops the line break after a block.
     '{%- endif %}\n' + text
   )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of a conversation that a chat template leaves out.
+"""Checks which parts of a conversation a chat template leaves out.
 
-They are found by rendering made up conversations.
+It renders test conversations and searches the text for their parts.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
 
 _QUESTION, _ANSWER, _RESULT = 'Question7', 'Answer7', 'Result7'
-_TALK = (Turn('user', _QUESTION), Turn('assistant', _ANSWER))
+_CHAT = (Turn('user', _QUESTION), Turn('assistant', _ANSWER))
 _CALL = {'name': 'look', 'arguments': {'call': 'Called7'}}
 
 
@@ -20,30 +20,31 @@ def template_warnings(tokenizer: Any, template: str) -> tuple[str, ...]:
   """Warnings about a template, one line each.
 
   Args:
-    tokenizer: of Hugging Face; template: Jinja, '' for the tokenizer's own.
+    tokenizer: a Hugging Face tokenizer.
+    template: Jinja source; '' for the tokenizer's own template.
   """
   try:
     rendered = chat_render.render_chat(
-      Conversation(_TALK), tokenizer, 'answers', template
+      Conversation(_CHAT), tokenizer, 'answers', template
     )
     render = chat_render.make_renderer(tokenizer, template, None)
-    messages = chat_render.template_messages(Conversation(_TALK[:1]), template)[
+    messages = chat_render.template_messages(Conversation(_CHAT[:1]), template)[
       0
     ]
-    begun = render(messages, True) != render(messages, False)
+    has_prompt = render(messages, True) != render(messages, False)
   except BadRow:
-    # It wants other turns; rows say what is wrong with it, if anything is.
+    # It needs other turns; errors are reported with the rows.
     return ()
   lines = []
   start, end = rendered.spans[-1] if rendered.spans else (0, 0)
   text_before, _, text_after = rendered.text[start:end].partition(_ANSWER)
-  if not any(token in text_after for token in _ends(tokenizer)):
+  if not any(token in text_after for token in _special_tokens(tokenizer)):
     lines.append(
       'the chat template ends answers with no special token that is trained, '
       'so that the model does not learn to stop; name another with '
       'config.data.chat_template'
     )
-  if not begun and text_before.strip():
+  if not has_prompt and text_before.strip():
     lines.append(
       'the chat template does not heed add_generation_prompt: what begins an '
       f'answer, {text_before!r}, is trained and is for the model to write; '
@@ -52,7 +53,7 @@ def template_warnings(tokenizer: Any, template: str) -> tuple[str, ...]:
   return tuple(lines)
 
 
-def _ends(tokenizer: Any) -> Sequence[str]:
+def _special_tokens(tokenizer: Any) -> Sequence[str]:
   added = tokenizer.added_tokens_decoder.values()
   special = {token.content for token in added if token.special}
   return [*special, *tokenizer.all_special_tokens]
@@ -70,44 +71,43 @@ _TOOL = {
 _ID = 'abcdefgh7'
 
 
-def _answered(*calls: dict) -> tuple[Turn, ...]:
-  """A talk in which a tool is called and answers."""
+def _tool_chat(*calls: dict) -> tuple[Turn, ...]:
+  """A conversation with a tool's calls and its result."""
   result = Turn('tool', _RESULT, name='look', call_id=_ID)
-  return _TALK[0], Turn('assistant', '', list(calls)), result, _TALK[1]
+  return _CHAT[0], Turn('assistant', '', list(calls)), result, _CHAT[1]
 
 
-# What a conversation may have besides turns of a user and an assistant: a
-# talk that has it, and a word that its text must hold.
+# Feature -> a conversation that has it, and a word that its text must contain.
 _FEATURES: dict[str, tuple[Conversation, str]] = {
   name: (Conversation(turns, tools), word)
   for name, turns, word, tools in (
-    ("a system's turn", (Turn('system', 'System7'), *_TALK), 'System7', None),
-    ('tools', _TALK, 'Tool7', [_TOOL]),
-    ('a call of a tool', _answered(_CALL), 'Called7', None),
-    ('several calls at once', _answered(_CALL, _OTHER_CALL), 'seek', None),
-    ("a tool's turn", _answered(_CALL), _RESULT, None),
-    ('the id of a call', _answered(_CALL | {'id': _ID}), _ID, None),
+    ("a system's turn", (Turn('system', 'System7'), *_CHAT), 'System7', None),
+    ('tools', _CHAT, 'Tool7', [_TOOL]),
+    ('a call of a tool', _tool_chat(_CALL), 'Called7', None),
+    ('several calls at once', _tool_chat(_CALL, _OTHER_CALL), 'seek', None),
+    ("a tool's turn", _tool_chat(_CALL), _RESULT, None),
+    ('the id of a call', _tool_chat(_CALL | {'id': _ID}), _ID, None),
     (
       'an answer beside a call',
-      (_TALK[0], Turn('assistant', _ANSWER, [_CALL])),
+      (_CHAT[0], Turn('assistant', _ANSWER, [_CALL])),
       _ANSWER,
       None,
     ),
     (
       'a call beside an answer',
-      (_TALK[0], Turn('assistant', _ANSWER, [_CALL])),
+      (_CHAT[0], Turn('assistant', _ANSWER, [_CALL])),
       'Called7',
       None,
     ),
     (
       "a user's name",
-      (Turn('user', _QUESTION, name='Name7'), _TALK[1]),
+      (Turn('user', _QUESTION, name='Name7'), _CHAT[1]),
       'Name7',
       None,
     ),
     (
       "an assistant's name",
-      (_TALK[0], Turn('assistant', _ANSWER, name='Name7')),
+      (_CHAT[0], Turn('assistant', _ANSWER, name='Name7')),
       'Name7',
       None,
     ),
@@ -121,19 +121,18 @@ def dropped_features(tokenizer: Any, template: str) -> frozenset[str]:
   for feature, (conversation, word) in _FEATURES.items():
     try:
       messages, tools = chat_render.template_messages(conversation, source)
-      whole = chat_render.make_renderer(tokenizer, template, tools)(
-        messages, False
-      )
+      render = chat_render.make_renderer(tokenizer, template, tools)
+      text = render(messages, False)
     except BadRow:
-      # It refuses them: each row is told so.
+      # The template raises an error, which is reported with the rows.
       continue
-    if word.lower() not in whole.lower():
+    if word.lower() not in text.lower():
       missing.add(feature)
   return frozenset(missing)
 
 
 def _features(conversation: Conversation) -> set[str]:
-  """The `_FEATURES` that a conversation has and cannot be without."""
+  """The `_FEATURES` of a conversation that a template must render."""
   features = {'tools'} if conversation.tools else set()
   for turn in conversation.turns:
     if turn.role in ('system', 'tool'):
@@ -154,13 +153,13 @@ def _features(conversation: Conversation) -> set[str]:
 
 def _in_order(conversation: Conversation) -> bool:
   """Whether tools answer calls in the order in which they were called."""
-  waiting: list[str] = []
+  pending_ids: list[str] = []
   for turn in conversation.turns:
     if turn.calls:
-      waiting = [call.get('id', '') for call in turn.calls]
-    elif turn.role == 'tool' and waiting:
-      due = waiting.pop(0)
-      if turn.call_id and due and turn.call_id != due:
+      pending_ids = [call.get('id', '') for call in turn.calls]
+    elif turn.role == 'tool' and pending_ids:
+      expected = pending_ids.pop(0)
+      if turn.call_id and expected and turn.call_id != expected:
         return False
   return True
 
@@ -171,7 +170,7 @@ def check_features(conversation: Conversation, missing: frozenset[str]) -> None:
     missing: the result of `dropped_features`.
 
   Raises:
-    BadRow: the conversation has what the template leaves out.
+    BadRow: the conversation has a feature that the template leaves out.
   """
   dropped = sorted(_features(conversation) & missing) if missing else []
   if dropped:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of Hugging Face `datasets`: a name on the hub, or local files.
+"""Reads rows of Hugging Face `datasets`: a name on the hub, or local files.
 
-Rows have `inputs` and `targets` (and what else `moepeft.data.example` knows),
-or any columns, which templates then put into words. Tables stay on disk; JSON
-is read here, so that a broken line has a number and can be left out.
+Rows have `inputs` and `targets` (and the other fields of
+`moepeft.data.example`), or any columns that templates render. Tables stay on
+disk. JSON is parsed here, so that errors name a line and bad lines can be
+skipped.
 """
 
 import functools
@@ -19,11 +20,11 @@ from moepeft.data.readers import csv_table, jsonl_rows, promptsource, splits
 from moepeft.data.row_fields import UnusedFields, join_names
 from moepeft.tasks import Example
 
-# What `datasets` calls the readers of files, by the files' endings.
+# File ending -> the name of the reader in `datasets`.
 _READERS = {'parquet': 'parquet', 'arrow': 'arrow'}
-# Read here: `datasets` would infer numbers, dates and nulls from texts.
-_JSON = ('json', 'jsonl')
-_READ_HERE = (*_JSON, 'csv')
+# Endings of files that are parsed here, as `datasets` infers numbers, dates and
+# nulls from texts.
+_PARSED_HERE = ('json', 'jsonl', 'csv')
 
 
 def read(
@@ -34,25 +35,25 @@ def read(
   seed: int = 0,
   ignore: str = '',
 ) -> ExampleRows:
-  """All examples of a dataset's split; made when they are asked for.
+  """The examples of a dataset's split, which are made on access.
 
   Args:
     path: a .json, .jsonl, .csv, .parquet or .arrow file, a directory of them,
-      or one of `save_to_disk`; else a name on the hub, with its configuration
-      after a slash: 'imdb', 'glue/mrpc', 'nyu-mll/glue/mrpc'.
-    split: of the dataset, 'train' or 'train[:10%]'. A file, and a directory
-      that holds one saved split of no name, has all in 'train'.
+      or a directory of `save_to_disk`; else a name on the hub, with its
+      configuration after a slash: 'imdb', 'glue/mrpc', 'nyu-mll/glue/mrpc'.
+    split: 'train' or 'train[:10%]'. A single file, or a directory with one
+      saved split without a name, is the split 'train'.
     templates: a templates.yaml or a directory of them, see
-      `moepeft.data.readers.promptsource.group`; '' where rows have inputs and
-      targets.
-    on_bad_row: 'error', or 'skip': left out, with the reason in
-      `Rows.skipped`.
-    seed: of what templates draw.
-    ignore: fields that may be left unused, of config.data.ignore_fields.
+      `moepeft.data.readers.promptsource.find_templates`; '' if rows have inputs
+      and targets.
+    on_bad_row: 'error', or 'skip' to leave bad rows out; see
+      `ExampleRows.skipped`.
+    seed: of the templates' random choices.
+    ignore: config.data.ignore_fields.
 
   Raises:
-    ValueError: what cannot be found or read, a split that is not there, bad
-      rows; the message names the path and the row.
+    ValueError: the data cannot be found or read, the split does not exist, or a
+      row is bad; the message names the path and the row.
   """
   bad = BadRows(on_bad_row, ignore)
   table, where = open_table(path, split, bad)
@@ -61,23 +62,25 @@ def read(
     group = promptsource.find_templates(templates, name)
     return promptsource.render_templates(group, table, bad, where, seed)
   _check_columns(path, table)
-  make = functools.partial(_plain, promptsource.p3_name(name), bad.unused)
-  return example_lib.lazy_examples(path, table, (make,), where, bad)
+  example_fn = functools.partial(
+    _make_example, promptsource.p3_name(name), bad.unused
+  )
+  return example_lib.lazy_examples(path, table, (example_fn,), where, bad)
 
 
 def _name(path: str) -> str:
-  """The dataset's name: of the hub as it is, of a file without its ending."""
+  """The dataset's name: its name on the hub, or a file's without ending."""
   if not os.path.exists(files.local_path(path)):
     return path
   return os.path.basename(os.path.abspath(path)).split('.')[0]
 
 
-def _plain(
-  name: str, unused: UnusedFields, row: Mapping, place: int
+def _make_example(
+  name: str, unused: UnusedFields, row: Mapping, index: int
 ) -> Example:
-  # A table has no absent fields: they are None there.
+  # Tables have null for absent fields.
   values = {k: v for k, v in row.items() if v is not None}
-  return example_lib.parse_example({'idx': place} | values, name, unused=unused)
+  return example_lib.parse_example({'idx': index} | values, name, unused=unused)
 
 
 def _check_columns(path: str, table: Sequence[Mapping]) -> None:
@@ -96,92 +99,92 @@ def _check_columns(path: str, table: Sequence[Mapping]) -> None:
 def open_table(
   path: str, split: str, bad: BadRows
 ) -> tuple[Sequence[Mapping], Callable[[int], str]]:
-  """Rows by place as they stand, and a place in words.
+  """(raw rows, function from a row's index to its file and line).
 
-  Args: as of `read`.
+  Args: as for `read`.
 
   Raises:
-    ValueError: as `read`.
+    ValueError: as for `read`.
   """
   local = files.local_path(path)
   files.check_file(local)
-  if os.path.isfile(local) and fingerprint.file_ending(local) in _READ_HERE:
+  if os.path.isfile(local) and fingerprint.file_ending(local) in _PARSED_HERE:
     if splits.split_name(split) != 'train':
       raise ValueError(
         f"{path} is one file, whose rows are the split 'train'; got {split!r}"
       )
-    return _table([local], path, split, bad)
+    return _parse_files([local], path, split, bad)
   if os.path.isdir(local) and not splits.lists_its_files(local):
-    of_split = splits.split_files(path, local, split, bad)
-    here = {fingerprint.file_ending(file) in _READ_HERE for file in of_split}
-    if here == {True}:
-      return _table(of_split, path, split, bad)
-    kinds = sorted(set(map(fingerprint.file_ending, of_split)))
-    if len(kinds) > 1:
+    split_files = splits.split_files(path, local, split, bad)
+    endings = sorted(set(map(fingerprint.file_ending, split_files)))
+    if set(endings) <= set(_PARSED_HERE):
+      return _parse_files(split_files, path, split, bad)
+    if len(endings) > 1:
       raise splits.split_error(
-        path, split, f'its files are of several kinds: {", ".join(kinds)}'
+        path, split, f'its files are of several kinds: {", ".join(endings)}'
       )
-    table = _load(path, local, split, of_split)
+    table = _load(path, local, split, split_files)
   else:
     table = _load(path, local, split)
-  return table, lambda place: f'{path}, {split}, row {place}'
+  return table, lambda index: f'{path}, {split}, row {index}'
 
 
 def fills_missing_fields(table: Sequence[Mapping]) -> bool:
-  """Whether each object in a table has the fields of all others, as null."""
+  """Whether a table has null for the fields that a row lacks."""
   return hasattr(table, 'features')
 
 
 def without_nulls(value: Any) -> Any:
-  """A value of such a table with the fields that it was written with."""
+  """Removes fields that are null, at any depth."""
   if isinstance(value, Mapping):
     return {k: without_nulls(v) for k, v in value.items() if v is not None}
   return [*map(without_nulls, value)] if isinstance(value, list) else value
 
 
-def _table(
-  of_split: Sequence[str], path: str, split: str, bad: BadRows
+def _parse_files(
+  split_files: Sequence[str], path: str, split: str, bad: BadRows
 ) -> tuple[Sequence[Mapping], Callable[[int], str]]:
-  """The rows of files of JSON and CSV, one file after the other."""
-  places, table = [], []
-  for file in of_split:
-    where, part = (
+  """`open_table` of JSON and CSV files, whose rows are concatenated."""
+  locations, table = [], []
+  for file in split_files:
+    file_locations, rows = (
       csv_table.read(file, bad)
       if fingerprint.file_ending(file) == 'csv'
       else read_json_rows(file, bad)
     )
-    places += where
-    # One file of CSV stays as it is, which takes less memory.
-    table = part if len(of_split) == 1 else [*table, *part]
-  chosen = splits.split_slice(path, split, len(places))
-  return table[chosen], places[chosen].__getitem__
+    locations += file_locations
+    # The rows of a single CSV file stay a table, which needs less memory.
+    table = rows if len(split_files) == 1 else [*table, *rows]
+  split_slice = splits.split_slice(path, split, len(locations))
+  return table[split_slice], locations[split_slice].__getitem__
 
 
 def read_json_rows(file: str, bad: BadRows) -> tuple[list[str], list[dict]]:
-  """(where, rows) of lines of objects, or of one array of them."""
-  if fingerprint.file_ending(file) == 'json' and _begins(file).startswith(b'['):
-    return _array(file, bad)
+  """(file and line of each row, rows) of JSON lines or of one array."""
+  if fingerprint.file_ending(file) == 'json' and _first_bytes(file).startswith(
+    b'['
+  ):
+    return _parse_array(file, bad)
   if fingerprint.file_ending(file) == 'json':
-    _check_lines(file)
+    _check_not_one_object(file)
   located = list(jsonl_rows.read_lines(file, bad))
   return [where for where, _ in located], [row for _, row in located]
 
 
-def _check_lines(file: str) -> None:
-  """Looks whether a .json holds one object on several lines.
-
+def _check_not_one_object(file: str) -> None:
+  """
   Raises:
-    ValueError: it does.
+    ValueError: a .json file is one object on several lines.
   """
   try:
     with fingerprint.open_data_file(file) as stream:
       first = stream.readline()
-      # All but '{' of a row on one line is on that line.
+      # A row on one line has more than '{' on it.
       if first.decode('utf-8-sig').strip() != '{':
         return
       value_by_key = untrusted.parse_json(first + stream.read())
   except (ValueError, OSError):
-    # Whoever reads it says what is wrong.
+    # The reader of the file raises an error.
     return
   lists = [
     key for key, value in value_by_key.items() if isinstance(value, list)
@@ -197,13 +200,13 @@ def _check_lines(file: str) -> None:
   )
 
 
-def _begins(file: str) -> bytes:
-  """The start of a file, without blanks and byte order mark."""
+def _first_bytes(file: str) -> bytes:
+  """The first bytes of a file, without white space and byte order mark."""
   with fingerprint.open_data_file(file) as stream:
     return stream.read(64).lstrip(b'\xef\xbb\xbf \t\r\n')
 
 
-def _array(file: str, bad: BadRows) -> tuple[list[str], list[dict]]:
+def _parse_array(file: str, bad: BadRows) -> tuple[list[str], list[dict]]:
   try:
     with fingerprint.open_data_file(file) as stream:
       text = stream.read()
@@ -213,38 +216,39 @@ def _array(file: str, bad: BadRows) -> tuple[list[str], list[dict]]:
       f'{file} cannot be read as one array of JSON ({e}); mend the file, or '
       'write one object a line'
     ) from None
-  places, table, torn = [], [], jsonl_rows.SURROGATE_ESCAPE.search(text)
+  locations, table = [], []
+  has_surrogates = jsonl_rows.SURROGATE_ESCAPE.search(text)
   for i, item in enumerate(items):
     where = f'{file}, row {i}'
     try:
       if not isinstance(item, dict):
         raise BadRow('expected an object {...}; mend or remove it')
-      if torn:
+      if has_surrogates:
         example_lib.check_surrogates(item)
-      places.append(where)
+      locations.append(where)
       table.append(item)
     except BadRow as e:
       bad(where, e)
-  return places, table
+  return locations, table
 
 
 def _load(
-  path: str, local: str, split: str, of_split: Sequence[str] = ()
+  path: str, local: str, split: str, split_files: Sequence[str] = ()
 ) -> Sequence[Mapping]:
-  """A split as a `datasets.Dataset`, whatever goes wrong in one sentence.
+  """Loads a split as a `datasets.Dataset`; any error becomes a ValueError.
 
   Args:
-    of_split: the split's files, where they are known.
+    split_files: the split's files, if they are known.
   """
-  # Imported here: it costs a second, and most runs need none of it.
+  # Imported here, as the import takes a second and most runs do not need it.
   import datasets
 
   try:
     if not os.path.exists(local):
       return _remote(path, split)
-    if of_split:
-      reader = _READERS[fingerprint.file_ending(of_split[0])]
-      by_name = {splits.split_name(split): list(of_split)}
+    if split_files:
+      reader = _READERS[fingerprint.file_ending(split_files[0])]
+      by_name = {splits.split_name(split): list(split_files)}
       return datasets.load_dataset(reader, data_files=by_name, split=split)
     if os.path.isdir(local):
       files.check_files(local)
@@ -252,7 +256,7 @@ def _load(
         return _saved(datasets.load_from_disk(local), path, split)
       return datasets.load_dataset(local, split=split)
     if fingerprint.file_ending(local) not in _READERS:
-      endings = ', .'.join((*_READ_HERE, *_READERS))
+      endings = ', .'.join((*_PARSED_HERE, *_READERS))
       raise ValueError(f'expected one of .{endings}')
     reader = _READERS[fingerprint.file_ending(local)]
     return datasets.load_dataset(reader, data_files=local, split=split)
@@ -269,11 +273,11 @@ def _load(
 
 
 def _remote(path: str, split: str) -> Sequence[Mapping]:
-  """A name on the hub: all of it a repository, or its last part a config."""
+  """Loads a name on the hub: a repository, or a repository and a config."""
   import datasets
 
   parts = path.split('/')
-  if fingerprint.file_ending(path) in (*_READ_HERE, *_READERS):
+  if fingerprint.file_ending(path) in (*_PARSED_HERE, *_READERS):
     raise ValueError('no such file')
   if path.startswith(('.', '~', '/')) or len(parts) > 3:
     raise ValueError('no such path, and no name on the hub')
@@ -288,7 +292,7 @@ def _remote(path: str, split: str) -> Sequence[Mapping]:
 
 
 def _saved(dataset, path: str, split: str) -> Sequence[Mapping]:
-  """One split of what save_to_disk wrote."""
+  """Selects a split of a dataset that save_to_disk wrote."""
   if isinstance(dataset, dict):
     if split not in dataset:
       raise ValueError(f'it holds the splits {", ".join(dataset)}')

@@ -26,9 +26,9 @@ def read(
   Args:
     path: a file or a directory.
     ranked: whether every row must have choices and a label.
-    on_bad_row: 'error', or 'skip': it is left out, and `Rows.skipped` has the
-      reason. A compressed file that ends early is an error in any case.
-    ignore: fields that may be left unused, of config.data.ignore_fields.
+    on_bad_row: 'error', or 'skip' to leave bad rows out; see
+      `ExampleRows.skipped`. A truncated compressed file is always an error.
+    ignore: config.data.ignore_fields.
 
   Raises:
     ValueError: nothing there, no good rows, or a row that is not of the form;

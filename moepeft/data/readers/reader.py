@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DataReader: an entry of READERS, a function that opens data, and facts."""
+"""DataReader: an entry of READERS, which opens a kind of training data."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,12 +16,12 @@ class ReadContext:
   """The settings outside config.data that a reader may need.
 
   Attributes:
-    seed: config.seed, of the order and of all that is drawn.
-    collator: of the model's batches; None where rows are read without a model.
-    shard: (this host, number of hosts). Random-access data are divided by
-      host later, so only a reader of a stream looks at it.
-    vocab_size: of the model; token ids that a source brings must be below it.
-      0 for no check.
+    seed: config.seed, the seed of the order and of all random choices.
+    collator: the model's collator; None if rows are read without a model.
+    shard: (this host, number of hosts). Only streams use it, as random-access
+      data are sharded by the loader.
+    vocab_size: the size of the model's vocabulary, which a source's token ids
+      must be below; 0 for no check.
   """
 
   seed: int
@@ -36,19 +36,19 @@ class DataReader:
 
   Attributes:
     open: (config.data, context) -> TrainingData. It raises a ValueError of one
-      sentence where the data cannot be used.
-    config_keys: the keys of the config that it reads, 'data.path'. A key that
-      other readers read and this one does not is refused when it is set.
-    architecture: of the models that it has data for: 'encoder-decoder',
-      'decoder' or 'any'.
-    batches: the kinds of objectives' batches that it has rows for: 'single',
-      'pair' or 'judged'.
-    files: the kind of files that data.path names, which a run hashes; None
-      where it names no local files.
-    has_separator: whether inputs and targets are joined by a separator, so
-      that generation puts it behind a prompt.
-    evaluates_tasks: whether config.evaluation.tasks names what a run is
-      evaluated on, rather than held-out rows.
+      sentence if the data cannot be used.
+    config_keys: the config keys that it reads, such as 'data.path'. A key that
+      only other readers read may not be set.
+    architecture: 'encoder-decoder', 'decoder' or 'any', the models that it has
+      data for.
+    batches: 'single', 'pair' or 'judged', the kinds of batches that it has rows
+      for.
+    files: the kind of files that data.path names, which a run hashes; None if
+      it names no local files.
+    has_separator: whether a separator joins inputs and targets, so that
+      generation adds it to prompts.
+    evaluates_tasks: whether a run is evaluated on config.evaluation.tasks, not
+      on held-out rows.
     is_seeded: whether the held-out rows depend on config.seed.
   """
 
@@ -63,7 +63,7 @@ class DataReader:
 
   @property
   def uses_chat_template(self) -> bool:
-    """Whether rows are written by a chat template, if there is one."""
+    """Whether rows are rendered by the chat template, if there is one."""
     return 'data.chat_template' in self.config_keys
 
   @property
@@ -73,5 +73,5 @@ class DataReader:
 
   @property
   def takes_replay(self) -> bool:
-    """Whether plain text can be mixed in by config.data.replay."""
+    """Whether config.data.replay can mix plain text in."""
     return 'data.replay' in self.config_keys

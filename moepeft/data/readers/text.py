@@ -26,9 +26,9 @@ def open_text(data: ConfigDict, context: ReadContext) -> TrainingData:
   train, held_out = chunks.split(data.validation_fraction)
   name = path_name(data.path)
   return TrainingData(
-    train=chunks.prepared(mixing.mix({name: train}, {}, seed), seed),
+    train=chunks.random_items(mixing.mix({name: train}, {}, seed), seed),
     shares={name: 1.0},
-    held_out=chunks.fixed(held_out, seed),
+    held_out=held_out.fixed_items(seed),
     notes=chunks.notes,
   )
 

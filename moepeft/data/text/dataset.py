@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain text cut into pieces, and what is predicted of each.
+"""Splits plain text into chunks, and makes training items of them.
 
-Documents follow one another, each with EOS at its end (and, where a decoder
-reads them, with what the tokenizer begins texts with before it, if anything),
-and are cut wherever a row is full; where rows are packed, every document is cut
-by itself, and nothing sees another document.
+Documents are concatenated, each with EOS after it and, for a decoder, BOS
+before it if the tokenizer has one. The result is split into chunks of a row's
+length. With packing, each document is split by itself, so that no row attends
+to two documents.
 """
 
 import dataclasses
@@ -22,75 +22,81 @@ from moepeft.data.text import documents, span_corruption
 from moepeft.data.text.documents import Document
 from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 
-PREDICT = ('next', 'spans', 'prefix')
-# (ids, what is drawn from) -> a Sample, or a pair of ids.
-Make = Callable[[np.ndarray, np.random.Generator], Any]
+PRETRAINING_OBJECTIVES = ('next', 'spans', 'prefix')
+# (ids of a chunk, random generator) -> a Sample, or a pair of ids.
+ItemFn = Callable[[np.ndarray, np.random.Generator], Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextChunks(Sequence):
-  """Pieces of text as ids.
+  """Chunks of tokenized text.
 
   Attributes:
     ids: int32 [tokens].
-    bounds: int64 [pieces, 2], where each begins and ends.
-    make: what is predicted of one.
+    bounds: int64 [chunks, 2], start and end of each chunk in `ids`.
+    make: makes a training item of a chunk.
     notes: lines for the user.
   """
 
   ids: np.ndarray
   bounds: np.ndarray
-  make: Make
+  make: ItemFn
   notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.bounds)
 
-  def __getitem__(self, place: int) -> np.ndarray:
-    start, end = self.bounds[place]
+  def __getitem__(self, index: int) -> np.ndarray:
+    start, end = self.bounds[index]
     return self.ids[start:end]
 
   def split(self, held_out: float) -> tuple['TextChunks', 'TextChunks']:
-    """(training, validation): the last `held_out` of the pieces.
+    """Splits the chunks into (training, validation), the last chunks.
+
+    Args:
+      held_out: the validation chunks' share.
 
     Raises:
-      ValueError: nothing is left to train on.
+      ValueError: no chunk is left to train on.
     """
     cut = len(self) - int(round(len(self) * held_out))
     if not cut:
       raise ValueError(f'held_out={held_out} leaves no text to train on')
-    parts = self.bounds[:cut], self.bounds[cut:]
-    train, rest = (dataclasses.replace(self, bounds=part) for part in parts)
-    return train, rest
+    return (
+      dataclasses.replace(self, bounds=self.bounds[:cut]),
+      dataclasses.replace(self, bounds=self.bounds[cut:]),
+    )
 
-  def prepared(self, drawn: grain.MapDataset, seed: int) -> grain.MapDataset:
-    """Training items of the chunks, drawn anew at each place."""
+  def random_items(
+    self, chunks: grain.MapDataset, seed: int
+  ) -> grain.MapDataset:
+    """Makes an item of each chunk, with another random generator each time."""
     make = self.make
 
-    def prepare(place: int, ids: np.ndarray):
-      return make(ids, np.random.default_rng((seed, 1, place)))
+    def make_item(index: int, ids: np.ndarray):
+      return make(ids, np.random.default_rng((seed, 1, index)))
 
-    return drawn.map_with_index(prepare)
+    return chunks.map_with_index(make_item)
 
-  def fixed(self, held_out: 'TextChunks', seed: int) -> list:
-    """An item of each held-out chunk, the same every time."""
+  def fixed_items(self, seed: int) -> list:
+    """Makes an item of each chunk, the same at each call."""
     return [
       self.make(ids, np.random.default_rng((seed, 2, i)))
-      for i, ids in enumerate(held_out)
+      for i, ids in enumerate(self)
     ]
 
 
 def read_chunks(
-  data: ConfigDict, collator: Collator, path: str, below: int = 0
+  data: ConfigDict, collator: Collator, path: str, vocab_size: int = 0
 ) -> TextChunks:
-  """The text under a path, cut up for a form as config.data says.
+  """Reads the text under a path and splits it into a collator's chunks.
 
   Args:
-    below: the size of the model's vocabulary, at whose end sentinels are
-      where the vocabulary is of bytes.
+    vocab_size: the size of the model's vocabulary, whose last ids are the
+      sentinels of a tokenizer of bytes.
 
   Raises:
-    ValueError: no text is there, or the model cannot predict it that way.
+    ValueError: there is no text, or config.data does not go with the model.
   """
   texts, bad = documents.read_documents(
     path, data.on_bad_row, data.ignore_fields
@@ -104,7 +110,7 @@ def read_chunks(
     else []
   )
   notes += bad.notes(path)
-  length, make = chunk_maker(data, collator, below)
+  length, make = chunk_maker(data, collator, vocab_size)
   texts, filter_notes = documents.filter_documents(
     texts, data.quality_filters, data.dedup_threshold
   )
@@ -114,13 +120,14 @@ def read_chunks(
   )
   if not collator.packed:
     encoded = [np.concatenate(encoded)]
+  # The first token of a chunk is not predicted in next-token prediction, so it
+  # is the last token of the chunk before.
+  step = length - 1 if data.pretraining_objective == 'next' else length
   starts = np.cumsum([0, *map(len, encoded)])
   bounds = [
-    (start + at, min(start + at + length, start + len(ids)))
+    (start + offset, min(start + offset + length, start + len(ids)))
     for start, ids in zip(starts, encoded, strict=False)
-    # A piece begins with the token that the one before ended with, where all
-    # but the first of each are predicted.
-    for at in range(0, len(ids) - 1, _step(data, collator, length))
+    for offset in range(0, len(ids) - 1, step)
   ]
   ids = np.concatenate(encoded)
   notes.append(
@@ -130,48 +137,44 @@ def read_chunks(
   return TextChunks(ids, np.array(bounds, np.int64), make, tuple(notes))
 
 
-def _step(data: ConfigDict, collator: Collator, length: int) -> int:
-  return length - 1 if data.pretraining_objective == 'next' else length
-
-
 def encode_documents(
-  tokenizer: Tokenizer, texts: Sequence[Document], begun: bool = False
+  tokenizer: Tokenizer, texts: Sequence[Document], add_bos: bool = False
 ) -> list[np.ndarray]:
-  """int32 [n] of each document: its text, passages and all, and EOS.
+  """Tokenizes documents: int32 [n] each, with EOS.
 
   Args:
-    begun: whether what the tokenizer begins texts with comes before it.
+    add_bos: whether to add BOS, if the tokenizer has one.
   """
-  start = [tokenizer.bos] if begun and tokenizer.bos is not None else []
-  every = tokenizer.encode_all(
+  bos = [tokenizer.bos] if add_bos and tokenizer.bos is not None else []
+  eos = [require_eos(tokenizer)]
+  encoded = tokenizer.encode_all(
     [document.separator.join(document.passages) for document in texts]
   )
-  ends = np.array(start, np.int32), np.array([require_eos(tokenizer)], np.int32)
   return [
-    np.concatenate([ends[0], np.asarray(ids, np.int32), ends[1]])
-    for ids in every
+    np.concatenate([np.asarray(x, np.int32) for x in (bos, ids, eos)])
+    for ids in encoded
   ]
 
 
 def chunk_maker(
-  data: ConfigDict, collator: Collator, below: int
-) -> tuple[int, Make]:
+  data: ConfigDict, collator: Collator, vocab_size: int
+) -> tuple[int, ItemFn]:
   """(tokens of a chunk, function that makes an item of it), by config.data.
 
   Raises:
-    ValueError: there is no such way, or the model has not.
+    ValueError: config.data.pretraining_objective is unknown, or does not go
+      with the model.
   """
-  decoder = isinstance(collator, CausalCollator)
-  if data.pretraining_objective not in PREDICT:
+  if data.pretraining_objective not in PRETRAINING_OBJECTIVES:
     raise ValueError(
-      f'config.data.pretraining_objective is one of {", ".join(PREDICT)}; got '
-      f'{data.pretraining_objective!r}'
+      'config.data.pretraining_objective is one of '
+      f'{", ".join(PRETRAINING_OBJECTIVES)}; got {data.pretraining_objective!r}'
     )
   if data.pretraining_objective == 'spans':
-    return _spans(data, collator, below)
+    return _span_corruption(data, collator, vocab_size)
   if data.pretraining_objective == 'prefix':
-    return _prefix(collator)
-  if not decoder:
+    return _prefix_lm(collator)
+  if not isinstance(collator, CausalCollator):
     raise ValueError(
       "config.data.pretraining_objective='next' is of decoder-only models; "
       "set it to 'spans' or 'prefix' for an encoder-decoder"
@@ -181,40 +184,37 @@ def chunk_maker(
   )
 
 
-def _prefix(collator: Collator) -> tuple[int, Make]:
-  """The continuation of a prefix whose length is drawn.
+def _prefix_lm(collator: Collator) -> tuple[int, ItemFn]:
+  """The targets are the continuation of a prefix of random length.
 
-  An encoder sees all of the prefix at once. A decoder reads it causally, as it
-  reads prompts when it generates: only what is trained differs from 'next'. The
-  prefix LM of arXiv:1910.10683, section 3.2.1, is bidirectional there.
+  An encoder attends to the prefix in both directions, as in the prefix LM of
+  arXiv:1910.10683, section 3.2.1. A decoder attends causally, as it does to
+  prompts, so that only the loss mask differs from 'next'.
   """
   if isinstance(collator, CausalCollator):
 
-    def sample(ids, rng):
+    def make_sample(ids, rng):
       cut = rng.integers(1, len(ids))
       return decoder_only.make_sample(ids[:cut], ids[cut:])
 
-    return collator.max_lengths[0] + 1, sample
-  most, answer = collator.max_lengths
-  end = np.int32(require_eos(collator.tokenizer))
+    return collator.max_lengths[0] + 1, make_sample
+  inputs_length, targets_length = collator.max_lengths
+  eos = np.int32(require_eos(collator.tokenizer))
 
-  def pair(ids, rng):
-    # The suffix fits its side, and neither is empty.
-    cut = rng.integers(max(1, len(ids) - answer + 1), len(ids))
-    return np.append(ids[:cut], end), np.append(ids[cut:], end)
+  def make_pair(ids, rng):
+    # Neither part is empty, and the targets fit.
+    cut = rng.integers(max(1, len(ids) - targets_length + 1), len(ids))
+    return np.append(ids[:cut], eos), np.append(ids[cut:], eos)
 
-  return most, pair
+  return inputs_length, make_pair
 
 
-def _spans(
-  data: ConfigDict, collator: Collator, below: int
-) -> tuple[int, Make]:
-  """Hidden spans given the rest; a decoder reads both in one row."""
-  noise, span, eos = (
-    data.noise_density,
-    data.mean_noise_span_length,
-    require_eos(collator.tokenizer),
-  )
+def _span_corruption(
+  data: ConfigDict, collator: Collator, vocab_size: int
+) -> tuple[int, ItemFn]:
+  """The targets are the noise spans; a decoder has both in one row."""
+  noise, span = data.noise_density, data.mean_noise_span_length
+  eos = require_eos(collator.tokenizer)
   if not 0 < noise < 1 or span < 1:
     raise ValueError(
       'config.data.noise_density is a share of the tokens, above 0 and below '
@@ -222,20 +222,24 @@ def _spans(
       f'got {noise} and {span}'
     )
   if isinstance(collator, CausalCollator):
-    most = collator.max_lengths[0] + 1
-    length = span_corruption.max_length(lambda x, y: x + y <= most, noise, span)
+    max_length = collator.max_lengths[0] + 1
+    length = span_corruption.max_length(
+      lambda x, y: x + y <= max_length, noise, span
+    )
   else:
-    most, targets_length = collator.max_lengths
-    length = span_corruption.max_length(lambda x, y: x <= most, noise, span)
+    inputs_length, targets_length = collator.max_lengths
+    length = span_corruption.max_length(
+      lambda x, y: x <= inputs_length, noise, span
+    )
     needed = span_corruption.sizes(length, noise, span)[1]
     if needed > targets_length:
       raise ValueError(
-        f'spans of {most} inputs have {needed} targets '
+        f'spans of {inputs_length} inputs have {needed} targets '
         f'(config.data.noise_density={noise}, '
         f'config.data.mean_noise_span_length={span}); set '
         f'config.data.targets_length to {needed}, it is {targets_length}'
       )
-  sentinels = collator.tokenizer.sentinels(below)
+  sentinels = collator.tokenizer.sentinels(vocab_size)
   needed = span_corruption.counts(length, noise, span)[1]
   if needed > len(sentinels):
     raise ValueError(
@@ -246,12 +250,10 @@ def _spans(
     )
 
   def make(ids, rng):
-    hidden = span_corruption.noise_mask(len(ids), noise, span, rng)
-    x, y = span_corruption.corrupt(ids, hidden, sentinels, eos)
-    return (
-      decoder_only.make_sample(x, y)
-      if isinstance(collator, CausalCollator)
-      else (x, y)
-    )
+    noise_mask = span_corruption.noise_mask(len(ids), noise, span, rng)
+    x, y = span_corruption.corrupt(ids, noise_mask, sentinels, eos)
+    if isinstance(collator, CausalCollator):
+      return decoder_only.make_sample(x, y)
+    return x, y
 
   return length, make

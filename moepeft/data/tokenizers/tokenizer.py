@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to token ids and back: bytes, or a model's own tokenizer."""
+"""Tokenizers: of bytes, or a model's Hugging Face tokenizer."""
 
 import codecs
 import contextlib
@@ -20,17 +20,21 @@ from moepeft.core import files
 from moepeft.data.row_fields import BYTE_ORDER_MARK
 from moepeft.data.tokenizers import long_texts
 
-# Files of a tokenizer's directory that are text.
-_TEXTS = ('.json', '.jinja', '.txt')
+# Endings of the text files in a tokenizer's directory.
+_TEXT_ENDINGS = ('.json', '.jinja', '.txt')
 
 
 class Tokenizer(Protocol):
-  """Ids 0 and 1 are padding and end of sequence, as in T5."""
+  """Converts text to token ids and back. Id 0 is padding, as in T5.
+
+  Attributes:
+    size: the number of tokens.
+    eos: the id of the end-of-sequence token, or None.
+    bos: the id that texts of decoder-only models start with, or None.
+  """
 
   size: int
-  # None where texts have no end.
   eos: int | None
-  # What texts of decoder-only models begin with, if anything.
   bos: int | None
 
   def encode(self, text: str) -> list[int]: ...
@@ -41,14 +45,14 @@ class Tokenizer(Protocol):
 
   def show(self, ids: list[int]) -> str: ...
 
-  def sentinels(self, below: int) -> list[int]: ...
+  def sentinels(self, vocab_size: int) -> list[int]: ...
 
 
 def require_eos(tokenizer: Tokenizer) -> int:
-  """The id that ends a text.
+  """The id of the end-of-sequence token.
 
   Raises:
-    ValueError: the vocabulary has none.
+    ValueError: the tokenizer has none.
   """
   if tokenizer.eos is None:
     raise ValueError(
@@ -59,24 +63,24 @@ def require_eos(tokenizer: Tokenizer) -> int:
   return tokenizer.eos
 
 
-def check_vocab_size(tokenizer: Tokenizer, rows: int) -> None:
+def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
   """
   Args:
-    rows: of the model's embedding.
+    vocab_size: the rows of the model's embedding.
 
   Raises:
-    ValueError: the vocabulary has more tokens than the embedding.
+    ValueError: the tokenizer has more tokens than the embedding has rows.
   """
-  if tokenizer.size > rows:
+  if tokenizer.size > vocab_size:
     raise ValueError(
-      f'the vocabulary has {tokenizer.size} tokens, the model {rows}; '
+      f'the vocabulary has {tokenizer.size} tokens, the model {vocab_size}; '
       'set config.data.tokenizer to the tokenizer of the model'
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-  """UTF-8 bytes plus 3, as in ByT5 (arXiv:2105.13626): no files needed."""
+  """UTF-8 bytes plus 3, as in ByT5 (arXiv:2105.13626); it needs no files."""
 
   size: int = 259
   eos: int = 1
@@ -93,30 +97,31 @@ class ByteTokenizer:
     return 'bytes'
 
   def decode(self, ids: list[int]) -> str:
-    """Ids below 3 or above 258 are dropped; broken UTF-8 is marked."""
+    """Drops ids below 3 or above 258; invalid UTF-8 becomes U+FFFD."""
     return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors='replace')
 
   def show(self, ids: list[int]) -> str:
-    """The text, with what is no byte by its name."""
+    """The text with the names of special tokens, as '<pad>'."""
     names = {0: '<pad>', 1: '<eos>', 2: '<unk>'}
     parts = []
     for is_byte, run in itertools.groupby(ids, lambda i: 3 <= i < 259):
-      run_ids = list(run)
-      named = (names.get(i, f'<{i}>') for i in run_ids)
-      parts.append(self.decode(run_ids) if is_byte else ''.join(named))
+      if is_byte:
+        parts.append(self.decode(list(run)))
+      else:
+        parts += [names.get(i, f'<{i}>') for i in run]
     return ''.join(parts)
 
-  def sentinels(self, below: int) -> list[int]:
-    """Ids that stand for hidden spans: the model's last ones, downwards.
+  def sentinels(self, vocab_size: int) -> list[int]:
+    """Ids of span corruption's sentinels: the model's last ids, descending.
 
     Args:
-      below: the size of the model's vocabulary.
+      vocab_size: the size of the model's vocabulary.
     """
-    return list(range(below - 1, self.size - 1, -1))
+    return list(range(vocab_size - 1, self.size - 1, -1))
 
 
 class HuggingFaceTokenizer:
-  """A Hugging Face tokenizer; special tokens are ours to add."""
+  """A Hugging Face tokenizer; `encode` adds no special tokens."""
 
   def __init__(self, path: str):
     try:
@@ -140,16 +145,16 @@ class HuggingFaceTokenizer:
     self.size = len(self._tokenizer)
     self.eos = self._tokenizer.eos_token_id
     bos = self._tokenizer.bos_token_id
-    # Some have one that no text begins with.
-    begun = self._tokenizer('a')['input_ids'][:1] == [bos]
-    self.bos = bos if begun else None
+    # Some tokenizers have a BOS that they do not add to texts.
+    adds_bos = self._tokenizer('a')['input_ids'][:1] == [bos]
+    self.bos = bos if adds_bos else None
 
   def __str__(self) -> str:
     return f'{self._path}, {self.size:,} pieces'
 
   @property
   def tokenizer(self) -> Any:
-    """Hugging Face's own, which has the chat template."""
+    """The `transformers` tokenizer."""
     return self._tokenizer
 
   def encode(self, text: str) -> list[int]:
@@ -159,7 +164,7 @@ class HuggingFaceTokenizer:
     return long_texts.encode(self._tokenizer, texts)
 
   def decode(self, ids: list[int]) -> str:
-    # Old files ask to take blanks away before signs, which texts may have.
+    # Clean-up, which old files ask for, removes spaces before punctuation.
     return self._tokenizer.decode(
       ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -168,8 +173,8 @@ class HuggingFaceTokenizer:
     """The text with special tokens."""
     return self._tokenizer.decode(ids)
 
-  def sentinels(self, below: int) -> list[int]:
-    """Ids of <extra_id_0>, <extra_id_1>, ..., as many as there are."""
+  def sentinels(self, vocab_size: int) -> list[int]:
+    """Ids of <extra_id_0>, <extra_id_1>, ..., as far as they exist."""
     ids_by_token, sentinel_ids = self._tokenizer.get_vocab(), []
     while (name := f'<extra_id_{len(sentinel_ids)}>') in ids_by_token:
       sentinel_ids.append(ids_by_token[name])
@@ -177,9 +182,9 @@ class HuggingFaceTokenizer:
 
 
 def skipped_special_tokens(tokenizer: Tokenizer, text: str) -> dict[int, str]:
-  """{id: content} of the special tokens in a text that `decode` leaves out.
+  """Id -> content of the special tokens in a text that `decode` leaves out.
 
-  Where the content of one is within another's, both are there.
+  If the content of a token contains another token's, both are returned.
   """
   if not isinstance(tokenizer, HuggingFaceTokenizer):
     return {}
@@ -191,12 +196,13 @@ def skipped_special_tokens(tokenizer: Tokenizer, text: str) -> dict[int, str]:
 
 
 def read_tokenizer(path: str) -> Any:
-  """A tokenizer of `transformers`: a directory's, a GGUF file's or the hub's.
+  """Reads a `transformers` tokenizer of a directory, a GGUF file or the hub.
 
   Raises:
-    OSError, ValueError: there is none.
+    OSError, ValueError: there is no tokenizer, or it is damaged.
   """
-  # Imported here: it costs seconds, and the default run needs none of it.
+  # Imported here, as the import takes seconds and the default run has no use
+  # for it.
   from transformers import AutoTokenizer
 
   path = pip_models.resolve(path)
@@ -205,9 +211,9 @@ def read_tokenizer(path: str) -> Any:
     return gguf_tokenizer.read(path)
   _require_sentencepiece(path)
   try:
-    with _without_marks(path) as folder:
+    with _without_byte_order_marks(path) as folder:
       tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # Some faults of a file are met only where the tokenizer is used.
+    # Some errors of a file are raised only when the tokenizer is used.
     if not tokenizer('a')['input_ids'] and len(tokenizer) < 1:
       raise ValueError('it has no tokens')
     for kind in ('bos', 'eos', 'pad', 'unk'):
@@ -221,20 +227,20 @@ def read_tokenizer(path: str) -> Any:
 
 
 @contextlib.contextmanager
-def _without_marks(path: str) -> Iterator[str]:
-  """A directory whose JSON, text and template files have no byte order mark.
+def _without_byte_order_marks(path: str) -> Iterator[str]:
+  """Yields a copy of a directory without byte order marks in its text files.
 
-  `transformers` calls a config with one damaged, and takes the mark of a
-  template for text.
+  `transformers` refuses a config with a byte order mark, and treats the mark of
+  a template as text.
 
   Args:
-    path: a directory, which is yielded itself where no file has a mark; any
-      other path is yielded unchanged.
+    path: a directory. It is yielded itself if no file has a mark, and so is
+      any other path.
   """
   marked = []
   entries = list(os.scandir(path)) if os.path.isdir(path) else []
   for entry in entries:
-    if entry.name.endswith(_TEXTS) and entry.is_file():
+    if entry.name.endswith(_TEXT_ENDINGS) and entry.is_file():
       with files.open_file(entry.path) as file:
         if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
           marked.append(entry.name)
@@ -254,16 +260,16 @@ def _without_marks(path: str) -> Iterator[str]:
 def _require_sentencepiece(path: str) -> None:
   """
   Raises:
-    ValueError: a directory has a tokenizer of SentencePiece alone, and the
-      package that reads it is not installed.
+    ValueError: a directory has only a SentencePiece tokenizer, and the package
+      sentencepiece is not installed.
   """
   model_files = [
     name
     for name in ('spiece.model', 'tokenizer.model')
     if os.path.isfile(os.path.join(path, name))
   ]
-  whole = os.path.isfile(os.path.join(path, 'tokenizer.json'))
-  if model_files and not whole and find_spec('sentencepiece') is None:
+  has_json = os.path.isfile(os.path.join(path, 'tokenizer.json'))
+  if model_files and not has_json and find_spec('sentencepiece') is None:
     raise ValueError(
       f'{model_files[0]} is read with the package sentencepiece, which is not '
       'installed: pip install sentencepiece'
@@ -271,14 +277,14 @@ def _require_sentencepiece(path: str) -> None:
 
 
 def load_tokenizer(name: str, model_path: str = '') -> Tokenizer:
-  """Makes the vocabulary of a config.
+  """Loads the tokenizer of a config.
 
   Args:
-    name: 'bytes', a tokenizer's directory or hub name, or '' for the one in
-      `model_path`.
+    name: 'bytes', a tokenizer's directory or hub name, or '' for the tokenizer
+      in `model_path`.
 
   Raises:
-    ValueError: no tokenizer is there.
+    ValueError: there is no tokenizer.
   """
   if name == 'bytes' or (not name and model_path.startswith('package:')):
     return ByteTokenizer()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table as a picture: a panel a column, a dot with its interval a method."""
+"""Forest plots of tables: a panel per column, an interval per method."""
 
 import math
 import os
@@ -12,45 +12,54 @@ from matplotlib.lines import Line2D
 from moepeft.evaluation.tables import render as table_render
 from moepeft.evaluation.tables.render import PARAMETERS, PERCENT, Line, Table
 
-# Okabe and Ito's, which the colour-blind can tell apart.
+# From the palette of Okabe and Ito, which is colour-blind safe.
 _BLUE, _ORANGE, _GREY = '#0072B2', '#D55E00', '#666666'
 _DPI = 120
-# Panels side by side; inches of a panel, a line and the rest.
-_ACROSS, _WIDTH, _LINE, _REST = 4, 2.6, 0.36, 1.1
-# Lines that the dots of seeds lie below their mean.
-_SEEDS_BELOW = 0.27
+_MAX_PANELS_PER_ROW = 4
+# In inches; a panel has _AXES_HEIGHT besides its lines.
+_PANEL_WIDTH, _LINE_HEIGHT, _AXES_HEIGHT = 2.6, 0.36, 1.1
+# Offset of the seeds' dots below their mean, in lines.
+_SEEDS_OFFSET = 0.27
 
 
 def draw(table: Table, path: str) -> None:
-  """Writes a PNG: whole or not at all.
+  """Draws a table and writes a PNG, atomically.
 
-  Seeds are small dots, the paper's values hollow, the majority's a dotted line.
-  An axis ends where the metric does.
+  Seeds are small dots, the paper's values hollow diamonds, and the majority's
+  value is a dotted line. Axes end at the metric's bounds.
 
   Raises:
-    ValueError: no figure of a run is there to be drawn.
+    ValueError: no run has a score.
   """
   columns = [c for c in table.columns if c.kind == 'score']
   lines = [line for line in table.lines if line.kind in ('run', 'base')]
   columns = [c for c in columns if any(c.key in line.cells for line in lines)]
   if not columns:
     raise ValueError('there is no figure to draw; leave --output out')
-  across = min(_ACROSS, len(columns))
-  down = math.ceil(len(columns) / across)
-  names = [_name(line) for line in lines]
-  room = 0.075 * max(len(part) for name in names for part in name.split('\n'))
-  height = _LINE * len(lines) + _REST
+  num_columns = min(_MAX_PANELS_PER_ROW, len(columns))
+  num_rows = math.ceil(len(columns) / num_columns)
+  labels = [_label(line) for line in lines]
+  label_width = 0.075 * max(
+    len(part) for label in labels for part in label.split('\n')
+  )
+  height = _LINE_HEIGHT * len(lines) + _AXES_HEIGHT
   figure = Figure(
-    figsize=(room + _WIDTH * across, 0.6 + height * down), layout='constrained'
+    figsize=(
+      label_width + _PANEL_WIDTH * num_columns,
+      0.6 + height * num_rows,
+    ),
+    layout='constrained',
   )
   figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-  grid = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
+  grid = figure.subplots(
+    num_rows, num_columns, sharey=True, squeeze=False
+  ).ravel()
   for axes, column in zip(grid, columns, strict=False):
-    _panel(axes, table, lines, column)
+    _draw_panel(axes, table, lines, column)
   for axes in grid[len(columns) :]:
     axes.set_axis_off()
   # All panels share this axis.
-  grid[0].set_yticks(np.arange(len(lines)), names)
+  grid[0].set_yticks(np.arange(len(lines)), labels)
   grid[0].set_ylim(len(lines) - 0.4, -0.6)
   if table.title:
     figure.suptitle(table.title, x=0.01, ha='left')
@@ -58,31 +67,38 @@ def draw(table: Table, path: str) -> None:
   _save(figure, path)
 
 
-def _panel(axes: Axes, table: Table, lines: list[Line], column) -> None:
-  papers = _papers(table)
+def _draw_panel(axes: Axes, table: Table, lines: list[Line], column) -> None:
+  paper_cells = _paper_cells(table)
   for y, line in enumerate(lines):
     color = _GREY if line.kind == 'base' else _BLUE
     cell = line.cells.get(column.key)
     if cell is not None:
       if cell.low is not None:
         axes.plot([cell.low, cell.high], [y, y], color=color, lw=1.8)
-      below = [y + _SEEDS_BELOW] * len(cell.seeds)
+      seeds_y = [y + _SEEDS_OFFSET] * len(cell.seeds)
       dots = axes.plot(
-        cell.seeds, below, '.', color=color, alpha=0.7, ms=6, mew=0
+        cell.seeds, seeds_y, '.', color=color, alpha=0.7, ms=6, mew=0
       )
       dots += axes.plot(cell.value, y, 'o', color=color, ms=5)
       for dot in dots:
-        # Whole at the end of an axis, too.
+        # Not clipped at the end of an axis.
         dot.set(clip_on=False, in_layout=False)
-    printed = papers.get(id(line), {}).get(column.key)
-    if printed is not None:
+    paper_cell = paper_cells.get(id(line), {}).get(column.key)
+    if paper_cell is not None:
       axes.plot(
-        printed.value, y, 'D', ms=6, mfc='none', mec=_ORANGE, mew=1.4, zorder=3
+        paper_cell.value,
+        y,
+        'D',
+        ms=6,
+        mfc='none',
+        mec=_ORANGE,
+        mew=1.4,
+        zorder=3,
       )
   for line in table.lines:
     if line.kind == 'majority' and column.key in line.cells:
-      at = line.cells[column.key].value
-      axes.axvline(at, color=_GREY, ls=':', lw=1.2)
+      majority = line.cells[column.key].value
+      axes.axvline(majority, color=_GREY, ls=':', lw=1.2)
   axes.set_title(f'{column.name} ({column.unit})', fontsize=10, loc='left')
   axes.tick_params(labelsize=8)
   axes.set_xlim(*_limits(table, lines, column))
@@ -91,40 +107,43 @@ def _panel(axes: Axes, table: Table, lines: list[Line], column) -> None:
 
 
 def _limits(table: Table, lines: list[Line], column) -> tuple[float, float]:
-  """The figures with some room beside them, within what a figure can be."""
-  papers = _papers(table).values()
+  """The range of the values with a margin, within the metric's bounds."""
   cells = [
     *(line.cells.get(column.key) for line in lines),
-    *(paper_cells.get(column.key) for paper_cells in papers),
-    *(o.cells.get(column.key) for o in table.lines if o.kind == 'majority'),
+    *(row.get(column.key) for row in _paper_cells(table).values()),
+    *(
+      line.cells.get(column.key)
+      for line in table.lines
+      if line.kind == 'majority'
+    ),
   ]
-  numbers = [
-    number
+  values = [
+    value
     for cell in cells
     if cell is not None
-    for number in (cell.value, cell.low, cell.high, *cell.seeds)
-    if number is not None and math.isfinite(number)
+    for value in (cell.value, cell.low, cell.high, *cell.seeds)
+    if value is not None and math.isfinite(value)
   ]
-  least, most = column.bounds
-  low, high = min(numbers, default=0), max(numbers, default=1)
-  # Of equal figures, a hundredth of them.
-  room = 0.08 * (high - low) or 0.01 * max(abs(high), 1)
-  return max(low - room, least), min(high + room, most)
+  lower, upper = column.bounds
+  low, high = min(values, default=0), max(values, default=1)
+  # Equal values have no range; the margin is relative to the value.
+  margin = 0.08 * (high - low) or 0.01 * max(abs(high), 1)
+  return max(low - margin, lower), min(high + margin, upper)
 
 
-def _papers(table: Table) -> dict[int, dict]:
-  """{id of a run's line: the cells of the paper's line below it}."""
-  papers, last = {}, None
+def _paper_cells(table: Table) -> dict[int, dict]:
+  """id() of a run's line -> the cells of the paper's line after it."""
+  paper_cells, run = {}, None
   for line in table.lines:
     if line.kind == 'run':
-      last = line
-    elif line.kind == 'paper' and last is not None:
-      papers[id(last)] = dict(line.cells)
-  return papers
+      run = line
+    elif line.kind == 'paper' and run is not None:
+      paper_cells[id(run)] = dict(line.cells)
+  return paper_cells
 
 
-def _name(line: Line) -> str:
-  """A line's label, with the size of a run below it."""
+def _label(line: Line) -> str:
+  """A line's label, with a run's numbers of parameters below it."""
   sizes = [
     table_render.format_number(line.cells[column.key], column) + unit
     for column, unit in ((PARAMETERS, ''), (PERCENT, ' %'))

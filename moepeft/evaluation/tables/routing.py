@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routers of a run in a few figures; letters: l layers, e experts."""
+"""Summarizes the routers of a run; shapes have l layers and e experts."""
 
 import dataclasses
 import functools
@@ -20,44 +20,45 @@ from moepeft.runs.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class RoutingSummary:
-  """Over every site and layer that has more than one expert.
+  """Statistics over all sites and layers with more than one expert.
 
   Attributes:
-    entropy: the mean of the routers' entropies over ln e: 1 is even, 0
-      certain. Of the softmax of the logits, before any selection.
-    tops: {key of rows.SHARES: (mean, largest)} of the shares of the fullest
-      experts, over the sites that have this kind of share.
+    entropy: the mean of the routers' entropies divided by ln e, between 0 and
+      1, of the softmax of the logits before the selection of experts.
+    max_shares: key of `metrics_log.SHARES` -> (mean, maximum) of each layer's
+      largest share, over the sites with this kind of share.
   """
 
   entropy: float
-  tops: Mapping[str, tuple[float, float]]
+  max_shares: Mapping[str, tuple[float, float]]
 
 
 def summary(sites: Mapping[str, tuple[str, Any, Any]]) -> RoutingSummary | None:
-  """The figures of one row of metrics.jsonl; None where nothing is routed.
+  """Summarizes one row of metrics.jsonl; None without routers.
 
   Args:
-    sites: {site: (key of rows.SHARES, shares [l, e], entropies in nats [l])};
-      a share is NaN where the layer has no such expert.
+    sites: site -> (key of `metrics_log.SHARES`, shares [l, e], entropies in
+      nats [l]); shares are padded with NaN.
   """
   entropies: list[np.ndarray] = []
-  tops: dict[str, list[np.ndarray]] = {}
+  max_shares: dict[str, list[np.ndarray]] = {}
   for kind, shares, nats in sites.values():
     shares = np.asarray(shares, np.float64)
     counts = np.sum(~np.isnan(shares), axis=-1)
-    several = counts > 1
-    if several.any():
+    is_routed = counts > 1
+    if is_routed.any():
       nats = np.atleast_1d(np.asarray(nats, np.float64))
-      entropies.append(nats[several] / np.log(counts[several]))
-      tops.setdefault(kind, []).append(np.nanmax(shares[several], axis=-1))
-  if not tops:
+      entropies.append(nats[is_routed] / np.log(counts[is_routed]))
+      largest = np.nanmax(shares[is_routed], axis=-1)
+      max_shares.setdefault(kind, []).append(largest)
+  if not max_shares:
     return None
-  each = {kind: np.concatenate(values) for kind, values in tops.items()}
+  by_kind = {kind: np.concatenate(v) for kind, v in max_shares.items()}
   return RoutingSummary(
     float(np.concatenate(entropies).mean()),
     {
       kind: (float(values.mean()), float(values.max()))
-      for kind, values in each.items()
+      for kind, values in by_kind.items()
     },
   )
 
@@ -81,10 +82,10 @@ _NOTES = {
 
 
 def cells(entries: Sequence[RunResults]) -> dict[Any, Cell]:
-  """The cells of a table's row, which is a run for each seed.
+  """The cells of a table's row, means over its runs.
 
-  Empty where nothing is routed, or where any of the runs has no metrics; a
-  share is there where all of the runs have it.
+  There are none if a run has no routers or no metrics. A share has cells if all
+  runs have this kind of share.
   """
   runs = [routing_of(entry) for entry in entries]
   if None in runs:
@@ -93,17 +94,17 @@ def cells(entries: Sequence[RunResults]) -> dict[Any, Cell]:
     ENTROPY.key: Cell(float(np.mean([run.entropy for run in runs])))
   }
   for kind in metrics_log.SHARES:
-    if all(kind in run.tops for run in runs):
-      top, worst = np.mean([run.tops[kind] for run in runs], axis=0)
-      result[kind, 'top'] = Cell(float(top))
-      result[kind, 'worst'] = Cell(float(worst))
+    if all(kind in run.max_shares for run in runs):
+      mean, largest = np.mean([run.max_shares[kind] for run in runs], axis=0)
+      result[kind, 'top'] = Cell(float(mean))
+      result[kind, 'worst'] = Cell(float(largest))
   return result
 
 
 def columns(lines: Iterable[Mapping[Any, Cell]]) -> list[Column]:
-  """The entropy, and two columns for each kind of share in some `cells`."""
+  """The entropy's column, and two columns for each kind of share in `lines`."""
   keys = {key for line in lines for key in line}
-  pairs = [
+  share_columns = [
     column
     for kind, name in metrics_log.SHARES.items()
     for column in (
@@ -112,15 +113,15 @@ def columns(lines: Iterable[Mapping[Any, Cell]]) -> list[Column]:
     )
     if column.key in keys
   ]
-  return [ENTROPY, *pairs]
+  return [ENTROPY, *share_columns]
 
 
-def notes(shown: Sequence[Column]) -> list[str]:
-  """Remarks on `columns`."""
+def notes(columns: Sequence[Column]) -> list[str]:
+  """Footnotes on `columns`."""
   kinds = [
     kind
     for kind in metrics_log.SHARES
-    if (kind, 'top') in {c.key for c in shown}
+    if (kind, 'top') in {c.key for c in columns}
   ]
   return [
     'Routing is that of the last batch that the metrics of a run have, over '
@@ -133,7 +134,7 @@ def notes(shown: Sequence[Column]) -> list[str]:
 
 
 def routing_of(entry: RunResults) -> RoutingSummary | None:
-  """The last routing in metrics.jsonl, up to the step that was evaluated."""
+  """The last routing in metrics.jsonl up to the evaluated step."""
   if entry.is_base:
     return None
   last: Mapping[str, Any] = {}
@@ -151,24 +152,24 @@ def routing_of(entry: RunResults) -> RoutingSummary | None:
 def _shares(
   site: str, values: Mapping[str, Any], entry: RunResults
 ) -> tuple[str, np.ndarray]:
-  """(key of rows.SHARES, [l, e]) of a site, an older log's told apart.
+  """(key of `metrics_log.SHARES`, [l, e]) of a site.
 
-  There a token counts 1/k for each of its k experts, so that k times as much
-  is the token share of a sparse router.
+  Older logs have 'load' for sparse routers, in which a token counts 1/k for
+  each of its k experts; it is converted to the token share.
   """
   kind, shares = metrics_log.share_array(values)
   if kind == 'load':
     name = site.rpartition('/')[2]
-    k = _selected(entry.method, entry.semantics).get(name)
+    k = _experts_per_token(entry.method, entry.semantics).get(name)
     if k is not None:
       return 'tokens', k * shares
   return kind, shares
 
 
 @functools.cache
-def _selected(method: str, semantics: str) -> dict[str, int]:
-  """{adapter's name: k} of a method's sparse routers, from their routing."""
-  forms = {
+def _experts_per_token(method: str, semantics: str) -> dict[str, int]:
+  """Adapter's name -> k, of a method's sparse routers."""
+  routings = {
     name: jax.eval_shape(
       lambda router=router: router.init_with_output(
         {'peft': jax.random.key(0), 'router': jax.random.key(0)},
@@ -178,4 +179,6 @@ def _selected(method: str, semantics: str) -> dict[str, int]:
     )
     for name, router in routers(method, semantics).items()
   }
-  return {name: form.k for name, form in forms.items() if form.sparse}
+  return {
+    name: routing.k for name, routing in routings.items() if routing.sparse
+  }

@@ -194,14 +194,17 @@ def _kind(spec: Spec) -> Spec:
     training_only = (k for k, o in options.items() if o.training_only)
     router = _without(router, (*router_entry.pooled_options, *training_only))
     spec = spec.replace(router=router)
-  return flatten_expert(
+  kind = flatten_expert(
     method_string.parse(canonical_text(str(nest_expert(spec))))
   )
+  router = kind.get('router')
+  # A router without options is parsed as a string.
+  return kind.replace(router=Spec(router)) if isinstance(router, str) else kind
 
 
 def _without(spec: Spec, options: Sequence[str]) -> Spec:
-  rest = tuple((k, v) for k, v in spec.options if k not in options)
-  return Spec(spec.name, rest)
+  remaining = tuple((k, v) for k, v in spec.options if k not in options)
+  return Spec(spec.name, remaining)
 
 
 def _kinds(parts: Sequence[BucketPart]) -> tuple[Spec, ...]:

@@ -86,7 +86,7 @@ def pad_to_bucket(
     for path, (shape, metadata) in layout.items():
       target, separator, leaf = path.partition(f'/{part.name}/')
       if separator and source.has_target(target):
-        arrays[path] = source.padded_leaf(target, leaf, shape, metadata)
+        arrays[path] = source.padded_leaf(target, leaf, shape)
       elif separator:
         arrays[path] = _identity_array(shape, metadata)
   return PaddedAdapter(adapter, bucket.name, weight_mapping.unflatten(arrays))
@@ -103,12 +103,8 @@ class _TrainedPart:
     part: BucketPart,
     base: Base,
   ):
-    self._instance, self._spec, self._part = (
-      instance,
-      flatten_expert(spec),
-      part,
-    )
-    self._base = base
+    self._instance, self._spec = instance, flatten_expert(spec)
+    self._part, self._base = part, base
     self._arrays: dict[str, dict[str, np.ndarray]] = {}
     for path, array in arrays.items():
       target, separator, leaf = path.partition(f'/{instance}/')
@@ -118,9 +114,8 @@ class _TrainedPart:
   def has_target(self, target: str) -> bool:
     return target in self._arrays
 
-  def padded_leaf(
-    self, target: str, leaf: str, shape: Any, metadata: ParamMetadata
-  ) -> np.ndarray:
+  def padded_leaf(self, target: str, leaf: str, shape: Any) -> np.ndarray:
+    """Pads or derives one array of a target module."""
     leaves = self._arrays[target]
     if leaf == 'on':
       return np.ones(shape, np.float32)

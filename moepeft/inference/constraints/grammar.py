@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constraints on answers as masks over the vocabulary: JSON schemas, regular
-expressions, grammars, choices and calls of tools, by `llguidance`.
+"""Constrained decoding by `llguidance`: masks over the vocabulary.
 
-Each grammar is compiled and followed in a process of its own (`grammar_pool`),
-which the kernel ends beyond its limits: a schema may take minutes and
-gigabytes, and no other request waits for it. In that process a mask of 49,152
-tokens (SmolLM2's) takes 0.08 ms of processor time in the mean, 0.6 ms at most
-in 99 of 100 cases, over thirty schemas and random answers; a schema takes 4 ms
-to compile, once. Letter: v the model's vocabulary.
+The constraints are JSON schemas, regular expressions, grammars, choices and
+tool calls. Each grammar is compiled and followed in its own process
+(`grammar_pool`), which the kernel kills beyond its limits, since a schema may
+take minutes and gigabytes. In that process a mask of SmolLM2's 49,152 tokens
+takes 0.08 ms of CPU time on average, with a 99th percentile of 0.6 ms, over
+thirty schemas and random answers; compiling a schema takes 4 ms. v is the size
+of the model's vocabulary.
 """
 
 import collections
@@ -32,7 +32,7 @@ from moepeft.inference.constraints.grammar_pool import (
 from moepeft.inference.constraints.grammar_worker import (
   ProcessLimits,
   TokenTable,
-  vocabulary,
+  pack_vocabulary,
 )
 from moepeft.inference.token_bytes import TokenBytes
 from moepeft.inference.tools.tools import Choice, Style, ToolSpec
@@ -40,15 +40,14 @@ from moepeft.inference.tools.tools import Choice, Style, ToolSpec
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Limits of compiling and following grammars.
+  """Limits of grammars.
 
   Attributes:
-    cached: compiled grammars that are kept, those used last.
-    processes: grammars in use at once, those that are being compiled and those
-      that are kept among them.
-    regex: characters of a regular expression at most.
-    options: of a choice, at most.
-    process: limits of each grammar's process.
+    cached: the number of compiled grammars in the LRU cache.
+    processes: the maximum number of grammars in use, compiling or cached.
+    regex: the maximum number of characters of a regular expression.
+    options: the maximum number of options of a choice.
+    process: the limits of each grammar's process.
   """
 
   cached: int = 16
@@ -61,8 +60,8 @@ class Limits:
 class GrammarConstraint:
   """A `Constraint`: the state of one answer in a grammar.
 
-  The text is that of the answer's ids by themselves; where the tokenizer takes
-  a blank from a text's beginning, the first token may have one.
+  The constrained text is that of the answer's ids alone. If the tokenizer
+  removes a leading space, the first token may have one.
   """
 
   def __init__(
@@ -70,50 +69,50 @@ class GrammarConstraint:
   ):
     """
     Args:
-      forget: called where the matcher fails, since its lexer, which all
-        answers of a grammar share, may have come to a limit.
+      forget: called if the matcher fails, to drop the grammar from the cache;
+        its shared lexer may have reached a limit.
     """
     self._matcher, self._tokens, self._forget = matcher, tokens, forget
-    self._begun = False
+    self._started = False
 
   def mask(self) -> np.ndarray:
-    """bool [v]; where the text may end, the ends are True.
+    """bool [v], True for the allowed tokens; eos tokens if the text may end.
 
     Raises:
-      ValueError: the grammar has grown too complex, or no token of the
-        vocabulary goes on.
+      ValueError: the grammar has become too complex, or no token of the
+        vocabulary can continue the text.
     """
     packed = self._matcher.bitmask()
     if self._matcher.error:
       self._fail('no token of the vocabulary goes on from here')
-    whole = self._tokens.bits(packed)
-    if self._begun:
-      mask = whole[: self._tokens.size] & self._tokens.usable
+    allowed = self._tokens.unpack_mask(packed)
+    if self._started:
+      mask = allowed[: self._tokens.size] & self._tokens.usable
     else:
-      mask = self._tokens.beginning(whole, self._matcher)
+      mask = self._tokens.mask_at_start(allowed, self._matcher)
     if not mask.any():
       self._fail('no token of the vocabulary goes on from here')
     return mask
 
   def accept(self, token: int) -> bool:
-    """Goes on by a token; whether the text must end.
+    """Advances by a token; returns True if the text must end.
 
     Raises:
-      ValueError: the mask does not allow it.
+      ValueError: the mask does not allow the token.
     """
-    if token in self._tokens.ends and self._matcher.accepting:
+    if token in self._tokens.eos_token_ids and self._matcher.accepting:
       return True
-    inner = token if self._begun else self._tokens.inner(token)
-    self._begun = True
-    if inner != _NO_TOKEN and not self._matcher.consume(inner):
+    matcher_id = token if self._started else self._tokens.id_at_start(token)
+    self._started = True
+    if matcher_id != _NO_TOKEN and not self._matcher.consume(matcher_id):
       self._fail(f'token {token} is not allowed here')
     return self._matcher.stopped
 
-  def _fail(self, otherwise: str) -> None:
+  def _fail(self, default_reason: str) -> None:
     self._forget()
     reason = _reason(self._matcher.error)
     if not reason or reason.startswith(('Parser Error', 'NoExtension')):
-      reason = otherwise
+      reason = default_reason
     raise ValueError(
       f'the constrained answer cannot go on ({reason}); use a simpler '
       'constraint, or another model'
@@ -121,27 +120,27 @@ class GrammarConstraint:
 
 
 class Compiler:
-  """Makes constraints for a vocabulary; each call gives a fresh one.
+  """Compiles constraints for a vocabulary.
 
-  Any thread may call it; what it makes is for one thread. White space of JSON
-  is a blank after a comma or a colon, at most.
+  It is thread-safe; each constraint is for one thread. JSON has at most a space
+  after a comma or a colon as white space.
   """
 
   def __init__(
     self,
     tokenizer: Tokenizer,
     vocab: int,
-    ends: tuple[int, ...],
+    eos_token_ids: tuple[int, ...],
     limits: Limits = Limits(),
   ):
     """
     Args:
-      vocab: v, which may be larger than the vocabulary.
-      ends: ids that end an answer.
+      vocab: the size of the model's vocabulary, v.
+      eos_token_ids: ids that end an answer.
 
     Raises:
-      ValueError: llguidance is not installed, there are no ends, or the
-        vocabulary's tokens have no texts of their own.
+      ValueError: llguidance is not installed, there are no eos tokens, or the
+        tokenizer does not decode tokens one by one.
     """
     try:
       import llguidance
@@ -150,46 +149,46 @@ class Compiler:
         'constrained answers need a package that is not installed: pip install '
         "'llguidance>=1.3,<2'"
       ) from None
-    if not ends or not all(0 <= end < vocab for end in ends):
+    if not eos_token_ids or not all(0 <= end < vocab for end in eos_token_ids):
       raise ValueError(
         f'expected ids that end answers, below the {vocab:,} of the '
-        f'vocabulary, got {tuple(ends)}'
+        f'vocabulary, got {tuple(eos_token_ids)}'
       )
     self._library, self._limits = llguidance, limits
-    self._tokens = _Tokens(_table(tokenizer, vocab), tuple(ends))
+    self._tokens = _Tokens(_make_table(tokenizer, vocab), tuple(eos_token_ids))
     self._pool = GrammarPool(
       self._tokens.vocabulary(), limits.processes, limits.process
     )
-    # Grammars that are compiled or being compiled, the last used at the end.
+    # Grammars that are compiled or compiling, the least recently used first.
     self._cache: collections.OrderedDict[str, Future[GrammarProcess]]
     self._cache = collections.OrderedDict()
-    # Held for a look into the cache, never while a grammar is compiled.
+    # Guards the cache; not held while a grammar is compiled.
     self._lock = threading.Lock()
-    self._waiting = threading.BoundedSemaphore(limits.processes)
+    self._waiting_slots = threading.BoundedSemaphore(limits.processes)
 
   def json_schema(self, schema: Any, strict: bool = True) -> Constraint:
-    """JSON that fits a schema; see `json_schemas.prepared`.
+    """Compiles a JSON schema; see `json_schema.prepare`.
 
     Args:
-      strict: whether keywords that cannot be kept are an error; else they are
-        left out.
+      strict: whether unsupported keywords are errors; otherwise they are
+        ignored.
 
     Raises:
-      ValueError: the schema cannot be kept, or no text fits it.
+      ValueError: the schema is invalid or unsupported, or no text fits it.
     """
-    text = inference_json_schema.prepared(schema, strict)
+    text = inference_json_schema.prepare(schema, strict)
     grammar = self._library.LLMatcher.grammar_from_json_schema(text)
     return self._constraint(grammar, 'the JSON schema')
 
   def json_object(self) -> Constraint:
-    """Any JSON object."""
+    """Allows any JSON object."""
     return self.json_schema({'type': 'object'})
 
   def regex(self, text: str) -> Constraint:
-    """A text that a regular expression (of Rust's kind) matches as a whole.
+    """Compiles a regular expression (Rust syntax), which must match all text.
 
     Raises:
-      ValueError: it is none, or too long.
+      ValueError: it is invalid or too long.
     """
     if len(text) > self._limits.regex:
       raise ValueError(
@@ -200,21 +199,23 @@ class Compiler:
     return self._constraint(grammar, 'the regular expression')
 
   def grammar(self, text: str) -> Constraint:
-    """A text of a grammar in llguidance's kind of Lark.
+    """Compiles a grammar in llguidance's dialect of Lark.
 
-    White space in its %json is bounded as elsewhere; else it is the grammar's.
+    The white space of its %json schemas is bounded.
 
     Raises:
-      ValueError: it is none, or too long.
+      ValueError: it is invalid or too long.
     """
-    grammar = self._library.LLMatcher.grammar_from_lark(lark.bounded(text))
+    grammar = self._library.LLMatcher.grammar_from_lark(
+      lark.bound_white_space(text)
+    )
     return self._constraint(grammar, 'the grammar')
 
   def choice(self, options: Sequence[str]) -> Constraint:
-    """One of several texts.
+    """Allows one of several texts.
 
     Raises:
-      ValueError: there are none, too many, or one is no text or empty.
+      ValueError: there are no or too many options, or an option is invalid.
     """
     if isinstance(options, str) or not len(options):
       raise ValueError('a choice is a list of texts; expected at least one')
@@ -223,13 +224,13 @@ class Compiler:
         f'the choice has {len(options):,} options, expected at most '
         f'{self._limits.options:,}; leave some out'
       )
-    wrong = [
+    invalid = [
       option for option in options if not isinstance(option, str) or not option
     ]
-    if wrong:
+    if invalid:
       raise ValueError(
         'the options of a choice are texts that are not empty, got '
-        f'{wrong[0]!r}'
+        f'{invalid[0]!r}'
       )
     text = 'start: ' + ' | '.join(lark.literal(option) for option in options)
     grammar = self._library.LLMatcher.grammar_from_lark(text)
@@ -252,35 +253,35 @@ class Compiler:
     return self._constraint(grammar, 'the tools')
 
   def _constraint(self, grammar: str, label: str) -> GrammarConstraint:
-    # Threads that wait for a grammar are few, so that others are left.
-    if not self._waiting.acquire(blocking=False):
+    # Bounds the threads that wait for grammars, so that others stay free.
+    if not self._waiting_slots.acquire(blocking=False):
       raise EngineFull(
-        f'{self._limits.processes} requests wait for their constraints to be '
-        'compiled, as many as may; try again in a moment',
+        f'{self._limits.processes} requests wait for the compilation of their '
+        'constraints, the maximum; try again later',
         self._limits.process.compile_seconds,
       )
     try:
       process = self._process(grammar, label)
     finally:
-      self._waiting.release()
+      self._waiting_slots.release()
     return GrammarConstraint(
       process.matcher(), self._tokens, lambda: self._forget(grammar, process)
     )
 
   def _process(self, grammar: str, label: str) -> GrammarProcess:
-    """A grammar's process: one that is kept, or a new one."""
+    """Returns a grammar's process, from the cache or compiled."""
     with self._lock:
-      future, first = self._cache.get(grammar), False
+      future, is_new = self._cache.get(grammar), False
       if future is None:
-        future, first = Future(), True
+        future, is_new = Future(), True
         self._cache[grammar] = future
       self._cache.move_to_end(grammar)
       while len(self._cache) > self._limits.cached or (
-        first and self._pool.full() and len(self._cache) > 1
+        is_new and self._pool.full() and len(self._cache) > 1
       ):
-        # Answers that still follow it keep its process.
+        # Running answers keep the process of an evicted grammar.
         self._cache.popitem(last=False)
-    if first:
+    if is_new:
       try:
         future.set_result(self._compile(grammar, label))
       except BaseException as error:
@@ -289,7 +290,7 @@ class Compiler:
     return future.result()
 
   def _compile(self, grammar: str, label: str) -> GrammarProcess:
-    process = self._pool.process()
+    process = self._pool.start_process()
     try:
       error = process.compile(grammar)
     except GrammarLimit as e:
@@ -311,7 +312,7 @@ class Compiler:
   def _forget(
     self, grammar: str, process: GrammarProcess | None = None
   ) -> None:
-    """Leaves a grammar out of the cache; of a process, only where it is its."""
+    """Drops a grammar from the cache; `process` must be its, if given."""
     with self._lock:
       future = self._cache.get(grammar)
       if future and (process is None or _result(future) is process):
@@ -322,13 +323,13 @@ def _result(future: Future) -> GrammarProcess | None:
   return future.result() if future.done() else None
 
 
-# In place of an id: a token that adds nothing.
+# The id of a token that adds no bytes at the start of a text.
 _NO_TOKEN = -1
 
 
-def _table(tokenizer: Tokenizer, size: int) -> TokenTable:
-  """The bytes of a model's tokens, and the tokenizer for the processes."""
-  first, later = TokenBytes(tokenizer).table(size)
+def _make_table(tokenizer: Tokenizer, vocab: int) -> TokenTable:
+  """Makes the table of a tokenizer's token bytes."""
+  first, later = TokenBytes(tokenizer).table(vocab)
   text = ''
   if isinstance(tokenizer, HuggingFaceTokenizer):
     text = tokenizer.tokenizer.backend_tokenizer.to_str()
@@ -336,74 +337,80 @@ def _table(tokenizer: Tokenizer, size: int) -> TokenTable:
 
 
 class _Tokens:
-  """A vocabulary's ids, and those that llguidance has for them.
+  """Maps the tokens of a vocabulary to the ids of llguidance.
 
-  Tokens that are others at a text's beginning ('▁a', which is 'a' there) are
-  found by an id of the same bytes, if need be one above v.
+  A token whose bytes differ at the start of a text ('▁a', which is 'a' there)
+  is mapped to an id with those bytes, which may be an additional id above v.
   """
 
-  def __init__(self, table: TokenTable, ends: tuple[int, ...]):
-    self.ends, self.size = ends, len(table.later)
-    # An end is one wherever it stands, though it be a line's.
+  def __init__(self, table: TokenTable, eos_token_ids: tuple[int, ...]):
+    self.eos_token_ids, self.size = eos_token_ids, len(table.later)
+    # Eos tokens have no bytes, even if their text is a newline.
     later, first = (
-      [b'' if i in ends else piece for i, piece in enumerate(texts)]
+      [b'' if i in eos_token_ids else token for i, token in enumerate(texts)]
       for texts in (table.later, table.first)
     )
-    self._pieces = dataclasses.replace(table, later=later, first=first)
-    ids = {piece: i for i, piece in reversed(list(enumerate(later))) if piece}
-    self._inner, self._bytes = np.arange(self.size), list(later)
-    for i, (now, then) in enumerate(zip(first, later, strict=True)):
-      if now and now not in ids:
-        ids[now] = len(self._bytes)
-        self._bytes.append(now)
-      if now != then:
-        self._inner[i] = ids.get(now, _NO_TOKEN)
-    self._alike = first == later
-    # For a text that the vocabulary cannot write.
+    self._table = dataclasses.replace(table, later=later, first=first)
+    ids = {token: i for i, token in reversed(list(enumerate(later))) if token}
+    self._ids_at_start, self._bytes = np.arange(self.size), list(later)
+    for i, (first_bytes, later_bytes) in enumerate(
+      zip(first, later, strict=True)
+    ):
+      if first_bytes and first_bytes not in ids:
+        ids[first_bytes] = len(self._bytes)
+        self._bytes.append(first_bytes)
+      if first_bytes != later_bytes:
+        self._ids_at_start[i] = ids.get(first_bytes, _NO_TOKEN)
+    self._first_equals_later = first == later
+    # The id of text that the vocabulary cannot represent.
     self._bytes.append(b'')
     self.usable = np.array([bool(x) for x in later])
-    self.usable[list(ends)] = True
+    self.usable[list(eos_token_ids)] = True
 
   def vocabulary(self) -> bytes:
-    """The message for the processes that follow grammars."""
-    return vocabulary(self._pieces.tokenizer, self.size, self._bytes, self.ends)
+    """The message for the template process."""
+    return pack_vocabulary(
+      self._table.tokenizer, self.size, self._bytes, self.eos_token_ids
+    )
 
-  def bits(self, packed: bytes) -> np.ndarray:
-    """bool [v and more], of llguidance's one bit a token."""
+  def unpack_mask(self, packed: bytes) -> np.ndarray:
+    """Unpacks llguidance's bit mask to bool [v + additional ids]."""
     bits = np.frombuffer(packed, np.uint8)
     count = len(self._bytes)
     return np.unpackbits(bits, count=count, bitorder='little').view(bool)
 
-  def inner(self, token: int) -> int:
-    """The id of the bytes that a token is at the beginning, or _NO_TOKEN."""
-    return int(self._inner[token])
+  def id_at_start(self, token: int) -> int:
+    """The id of a token's bytes at the start of a text, or _NO_TOKEN."""
+    return int(self._ids_at_start[token])
 
-  def beginning(self, whole: np.ndarray, matcher: Matcher) -> np.ndarray:
-    """bool [v], what may come first."""
-    if self._alike:
-      return whole[: self.size] & self.usable
-    mask = whole[self._inner] & (self._inner >= 0)
-    # A blank alone leaves the text as it is.
-    mask[self._inner == _NO_TOKEN] = (whole[: self.size] & self.usable).any()
-    # Where only one text is possible, llguidance allows the one token with
-    # which it would go on, not the one with which it begins.
+  def mask_at_start(self, allowed: np.ndarray, matcher: Matcher) -> np.ndarray:
+    """The mask of the first token, bool [v]."""
+    if self._first_equals_later:
+      return allowed[: self.size] & self.usable
+    mask = allowed[self._ids_at_start] & (self._ids_at_start >= 0)
+    # A leading space that is removed leaves the text unchanged.
+    mask[self._ids_at_start == _NO_TOKEN] = (
+      allowed[: self.size] & self.usable
+    ).any()
+    # If the text is forced, llguidance allows only the token that continues a
+    # text, not the one that starts it.
     forced = matcher.forced()
-    ids = self._pieces.spell(forced.decode(errors='ignore'))
+    ids = self._table.encode_as_tokenizer(forced.decode(errors='ignore'))
     if forced and ids and ids[0] < self.size:
-      first = self._pieces.first[ids[0]]
+      first = self._table.first[ids[0]]
       mask[ids[0]] |= bool(first) and forced.startswith(first)
     return mask & self.usable
 
 
 def _reason(message: str) -> str:
-  """An error of llguidance in a line."""
+  """Shortens an error message of llguidance to a line."""
   if 'oneOf constraints are not supported' in message:
     return (
-      "'oneOf' is kept only where its options differ by type or by a constant: "
-      "use 'anyOf'"
+      "'oneOf' is supported only if its options differ by type or by a "
+      "constant: use 'anyOf'"
     )
   if message.startswith('panic'):
-    return 'the compiler failed, as it does for tokens that there are not'
+    return 'the compiler failed, for example because of an unknown token'
   lines = [line.strip() for line in message.splitlines()]
   lines = [line for line in lines if line and '<non-verbose' not in line]
   error = next((x for x in lines if x.startswith('error: ')), '')

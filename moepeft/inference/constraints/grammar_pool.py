@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's side of grammar processes: starts, asks and ends them."""
+"""The server's side of the grammar processes."""
 
 import collections
 import dataclasses
@@ -15,19 +15,19 @@ from multiprocessing.connection import Connection
 from moepeft.inference.api import EngineFull
 from moepeft.inference.constraints import grammar_worker
 
-# A process that others keep from the processor has this many times longer.
-_WAIT = 4.0
-# Seconds for the template process to read the vocabulary.
-_START = 60
+# The wall time limit per CPU time limit, since processes share the CPU.
+_WALL_FACTOR = 4.0
+# Seconds for the template process to start and read the vocabulary.
+_START_SECONDS = 60
 
 
 class Matcher:
-  """A place in a grammar, held by its process; for one answer.
+  """The state of one answer in a grammar, which the grammar's process holds.
 
   Attributes:
-    error: why it cannot go on; '' while it can.
-    accepting: whether the text may end here.
-    stopped: whether it must.
+    error: the error message; '' without an error.
+    accepting: whether the text may end.
+    stopped: whether the text must end.
   """
 
   def __init__(self, process: 'GrammarProcess', number: int):
@@ -36,15 +36,15 @@ class Matcher:
     self._ask(grammar_worker.COPY)
 
   def bitmask(self) -> bytes:
-    """One bit a token that may come next; b'' where there is an error."""
+    """The bit mask of the allowed next tokens; b'' after an error."""
     return self._ask(grammar_worker.MASK)[1]
 
   def forced(self) -> bytes:
-    """Bytes that the text must go on with."""
+    """The bytes with which the text must continue."""
     return self._ask(grammar_worker.FORCED)[1]
 
   def consume(self, token: int) -> bool:
-    """Goes on by a token; False where it is not allowed."""
+    """Advances by a token; returns False if it is not allowed."""
     return bool(
       self._ask(grammar_worker.ACCEPT, token)[0] & grammar_worker.CONSUMED
     )
@@ -65,32 +65,34 @@ class Matcher:
     return flags, body
 
   def __del__(self):
-    # Told with the next request: this may run on any thread, in any lock.
+    # Sent with the next request, because a finalizer may run on any thread.
     self._process.dropped.append(self._number)
 
 
 class GrammarLimit(ValueError):
-  """A grammar's process was ended, since it took too much."""
+  """A grammar's process has exceeded its limits."""
 
 
 class GrammarProcess:
-  """A grammar that is compiled in a process, and ends with this object.
+  """The process of a grammar, which exits when this object is deleted.
 
   Attributes:
-    dropped: numbers of matchers that are needed no more.
+    dropped: the numbers of matchers that were deleted.
   """
 
-  def __init__(self, channel: Connection, limits: grammar_worker.ProcessLimits):
-    self._channel, self._limits = channel, limits
-    # Requests that compile the same grammar and the engine ask it, in turn;
-    # each turn is short, as the process has a limit.
+  def __init__(
+    self, connection: Connection, limits: grammar_worker.ProcessLimits
+  ):
+    self._connection, self._limits = connection, limits
+    # The engine and several requests may use the process. The limits bound the
+    # time for which the lock is held.
     self._lock = threading.Lock()
     self._numbers = itertools.count(1)
     self._failure = ''
     self.dropped: collections.deque[int] = collections.deque()
 
   def compile(self, grammar: str) -> str:
-    """Compiles; why it cannot be, else ''.
+    """Compiles the grammar, and returns the error message or ''.
 
     Raises:
       GrammarLimit: it takes too much time or memory.
@@ -99,16 +101,16 @@ class GrammarProcess:
     return body.decode(errors='replace') if flags & grammar_worker.ERROR else ''
 
   def matcher(self) -> Matcher:
-    """A matcher at the beginning."""
+    """Returns a matcher in the initial state."""
     return Matcher(self, next(self._numbers))
 
   def ask(
     self, operation: int, number: int, argument: int = 0, text: str = ''
   ) -> tuple[int, bytes]:
-    """Flags and bytes of the reply.
+    """Sends a request, and returns the flags and bytes of the reply.
 
     Raises:
-      GrammarLimit: the process has ended, now or before.
+      GrammarLimit: the process has exceeded its limits, now or before.
     """
     limits = self._limits
     compiling = operation == grammar_worker.COMPILE
@@ -120,11 +122,11 @@ class GrammarProcess:
         while self.dropped:
           self._send(grammar_worker.DROP, self.dropped.popleft())
         self._send(operation, number, argument, text)
-        if not self._channel.poll(_WAIT * seconds + 1):
+        if not self._connection.poll(_WALL_FACTOR * seconds + 1):
           raise EOFError
-        reply = self._channel.recv_bytes()
+        reply = self._connection.recv_bytes()
       except (EOFError, OSError):
-        self._channel.close()
+        self._connection.close()
         self._failure = (
           f'it takes more than {seconds:g} s of processor time or '
           f'{limits.memory >> 20:,} MB of memory'
@@ -135,12 +137,12 @@ class GrammarProcess:
   def _send(
     self, operation: int, number: int, argument: int = 0, text: str = ''
   ) -> None:
-    head = grammar_worker.REQUEST.pack(operation, number, argument)
-    self._channel.send_bytes(head + text.encode())
+    header = grammar_worker.REQUEST.pack(operation, number, argument)
+    self._connection.send_bytes(header + text.encode())
 
 
 class GrammarPool:
-  """Makes grammar processes for one vocabulary, so many at once at most."""
+  """Starts grammar processes for a vocabulary, up to a maximum number."""
 
   def __init__(
     self,
@@ -150,62 +152,68 @@ class GrammarPool:
   ):
     """
     Args:
-      vocabulary: as `grammar_worker.vocabulary` writes it.
-      processes: alive at once.
+      vocabulary: the message of `grammar_worker.pack_vocabulary`.
+      processes: the maximum number of processes.
     """
-    self._vocabulary, self._most, self._limits = vocabulary, processes, limits
+    self._vocabulary, self._max_processes, self._limits = (
+      vocabulary,
+      processes,
+      limits,
+    )
     self._lock = threading.Lock()
     self._alive: weakref.WeakSet[GrammarProcess] = weakref.WeakSet()
     self._template: socket.socket | None = None
 
   def full(self) -> bool:
-    return len(self._alive) >= self._most
+    return len(self._alive) >= self._max_processes
 
-  def process(self) -> GrammarProcess:
-    """A process that no grammar has yet.
+  def start_process(self) -> GrammarProcess:
+    """Starts a process.
 
     Raises:
-      Full: too many are alive.
-      ValueError: no process can be started.
+      EngineFull: the maximum number of processes is running.
+      ValueError: the process does not start.
     """
     message = json.dumps(dataclasses.asdict(self._limits)).encode()
-    # Held for a fork, and the first time for the start, a second; never while
-    # a grammar is compiled.
+    # Held during a fork, and during the start of the template process, about a
+    # second; never while a grammar is compiled.
     with self._lock:
       if self.full():
         raise EngineFull(
-          f'{self._most} constraints are in use at once, as many as are kept; '
-          'try again in a moment',
+          f'{self._max_processes} constraints are in use, the maximum; try '
+          'again later',
           self._limits.compile_seconds,
         )
       server_end, worker_end = socket.socketpair()
       with worker_end:
         try:
-          self._pass_on(message, worker_end)
+          self._send_to_template(message, worker_end)
         except OSError:
-          # The template process is gone, as by an operator's kill.
+          # The template process was killed.
           self._template = None
-          self._pass_on(message, worker_end)
+          self._send_to_template(message, worker_end)
       process = GrammarProcess(Connection(server_end.detach()), self._limits)
       self._alive.add(process)
     return process
 
-  def _pass_on(self, message: bytes, end: socket.socket) -> None:
+  def _send_to_template(
+    self, message: bytes, worker_end: socket.socket
+  ) -> None:
     if self._template is None:
-      self._template = _template(self._vocabulary)
-    socket.send_fds(self._template, [message], [end.fileno()])
+      self._template = _start_template(self._vocabulary)
+    socket.send_fds(self._template, [message], [worker_end.fileno()])
 
 
-def _template(vocabulary: bytes) -> socket.socket:
+def _start_template(vocabulary: bytes) -> socket.socket:
   """Starts the template process.
 
   Raises:
-    ValueError: it does not start.
+    ValueError: the process does not start.
   """
   server_end, worker_end = socket.socketpair(
     socket.AF_UNIX, socket.SOCK_SEQPACKET
   )
-  # -P: no module beside that file may stand in for one of the same name.
+  # -P keeps the modules beside the file out of sys.path.
   command = [
     sys.executable,
     '-P',
@@ -218,13 +226,13 @@ def _template(vocabulary: bytes) -> socket.socket:
       stdin=subprocess.PIPE,
       stdout=subprocess.DEVNULL,
       pass_fds=[worker_end.fileno()],
-      # A signal to the terminal's group is the server's.
+      # Signals of the terminal are for the server alone.
       start_new_session=True,
     )
   try:
     with process.stdin:
       process.stdin.write(vocabulary)
-    server_end.settimeout(_START)
+    server_end.settimeout(_START_SECONDS)
     ready = server_end.recv(8) == b'ready'
     server_end.settimeout(None)
   except OSError:

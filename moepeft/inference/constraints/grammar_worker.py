@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that compile and follow grammars, each within limits of its own.
+"""The processes that compile and follow grammars.
 
-A grammar comes from a request, and some take llguidance minutes and gigabytes:
-when they are compiled, or many tokens later, when a mask is computed. So each
-grammar has a process that the kernel ends when it takes too much, and the
-server goes on. This file is the process's program, and it imports neither JAX
-nor moepeft, so that a process is small:
+Some grammars of requests take llguidance minutes and gigabytes, when they are
+compiled or when a later mask is computed. Each grammar therefore has a process
+with limits, which the kernel kills if it exceeds them. This file is the program
+of that process. It imports neither JAX nor moepeft, so that a process is small:
 
   server --(spawns once)--> template process --(forks per grammar)--> grammar
 
 The template process reads the vocabulary once. For each grammar the server
-sends it one end of a socket, and it forks a child that answers there. A child
-ends when the server closes the socket.
+sends it one end of a socket, and it forks a child that answers on the socket.
+A child exits when the server closes the socket.
 """
 
 import dataclasses
@@ -27,27 +26,27 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-# A request: an operation, the number of a matcher, an argument; then a text.
+# The header of a request: operation, matcher number, argument. A text follows.
 REQUEST = struct.Struct('<BIi')
 COMPILE, COPY, DROP, MASK, FORCED, ACCEPT = range(6)
-# A reply: flags of the matcher, then bytes.
+# The flags of a reply, its first byte. Bytes follow.
 ERROR, ACCEPTING, STOPPED, CONSUMED = 1, 2, 4, 8
-# What a text may be tokenized after, for tokenizers that begin one otherwise.
-_BEFORE = ('', '\n', '.', 'a')
+# Prefixes for encoding a text as it is encoded inside another text.
+_PREFIXES = ('', '\n', '.', 'a')
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessLimits:
-  """Limits of one grammar's process, which is ended beyond them.
+  """Limits of a grammar's process.
 
   Attributes:
-    compile_seconds: of processor time, to compile it and for its first mask. A
-      schema of a thousand parts, the most that is taken, needs about one.
-    step_seconds: of processor time, of one mask; usual ones take 0.1 ms.
-    memory: bytes beyond those of the template process.
-    states: of the grammar's lexer at most; about 2 kB each.
-    fuel: expressions that the lexer begins with, at most; a hundred thousand
-      take about 0.2 s.
+    compile_seconds: CPU time for compiling and for the first mask. The largest
+      schema, with a thousand subschemas, takes about one second.
+    step_seconds: CPU time for a mask; most take 0.1 ms.
+    memory: bytes beyond the memory of the template process.
+    states: the maximum number of states of the lexer, about 2 kB each.
+    fuel: the maximum number of initial expressions of the lexer; a hundred
+      thousand take about 0.2 s.
   """
 
   compile_seconds: float = 4.0
@@ -57,17 +56,17 @@ class ProcessLimits:
   fuel: int = 100_000
 
 
-def speller(tokenizer: str) -> Callable[[str], Sequence[int]]:
-  """A text's ids; any thread may call it.
+def make_encoder(tokenizer: str) -> Callable[[str], Sequence[int]]:
+  """Makes a thread-safe function that encodes a text.
 
   Args:
-    tokenizer: tokenizer.json's text; '' for the vocabulary of bytes.
+    tokenizer: the text of tokenizer.json; '' for the byte tokenizer.
   """
   if not tokenizer:
-    # Ids 0 to 2 are special ones.
+    # Ids 0 to 2 are special tokens.
     return lambda text: [byte + 3 for byte in text.encode()]
-  # `transformers` sets what is cut and padded at each call, in which no other
-  # thread may read the same tokenizer, so this one is made anew.
+  # A new tokenizer, because `transformers` sets truncation and padding at each
+  # call, which is not thread-safe.
   import tokenizers
 
   backend = tokenizers.Tokenizer.from_str(tokenizer)
@@ -78,14 +77,16 @@ def speller(tokenizer: str) -> Callable[[str], Sequence[int]]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenTable:
-  """A vocabulary as bytes; v is the model's, which may be the wider one.
+  """The bytes of the tokens of a vocabulary.
+
+  v is the size of the model's vocabulary, which may be padded.
 
   Attributes:
-    tokenizer: as `speller` takes it.
-    later: v byte strings, what each token is inside of a text; b'' for special
-      ones, those that are none, and ids that only the model has.
-    first: the same of a text's first token, which decoders of SentencePiece's
-      kind take a blank from.
+    tokenizer: the argument of `make_encoder`.
+    later: v byte strings, each token's bytes inside a text; b'' for special
+      tokens, unused ids and padding.
+    first: the same for the first token of a text, from which decoders of the
+      SentencePiece kind remove a leading space.
   """
 
   tokenizer: str
@@ -93,121 +94,127 @@ class TokenTable:
   first: Sequence[bytes]
 
   @functools.cached_property
-  def spell(self) -> Callable[[str], Sequence[int]]:
-    """Ids of a text as the tokenizer has them."""
-    return speller(self.tokenizer)
+  def encode_as_tokenizer(self) -> Callable[[str], Sequence[int]]:
+    """Encodes a text by the tokenizer."""
+    return make_encoder(self.tokenizer)
 
   def encode(self, text: str) -> list[int]:
-    """Ids whose bytes, inside of a text, are exactly this text's.
+    """Encodes a text to ids whose bytes inside a text are exactly its bytes.
 
-    As the tokenizer has them where it can, else the longest ones from the
-    left; [] where no tokens make it up.
+    The ids are the tokenizer's if possible, otherwise the longest ones from the
+    left; [] if no tokens make up the text.
     """
     data = text.encode()
-    for before in _BEFORE:
-      ids = self._suffix(self.spell(before + text), data)
+    for prefix in _PREFIXES:
+      ids = self._match_suffix(self.encode_as_tokenizer(prefix + text), data)
       if ids is not None:
         return ids
     return self._greedy(data)
 
-  def _suffix(self, ids: Sequence[int], data: bytes) -> list[int] | None:
-    """The last ids whose bytes are the data, if some are."""
+  def _match_suffix(self, ids: Sequence[int], data: bytes) -> list[int] | None:
+    """Returns the last ids whose bytes are `data`, or None."""
     start = len(data)
     for at in range(len(ids) - 1, -1, -1):
-      piece = self._of(ids[at])
-      start -= len(piece)
-      if not piece or start < 0 or data[start : start + len(piece)] != piece:
+      token = self._token_bytes(ids[at])
+      start -= len(token)
+      if not token or start < 0 or data[start : start + len(token)] != token:
         return None
       if not start:
         return [int(i) for i in ids[at:]]
     return None
 
-  def _of(self, token: int) -> bytes:
+  def _token_bytes(self, token: int) -> bytes:
     return self.later[token] if token < len(self.later) else b''
 
   def _greedy(self, data: bytes) -> list[int]:
     ids, at = [], 0
-    longest = max(map(len, self._ids), default=0)
+    longest = max(map(len, self._id_by_bytes), default=0)
     while at < len(data):
       sizes = range(min(longest, len(data) - at), 0, -1)
-      size = next((n for n in sizes if data[at : at + n] in self._ids), None)
+      size = next(
+        (n for n in sizes if data[at : at + n] in self._id_by_bytes), None
+      )
       if size is None:
         return []
-      ids.append(self._ids[data[at : at + size]])
+      ids.append(self._id_by_bytes[data[at : at + size]])
       at += size
     return ids
 
   @functools.cached_property
-  def _ids(self) -> dict[bytes, int]:
+  def _id_by_bytes(self) -> dict[bytes, int]:
     pairs = enumerate(self.later)
-    return {piece: i for i, piece in reversed(list(pairs)) if piece}
+    return {token: i for i, token in reversed(list(pairs)) if token}
 
 
 class _Tokenizer:
-  """A vocabulary as llguidance reads it.
+  """A tokenizer with the interface that llguidance expects.
 
   Attributes:
-    tokens: bytes of the ids of the model, of further ids that
-      `constraints` needs, and last of one that stands for what the vocabulary
-      cannot write.
+    tokens: the bytes of the model's ids, of the additional ids of
+      `grammar._Tokens`, and of an id for unknown text.
   """
 
-  # Attributes that llguidance asks a tokenizer for.
+  # Attributes that llguidance reads.
   is_tokenizer_wrapper = True
   bos_token_id = None
 
-  def __init__(self, pieces: TokenTable, tokens: list[bytes], ends: list[int]):
-    self._pieces, self.tokens = pieces, tokens
-    self.eos_token_id = ends[0]
+  def __init__(
+    self, token_table: TokenTable, tokens: list[bytes], eos_token_ids: list[int]
+  ):
+    self._token_table, self.tokens = token_table, tokens
+    self.eos_token_id = eos_token_ids[0]
     self.special_token_ids = [i for i, x in enumerate(tokens) if not x]
 
   def __call__(self, text: str) -> list[int]:
     unknown = len(self.tokens) - 1
-    return self._pieces.encode(text) or [unknown] * bool(text)
+    return self._token_table.encode(text) or [unknown] * bool(text)
 
 
-def vocabulary(
-  tokenizer: str, size: int, tokens: Sequence[bytes], ends: Sequence[int]
+def pack_vocabulary(
+  tokenizer: str,
+  size: int,
+  tokens: Sequence[bytes],
+  eos_token_ids: Sequence[int],
 ) -> bytes:
-  """The message that the template process reads from standard input."""
-  head = json.dumps(
+  """Packs the message that the template process reads from standard input."""
+  header = json.dumps(
     {
       'tokenizer': tokenizer,
       'size': size,
       'lengths': [len(token) for token in tokens],
-      'ends': [int(end) for end in ends],
+      'ends': [int(end) for end in eos_token_ids],
     }
   ).encode()
-  return struct.pack('<Q', len(head)) + head + b''.join(tokens)
+  return struct.pack('<Q', len(header)) + header + b''.join(tokens)
 
 
 def _read_vocabulary(message: bytes) -> tuple[_Tokenizer, list[int]]:
   (length,) = struct.unpack_from('<Q', message)
-  head, at = json.loads(message[8 : 8 + length]), 8 + length
+  header, at = json.loads(message[8 : 8 + length]), 8 + length
   tokens = []
-  for size in head['lengths']:
+  for size in header['lengths']:
     tokens.append(message[at : at + size])
     at += size
-  later = tokens[: head['size']]
-  pieces = TokenTable(head['tokenizer'], later, later)
-  return _Tokenizer(pieces, tokens, head['ends']), head['ends']
+  later = tokens[: header['size']]
+  token_table = TokenTable(header['tokenizer'], later, later)
+  return _Tokenizer(token_table, tokens, header['ends']), header['ends']
 
 
 def template_process(control: socket.socket, message: bytes) -> None:
-  """Forks a process for each socket that comes, until the server is gone.
+  """Forks a process for each socket, until the server exits.
 
   Args:
-    control: brings a grammar's limits as JSON, and its socket.
-    message: the vocabulary.
+    control: receives the limits of each grammar, as JSON, and its socket.
+    message: the vocabulary, from `pack_vocabulary`.
   """
   import llguidance
 
-  # Ctrl-C at a terminal is the server's to answer; children are not waited for.
+  # The server handles Ctrl-C; the kernel reaps the children.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-  wrapper, ends = _read_vocabulary(message)
-  tokenizer = llguidance.LLTokenizer(wrapper, eos_token=ends)
-  wrapper('a')  # reads the tokenizer here, for all children
+  tokenizer_wrapper, eos_token_ids = _read_vocabulary(message)
+  tokenizer = llguidance.LLTokenizer(tokenizer_wrapper, eos_token=eos_token_ids)
+  tokenizer_wrapper('a')  # loads the tokenizer before the forks
   control.send(b'ready')
   while True:
     limits, descriptors, _, _ = socket.recv_fds(control, 1024, 1)
@@ -222,31 +229,31 @@ def template_process(control: socket.socket, message: bytes) -> None:
           ProcessLimits(**json.loads(limits)),
         ).run()
       except (EOFError, OSError):
-        pass  # the server needs it no more
+        pass  # the server has closed the socket
       finally:
         os._exit(0)
     os.close(descriptors[0])
 
 
 class _GrammarProcess:
-  """Answers requests about one grammar; matcher 0 is at its beginning."""
+  """Answers the requests about a grammar; matcher 0 is its initial state."""
 
   def __init__(
-    self, channel: Connection, tokenizer: Any, limits: ProcessLimits
+    self, connection: Connection, tokenizer: Any, limits: ProcessLimits
   ):
-    self._channel, self._tokenizer = channel, tokenizer
+    self._connection, self._tokenizer = connection, tokenizer
     self._limits, self._matchers = limits, {}
 
   def run(self) -> None:
     limits = self._limits
-    # The kernel ends the process, whatever native code is doing.
+    # By default SIGPROF kills the process, even inside native code.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pages = int(open('/proc/self/statm').read().split()[0])
     memory = pages * resource.getpagesize() + limits.memory
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     while True:
-      message = self._channel.recv_bytes()
+      message = self._connection.recv_bytes()
       operation, number, argument = REQUEST.unpack_from(message)
       text = message[REQUEST.size :].decode()
       compiling = operation == COMPILE
@@ -255,7 +262,7 @@ class _GrammarProcess:
       reply = self._answer(operation, number, argument, text)
       signal.setitimer(signal.ITIMER_PROF, 0)
       if reply is not None:
-        self._channel.send_bytes(reply)
+        self._connection.send_bytes(reply)
 
   def _answer(
     self, operation: int, number: int, argument: int, text: str
@@ -265,7 +272,7 @@ class _GrammarProcess:
       self._matchers.pop(number, None)
       return None
     if operation == COMPILE:
-      self._matchers[number] = self._compiled(text)
+      self._matchers[number] = self._compile(text)
     elif operation == COPY:
       self._matchers[number] = self._matchers[0].deep_copy()
     matcher = self._matchers[number]
@@ -281,7 +288,7 @@ class _GrammarProcess:
     flags |= STOPPED * matcher.is_stopped()
     return bytes([flags]) + body
 
-  def _compiled(self, grammar: str) -> Any:
+  def _compile(self, grammar: str) -> Any:
     import llguidance
 
     limits = llguidance.LLParserLimits(
@@ -293,7 +300,7 @@ class _GrammarProcess:
       self._tokenizer, grammar, log_level=0, limits=limits
     )
     if not matcher.is_error():
-      # A first mask may take as much as all that was done before.
+      # The first mask may take as long as the compilation.
       matcher.deep_copy().compute_bitmask()
     return matcher
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grammars in llguidance's kind of Lark: literals, and bounds on users' own."""
+"""Grammars in llguidance's dialect of Lark."""
 
 import json
 import re
@@ -7,61 +7,58 @@ from typing import Any
 
 from moepeft.inference import json_schema
 
-CHARACTERS = 50_000
-# What may hold '%json' without meaning it: texts, expressions and comments.
-_PARTS = re.compile(
+MAX_CHARACTERS = 50_000
+# %json, and the tokens that may contain it: strings, regexes and comments.
+_TOKENS = re.compile(
   r'"(?:[^"\\\n]|\\.)*"|/(?![/*])(?:[^/\\\n]|\\.)+/|(?:#|//)[^\n]*|%json\b'
 )
 
 
 def literal(text: str) -> str:
-  """A text as it stands in a rule.
-
-  Letters that no line may hold are spelled out.
-  """
+  """Quotes a text as a literal of a rule."""
   return json.dumps(text, ensure_ascii=False).replace('\x7f', r'\u007f')
 
 
 def json_rule(schema: Any, strict: bool) -> str:
-  """A rule's body: JSON that fits a schema, its white space bounded.
+  """The body of a rule for JSON that fits a schema, with bounded white space.
 
   Raises:
-    ValueError: as `json_schemas.prepared` does.
+    ValueError: see `json_schema.prepare`.
   """
-  return f'%json {json_schema.prepared(schema, strict)}'
+  return f'%json {json_schema.prepare(schema, strict)}'
 
 
-def bounded(text: str) -> str:
-  """A user's grammar whose JSON schemas have bounded white space.
+def bound_white_space(text: str) -> str:
+  """Bounds the white space of the JSON schemas in a user's grammar.
 
   Raises:
-    ValueError: it is too long, or a schema in it cannot be kept.
+    ValueError: the grammar is too long, or a schema is invalid.
   """
-  if len(text) > CHARACTERS:
+  if len(text) > MAX_CHARACTERS:
     raise ValueError(
       f'the grammar has {len(text):,} characters, expected at most '
-      f'{CHARACTERS:,}; make it shorter'
+      f'{MAX_CHARACTERS:,}; make it shorter'
     )
   if text.lstrip().startswith('{'):
     raise ValueError(
-      "a grammar is rules, the first of them 'start: ...', got a JSON object; "
-      'give a JSON schema by its own option'
+      "expected rules, the first of them 'start: ...', got a JSON object; use "
+      'the type json_schema for a JSON schema'
     )
-  parts, at = [], 0
-  while match := _PARTS.search(text, at):
-    parts.append(text[at : match.end()])
-    at = match.end()
+  parts, position = [], 0
+  while match := _TOKENS.search(text, position):
+    parts.append(text[position : match.end()])
+    position = match.end()
     if match[0] == '%json':
-      schema, at = _schema(text, at)
-      parts.append(' ' + json_schema.prepared(schema, True))
-  return ''.join([*parts, text[at:]])
+      schema, position = _read_schema(text, position)
+      parts.append(' ' + json_schema.prepare(schema, True))
+  return ''.join([*parts, text[position:]])
 
 
-def _schema(text: str, at: int) -> tuple[Any, int]:
-  at += len(text[at:]) - len(text[at:].lstrip())
+def _read_schema(text: str, position: int) -> tuple[Any, int]:
+  position += len(text[position:]) - len(text[position:].lstrip())
   try:
-    return json.JSONDecoder().raw_decode(text, at)
+    return json.JSONDecoder().raw_decode(text, position)
   except (ValueError, RecursionError) as e:
     raise ValueError(
-      f'the grammar has no JSON schema after its %json ({e}); mend it'
+      f'the grammar has no JSON schema after %json ({e}); add one'
     ) from None

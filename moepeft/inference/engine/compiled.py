@@ -202,14 +202,9 @@ class Programs:
     args = self._row_args(inputs)
     layer = functools.partial(method.layer, block=method.block(*args))
     x, layer_args = jax.eval_shape(method.before, *args)
-    adapter_params, first_layer = (
-      w.layer_adapters(method.side),
-      w.layer(method.side),
-    )
+    params = w.layer(method.side), w.layer_adapters(method.side)
     rows = int32(n, w.buckets), int32(n), int32(n), int32()
-    return layer, self._shapes(
-      (first_layer, adapter_params, cache, *rows, x, layer_args)
-    )
+    return layer, self._shapes((*params, cache, *rows, x, layer_args))
 
   def _after(self, method, layer, args, inputs) -> Plan:
     x, _, weights = jax.eval_shape(layer, *args)
@@ -220,18 +215,13 @@ class Programs:
 
   def _scanned(self, method, layer, inputs) -> Plan:
     """Returns the plan of one program with all layers."""
-    w, n = self.weights, inputs[0].shape[0]
+    w, n, side = self.weights, inputs[0].shape[0], method.side
     args = (
-      *(
-        w.params,
-        w.layers[method.side],
-        w.adapter_params,
-        w.layer_adapters(method.side),
-      ),
+      *(w.params, w.layers[side], w.adapter_params, w.layer_adapters(side)),
       self.cache if method.write_cache is not None else {},
       *(int32(n, w.buckets), int32(n), int32(n), *inputs),
     )
-    depth = w.depth(method.side)
+    depth = w.depth(side)
     return functools.partial(_scan, method, layer, depth), args, (4,)
 
 
@@ -251,22 +241,15 @@ def _scan(
   x, layer_args = method.before(params, adapter_params, adapters, *inputs)
 
   def step(x, layer_inputs):
-    params, cache, number = layer_inputs
+    params, cache, index = layer_inputs
+    row_args = adapters, rows, positions, index
     x, cache, weights = layer(
-      params,
-      layer_adapters,
-      cache,
-      adapters,
-      rows,
-      positions,
-      number,
-      x,
-      layer_args,
+      params, layer_adapters, cache, *row_args, x, layer_args
     )
     return x, (cache, weights)
 
-  number = jnp.arange(depth, dtype=jnp.int32)
-  x, (cache, weights) = jax.lax.scan(step, x, (layers, cache, number))
+  indices = jnp.arange(depth, dtype=jnp.int32)
+  x, (cache, weights) = jax.lax.scan(step, x, (layers, cache, indices))
   weights = [jax.tree.map(lambda a, i=i: a[i], weights) for i in range(depth)]
   return cache, method.after(
     params, adapter_params, adapters, x, weights, *inputs

@@ -182,19 +182,14 @@ class ModelRunner:
     """Runs a method of the model, and returns its outputs."""
     method, w = self.programs.methods[key], self.weights
     writes_cache = method.write_cache is not None
-    layers, adapter_params = (
+    layers, layer_adapters = (
       w.layers[method.side],
       w.layer_adapters(method.side),
     )
     if w.scan:
+      cache = self._cache if writes_cache else {}
       cache, outputs = self.programs[key](
-        *(
-          w.params,
-          layers,
-          w.adapter_params,
-          adapter_params,
-          self._cache if writes_cache else {},
-        ),
+        *(w.params, layers, w.adapter_params, layer_adapters, cache),
         *(adapters, slots, positions, *inputs),
       )
       if writes_cache:
@@ -205,18 +200,9 @@ class ModelRunner:
     weights, program = [], self.programs[(*key, 'layer')]
     for i, layer in enumerate(layers):
       cache = self._cache[i] if writes_cache else {}
+      rows = adapters, slots, positions, np.int32(i)
       x, cache, layer_weights = program(
-        *(
-          layer,
-          adapter_params,
-          cache,
-          adapters,
-          slots,
-          positions,
-          np.int32(i),
-          x,
-          layer_args,
-        )
+        layer, layer_adapters, cache, *rows, x, layer_args
       )
       weights.append(layer_weights)
       if writes_cache:

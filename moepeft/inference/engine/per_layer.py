@@ -250,24 +250,24 @@ def _collect(tree, path, scanned, by_path):
 
 def split(tree: Tree) -> tuple[Tree, dict[str, Tree]]:
   """Splits a tree into (all but the layers, {side: layers})."""
-  rest, layers = {}, {}
+  outer, layers = {}, {}
   for key, value in tree.items():
-    rest[key] = value
+    outer[key] = value
     if isinstance(value, dict) and 'layers' in value:
-      rest[key] = {k: v for k, v in value.items() if k != 'layers'}
+      outer[key] = {k: v for k, v in value.items() if k != 'layers'}
       layers[key] = value['layers']
-  return rest, layers
+  return outer, layers
 
 
 def split_adapters(adapter_params: Tree) -> tuple[Tree, dict[str, Tree]]:
-  """Splits every bucket into ({bucket: rest}, {side: {bucket: layers}})."""
-  rest, sides = {}, {}
+  """Splits every bucket into ({bucket: outer}, {side: {bucket: layers}})."""
+  outer, sides = {}, {}
   for bucket, tree in adapter_params.items():
-    rest[bucket], layers = split(tree)
+    outer[bucket], layers = split(tree)
     for side, side_layers in layers.items():
       sides.setdefault(side, {})[bucket] = side_layers
   # A row has a slot in every bucket, so every side needs every bucket.
-  return rest, {
+  return outer, {
     side: {bucket: buckets.get(bucket, {}) for bucket in adapter_params}
     for side, buckets in sides.items()
   }

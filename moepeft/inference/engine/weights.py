@@ -44,8 +44,8 @@ class Weights:
     Raises:
       ValueError: a name, shape or dtype differs from the current parameters.
     """
-    rest, layers = split(params)
-    rest = jax.tree.map(self._to_device, rest)
+    outer, layers = split(params)
+    outer = jax.tree.map(self._to_device, outer)
     stacks = {}
     for side, stack in layers.items():
       # Each layer's arrays are separate: on CPU a slice is a copy.
@@ -54,14 +54,14 @@ class Weights:
         if self.scan
         else self._unstack(stack)
       )
-    if self.params and _shapes((rest, stacks)) != _shapes(
+    if self.params and _shapes((outer, stacks)) != _shapes(
       (self.params, self.layers)
     ):
       raise ValueError(
         'the new weights have other names, shapes or dtypes than those of the '
         'engine; create another engine for them'
       )
-    self.params, self.layers = rest, stacks
+    self.params, self.layers = outer, stacks
 
   @property
   def adapter_params(self) -> Tree:

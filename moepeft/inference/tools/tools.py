@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tools as OpenAI's API has them, and how models write calls of them.
+"""OpenAI's tools, and the formats in which models write tool calls.
 
-A model was taught one form of calls; it is found in its chat template. Hermes'
-and Qwen's is `<tool_call>{"name": ..., "arguments": ...}</tool_call>`, also
-what `moepeft.data` writes where a template has no words for tools; Llama 3's
-is JSON with `parameters`; else it is JSON with `arguments`. `tools.parser`
-parses calls, `constraints.tool_grammar` constrains an answer to them.
+The chat template shows a model's format. That of Hermes and Qwen is
+`<tool_call>{"name": ..., "arguments": ...}</tool_call>`; `moepeft.data` uses it
+too if a template does not support tools. Llama 3's is JSON with the key
+`parameters`, and the last is JSON with the key `arguments`. `tools.parser`
+parses calls, and `constraints.tool_grammar` constrains an answer to them.
 """
 
 import dataclasses
@@ -18,21 +18,21 @@ from moepeft.data.chat.formats import Conversation
 from moepeft.data.chat.messages import Turn
 from moepeft.inference import json_schema
 
-MOST = 128
+MAX_TOOLS = 128
 _NAME = re.compile('[a-zA-Z0-9_-]{1,64}')
 _MODES = ('none', 'auto', 'required')
-_EMPTY = {'type': 'object', 'properties': {}}
+_NO_PARAMETERS = {'type': 'object', 'properties': {}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-  """A form of calls.
+  """A format of tool calls.
 
   Attributes:
-    name: one of STYLES.
+    name: a key of STYLES.
     opening, closing: markers around a call; '' for no marker.
-    key: the JSON key of its arguments.
-    separator: text between two calls.
+    key: the JSON key of the arguments.
+    separator: the text between two calls.
   """
 
   name: str
@@ -54,21 +54,24 @@ STYLES = {
 
 @dataclasses.dataclass(frozen=True)
 class ToolSpec:
-  """A function that may be called.
+  """A function that the model may call.
 
   Attributes:
-    name, description: as the model reads them.
-    parameters: a JSON schema of an object.
-    strict: whether the schema is kept whole; else what cannot be is left out.
+    name, description: the texts that the model reads.
+    parameters: the JSON schema of the arguments, an object.
+    strict: whether unsupported keywords of the schema are errors; otherwise
+      they are ignored.
   """
 
   name: str
   description: str = ''
-  parameters: Any = dataclasses.field(default_factory=lambda: dict(_EMPTY))
+  parameters: Any = dataclasses.field(
+    default_factory=lambda: dict(_NO_PARAMETERS)
+  )
   strict: bool = False
 
   def to_openai(self) -> dict:
-    """In OpenAI's form, as templates read it."""
+    """Returns OpenAI's JSON object, which chat templates read."""
     function = {'name': self.name}
     if self.description:
       function['description'] = self.description
@@ -84,8 +87,9 @@ class Choice:
 
   Attributes:
     mode: 'none', 'auto' or 'required'.
-    names: of those that may.
-    once: whether there is one call exactly, as of a tool that is named.
+    names: the names of the tools that may be called.
+    once: whether there must be exactly one call, because tool_choice names the
+      tool.
   """
 
   mode: str
@@ -93,41 +97,44 @@ class Choice:
   once: bool = False
 
 
-def check(items: Any) -> tuple[ToolSpec, ...]:
-  """The tools of a request.
+def check_tools(items: Any) -> tuple[ToolSpec, ...]:
+  """Checks the tools of a request.
 
   Args:
     items: [{'type': 'function', 'function': {'name', 'description',
       'parameters', 'strict'}}].
 
   Raises:
-    ValueError: what is wrong with them, a sentence.
+    ValueError: a tool is invalid.
   """
   if not isinstance(items, list | tuple) or not items:
-    raise ValueError("'tools' is a list of at least one tool; leave it out")
-  if len(items) > MOST:
+    raise ValueError("'tools' is not a list of at least one tool; leave it out")
+  if len(items) > MAX_TOOLS:
     raise ValueError(
-      f"'tools' has {len(items)} tools, expected at most {MOST}; leave some out"
+      f"'tools' has {len(items)} tools, expected at most {MAX_TOOLS}; leave "
+      'some out'
     )
-  tools = tuple(_tool(item, f'tools[{i}]') for i, item in enumerate(items))
-  size = sum(len(json_schema.written(tool.parameters)) for tool in tools)
-  if size > json_schema.CHARACTERS:
+  tools = tuple(
+    _check_tool(item, f'tools[{i}]') for i, item in enumerate(items)
+  )
+  size = sum(len(json_schema.to_json(tool.parameters)) for tool in tools)
+  if size > json_schema.MAX_CHARACTERS:
     raise ValueError(
       f"the parameters of 'tools' have {size:,} characters, expected at most "
-      f'{json_schema.CHARACTERS:,}; make them smaller'
+      f'{json_schema.MAX_CHARACTERS:,}; make them smaller'
     )
   names = [tool.name for tool in tools]
-  twice = next((name for name in names if names.count(name) > 1), None)
-  if twice is not None:
-    raise ValueError(f"'tools' has {twice!r} twice; give each its own name")
+  repeated = next((name for name in names if names.count(name) > 1), None)
+  if repeated is not None:
+    raise ValueError(f"'tools' has {repeated!r} twice; give each its own name")
   return tools
 
 
-def _tool(item: Any, label: str) -> ToolSpec:
+def _check_tool(item: Any, label: str) -> ToolSpec:
   function = item.get('function') if isinstance(item, dict) else None
   if not isinstance(function, dict) or item.get('type') != 'function':
     raise ValueError(
-      f"{label} is no function; expected {{'type': 'function', 'function': "
+      f"{label} is not a function; expected {{'type': 'function', 'function': "
       "{'name': ...}}"
     )
   name = function.get('name')
@@ -138,38 +145,38 @@ def _tool(item: Any, label: str) -> ToolSpec:
   label = f'the tool {name!r}'
   description, strict = function.get('description'), function.get('strict')
   if description is not None and not isinstance(description, str):
-    raise ValueError(f"{label} has a 'description' that is no text; mend it")
+    raise ValueError(f"{label} has a 'description' that is not a text")
   if strict is not None and not isinstance(strict, bool):
     raise ValueError(f"{label} has 'strict' {strict!r}; expected true or false")
-  parameters = _parameters(function.get('parameters'), label)
+  parameters = _check_parameters(function.get('parameters'), label)
   return ToolSpec(name, description or '', parameters, bool(strict))
 
 
-def _parameters(value: Any, label: str) -> dict:
+def _check_parameters(value: Any, label: str) -> dict:
   if value is None or value == {}:
-    return dict(_EMPTY)
+    return dict(_NO_PARAMETERS)
   if not isinstance(value, dict) or value.get('type') != 'object':
     raise ValueError(
       f"{label} has 'parameters' that are no object; expected a JSON schema "
       "with 'type': 'object'"
     )
   try:
-    # What is not strict may be given to the model and never compiled.
-    json_schema.prepared(value, False)
+    # Lenient, because without a constraint the schema is never compiled.
+    json_schema.prepare(value, False)
   except ValueError as e:
-    raise ValueError(f"{label} has wrong 'parameters': {e}") from None
+    raise ValueError(f"{label} has invalid 'parameters': {e}") from None
   return value
 
 
 def read_tool_choice(tool_choice: Any, tools: Sequence[ToolSpec]) -> Choice:
-  """The choice that a request's 'tool_choice' names.
+  """Reads a request's 'tool_choice'.
 
   Args:
-    tool_choice: 'none', 'auto', 'required', a named function, a list of allowed
-      ones, or None, which is 'auto' where there are tools.
+    tool_choice: 'none', 'auto', 'required', a function, a list of allowed
+      tools, or None, which is 'auto' if there are tools.
 
   Raises:
-    ValueError: it is none of them, or names what is no tool.
+    ValueError: it is invalid, or names an unknown tool.
   """
   names = tuple(tool.name for tool in tools)
   if tool_choice is None:
@@ -180,46 +187,46 @@ def read_tool_choice(tool_choice: Any, tools: Sequence[ToolSpec]) -> Choice:
     return Choice(tool_choice, names)
   kind = tool_choice.get('type') if isinstance(tool_choice, dict) else None
   if kind == 'function':
-    return Choice('required', (_named(tool_choice, names),), once=True)
+    return Choice('required', (_tool_name(tool_choice, names),), once=True)
   if kind == 'allowed_tools':
-    # The API has both a flat form and one inside of its own key.
+    # The API has a flat format, and one nested below its own key.
     allowed = tool_choice.get('allowed_tools', tool_choice)
     mode = allowed.get('mode') if isinstance(allowed, dict) else None
-    listed = allowed.get('tools') if isinstance(allowed, dict) else None
-    if mode in _MODES[1:] and isinstance(listed, list) and listed:
-      return Choice(mode, tuple(_named(entry, names) for entry in listed))
+    entries = allowed.get('tools') if isinstance(allowed, dict) else None
+    if mode in _MODES[1:] and isinstance(entries, list) and entries:
+      return Choice(mode, tuple(_tool_name(entry, names) for entry in entries))
   raise ValueError(
     f"'tool_choice' is one of {', '.join(_MODES)} or {{'type': 'function', "
     f"'function': {{'name': ...}}}}, got {tool_choice!r}"
   )
 
 
-def _named(item: Any, names: Sequence[str]) -> str:
+def _tool_name(item: Any, names: Sequence[str]) -> str:
   item = item if isinstance(item, dict) else {}
   function = item.get('function', item)
   name = function.get('name') if isinstance(function, dict) else None
   if name not in names:
     raise ValueError(
-      f"'tool_choice' names {name!r}, which is no tool; expected one of "
+      f"'tool_choice' names {name!r}, which is not a tool; expected one of "
       f'{", ".join(names)}'
     )
   return name
 
 
-def style_of(template: str) -> Style:
-  """The form in which a chat template's model writes calls.
+def find_style(template: str) -> Style:
+  """Finds the format of tool calls in a chat template.
 
   Args:
-    template: Jinja; '' and those that have no words for tools are Hermes',
-      which `moepeft.data` tells such models of.
+    template: the Jinja source; without support for tools, the style is Hermes',
+      which `moepeft.data` uses for such templates.
 
   Raises:
-    ValueError: the template writes them in a form that is not known here.
+    ValueError: the template has an unknown format.
   """
   if '<function=' in template or '<|tool_call>' in template:
     raise ValueError(
-      'the chat template writes calls of tools in a form that is not supported '
-      f'here; name one of {", ".join(STYLES)}, or another template'
+      'the chat template writes tool calls in a format that is not supported; '
+      f'use a template with one of {", ".join(STYLES)}'
     )
   if '<tool_call>' in template or 'tools' not in template:
     return STYLES['hermes']
@@ -235,11 +242,10 @@ def with_tools(
   style: Style,
   template: str,
 ) -> Conversation:
-  """A conversation whose prompt has the tools that may be called.
+  """Adds the tools that may be called to a conversation.
 
-  They are the template's to write, or, in Hermes' form, `chat_text`'s; where
-  the template has no words for them and the style is another, they are in the
-  system's turn.
+  The chat template renders them, or `moepeft.data.chat` in the Hermes style. If
+  the template does not support tools, they are added to the system turn.
   """
   allowed = [tool for tool in tools if tool.name in choice.names]
   if choice.mode == 'none' or not allowed:
@@ -255,7 +261,7 @@ def with_tools(
 
 
 def instructions(tools: Sequence[ToolSpec], style: Style) -> str:
-  """The instructions for a model that was never taught calls."""
+  """The instructions for a model whose chat template does not support tools."""
   call = f'{{"name": ..., "{style.key}": ...}}'
   functions = [
     json.dumps(tool.to_openai()['function'], ensure_ascii=False)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a sentence-transformers directory beside its encoder.
+"""Reads the config files of a sentence-transformers directory.
 
-modules.json names the steps from a text to its vector, a folder each; the
-tokens that a text may have are in sentence_bert_config.json.
+modules.json lists the modules from a text to its vector, each with a folder;
+sentence_bert_config.json has the maximum number of tokens.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from moepeft.models.weight_mapping import CheckpointError
 from moepeft.serve.embeddings.pooling import POOLINGS
 
 _MODULES = 'modules.json'
-# Older files have a flag per pooling, such as pooling_mode_cls_token.
-_MODE, _FLAG = 'pooling_mode', 'pooling_mode_'
+# Older files have a flag for each pooling, such as pooling_mode_cls_token.
+_POOLING_MODE, _POOLING_FLAG_PREFIX = 'pooling_mode', 'pooling_mode_'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +49,17 @@ def read_config(folder: Path) -> SentenceTransformerConfig:
   """Reads the config of a sentence-transformers directory.
 
   Raises:
-    CheckpointError: it is no such directory, or has a module or a pooling that
-      is not supported.
+    CheckpointError: the directory is not one of sentence-transformers, or has
+      an unsupported module or pooling.
   """
-  steps = _steps(folder)
-  pooling = directory.read_json(folder / steps['Pooling'] / 'config.json')
+  modules = _read_modules(folder)
+  pooling = directory.read_json(folder / modules['Pooling'] / 'config.json')
   sentence_config = _read_optional(folder / 'sentence_bert_config.json')
   prompt = _prompt(_read_optional(folder / 'config_sentence_transformers.json'))
   if prompt and pooling.get('include_prompt') is False:
     raise CheckpointError(
-      f'{folder} leaves its prompt {prompt!r} out of the pooling: expected one '
-      'that counts; it is not supported'
+      f'{folder} excludes its prompt {prompt!r} from the pooling, which is not '
+      'supported: expected include_prompt to be true'
     )
   try:
     max_length = untrusted.field(sentence_config, 'max_seq_length', int, 0)
@@ -74,33 +74,33 @@ def read_config(folder: Path) -> SentenceTransformerConfig:
     )
   return SentenceTransformerConfig(
     _pooling(pooling, folder),
-    'Normalize' in steps,
+    'Normalize' in modules,
     max_length or None,
     lowercase,
     prompt,
   )
 
 
-def _steps(folder: Path) -> dict[str, str]:
-  """{kind: folder below} of the steps, which must be those known, in order."""
+def _read_modules(folder: Path) -> dict[str, str]:
+  """Reads modules.json: {class name: folder} of the supported modules."""
   try:
-    steps = untrusted.read_json(folder / _MODULES)
-    if not isinstance(steps, list):
+    modules = untrusted.read_json(folder / _MODULES)
+    if not isinstance(modules, list):
       raise untrusted.Malformed(f'expected a list in {_MODULES}')
     field = untrusted.field
     modules = {
-      field(step, 'type', str).rpartition('.')[2]: field(step, 'path', str)
-      for step in steps
+      field(module, 'type', str).rpartition('.')[2]: field(module, 'path', str)
+      for module in modules
     }
   except (OSError, untrusted.Malformed):
     raise CheckpointError(
-      f'{folder} holds no {_MODULES} that can be read: expected a directory of '
-      'sentence-transformers, which says how tokens become a vector'
+      f'{folder} has no {_MODULES} that can be read: expected a directory of '
+      'sentence-transformers'
     ) from None
-  usual = ['Transformer', 'Pooling', 'Normalize']
-  if list(modules) not in (usual, usual[:2]) or modules['Transformer']:
+  supported = ['Transformer', 'Pooling', 'Normalize']
+  if list(modules) not in (supported, supported[:2]) or modules['Transformer']:
     raise CheckpointError(
-      f'{folder / _MODULES} has the steps {", ".join(modules)}: expected '
+      f'{folder / _MODULES} has the modules {", ".join(modules)}: expected '
       'Transformer in the directory itself, Pooling and perhaps Normalize; '
       'others are not supported'
     )
@@ -108,20 +108,22 @@ def _steps(folder: Path) -> dict[str, str]:
 
 
 def _pooling(fields: Mapping[str, Any], folder: Path) -> str:
-  chosen = fields.get(_MODE)
-  if not chosen:
-    chosen = [
-      name.removeprefix(_FLAG).removesuffix('_tokens').removesuffix('_token')
+  poolings = fields.get(_POOLING_MODE)
+  if not poolings:
+    poolings = [
+      name.removeprefix(_POOLING_FLAG_PREFIX)
+      .removesuffix('_tokens')
+      .removesuffix('_token')
       for name, on in fields.items()
-      if name.startswith(_FLAG) and on
+      if name.startswith(_POOLING_FLAG_PREFIX) and on
     ]
-  chosen = chosen if isinstance(chosen, list) else [chosen]
-  if len(chosen) != 1 or str(chosen[0]) not in POOLINGS:
+  poolings = poolings if isinstance(poolings, list) else [poolings]
+  if len(poolings) != 1 or str(poolings[0]) not in POOLINGS:
     raise CheckpointError(
-      f'{folder} pools by {" and ".join(map(str, chosen)) or "nothing"}: '
+      f'{folder} pools by {" and ".join(map(str, poolings)) or "nothing"}: '
       f'expected one of {", ".join(POOLINGS)}; others are not supported'
     )
-  return chosen[0]
+  return poolings[0]
 
 
 def _prompt(fields: Mapping[str, Any]) -> str:

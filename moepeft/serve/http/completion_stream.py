@@ -120,7 +120,7 @@ class AnswerStream:
     if is_eos:
       return AnswerDelta()
     delta = self._release(self._detokenizer.feed([token.id]))
-    marker = self._markers.of.get(token.id)
+    marker = self._markers.by_token.get(token.id)
     if marker and not self.stopped:
       delta += self._release(marker)
     return delta
@@ -131,13 +131,13 @@ class AnswerStream:
       return AnswerDelta(reason=STOP)
     last = self._release(self._detokenizer.finish())
     if not self.stopped:
-      rest = self._markers.removed(self._stops.finish())
-      last += AnswerDelta(rest, tuple(self._pending))
+      text = self._markers.remove(self._stops.finish())
+      last += AnswerDelta(text, tuple(self._pending))
     return last + AnswerDelta(reason=STOP if self.stopped else reason)
 
   def _release(self, text: str) -> AnswerDelta:
-    self._decoded_chars += len(self._markers.removed(text))
-    released = self._markers.removed(self._stops.feed(text))
+    self._decoded_chars += len(self._markers.remove(text))
+    released = self._markers.remove(self._stops.feed(text))
     self._released_chars += len(released)
     self.stopped = self._stops.matched
     # A token is withheld with its text.

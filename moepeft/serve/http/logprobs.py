@@ -36,11 +36,11 @@ def chat_logprobs(
 def _token_logprob(
   tokenizer: ServedTokenizer, i: int, logprob: float | None
 ) -> dict[str, Any]:
-  piece = tokenizer.token_bytes(i)
+  token = tokenizer.token_bytes(i)
   return {
-    'token': piece.decode(errors='replace'),
+    'token': token.decode(errors='replace'),
     'logprob': _finite_logprob(logprob),
-    'bytes': list(piece),
+    'bytes': list(token),
   }
 
 

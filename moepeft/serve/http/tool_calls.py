@@ -68,11 +68,11 @@ class ToolPlanner:
       ApiError: a tool or the choice is invalid.
     """
     try:
-      checked_tools = tools.check(tool_list)
+      checked_tools = tools.check_tools(tool_list)
       tool_choice = tools.read_tool_choice(choice, checked_tools)
       if tool_choice.mode == 'none':
         return None
-      style = tools.style_of(template)
+      style = tools.find_style(template)
     except ValueError as e:
       raise invalid_request(str(e), 'tools') from None
     if self._compiler is None and tool_choice.mode == 'required':
@@ -130,8 +130,8 @@ class ToolPlan:
       calls.Parser(
         self.style,
         self.choice.names,
-        sure=self.compiler is not None,
-        forced=self.compiler is not None and not self.may_be_text,
+        constrained=self.compiler is not None,
+        calls_only=self.compiler is not None and not self.may_be_text,
       )
     )
 

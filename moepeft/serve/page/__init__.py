@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chat page: one file, and the headers that it is to be served with."""
+"""The chat page: an HTML file, and its response headers."""
 
 import base64
 import dataclasses
@@ -8,17 +8,17 @@ import pathlib
 import re
 
 _FILE = pathlib.Path(__file__).parent / 'index.html'
-# Blocks of data, as type="application/json", run nothing and need no hash.
+# Blocks with attributes, such as type="application/json", need no hash.
 _INLINE = r'<{0}>(.*?)</{0}>'
 
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-  """The chat page as it is served at `/`.
+  """The response of the route `/`.
 
   Attributes:
-    body: UTF-8.
-    headers: of the response, the media type included.
+    body: the HTML file, in UTF-8.
+    headers: the response headers, with the content type.
   """
 
   body: bytes
@@ -26,16 +26,16 @@ class Page:
 
 
 def read_page() -> Page:
-  """The page as it is installed; to be read once, when the server starts."""
+  """Reads the installed page."""
   body = _FILE.read_bytes()
-  # What a meta element cannot say: no site may frame the page.
+  # frame-ancestors works only as a header, not in a meta element.
   policies = f"{content_security_policy(body.decode())}; frame-ancestors 'none'"
   headers = {
     'Content-Type': 'text/html; charset=utf-8',
     'Content-Security-Policy': policies,
     'X-Content-Type-Options': 'nosniff',
     'Referrer-Policy': 'no-referrer',
-    # Kept, but asked after: an update of the package is seen at once.
+    # Browsers revalidate the page, so an update of the package shows at once.
     'Cache-Control': 'no-cache',
     'ETag': f'"{hashlib.sha256(body).hexdigest()[:32]}"',
   }
@@ -43,10 +43,10 @@ def read_page() -> Page:
 
 
 def content_security_policy(html: str) -> str:
-  """The Content-Security-Policy under which the page works, and no other code.
+  """Makes the Content-Security-Policy of the page.
 
-  Its own script and style run by their hashes, it speaks to its own server
-  alone, and no text can become markup (Trusted Types).
+  It allows the page's own script and style by their hashes and connections to
+  its own server, and requires Trusted Types, so that no text becomes markup.
   """
   return '; '.join(
     (

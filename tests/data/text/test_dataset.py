@@ -9,7 +9,7 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import registries
 from moepeft.config import check as config_check
-from moepeft.data.__main__ import replayed, show
+from moepeft.data.__main__ import replay_shares, show
 from moepeft.data.batching import collators
 from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.batching.decoder_only import CausalCollator
@@ -115,7 +115,7 @@ def test_rows_of_spans_are_full_and_lose_nothing(tmp_path):
   (tmp_path / 'a.txt').write_text(letters)
   path, form = str(tmp_path / 'a.txt'), Seq2SeqCollator(ByteTokenizer(), 61, 20)
   found = text_dataset.read_chunks(
-    data(path, pretraining_objective='spans'), form, path, below=300
+    data(path, pretraining_objective='spans'), form, path, vocab_size=300
   )
   whole, sentinels = [], set(range(259, 300))
   for ids in found:
@@ -130,19 +130,19 @@ def test_spans_that_find_no_room_say_what_to_set(path):
   form = Seq2SeqCollator(ByteTokenizer(), 61, 9)
   with pytest.raises(ValueError, match='set config.data.targets_length to 1'):
     text_dataset.read_chunks(
-      data(path, pretraining_objective='spans'), form, path, below=300
+      data(path, pretraining_objective='spans'), form, path, vocab_size=300
     )
   form = Seq2SeqCollator(ByteTokenizer(), 61, 20)
   with pytest.raises(ValueError, match='has 0 sentinels'):
     text_dataset.read_chunks(
-      data(path, pretraining_objective='spans'), form, path, below=259
+      data(path, pretraining_objective='spans'), form, path, vocab_size=259
     )
 
 
 def test_a_decoder_reads_spans_in_one_row(path):
   form = CausalCollator(ByteTokenizer(), 31)
   found = text_dataset.read_chunks(
-    data(path, pretraining_objective='spans'), form, path, below=300
+    data(path, pretraining_objective='spans'), form, path, vocab_size=300
   )
   made = found.make(found[0], np.random.default_rng(0))
   assert 30 <= len(made.ids) <= 32
@@ -249,7 +249,7 @@ def test_the_share_of_replayed_tokens_is_told(path, tmp_path):
   assert '25.0% of the examples (not of the tokens)' in found.notes[-1]
   # In whole rounds of 1,024 a quarter: five tokens of each against one.
   trained = [5 if found.replay[i][0] else 1 for i in range(1024)]
-  said = replayed(found, trained)
+  said = replay_shares(found, trained)
   assert '25.0% of the examples, 62.5% of the trained tokens' in said
 
 

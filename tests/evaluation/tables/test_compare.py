@@ -171,7 +171,7 @@ def test_axes_of_the_picture_end_at_the_metrics_bounds(tmp_path):
   assert 40 < low < 50 and high == 100  # the majority's 50 is drawn, too
   figure = Figure()
   axes = figure.subplots()
-  forest_plot._panel(axes, table, lines, column)
+  forest_plot._draw_panel(axes, table, lines, column)
   drawn = [set(line.get_xdata()) for line in axes.lines]
   assert {98.0, 100.0} in drawn
 

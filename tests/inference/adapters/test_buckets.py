@@ -117,3 +117,11 @@ def test_entries_of_all_forms_have_names_of_their_own():
 def test_what_changes_the_base_is_refused_with_what_to_do(method, adapter_map):
   with pytest.raises(ValueError, match=adapter_map):
     form(method)
+
+
+def test_a_router_without_options_makes_a_module():
+  (bucket,) = buckets.merge_buckets(
+    [form('molora(experts=3, router=uniform)')], SITES
+  )
+  entries = buckets.adapter_map_of([bucket]).entries
+  assert {path for path, _ in entries} == set(bucket.parts[0].sites)

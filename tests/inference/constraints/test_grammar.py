@@ -198,7 +198,7 @@ WRONG = (
   ({'enum': [float('nan')]}, 'is not JSON'),
   ({'enum': [b'a']}, 'is not JSON'),
   ({'enum': ['x' * 100_000]}, '100,0.. characters'),
-  ({'anyOf': [{'const': i} for i in range(1_000)]}, '1,001 schemas'),
+  ({'anyOf': [{'const': i} for i in range(1_000)]}, '1,001 subschemas'),
   (
     {
       'allOf': [

@@ -14,7 +14,7 @@ from moepeft.inference.tools.parser import (
   CallStart,
   Content,
   Parser,
-  new_id,
+  random_id,
 )
 from moepeft.inference.tools.tools import STYLES
 
@@ -50,10 +50,10 @@ TEXTS = {
 CASES = [(style, text) for style, texts in TEXTS.items() for text in texts]
 
 
-def parsed(style, pieces, sure=False):
+def parsed(style, pieces, constrained=False):
   """(events, joined where they go on with each other; the calls' count)."""
   ids = (f'call_{n}' for n in itertools.count())
-  parser = Parser(STYLES[style], NAMES, sure, lambda: next(ids))
+  parser = Parser(STYLES[style], NAMES, constrained, lambda: next(ids))
   found = [event for piece in pieces for event in parser.feed(piece)]
   events = []
   for event in [*found, *parser.finish()]:
@@ -65,8 +65,8 @@ def parsed(style, pieces, sure=False):
   return events, parser.calls
 
 
-def whole(style, text, sure=False):
-  return parsed(style, [text], sure)[0]
+def whole(style, text, constrained=False):
+  return parsed(style, [text], constrained)[0]
 
 
 def calls(*found):
@@ -78,16 +78,16 @@ def calls(*found):
   ]
 
 
-@pytest.mark.parametrize('sure', (False, True))
+@pytest.mark.parametrize('constrained', (False, True))
 @pytest.mark.parametrize('style, text', CASES)
-def test_every_way_to_cut_a_text_gives_the_same(style, text, sure):
-  expected = parsed(style, [text], sure)
-  assert parsed(style, list(text), sure) == expected
+def test_every_way_to_cut_a_text_gives_the_same(style, text, constrained):
+  expected = parsed(style, [text], constrained)
+  assert parsed(style, list(text), constrained) == expected
   dice = random.Random(7)
   for _ in range(43):
     cuts = sorted(dice.choices(range(len(text) + 1), k=dice.randint(1, 7)))
     pairs = itertools.pairwise([0, *cuts, len(text)])
-    assert parsed(style, [text[a:b] for a, b in pairs], sure) == expected
+    assert parsed(style, [text[a:b] for a, b in pairs], constrained) == expected
 
 
 @pytest.mark.parametrize('style, text', CASES)
@@ -162,7 +162,7 @@ def test_an_answer_cut_inside_of_a_call_is_content():
 def test_of_forced_calls_half_a_one_is_not_shown(cut):
   look = f'<tool_call>{LOOK}</tool_call>\n'
   for text in (cut, look + cut):
-    parser = Parser(STYLES['hermes'], NAMES, True, forced=True)
+    parser = Parser(STYLES['hermes'], NAMES, True, calls_only=True)
     events = [*parser.feed(text), *parser.finish()]
     assert not any(isinstance(event, Content) for event in events)
     assert parser.calls == (text != cut)
@@ -175,7 +175,7 @@ def test_of_a_sure_call_a_name_that_was_cut_off_is_not_shown():
 
 
 def test_where_calls_are_sure_arguments_come_as_they_are_written():
-  parser = Parser(STYLES['hermes'], sure=True, ids=lambda: 'i')
+  parser = Parser(STYLES['hermes'], constrained=True, make_id=lambda: 'i')
   assert parser.feed('<tool_call>{"name": "f", "argu') == [
     CallStart(0, 'i', 'f')
   ]
@@ -188,13 +188,13 @@ def test_where_calls_are_sure_arguments_come_as_they_are_written():
 
 def test_a_sure_call_that_is_cut_before_its_name_is_no_content():
   for cut in ('<tool_call>', '<tool_call>\n{"name":'):
-    parser = Parser(STYLES['hermes'], sure=True)
+    parser = Parser(STYLES['hermes'], constrained=True)
     assert parser.feed(cut) == parser.finish() == []
     assert parser.calls == 0
 
 
 def test_where_they_are_not_a_call_comes_when_it_is_whole():
-  parser = Parser(STYLES['hermes'], ids=lambda: 'i')
+  parser = Parser(STYLES['hermes'], make_id=lambda: 'i')
   assert parser.feed('<tool_call>{"name": "f", "arguments": {"a": 1}') == []
   assert parser.feed('}') == [CallStart(0, 'i', 'f'), Arguments(0, '{"a": 1}')]
 
@@ -202,7 +202,7 @@ def test_where_they_are_not_a_call_comes_when_it_is_whole():
 def test_after_content_a_call_without_a_marker_is_not_sure():
   # No constraint keeps it to its form there.
   text = 'so {"name": "add", "arguments": {"a": tru}}'
-  assert whole('json', text, sure=True) == [Content(text)]
+  assert whole('json', text, constrained=True) == [Content(text)]
 
 
 def test_half_a_marker_is_never_shown():
@@ -234,13 +234,13 @@ def test_json_that_is_an_answer_is_known_by_its_first_key():
 def test_reading_takes_time_in_proportion_to_the_text(monkeypatch):
   fed = 0
 
-  class Counted(json_parser.Calls):
+  class Counted(json_parser.CallsParser):
     def feed(self, letter):
       nonlocal fed
       fed += 1
       super().feed(letter)
 
-  monkeypatch.setattr('moepeft.inference.tools.parser.Calls', Counted)
+  monkeypatch.setattr('moepeft.inference.tools.parser.CallsParser', Counted)
   # Read anew from each brace, this would be 100 times 64 levels of 13 letters.
   text = '{"arguments":' * 100 + 'x'
   assert whole('json', text) == [Content(text)]
@@ -249,4 +249,4 @@ def test_reading_takes_time_in_proportion_to_the_text(monkeypatch):
 
 
 def test_ids_are_not_alike():
-  assert len({new_id() for _ in range(97)}) == 97
+  assert len({random_id() for _ in range(97)}) == 97

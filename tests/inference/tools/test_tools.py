@@ -37,7 +37,7 @@ def nested(levels):
 
 
 def test_tools_are_read_as_the_api_has_them():
-  found = tools_tools.check(
+  found = tools_tools.check_tools(
     [function(), function(name='now', parameters=None, strict=True)]
   )
   assert found == (
@@ -54,13 +54,13 @@ def test_tools_are_read_as_the_api_has_them():
     ({}, 'at least one tool'),
     ([function()] * 2, "'weather' twice"),
     ([function(name=f'f{i}') for i in range(129)], '129 tools'),
-    ([{'type': 'web_search'}], r'tools\[0\] is no function'),
-    ([7], r'tools\[0\] is no function'),
+    ([{'type': 'web_search'}], r'tools\[0\] is not a function'),
+    ([7], r'tools\[0\] is not a function'),
     ([function(name='get weather')], 'expected 1 to 64 letters'),
     ([function(name='x' * 65)], 'expected 1 to 64 letters'),
     ([function(name='')], 'expected 1 to 64 letters'),
     ([function(name='a\n')], 'expected 1 to 64 letters'),
-    ([function(description=7)], 'no text'),
+    ([function(description=7)], 'not a text'),
     ([function(strict='yes')], 'true or false'),
     ([function(parameters=[])], 'no object'),
     ([function(parameters={'type': 'string'})], 'no object'),
@@ -77,7 +77,7 @@ def test_tools_are_read_as_the_api_has_them():
 )
 def test_wrong_tools_are_one_sentence(tools, reason):
   with pytest.raises(ValueError, match=reason) as e:
-    tools_tools.check(tools)
+    tools_tools.check_tools(tools)
   assert '\n' not in str(e.value)
 
 
@@ -130,9 +130,9 @@ def test_the_style_is_found_in_the_template():
     (llama, 'llama'),
     ('{{ tools | tojson }}', 'json'),
   ):
-    assert tools_tools.style_of(template).name == expected
+    assert tools_tools.find_style(template).name == expected
   with pytest.raises(ValueError, match='not supported'):
-    tools_tools.style_of('{{ tools }}<tool_call><function=name>')
+    tools_tools.find_style('{{ tools }}<tool_call><function=name>')
 
 
 def prompt(template, choice, style):
