@@ -41,8 +41,8 @@ def compiled_flops(method, trained):
   variables = dict(jax.eval_shape(model.init, keys, ids))
 
   def loss(own, rest, batch):
-    found = seq2seq.loss_sums(model.apply, {**rest, trained: own}, batch, None)
-    return mean_loss(*found)
+    actual = seq2seq.loss_sums(model.apply, {**rest, trained: own}, batch, None)
+    return mean_loss(*actual)
 
   own = variables.pop(trained)
   step = jax.jit(jax.grad(loss)).lower(own, variables, ids).compile()
@@ -93,10 +93,10 @@ def test_logits_are_held_once():
     return jnp.sum(losses), jnp.sum(jnp.argmax(logits, axis=-1))
 
   step = jax.jit(jax.grad(loss, has_aux=True)).lower(x).compile()
-  held = step.memory_analysis().temp_size_in_bytes
+  stored = step.memory_analysis().temp_size_in_bytes
   logits = 4 * b * t * v
   # Blocks of 16 of the 96 tokens are written in place, one at a time.
-  assert logits <= held < 1.5 * logits
+  assert logits <= stored < 1.5 * logits
 
 
 @pytest.mark.slow

@@ -112,10 +112,10 @@ def test_a_row_is_measured_by_the_loops_own_update():
     'targets': 7,
     'steps': 1,
   }
-  found = ROW.found_of(row)
-  assert found['seconds'] > 0
+  actual = ROW.found_of(row)
+  assert actual['seconds'] > 0
   # CPU does not tell of its memory.
-  assert found['bytes'] is None
+  assert actual['bytes'] is None
 
 
 @pytest.mark.slow
@@ -255,16 +255,16 @@ def test_a_missing_folder_is_met_before_any_process_starts(
 
 
 def test_no_row_is_run_on_a_device_whose_peak_is_not_known(monkeypatch):
-  asked = []
+  requests = []
 
   def run(row):
-    asked.append(row['side'])
+    requests.append(row['side'])
     return {'kind': 'NVIDIA X1', 'platform': 'gpu'}
 
   monkeypatch.setattr(TABLE, 'run', run)
   with pytest.raises(ValueError, match='--peak_tflops'):
     TABLE.show(TABLE.Options(), None, None)
-  assert asked == ['device']
+  assert requests == ['device']
 
 
 @pytest.mark.parametrize(

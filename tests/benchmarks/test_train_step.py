@@ -49,10 +49,10 @@ def test_the_naive_side_is_the_same_function_with_the_same_gradients(name):
   f = BaseLayer(
     lambda x: jnp.einsum(eqn, x, kernel), eqn, shape, inside, outside
   )
-  ours = Mixture(Lora(rank=2, alpha=5.0), experts=3, router=Softmax(3))
-  naive = STEP._naive(ours)
+  candidate = Mixture(Lora(rank=2, alpha=5.0), experts=3, router=Softmax(3))
+  naive = STEP._naive(candidate)
   assert type(naive) is STEP.Naive
-  start = ours.init(jax.random.key(0), f, x, Context())['peft']
+  start = candidate.init(jax.random.key(0), f, x, Context())['peft']
   # b starts at zero, with which every mixture is the base.
   leaves, tree = jax.tree.flatten(start)
   drawn = [
@@ -69,12 +69,12 @@ def test_the_naive_side_is_the_same_function_with_the_same_gradients(name):
 
     return jax.grad(total, argnums=(0, 1), has_aux=True)(peft, x)
 
-  (expected, y), (found, z) = loss(ours), loss(naive)
+  (expected, y), (actual, z) = loss(candidate), loss(naive)
   # The term does something: else both were the base and equal.
   assert jnp.abs(y - f(x)).max() > 1
   # Sums of at most 100 float32 products of order 10, in another order.
   for a, b in zip(
-    jax.tree.leaves((z, found)), jax.tree.leaves((y, expected)), strict=True
+    jax.tree.leaves((z, actual)), jax.tree.leaves((y, expected)), strict=True
   ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
@@ -87,8 +87,8 @@ def test_ratios_are_medians_of_a_rounds_ratios():
   # naive over molora by rounds: 3, 2, 1.5; the ratio of medians would be 1.5.
   times = {'naive': [3.0, 4.0, 6.0], 'molora': [1.0, 2.0, 4.0]}
   times['lora'] = [1.0, 1.0, 1.0]
-  found = STEP.ratios(sides(naive=900, molora=300, lora=7), times)
-  assert found == {
+  actual = STEP.ratios(sides(naive=900, molora=300, lora=7), times)
+  assert actual == {
     'time_naive_over_molora': 2.0,
     # 1, 2, 4.
     'time_molora_over_lora_equal_rank': 2.0,
@@ -100,9 +100,9 @@ def test_ratios_are_medians_of_a_rounds_ratios():
 
 def test_memory_that_is_not_told_has_no_ratio():
   times = {'naive': [3.0], 'molora': [2.0]}
-  found = STEP.ratios(sides(naive=9, molora=None), times)
-  assert found['memory_naive_over_molora'] is None
-  assert found['time_naive_over_molora'] == 1.5
+  actual = STEP.ratios(sides(naive=9, molora=None), times)
+  assert actual['memory_naive_over_molora'] is None
+  assert actual['time_naive_over_molora'] == 1.5
   del times['molora']
   assert set(STEP.ratios(sides(naive=9), times).values()) == {None}
 

@@ -94,8 +94,8 @@ def random_tree(shapes, seed=0):
 
 def random_params(config, seed=0):
   """Random parameters of a model of any family."""
-  wanted = hf.expected(config)
-  shapes = weight_mapping.stacked_shapes(wanted)
+  expected = hf.expected(config)
+  shapes = weight_mapping.stacked_shapes(expected)
   return random_tree(shapes, seed)
 
 
@@ -133,8 +133,8 @@ def assert_equal_trees(left, right):
 def released_arrays(config, adapter=None):
   """Random parameters and an adapter's as `t5x.save` writes them, by name."""
   sizes, depths = t5_weights.axis_sizes(config), t5_weights.depths(config)
-  wanted = weight_mapping.entries(t5_weights.t5x_rules(config), sizes, depths)
-  pairs = list(weight_mapping.write(wanted, sizes, random_params(config)))
+  expected = weight_mapping.entries(t5_weights.t5x_rules(config), sizes, depths)
+  pairs = list(weight_mapping.write(expected, sizes, random_params(config)))
   if adapter is not None:
     pairs += t5x_adapters.write(config, adapter)
   return {entry.stored_name: array for entry, array in pairs}

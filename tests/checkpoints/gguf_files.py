@@ -44,7 +44,7 @@ def random_params(config, seed=0):
   """Weights so large that all of them matter."""
   rng = np.random.default_rng(seed)
   family = FAMILIES[config.family]
-  wanted = weight_mapping.entries(
+  expected = weight_mapping.entries(
     family.gguf.rules(config),
     family.axis_sizes(config),
     family.depths(config),
@@ -52,7 +52,7 @@ def random_params(config, seed=0):
   return weight_mapping.unflatten(
     {
       path: (0.15 * rng.normal(size=shape)).astype(np.float32)
-      for path, shape in weight_mapping.stacked_shapes(wanted).items()
+      for path, shape in weight_mapping.stacked_shapes(expected).items()
     }
   )
 
@@ -78,19 +78,19 @@ def write(path, arch, params, kind='F32', config=None, tensors=(), more=None):
     more(writer)
   family = FAMILIES[config.family]
   sizes = family.axis_sizes(config)
-  wanted = weight_mapping.entries(
+  expected = weight_mapping.entries(
     family.gguf.rules(config), sizes, family.depths(config)
   )
-  found = {}
-  for entry, array in weight_mapping.write(wanted, sizes, params):
+  actual = {}
+  for entry, array in weight_mapping.write(expected, sizes, params):
     name = entry.stored_name
     stored = as_converted(name, array, arch, config)
     if stored.ndim == 2 and stored.shape[0] > 1:
       stored = quantised(stored, kind)
-      found[name] = gguf.dequantize(stored, kind)
+      actual[name] = gguf.dequantize(stored, kind)
       writer.add_tensor(name, stored, raw_dtype=kind)
     else:
-      found[name] = stored
+      actual[name] = stored
       writer.add_tensor(name, stored)
   for name, array in tensors:
     writer.add_tensor(name, array)
@@ -98,7 +98,7 @@ def write(path, arch, params, kind='F32', config=None, tensors=(), more=None):
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
-  return found
+  return actual
 
 
 def quantised(array, kind):

@@ -82,7 +82,9 @@ def test_a_full_disk_that_a_thread_meets_is_raised_to_the_caller(
   checkpoints.save(large(3), DESCRIBED)
   checkpoints.wait()
   full_disk.fill(300_000)
-  with pytest.raises(ValueError, match='is full; free some.*of step 3') as told:
+  with pytest.raises(
+    ValueError, match='is full; free some.*of step 3'
+  ) as error:
     checkpoints.save(large(5), DESCRIBED)
     if way == 'check':
       # A training step each; the error comes with one of them.
@@ -93,7 +95,7 @@ def test_a_full_disk_that_a_thread_meets_is_raised_to_the_caller(
       checkpoints.wait()
     else:
       checkpoints.save(large(7), DESCRIBED)
-  assert len(str(told.value).splitlines()) == 1
+  assert len(str(error.value).splitlines()) == 1
   assert capfd.readouterr().err == ''
   assert os.listdir(checkpoints.path) == ['3']
   # Nothing is raised a second time, and there is a checkpoint to go on from.

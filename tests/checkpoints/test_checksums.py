@@ -153,7 +153,7 @@ def test_each_of_forty_flipped_bits_of_the_arrays_is_found(tmp_path):
     (f for f in (workdir / 'checkpoints').rglob('d/*') if f.is_file()),
     key=lambda f: f.stat().st_size,
   )
-  found = 0
+  actual = 0
   for number in range(40):
     file = files[-1 - number % 2]
     data = bytearray(file.read_bytes())
@@ -167,12 +167,12 @@ def test_each_of_forty_flipped_bits_of_the_arrays_is_found(tmp_path):
       )
     except ValueError as error:
       assert 'damaged' in str(error)
-      found += 1
+      actual += 1
     else:
       # The bit was of no array.
       np.testing.assert_array_equal(state.trainable['q']['a'], noise)
     file.write_bytes(original)
-  assert found >= 38
+  assert actual >= 38
 
 
 def test_a_checkpoint_of_version_0_1_has_hashes_and_is_restored(tmp_path):

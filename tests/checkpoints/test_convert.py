@@ -95,17 +95,17 @@ def test_adapters_go_all_ways(run, source, form):
   converted(run, source, form)
   if form == 'moepeft':
     tree, card = adapter_lib.load('out')
-    found = AdapterWeights(card['method'], tree)
+    actual = AdapterWeights(card['method'], tree)
     assert card['base'] == adapter_lib.load('moepeft')[1]['base']
   elif form == 'peft':
-    found = peft.load('out', CONFIG)
+    actual = peft.load('out', CONFIG)
     assert peft_config.read('out')['base_model_name_or_path'] == 'hf'
   else:
     loaded = t5x.load('out')
     assert_equal_trees(loaded.params, PARAMS)
-    found = loaded.adapter
-  assert found.method == LORA.method
-  assert_equal_trees(found.tree, LORA.tree)
+    actual = loaded.adapter
+  assert actual.method == LORA.method
+  assert_equal_trees(actual.tree, LORA.tree)
 
 
 @pytest.mark.parametrize('form', ['hf', 'peft', 'moepeft'])
@@ -113,13 +113,13 @@ def test_base_and_adapter_of_one_checkpoint_come_apart(run, form):
   converted(run, 'both', form)
   assert_equal_trees(hf.load('out/base').params, PARAMS)
   if form == 'peft':
-    found = peft.load('out/adapter', CONFIG).tree
+    actual = peft.load('out/adapter', CONFIG).tree
   else:
-    found, card = adapter_lib.load('out/adapter')
+    actual, card = adapter_lib.load('out/adapter')
     assert card['base']['path'] == 'out/base'
     assert card['base']['sha256'] == hf.load('out/base').sha256
     assert adapter_lib.config_of(card) == CONFIG
-  assert_equal_trees(found, LORA.tree)
+  assert_equal_trees(actual, LORA.tree)
 
 
 def test_the_hash_is_of_the_base_that_was_written(run):
@@ -156,8 +156,11 @@ def test_workdir_exports_what_was_trained(run, trained):
   assert run('--workdir=run', '--output=out') == (0, '')
   assert adapter_lib.load('out')[1] == adapter_lib.load('moepeft')[1]
   for name in (adapter_lib.ARRAYS, adapter_lib.METADATA_FILE):
-    with open(f'out/{name}', 'rb') as ours, open(f'moepeft/{name}', 'rb') as f:
-      assert ours.read() == f.read()
+    with (
+      open(f'out/{name}', 'rb') as actual,
+      open(f'moepeft/{name}', 'rb') as f,
+    ):
+      assert actual.read() == f.read()
 
 
 @pytest.mark.parametrize('adapter', [LORA, MOV], ids=['lora', 'mov'])
@@ -236,15 +239,15 @@ def test_the_template_that_a_run_was_trained_by_goes_along(run, trained, form):
   data |= {'tokenizer': 'words'}
   Path('run', 'config.json').write_text(json.dumps({'data': data}))
   assert run('--workdir=run', '--output=out', f'--to={form}') == (0, '')
-  found = AutoTokenizer.from_pretrained('words')
-  found.chat_template = Path('out', 'chat_template.jinja').read_text()
+  actual = AutoTokenizer.from_pretrained('words')
+  actual.chat_template = Path('out', 'chat_template.jinja').read_text()
   if form == 'hf':
     # The directory's own, whatever the tokenizer brought.
     assert AutoTokenizer.from_pretrained('out').chat_template == (
-      found.chat_template
+      actual.chat_template
     )
   turns = [{'role': 'user', 'content': 'a'}]
-  assert found.apply_chat_template(turns, tokenize=False) == (
+  assert actual.apply_chat_template(turns, tokenize=False) == (
     '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n'
   )
 

@@ -33,10 +33,10 @@ def card(size, method):
 
 @pytest.mark.parametrize(('size', 'method', 'params', 'peft'), KNOWN)
 def test_counts_are_the_published_ones(size, method, params, peft):
-  found = count(card(size, method))
-  assert (found['params'], found['peft']) == (params, peft)
-  assert found['percent'] == pytest.approx(100 * peft / params, abs=1e-4)
-  assert sum(found['by_site'].values()) == peft
+  actual = count(card(size, method))
+  assert (actual['params'], actual['peft']) == (params, peft)
+  assert actual['percent'] == pytest.approx(100 * peft / params, abs=1e-4)
+  assert sum(actual['by_site'].values()) == peft
 
 
 @pytest.mark.skipif(not FILE.exists(), reason=f'{FILE} is not at hand')
@@ -60,7 +60,7 @@ def test_counting_the_largest_allocates_nothing():
 
 
 def test_sites_are_named_without_layers_and_adapters():
-  found = count(card('small', 'molora(experts=2, rank=1)'))['by_site']
-  assert all(re.fullmatch(r'(en|de)coder/\w+/\w+', site) for site in found)
+  actual = count(card('small', 'molora(experts=2, rank=1)'))['by_site']
+  assert all(re.fullmatch(r'(en|de)coder/\w+/\w+', site) for site in actual)
   # Six heads of 64 beside d 512: a d*r + b r*384 + router d, twice, 8 layers.
-  assert found['encoder/self/q'] == 8 * 2 * (512 + 384 + 512)
+  assert actual['encoder/self/q'] == 8 * 2 * (512 + 384 + 512)

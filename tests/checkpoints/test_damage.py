@@ -97,7 +97,7 @@ def test_every_file_of_a_checkpoint_is_as_written_or_named(
     shutil.copytree(whole, workdir)
     damage(workdir / file)
     try:
-      found = Checkpoints(str(workdir), keep=2).restore(blank(), DESCRIBED)
+      actual = Checkpoints(str(workdir), keep=2).restore(blank(), DESCRIBED)
     except ValueError as e:
       # One line, that names the checkpoint and the one before.
       assert 'checkpoints/7' in str(e) and 'go on from step 5' in str(e), file
@@ -105,7 +105,7 @@ def test_every_file_of_a_checkpoint_is_as_written_or_named(
       noticed.append(file)
     else:
       # What was damaged does not matter to the state.
-      assert equal(leaves(found), expected), file
+      assert equal(leaves(actual), expected), file
   # The arrays and the card do.
   for part in ('rest', 'trainable', 'card'):
     assert any(file.parts[2] == part for file in noticed), (part, noticed)
@@ -125,18 +125,18 @@ def test_doing_what_a_damage_says_goes_on_from_the_one_before(whole, tmp_path):
   folder = tmp_path / 'w' / 'checkpoints'
   shutil.rmtree(folder / '7' / 'card')
   shutil.move(folder / '7', tmp_path / 'away')
-  found = Checkpoints(str(tmp_path / 'w'), 2).restore(blank(), DESCRIBED)
-  assert equal(leaves(found), leaves(make_state(step=5)))
+  actual = Checkpoints(str(tmp_path / 'w'), 2).restore(blank(), DESCRIBED)
+  assert equal(leaves(actual), leaves(make_state(step=5)))
 
 
 @pytest.mark.parametrize('name', ['trainable', 'rest'])
 def test_an_array_that_the_metadata_lost_is_named(whole, tmp_path, name):
   shutil.copytree(whole, tmp_path / 'w')
   path = tmp_path / 'w' / 'checkpoints' / '7' / name / '_METADATA'
-  found = json.loads(path.read_text())
-  entry = next(key for key in found['tree_metadata'] if "'b'" in key)
-  del found['tree_metadata'][entry]
-  path.write_text(json.dumps(found))
+  actual = json.loads(path.read_text())
+  entry = next(key for key in actual['tree_metadata'] if "'b'" in key)
+  del actual['tree_metadata'][entry]
+  path.write_text(json.dumps(actual))
   checkpoints = Checkpoints(str(tmp_path / 'w'), keep=2)
   with pytest.raises(
     DamagedCheckpoint, match='7 is damaged.*go on from step 5'
@@ -165,8 +165,8 @@ def test_an_array_that_the_metadata_lost_is_named(whole, tmp_path, name):
 def test_a_sealed_card_of_wrong_types_is_damaged(whole, tmp_path, key, value):
   shutil.copytree(whole, tmp_path / 'w')
   path = tmp_path / 'w' / 'checkpoints' / '7' / 'card' / 'metadata'
-  found = json.loads(path.read_text()) | {key: value}
-  path.write_text(json.dumps(found | {'sha256': seal(found)}))
+  actual = json.loads(path.read_text()) | {key: value}
+  path.write_text(json.dumps(actual | {'sha256': seal(actual)}))
   checkpoints = Checkpoints(str(tmp_path / 'w'), keep=2)
   for reading in (
     lambda: checkpoints.restore(blank(), DESCRIBED),
@@ -198,8 +198,8 @@ def test_a_damaged_checkpoint_is_skipped_and_stays_on_the_disk(
     cut(data)
   before = {f.relative_to(damaged) for f in damaged.rglob('*')}
   checkpoints = Checkpoints(str(tmp_path / 'w'), keep=2)
-  found = checkpoints.restore(blank(), DESCRIBED, skip_damaged=True)
-  assert equal(leaves(found), leaves(make_state(step=5)))
+  actual = checkpoints.restore(blank(), DESCRIBED, skip_damaged=True)
+  assert equal(leaves(actual), leaves(make_state(step=5)))
   assert 'skipped: the checkpoint' in capsys.readouterr().err
   aside = tmp_path / 'w' / 'damaged' / '7.2'
   assert {f.relative_to(aside) for f in aside.rglob('*')} == before
@@ -247,11 +247,13 @@ def test_a_checkpoint_that_meets_a_full_disk_is_a_sentence(
   checkpoints = Checkpoints(workdir, keep=2)
   checkpoints.save(large(3), DESCRIBED)
   full_disk.fill(leave)
-  with pytest.raises(ValueError, match='is full; free some.*of step 3') as told:
+  with pytest.raises(
+    ValueError, match='is full; free some.*of step 3'
+  ) as error:
     checkpoints.save(large(5), DESCRIBED)
   # No thread of the library says it again.
   assert capfd.readouterr().err == ''
-  assert len(str(told.value).splitlines()) == 1
+  assert len(str(error.value).splitlines()) == 1
   # Half a checkpoint is none, now and for the next process, and takes no room.
   assert checkpoints.latest() == Checkpoints(workdir, keep=2).latest() == 3
   assert os.listdir(checkpoints.path) == ['3']

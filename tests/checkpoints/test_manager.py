@@ -63,13 +63,13 @@ def blank():
 
 
 def test_all_of_a_state_comes_back(kept):
-  found, expected = kept.restore(blank(), DESCRIBED), make_state()
-  assert int(found.step) == 7
+  actual, expected = kept.restore(blank(), DESCRIBED), make_state()
+  assert int(actual.step) == 7
   assert (
-    jax.random.key_data(found.rng) == jax.random.key_data(expected.rng)
+    jax.random.key_data(actual.rng) == jax.random.key_data(expected.rng)
   ).all()
   for one, two in zip(
-    jax.tree.leaves((found.trainable, found.opt)),
+    jax.tree.leaves((actual.trainable, actual.opt)),
     jax.tree.leaves((expected.trainable, expected.opt)),
     strict=True,
   ):
@@ -99,12 +99,12 @@ def change_card(path, change):
   """Edits the card of the latest checkpoint on disk."""
   cards = {f: f.read_text() for f in path.glob('checkpoints/*/card/*')}
   (file,) = (f for f, text in cards.items() if '"checksums"' in text)
-  found = json.loads(cards[file])
-  change(found['checksums'])
+  actual = json.loads(cards[file])
+  change(actual['checksums'])
   # The card is whole, what it says of an array is not so.
-  del found['sha256']
-  found['sha256'] = seal(found)
-  file.write_text(json.dumps(found))
+  del actual['sha256']
+  actual['sha256'] = seal(actual)
+  file.write_text(json.dumps(actual))
 
 
 @pytest.mark.parametrize('way', ['restore', 'restore_trainable', 'adapter'])

@@ -79,17 +79,17 @@ def test_an_adapter_brings_its_semantics(place):
   base = base_lib.load(c.model)
   model, own = base_lib.module(base, c)
   # A reference of other semantics than the policy's.
-  _, found = reference_model.make_reference('adapter', model, own, base)
-  jax.tree.map(np.testing.assert_array_equal, found, tree)
+  _, actual = reference_model.make_reference('adapter', model, own, base)
+  jax.tree.map(np.testing.assert_array_equal, actual, tree)
   with pytest.raises(ValueError, match="and config.semantics to 'paper'"):
     base_lib.with_adapter({'peft': tree}, own, 'adapter', base)
 
 
 def test_an_adapter_brings_what_its_base_was_kept_in(place):
   _, built = saved(place, quantise='nf4')
-  kept = loaded_model.load_model('base', 'adapter').variables['params']
+  remaining = loaded_model.load_model('base', 'adapter').variables['params']
   base = base_lib.load(config(quantize='nf4').model)
-  jax.tree.map(np.testing.assert_array_equal, kept, base.params)
+  jax.tree.map(np.testing.assert_array_equal, remaining, base.params)
   for other in ('', 'int8'):
     base = base_lib.load(config(quantize=other).model)
     with pytest.raises(ValueError, match="quantize='nf4', this base has"):
@@ -104,8 +104,8 @@ def test_ends_of_a_hub_name_are_found_and_are_an_evaluations(
 ):
   import huggingface_hub
 
-  found = os.path.abspath('base')
-  fetched = lambda name, **how: found  # noqa: E731
+  actual = os.path.abspath('base')
+  fetched = lambda name, **how: actual  # noqa: E731
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', fetched)
   for name, ids in (('generation_config', [5, 7]), ('config', 9)):
     path = f'base/{name}.json'
@@ -118,14 +118,14 @@ def test_ends_of_a_hub_name_are_found_and_are_an_evaluations(
   other = run.config.copy_and_resolve_references()
   other.data.tokenizer = 'bytes'
   assert dataclasses.replace(run, config=other).eos_token_ids == (1,)
-  seen = []
-  generator = lambda *rest: seen.append(rest[-1])  # noqa: E731
+  calls = []
+  generator = lambda *rest: calls.append(rest[-1])  # noqa: E731
   monkeypatch.setattr(evaluator, 'BatchGenerator', generator)
   made = evaluator.Evaluator(
     run.model, run.tokenizer, (8, 8), 1, eos_token_ids=run.eos_token_ids
   )
   made._generator  # noqa: B018
-  assert seen == [run.eos_token_ids]
+  assert calls == [run.eos_token_ids]
 
 
 def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):

@@ -84,9 +84,9 @@ def test_nf4_codes_by_hand():
   codes, scale = to_nf4(kernel, 1)
   assert codes.tolist() == [[15 * 16 + 2], [10 * 16]]
   assert scale.tolist() == [[2.0]]
-  found = from_nf4(codes, scale, kernel.shape)
+  actual = from_nf4(codes, scale, kernel.shape)
   expected = [[2.0], [-2 * 0.5250730514526367], [2 * 0.24611230194568634]]
-  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 # Two blocks and a shorter one; inputs and outputs of two axes; odd ones.
@@ -103,8 +103,8 @@ def test_errors_are_bounded_by_half_a_step(kind, inside, outside):
   layout = form.layout(inside, outside, 'nh'[: len(inside)], 'df')
   assert (codes.shape, scale.shape) == (layout['codes'][0], layout['scale'][0])
   assert codes.dtype == form.dtype
-  found = form.decode(codes, scale, kernel.shape)
-  error = np.abs(found - kernel).reshape(-1, *outside)
+  actual = form.decode(codes, scale, kernel.shape)
+  error = np.abs(actual - kernel).reshape(-1, *outside)
   if kind == 'int8':
     bound = scale / 2
   else:
@@ -169,14 +169,14 @@ def test_any_advice_sees_the_decoded_weight(method, config):
     return jnp.mean(logits**2)
 
   run = jax.jit(jax.value_and_grad(loss))
-  found, expected = run(peft, packed), run(peft, wide)
+  actual, expected = run(peft, packed), run(peft, wide)
   # The same sums, compiled into two programs.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    found,
+    actual,
     expected,
   )
-  assert abs(run(peft, params)[0] - found[0]) > 1e-4
+  assert abs(run(peft, params)[0] - actual[0]) > 1e-4
 
 
 @every_kind
@@ -184,9 +184,9 @@ def test_every_axis_says_its_letter(kind):
   model, _ = made(METHODS[0], DECODER)
   params = quantize.pack(decoder_params(), DECODER, kind)
   said = weight_mapping.flatten(logical_axes(model, BATCH, params)['params'])
-  found = weight_mapping.flatten(params)
-  assert said.keys() == found.keys()
-  assert all(len(said[path]) == found[path].ndim for path in found)
+  actual = weight_mapping.flatten(params)
+  assert said.keys() == actual.keys()
+  assert all(len(said[path]) == actual[path].ndim for path in actual)
   at = 'decoder/layers/self/o/kernel'
   whole = P('layers', 'heads', 'head_dim', 'embed')
   blocks, rows = P('layers', 'heads', 'embed'), P('layers', 'embed')
@@ -198,12 +198,12 @@ def test_every_axis_says_its_letter(kind):
 def test_shapes_and_counts_need_no_weights(kind):
   params = decoder_params()
   packed = quantize.pack(params, DECODER, kind)
-  found = quantize.shapes(params, DECODER, kind)
+  actual = quantize.shapes(params, DECODER, kind)
   of = lambda tree: {  # noqa: E731
     path: (leaf.shape, np.dtype(leaf.dtype))
     for path, leaf in weight_mapping.flatten(tree).items()
   }
-  assert of(found) == of(packed)
+  assert of(actual) == of(packed)
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert quantize.parameters(packed, DECODER) == total
   assert quantize.parameters(params, DECODER) == total
@@ -240,8 +240,8 @@ def test_memory_falls_to_the_bits_that_are_kept():
     scales = kernels * 4 / 64
     assert kernels * (32 - bits) / 8 - scales <= saved
     narrow = program(packed)
-    found = wide.argument_size_in_bytes - narrow.argument_size_in_bytes
-    assert found == pytest.approx(saved, rel=0.01)
+    actual = wide.argument_size_in_bytes - narrow.argument_size_in_bytes
+    assert actual == pytest.approx(saved, rel=0.01)
     # Decoded one layer at a time: not all are kept for the gradient.
     more = narrow.temp_size_in_bytes - wide.temp_size_in_bytes
     assert more < kernels * 4 / 2
@@ -260,9 +260,9 @@ def test_the_hash_is_of_the_base_before_and_the_card_says_the_kind():
   assert base.sha256 == plain.sha256
   # Of what is stored, not of what the rest is cast to.
   expected = quantize.pack(plain.params, plain.config, 'nf4', 'bfloat16')
-  for found in (base.params, again.params):
+  for actual in (base.params, again.params):
     for path, leaf in weight_mapping.flatten(expected).items():
-      assert weight_mapping.flatten(found)[path].tobytes() == leaf.tobytes(), (
+      assert weight_mapping.flatten(actual)[path].tobytes() == leaf.tobytes(), (
         path
       )
   _, built = base_lib.module(base, c)
@@ -324,8 +324,8 @@ def test_a_run_is_reloaded_with_its_own_bits_and_no_others(tmp_path, capsys):
   base = base_lib.load(c.model)
   assert run.base_parameters == quantize.parameters(base.params, base.config)
   for path, leaf in weight_mapping.flatten(base.params).items():
-    found = np.asarray(weight_mapping.flatten(run.variables['params'])[path])
-    assert found.tobytes() == leaf.tobytes(), path
+    actual = np.asarray(weight_mapping.flatten(run.variables['params'])[path])
+    assert actual.tobytes() == leaf.tobytes(), path
   other = run_config()
   other.model.quantize = 'int8'
   other.steps = 2

@@ -19,21 +19,21 @@ SIZES = {'d': 2, 'n': 3, 'h': 5, 'e': 7}
 
 
 def test_axes_are_split_moved_and_joined():
-  theirs = np.arange(30).reshape(15, 2)
-  ours = weight_mapping.rearrange(theirs, '(nh)d', 'dnh', SIZES)
-  assert ours.shape == (2, 3, 5)
+  reference = np.arange(30).reshape(15, 2)
+  actual = weight_mapping.rearrange(reference, '(nh)d', 'dnh', SIZES)
+  assert actual.shape == (2, 3, 5)
   # Row n * 5 + h of theirs is head n, feature h of ours.
-  assert ours[1, 2, 4] == theirs[2 * 5 + 4, 1]
-  back = weight_mapping.rearrange(ours, 'dnh', '(nh)d', SIZES)
-  np.testing.assert_array_equal(back, theirs)
+  assert actual[1, 2, 4] == reference[2 * 5 + 4, 1]
+  back = weight_mapping.rearrange(actual, 'dnh', '(nh)d', SIZES)
+  np.testing.assert_array_equal(back, reference)
 
 
 def test_axes_of_size_one_come_and_go():
-  theirs = np.arange(15).reshape(15, 1)
-  ours = weight_mapping.rearrange(theirs, '(nh)1', 'nh', SIZES)
-  np.testing.assert_array_equal(ours, theirs.reshape(3, 5))
-  back = weight_mapping.rearrange(ours, 'nh', '(nh)1', SIZES)
-  np.testing.assert_array_equal(back, theirs)
+  reference = np.arange(15).reshape(15, 1)
+  actual = weight_mapping.rearrange(reference, '(nh)1', 'nh', SIZES)
+  np.testing.assert_array_equal(actual, reference.reshape(3, 5))
+  back = weight_mapping.rearrange(actual, 'nh', '(nh)1', SIZES)
+  np.testing.assert_array_equal(back, reference)
 
 
 def test_rules_name_every_parameter_of_the_model(config):
@@ -42,11 +42,11 @@ def test_rules_name_every_parameter_of_the_model(config):
   params = jax.eval_shape(init)['params']
   shapes = {k: v.shape for k, v in weight_mapping.flatten(params).items()}
   for rules in (t5_weights.hf_rules(config), t5_weights.t5x_rules(config)):
-    wanted = weight_mapping.entries(
+    expected = weight_mapping.entries(
       rules, t5_weights.axis_sizes(config), t5_weights.depths(config)
     )
-    assert weight_mapping.stacked_shapes(wanted) == shapes
-    assert len({entry.stored_name for entry in wanted}) == len(wanted)
+    assert weight_mapping.stacked_shapes(expected) == shapes
+    assert len({entry.stored_name for entry in expected}) == len(expected)
 
 
 def test_projections_are_sites_of_the_model(config):
@@ -117,19 +117,19 @@ def test_mismatch_reads_like_a_diff():
 
 
 def test_a_long_mismatch_is_cut_and_says_so():
-  found = {f'x{i:02d}': (1,) for i in range(50)}
+  actual = {f'x{i:02d}': (1,) for i in range(50)}
   with pytest.raises(CheckpointError, match=r'and 10 more lines'):
-    weight_mapping.check({}, found, 'what', 'advice')
+    weight_mapping.check({}, actual, 'what', 'advice')
 
 
 def test_layers_of_unlike_dtypes_need_a_dtype():
   rules = [Rule('s/layers/{l}/a', 'a{l}', 'd', 'd')]
-  wanted = weight_mapping.entries(rules, {'d': 2}, {'s': 2})
+  expected = weight_mapping.entries(rules, {'d': 2}, {'s': 2})
   arrays = {'a0': np.ones(2, np.float32), 'a1': np.ones(2, np.float16)}
   with pytest.raises(CheckpointError, match='a1 is float16'):
-    weight_mapping.read(wanted, {'d': 2}, arrays.__getitem__)
+    weight_mapping.read(expected, {'d': 2}, arrays.__getitem__)
   tree, _ = weight_mapping.read(
-    wanted, {'d': 2}, arrays.__getitem__, np.float32
+    expected, {'d': 2}, arrays.__getitem__, np.float32
   )
   assert tree['s']['layers']['a'].dtype == np.float32
 
@@ -137,13 +137,13 @@ def test_layers_of_unlike_dtypes_need_a_dtype():
 def test_a_tree_of_another_config_is_not_written():
   config = CONFIGS['gated-untied']
   other = random_params(CONFIGS['plain-untied'])
-  wanted = weight_mapping.entries(
+  expected = weight_mapping.entries(
     t5_weights.hf_rules(config),
     t5_weights.axis_sizes(config),
     t5_weights.depths(config),
   )
   with pytest.raises(CheckpointError, match=r'- encoder/layers/mlp/wi_0'):
-    weight_mapping.write(wanted, t5_weights.axis_sizes(config), other)
+    weight_mapping.write(expected, t5_weights.axis_sizes(config), other)
 
 
 def test_hf_config_round_trips(config):

@@ -87,13 +87,13 @@ def gradients(layout, model, variables):
   def loss(variables, rows):
     return seq2seq.loss_sums(model.apply, variables, rows, None)[0]
 
-  value, found = jax.jit(jax.value_and_grad(loss))(variables, rows)
-  found = {'loss': value, **weight_mapping.flatten(found)}
-  return {path: np.asarray(leaf) for path, leaf in found.items()}
+  value, actual = jax.jit(jax.value_and_grad(loss))(variables, rows)
+  actual = {'loss': value, **weight_mapping.flatten(actual)}
+  return {path: np.asarray(leaf) for path, leaf in actual.items()}
 
 
 def main(path: str) -> None:
-  found, exact = {}, None
+  actual, exact = {}, None
   for name, options in LAYOUTS.items():
     at = placed(options)
     own = gradients(*at)
@@ -103,10 +103,10 @@ def main(path: str) -> None:
       for path, a in exact.items()
     }
     keys = weight_mapping.flatten(at[2]['params'])[KEYS]
-    held = keys.addressable_shards[0].data.size / keys.size
-    found[name] = (tokens(*at), off, held)
+    stored = keys.addressable_shards[0].data.size / keys.size
+    actual[name] = (tokens(*at), off, stored)
   with open(path, 'w') as f:
-    json.dump({'devices': jax.device_count(), **found}, f)
+    json.dump({'devices': jax.device_count(), **actual}, f)
 
 
 if __name__ == '__main__':

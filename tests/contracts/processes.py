@@ -33,9 +33,9 @@ def main(number, count, port, name, path, workdir) -> None:
   back = Checkpoints(workdir, 1).restore(blank, sharded.DESCRIBED)
   trained, again = sharding.gather((state.trainable, back.trainable))
   if number == 0:
-    found = {'loss': np.asarray(aux['loss']), 'shares': shares}
-    found |= weight_mapping.flatten({'trained': trained, 'again': again})
-    np.savez(path, **found)
+    actual = {'loss': np.asarray(aux['loss']), 'shares': shares}
+    actual |= weight_mapping.flatten({'trained': trained, 'again': again})
+    np.savez(path, **actual)
 
 
 if __name__ == '__main__':

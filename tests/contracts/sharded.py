@@ -135,7 +135,7 @@ def step(method, options, arrays, facts) -> State:
 
 def move(states, workdir) -> dict[str, bool]:
   """Whether what one layout saves comes back to another, spread as its own."""
-  found = {}
+  actual = {}
   for source, target in (('fsdp', 'one'), ('one', 'tp2'), ('tp2', 'fsdp')):
     path = f'{workdir}/{source}'
     Checkpoints(path, 1).save(states[source], DESCRIBED)
@@ -149,28 +149,28 @@ def move(states, workdir) -> dict[str, bool]:
       jax.tree.leaves((blank.trainable, blank.opt, blank.step)),
       strict=True,
     )
-    found[f'{source} to {target}'] = all(
+    actual[f'{source} to {target}'] = all(
       np.array_equal(one, two) and one.sharding.is_equivalent_to(at, one.ndim)
       for one, two, at in ((a, b, c.sharding) for a, b, c in pairs)
     )
-  return found
+  return actual
 
 
 def main(path: str, workdir: str) -> None:
-  found, facts, full = {}, {'devices': jax.device_count()}, {}
+  actual, facts, full = {}, {'devices': jax.device_count()}, {}
   for method, name in CASES:
     arrays, fact = {}, {}
     state = step(method, LAYOUTS[name], arrays, fact)
     if method == 'full':
       full[name] = state
     facts[f'{method}|{name}'] = fact
-    found |= {f'{method}|{name}|{key}': a for key, a in arrays.items()}
+    actual |= {f'{method}|{name}|{key}': a for key, a in arrays.items()}
   facts['moved'] = move(full, workdir)
   try:
     sharding.shard_batch(sharding.make_mesh(2), small.batch(rows=7))
   except ValueError as e:
     facts['refused'] = str(e)
-  np.savez(path, **found)
+  np.savez(path, **actual)
   with open(f'{path}.json', 'w') as f:
     json.dump(facts, f)
 

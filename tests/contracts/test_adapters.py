@@ -115,9 +115,9 @@ def test_unrolled_layers_equal_scanned_ones(method):
 @pytest.mark.parametrize('remat', ['full', 'dots'])
 def test_remat_changes_no_gradient(method, remat):
   expected = gradients(method, 'none')
-  found = gradients(method, remat)
-  chex.assert_trees_all_close(found, expected, **CLOSE)
-  assert any(np.abs(a).max() > 0 for a in jax.tree.leaves(found))
+  actual = gradients(method, remat)
+  chex.assert_trees_all_close(actual, expected, **CLOSE)
+  assert any(np.abs(a).max() > 0 for a in jax.tree.leaves(actual))
 
 
 def gradients(method, remat):
@@ -170,12 +170,12 @@ def test_padding_never_moves_logits(method):
   real = batch['targets_mask']
   other = dict(batch)
   for side, mask in (('inputs', 'inputs_mask'), ('decoder_inputs', None)):
-    kept = (
+    remaining = (
       batch[mask]
       if mask
       else jnp.pad(real[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     )
-    other[side] = jnp.where(kept, batch[side], 31)
+    other[side] = jnp.where(remaining, batch[side], 31)
   wide = {
     key: jnp.pad(other[key], ((0, 0), (0, 4)), constant_values=0)
     for key in other
@@ -184,8 +184,8 @@ def test_padding_never_moves_logits(method):
   np.testing.assert_allclose(
     apply(model, variables, other)[real], expected[real], **CLOSE
   )
-  found = apply(model, variables, wide)[:, : expected.shape[1]]
-  np.testing.assert_allclose(found[real], expected[real], **CLOSE)
+  actual = apply(model, variables, wide)[:, : expected.shape[1]]
+  np.testing.assert_allclose(actual[real], expected[real], **CLOSE)
 
 
 @few

@@ -34,13 +34,13 @@ CONFIGS = pytest.mark.parametrize(
 def apply(model, variables, batch=None):
   """The model's outputs for the real tokens, and for rows."""
   batch = batch or small_bert.batch()
-  found = small.jitted(model)(variables, batch)
+  actual = small.jitted(model)(variables, batch)
   real = np.asarray(batch['inputs_mask'])
-  said = {'states': np.asarray(found.states)[real]}
-  if found.logits is not None:
-    said['logits'] = np.asarray(found.logits)[real]
-  if found.pooled is not None:
-    said['pooled'] = np.asarray(found.pooled)
+  said = {'states': np.asarray(actual.states)[real]}
+  if actual.logits is not None:
+    said['logits'] = np.asarray(actual.logits)[real]
+  if actual.pooled is not None:
+    said['pooled'] = np.asarray(actual.pooled)
   return said
 
 
@@ -70,13 +70,13 @@ def test_every_site_is_reached_and_no_other(config):
 @CONFIGS
 def test_rules_name_every_parameter(config):
   shapes = weight_mapping.flatten(shapes_of(Bert(config))['params'])
-  wanted = weight_mapping.entries(
+  expected = weight_mapping.entries(
     bert_weights.hf_rules(config),
     bert_weights.axis_sizes(config),
     bert_weights.depths(config),
   )
-  found = {path: leaf.shape for path, leaf in shapes.items()}
-  assert weight_mapping.stacked_shapes(wanted) == found
+  actual = {path: leaf.shape for path, leaf in shapes.items()}
+  assert weight_mapping.stacked_shapes(expected) == actual
   known = FAMILIES['bert'].projections(config) | FAMILIES['bert'].activations(
     config
   )
@@ -93,12 +93,12 @@ def test_every_axis_has_the_size_of_its_letter(config):
   # A router reads d, the heads in one axis, or f.
   sizes = sizes | {'l': 2, 'e': 7, 'r': 13}
   for collection, tree in logical_axes(model, small_bert.batch()).items():
-    wanted = weight_mapping.flatten(shapes[collection])
+    expected = weight_mapping.flatten(shapes[collection])
     for path, said in weight_mapping.flatten(tree).items():
       letters = [LETTERS[name] for name in said]
-      found = dict(zip(letters, wanted[path].shape, strict=True))
-      own = sizes | {'i': found.get('i')}
-      assert wanted[path].shape == tuple(own[a] for a in letters), path
+      actual = dict(zip(letters, expected[path].shape, strict=True))
+      own = sizes | {'i': actual.get('i')}
+      assert expected[path].shape == tuple(own[a] for a in letters), path
 
 
 def test_padding_never_moves_what_is_real():
@@ -149,11 +149,11 @@ def test_packed_rows_equal_rows_alone():
   }
   packed['inputs_segments'] = jnp.array([[1] * 4 + [2] * 7])
   packed['inputs_positions'] = jnp.array([[*range(4), *range(7)]])
-  found = apply(model, variables, packed)
+  actual = apply(model, variables, packed)
   alone = [apply(model, variables, part) for part in parts]
   for name in ('states', 'logits'):
     rows = np.concatenate([part[name] for part in alone])
-    np.testing.assert_allclose(found[name], rows, **CLOSE)
+    np.testing.assert_allclose(actual[name], rows, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -232,14 +232,14 @@ def test_sites_outside_of_projections_take_scales():
   expected = apply(Bert(WHOLE), {'params': variables['params']})
   scales = weight_mapping.flatten(variables['peft'])
   assert len(scales) == len(moved)
-  for site, wanted in moved.items():
+  for site, target in moved.items():
     # The sublayer's own adapter lies beside it.
     own = site.replace('encoder/', 'encoder/layers/')
     own = own.replace('layers/mlp', 'layers/around_mlp')
     turned = scales | {f'{own}/ia3/scale': 1.5 * scales[f'{own}/ia3/scale']}
     said = apply(model, variables | {'peft': weight_mapping.unflatten(turned)})
     changed = {k for k in said if np.abs(said[k] - expected[k]).max() > 1e-3}
-    assert changed == wanted, site
+    assert changed == target, site
 
 
 def test_bfloat16_is_near():
@@ -248,11 +248,11 @@ def test_bfloat16_is_near():
   said = small.jitted(model)(variables, small_bert.batch())
   assert said.states.dtype == jnp.bfloat16
   assert said.logits.dtype == jnp.float32
-  found = np.asarray(said.states, np.float32)
-  found = found[np.asarray(small_bert.batch()['inputs_mask'])]
+  actual = np.asarray(said.states, np.float32)
+  actual = actual[np.asarray(small_bert.batch()['inputs_mask'])]
   # Exact to 2**-8 of itself; states are of a norm's size, about 1.
   np.testing.assert_allclose(
-    found, apply(plain, variables)['states'], rtol=0.1, atol=0.1
+    actual, apply(plain, variables)['states'], rtol=0.1, atol=0.1
   )
 
 

@@ -75,10 +75,10 @@ def test_rules_name_every_parameter(name):
     path: leaf.shape for path, leaf in weight_mapping.flatten(shapes).items()
   }
   family = FAMILIES[config.family]
-  wanted = weight_mapping.entries(
+  expected = weight_mapping.entries(
     family.hf.rules(config), family.axis_sizes(config), family.depths(config)
   )
-  assert weight_mapping.stacked_shapes(wanted) == shapes
+  assert weight_mapping.stacked_shapes(expected) == shapes
   known = family.projections(config) | family.activations(config)
   assert set(known) <= set(sites(config))
 
@@ -118,7 +118,7 @@ def cached(model, variables):
       mutable=['cache'],
     )
 
-  found, cache = np.zeros((3, 11, model.config.vocab), np.float32), {}
+  actual, cache = np.zeros((3, 11, model.config.vocab), np.float32), {}
   starts = np.zeros(3, int)
   for width, taken in ((3, [3, 2, 1]), (3, [1, 2, 3])) + ((1, [1] * 3),) * 7:
     positions = starts[:, None] + np.arange(width)
@@ -128,9 +128,9 @@ def cached(model, variables):
     logits, cache = extend(variables, cache, new, jnp.asarray(positions))
     for row, count in enumerate(taken):
       end = starts[row] + count
-      found[row, starts[row] : end] = np.asarray(logits)[row, :count]
+      actual[row, starts[row] : end] = np.asarray(logits)[row, :count]
     starts = starts + taken
-  return found
+  return actual
 
 
 @pytest.mark.parametrize(
@@ -172,9 +172,9 @@ def test_packed_rows_equal_rows_alone(name, attention):
     'inputs_segments': jnp.array([[1] * 4 + [2] * 7 + [0] * 2]),
     'inputs_positions': jnp.array([[*range(4), *range(7), 0, 0]]),
   }
-  found = apply(model, variables, packed)
-  np.testing.assert_allclose(found[0, :4], alone[1, :4], **CLOSE)
-  np.testing.assert_allclose(found[0, 4:11], alone[2, :7], **CLOSE)
+  actual = apply(model, variables, packed)
+  np.testing.assert_allclose(actual[0, :4], alone[1, :4], **CLOSE)
+  np.testing.assert_allclose(actual[0, 4:11], alone[2, :7], **CLOSE)
 
 
 @pytest.mark.parametrize('name', small.others_slow(CONFIGS, quick=QUICK))
@@ -232,11 +232,11 @@ def test_advice_may_lengthen_the_keys(attention):
   variables = jax.jit(plain.init)(rngs, batch)
   model = Decoder(config, adapter_map, attention=attention)
   without = apply(Decoder(config), {'params': variables['params']})
-  found = apply(model, variables)
+  actual = apply(model, variables)
   np.testing.assert_allclose(
-    real_of(found), real_of(apply(plain, variables)), **CLOSE
+    real_of(actual), real_of(apply(plain, variables)), **CLOSE
   )
-  assert np.abs(real_of(found) - real_of(without)).max() > 1e-3
+  assert np.abs(real_of(actual) - real_of(without)).max() > 1e-3
 
 
 def test_rows_have_all_lengths():
@@ -282,10 +282,10 @@ def test_padding_beyond_the_learned_positions_is_harmless():
   for start, end in ((0, 16), (16, 21)):
     places = jnp.broadcast_to(jnp.arange(start, end), (2, end - start))
     extend = functools.partial(model.apply, method='extend', mutable=['cache'])
-    found, cache = jax.jit(extend)(
+    actual, cache = jax.jit(extend)(
       {**variables, **cache}, jnp.asarray(ids[:, start:end]), place(places, 21)
     )
-    logits.append(found)
+    logits.append(actual)
   logits = np.concatenate(logits, axis=1)[:, :19]
   np.testing.assert_allclose(logits, whole, **CLOSE)
 
@@ -318,14 +318,14 @@ def test_layouts_change_neither_gradients_nor_tokens_of_a_decoder(tmp_path):
     command, env=env, cwd=ROOT, capture_output=True, text=True, check=False
   )
   assert done.returncode == 0, done.stderr
-  found = json.loads(path.read_text())
-  assert found.pop('devices') == 8
-  expected, *_ = found.pop('one')
+  actual = json.loads(path.read_text())
+  assert actual.pop('devices') == 8
+  expected, *_ = actual.pop('one')
   # Of l d k h: d over eight devices, k over four, which eight do not divide.
   shares = {'dp': 1, 'fsdp': 1 / 8, 'tp': 1 / 4, 'tp8': 1}
-  for name, (tokens, off, held) in found.items():
+  for name, (tokens, off, stored) in actual.items():
     assert tokens == expected, name
-    assert held == shares[name], name
+    assert stored == shares[name], name
     # The loss and every gradient, but for the order of float32 sums, which
     # weights three times their usual size make more of: 4e-4 was seen.
     assert max(off.values()) <= 2e-3, (name, off)

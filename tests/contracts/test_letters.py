@@ -57,18 +57,18 @@ LETTERS = {name: letter for letter, name in AXIS_NAMES.items()}
 def sizes_of(model):
   """{letter: the sizes of all axes of its name}."""
   shapes = jax.eval_shape(lambda: model.init(small.RNGS, small.batch()))
-  found = defaultdict(set)
+  actual = defaultdict(set)
   for name, tree in logical_axes(model, small.batch()).items():
-    said, wanted = (
+    said, expected = (
       weight_mapping.flatten(tree),
       weight_mapping.flatten(shapes.get(name, {})),
     )
-    assert said.keys() == wanted.keys()
-    for path, leaf in wanted.items():
+    assert said.keys() == expected.keys()
+    for path, leaf in expected.items():
       assert len(said[path]) == len(leaf.shape), path
       for name, size in zip(said[path], leaf.shape, strict=True):
-        found[LETTERS[name]].add(size)
-  return found
+        actual[LETTERS[name]].add(size)
+  return actual
 
 
 def fits(found, sizes):
@@ -89,25 +89,25 @@ CASES = small.others_slow(
 )
 def test_every_axis_has_the_size_of_its_letter(method, config):
   model, _ = small.make(method, config)
-  found = sizes_of(model)
-  assert fits(found, SIZES), found
-  assert found['l'] == {2, 3}
+  actual = sizes_of(model)
+  assert fits(actual, SIZES), actual
+  assert actual['l'] == {2, 3}
 
 
 def test_layers_that_are_written_out_have_no_axis_of_layers():
   method = "molora(experts=7, rank=2, targets='*/q|*/wo')"
   model, _ = small.make(method, scan=False)
-  found = sizes_of(model)
-  assert fits(found, SIZES), found
-  assert 'l' not in found
+  actual = sizes_of(model)
+  assert fits(actual, SIZES), actual
+  assert 'l' not in actual
 
 
 def test_what_depends_on_the_base_and_what_is_vmapped_says_its_letters_too():
   for method in PROBES:
     built = build(method, t5.sites(small.GATED), methods=PROBES)
-    found = sizes_of(t5.T5(small.GATED, built.adapter_map))
+    actual = sizes_of(t5.T5(small.GATED, built.adapter_map))
     # The experts of a mixture are 3, of molora 10; a prefix is 3 tokens long.
-    assert fits(found, SIZES | {'e': {3, 10}, 's': {3}}), (method, found)
+    assert fits(actual, SIZES | {'e': {3, 10}, 's': {3}}), (method, actual)
   inner = "molora(experts=7, rank=2, targets='*/wi_0') + mixture"
   advice = build(inner, t5.sites(small.GATED), methods=PROBES).adapter_map
   tree = logical_axes(t5.T5(small.GATED, advice), small.batch())['peft']

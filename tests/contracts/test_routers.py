@@ -138,8 +138,8 @@ def test_expert_dropout_keeps_the_best_expert_and_the_sum():
 
 def test_topk_keeps_the_k_most_probable_as_they_are():
   soft, top = run(Softmax(4)).combine_weights, run(TopK(4, k=2)).combine_weights
-  kept = np.sort(np.asarray(soft), -1)[..., 2:]
-  np.testing.assert_allclose(np.sort(np.asarray(top), -1)[..., 2:], kept)
+  remaining = np.sort(np.asarray(soft), -1)[..., 2:]
+  np.testing.assert_allclose(np.sort(np.asarray(top), -1)[..., 2:], remaining)
   assert (np.sum(np.asarray(top) > 0, -1) == 2).all()
 
 

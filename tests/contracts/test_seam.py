@@ -114,8 +114,8 @@ def test_experts_of_a_sublayer_have_adapters_of_their_own():
   assert layers['around_mlp']['mixture']['router']['kernel'].shape == (2, 11, 3)
   collect = functools.partial(model.apply, mutable=['routing'])
   _, seen = jax.jit(collect)(variables, small.batch())
-  found = router_stats.collect(seen['routing'])
-  assert set(found) == {
+  actual = router_stats.collect(seen['routing'])
+  assert set(actual) == {
     f'{side}/layers/around_mlp/mixture' for side in ('encoder', 'decoder')
   }
 

@@ -103,7 +103,7 @@ def test_each_layer_takes_its_own_part():
   chosen = np.array([1, 2, 0])
   weights = jnp.eye(3)[chosen][:, None, None]
   weights = jnp.broadcast_to(weights, (3, 3, 11, 3))
-  found = jax.jit(model.apply)(
+  actual = jax.jit(model.apply)(
     variables, small_decoders.batch(), routing=Routing(weights, weights)
   )
 
@@ -126,11 +126,11 @@ def test_each_layer_takes_its_own_part():
   expected = small.jitted(alone)(
     variables | {'peft': renamed(peft)}, small_decoders.batch()
   )
-  np.testing.assert_allclose(found, expected, **CLOSE)
+  np.testing.assert_allclose(actual, expected, **CLOSE)
   base = small.jitted(Decoder(CONFIG))(
     {'params': variables['params']}, small_decoders.batch()
   )
-  assert np.abs(found - base).max() > 0.01
+  assert np.abs(actual - base).max() > 0.01
 
 
 def test_the_first_pass_is_the_base():
@@ -168,10 +168,10 @@ def test_cached_decoding_equals_uncached():
   # A prompt of 5 tokens, then one by one.
   for start, end in ((0, 5), *((i, i + 1) for i in range(5, 11))):
     positions = jnp.broadcast_to(jnp.arange(start, end), (3, end - start))
-    found, caches = extend(
+    actual, caches = extend(
       variables, caches, ids[:, start:end], place(positions, 13)
     )
-    logits.append(found)
+    logits.append(actual)
   real = np.asarray(small_decoders.batch()['inputs_mask'])
   np.testing.assert_allclose(
     np.concatenate(logits, axis=1)[real],

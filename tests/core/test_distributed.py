@@ -41,9 +41,9 @@ def meet(address, count, timeout=10.0, numbers=None):
 def test_processes_that_all_come_go_on_and_said_that_they_waited(capfd):
   address = f'localhost:{free_port()}'
   assert meet(address, 3) == {0: '', 1: '', 2: ''}
-  told = capfd.readouterr().err
-  assert f'waiting for 2 of 3 processes at {address} (number 1, 2)' in told
-  assert f'process 2 of 3 is waiting for the others at {address}' in told
+  output = capfd.readouterr().err
+  assert f'waiting for 2 of 3 processes at {address} (number 1, 2)' in output
+  assert f'process 2 of 3 is waiting for the others at {address}' in output
   # The port is free for JAX, at once.
   assert meet(address, 2) == {0: '', 1: ''}
 

@@ -63,7 +63,7 @@ def test_holes_of_a_real_process_go_back_and_a_buffer_is_kept():
     [sys.executable, '-c', STORY], capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
-  kept, before, given, after = done.stdout.split()
-  assert int(kept) > 2**29
-  assert int(before) > 1.5 * int(kept) and given == 'True'
+  remaining, before, given, after = done.stdout.split()
+  assert int(remaining) > 2**29
+  assert int(before) > 1.5 * int(remaining) and given == 'True'
   assert int(after) < 2**29

@@ -154,21 +154,21 @@ def specs_of(layout, optimizer, **options):
 
 
 def test_moments_lie_as_their_parameters():
-  found = specs_of(over(4, 2, D, F), optax.chain(optax.adamw(0.1)))
-  moments = {k: v for k, v in found.items() if k.endswith('kernel')}
+  actual = specs_of(over(4, 2, D, F), optax.chain(optax.adamw(0.1)))
+  moments = {k: v for k, v in actual.items() if k.endswith('kernel')}
   assert len(moments) == 2
   assert set(moments.values()) == {((3, 8, 16), P(None, 'data', 'model'))}
-  heads = {at for k, (_, at) in found.items() if k.endswith('head')}
+  heads = {at for k, (_, at) in actual.items() if k.endswith('head')}
   assert heads == {P('data')}
   # Counts.
-  assert {at for _, (shape, at) in found.items() if not shape} == {P()}
+  assert {at for _, (shape, at) in actual.items() if not shape} == {P()}
 
 
 def test_factored_moments_lie_as_the_axes_that_are_left():
   adafactor = optax.adafactor(0.1, min_dim_size_to_factor=8)
   layout = over(4, 2, D, F)
-  found = specs_of(layout, adafactor)
-  assert {v for k, v in found.items() if k.endswith('q/kernel')} == {
+  actual = specs_of(layout, adafactor)
+  assert {v for k, v in actual.items() if k.endswith('q/kernel')} == {
     ((3, 8), P(None, 'data')),
     ((3, 16), P(None, 'model')),
     # The place of what is not factored.
@@ -176,8 +176,8 @@ def test_factored_moments_lie_as_the_axes_that_are_left():
   }
   # Of a square, sizes do not tell which axis is left.
   square = SHAPES | {'q': {'kernel': (3, 16, 16)}}
-  found = specs_of(layout, adafactor, shapes=square)
-  rows = {v for k, v in found.items() if k.endswith('q/kernel')}
+  actual = specs_of(layout, adafactor, shapes=square)
+  rows = {v for k, v in actual.items() if k.endswith('q/kernel')}
   assert rows == {((3, 16), P()), ((1,), P())}
 
 
@@ -302,9 +302,9 @@ def test_a_device_holds_its_share_of_weights_and_optimizer(
   on_eight, method, name
 ):
   fact = on_eight[1][f'{method}|{name}']
-  found = fact['trainable'] | fact['frozen']
+  actual = fact['trainable'] | fact['frozen']
   for path, part in HELD[f'{method}|{name}'].items():
-    assert found[path] == pytest.approx(part), path
+    assert actual[path] == pytest.approx(part), path
   assert fact['gradient'] == fact['trainable']
 
 
@@ -350,13 +350,13 @@ def test_two_processes_with_their_own_rows_are_one(tmp_path, name):
       for i in range(2)
     )
   )
-  found, expected = np.load(path), {}
+  actual, expected = np.load(path), {}
   state = sharded.step('full', sharded.LAYOUTS['one'], expected, {})
-  assert found['shares'] == 2
-  close(found['loss'], expected['loss'])
+  assert actual['shares'] == 2
+  close(actual['loss'], expected['loss'])
   for key, array in weight_mapping.flatten(state.trainable).items():
-    close(found[f'trained/{key}'], np.asarray(array), key)
+    close(actual[f'trained/{key}'], np.asarray(array), key)
     # Saved by both, and read back by both.
     np.testing.assert_array_equal(
-      found[f'again/{key}'], found[f'trained/{key}'], key
+      actual[f'again/{key}'], actual[f'trained/{key}'], key
     )

@@ -42,11 +42,11 @@ def test_a_bad_row_is_an_error_that_names_it_or_is_left_out(
   path = write(tmp_path / 'r.jsonl', good, line, good)
   with pytest.raises(ValueError, match=f'r.jsonl, line 2: .*{said}'):
     jsonl_rows.read(path)
-  found = jsonl_rows.read(path, on_bad_row='skip')
-  assert len(found) == 2 and found.examples[1].targets == 'out'
-  (reason,) = found.skipped
+  actual = jsonl_rows.read(path, on_bad_row='skip')
+  assert len(actual) == 2 and actual.examples[1].targets == 'out'
+  (reason,) = actual.skipped
   assert reason.startswith(f'{path}, line 2: ') and re.search(said, reason)
-  assert found.notes(path) == [
+  assert actual.notes(path) == [
     f'skipped 1 bad row of {path}, the first: {reason}'
   ]
 
@@ -61,8 +61,8 @@ def test_a_line_that_is_not_utf8_is_a_bad_row(tmp_path):
 
 
 def test_good_rows_leave_nothing_to_tell(tmp_path):
-  found = jsonl_rows.read(write(tmp_path / 'r.jsonl', json.dumps(GOOD)))
-  assert (found.skipped, found.notes('p')) == ((), [])
+  actual = jsonl_rows.read(write(tmp_path / 'r.jsonl', json.dumps(GOOD)))
+  assert (actual.skipped, actual.notes('p')) == ((), [])
 
 
 def test_a_file_of_bad_rows_only_is_an_error(tmp_path):
@@ -102,16 +102,16 @@ def fails(row, place):
 def test_examples_are_made_when_they_are_asked_for():
   table = [{'n': n} for n in (2, 3, 5, 7, 11)]
   bad = BadRows('skip')
-  found = example_lib.lazy_examples('t', table, (odd,), 'row {}'.format, bad)
+  actual = example_lib.lazy_examples('t', table, (odd,), 'row {}'.format, bad)
   # Left are 3, 5 and 11, at places 1, 2 and 4.
-  assert [(e.inputs, e.idx) for e in found] == [('3', 1), ('5', 2), ('11', 4)]
-  assert (found.skipped, found.inapplicable) == (('row 3: seven',), 1)
-  assert [e.inputs for e in found[1:]] == ['5', '11']
-  assert found[-1].inputs == '11'
+  assert [(e.inputs, e.idx) for e in actual] == [('3', 1), ('5', 2), ('11', 4)]
+  assert (actual.skipped, actual.inapplicable) == (('row 3: seven',), 1)
+  assert [e.inputs for e in actual[1:]] == ['5', '11']
+  assert actual[-1].inputs == '11'
   table[4]['n'] = 13
-  assert found[2].inputs == '13'
+  assert actual[2].inputs == '13'
   # Workers get a copy.
-  copied = pickle.loads(pickle.dumps(found.examples))
+  copied = pickle.loads(pickle.dumps(actual.examples))
   assert [e.inputs for e in copied] == ['3', '5', '13']
 
 

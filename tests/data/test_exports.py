@@ -92,9 +92,9 @@ def test_roles_of_other_programs_are_read():
   call = {'role': 'tool_call', 'content': '{"name": "f", "arguments": {}}'}
   result = {'role': 'tool_response', 'content': '2'}
   row = {'messages': [USER, call, result, {**SO, 'role': 'model'}]}
-  found = chat_formats.parse_conversation(row).turns
-  assert [t.role for t in found] == ['user', 'assistant', 'tool', 'assistant']
-  assert found[1].calls == [{'name': 'f', 'arguments': {}}]
+  actual = chat_formats.parse_conversation(row).turns
+  assert [t.role for t in actual] == ['user', 'assistant', 'tool', 'assistant']
+  assert actual[1].calls == [{'name': 'f', 'arguments': {}}]
 
 
 @pytest.mark.parametrize('before', ['', '\n\n'])

@@ -77,14 +77,14 @@ def test_a_run_that_kept_no_hashes_or_has_no_checkpoint_goes_on(begun):
 def test_replayed_text_and_templates_are_data_too(tmp_path):
   for name in ('rows.jsonl', 'text.txt', 'chat.jinja'):
     (tmp_path / name).write_text(name)
-  found = fingerprint.data_hashes(
+  actual = fingerprint.data_hashes(
     data_of(
       tmp_path / 'rows.jsonl',
       replay=str(tmp_path / 'text.txt'),
       chat_template=str(tmp_path / 'chat.jinja'),
     )
   )
-  assert {key: list(names) for key, names in found.items()} == {
+  assert {key: list(names) for key, names in actual.items()} == {
     'path': ['rows.jsonl'],
     'replay': ['text.txt'],
     'chat_template': ['chat.jinja'],

@@ -125,7 +125,7 @@ def test_packed_rows_hold_every_example_once_and_whole():
   lengths = np.array([(len(x), len(y)) for x, y in pairs])
   bins = packing.shuffled_bins(lengths, (53, 17), np.random.default_rng(0))
   out = packing.pack_pairs(pairs, 53, 17, bins)
-  found = []
+  actual = []
   for row in range(len(out['inputs'])):
     segments = out['inputs_segments'][row]
     for segment in range(1, segments.max() + 1):
@@ -137,9 +137,9 @@ def test_packed_rows_hold_every_example_once_and_whole():
         np.testing.assert_array_equal(positions, np.arange(own.sum()))
         assert np.ptp(np.flatnonzero(own)) == own.sum() - 1
         sides.append(tuple(out[name][row][own]))
-      found.append(tuple(sides))
-  wanted = [(tuple(x), tuple(y)) for x, y in pairs]
-  assert sorted(found) == sorted(wanted)
+      actual.append(tuple(sides))
+  expected = [(tuple(x), tuple(y)) for x, y in pairs]
+  assert sorted(actual) == sorted(expected)
   for name in ('inputs', 'targets'):
     real = out[f'{name}_segments'] > 0
     np.testing.assert_array_equal(out[f'{name}_mask'], real)
@@ -169,10 +169,10 @@ def test_no_bin_holds_more_than_its_room_and_few_are_made():
 def test_packed_p3_wastes_less_than_a_twentieth_of_the_encoder(lengths):
   data = config_lib.default().data
   data.source, data.path = 'jsonl', str(P3)
-  found = open_data(data, 0)
+  actual = open_data(data, 0)
   data.inputs_length, data.targets_length = lengths
   data.packing = True
-  batches = make_loader(found, ByteTokenizer(), data, 64, 0)
+  batches = make_loader(actual, ByteTokenizer(), data, 64, 0)
   real = np.mean([next(batches)['inputs_mask'].mean() for _ in range(8)])
   batches.close()
   assert 1 - real < 0.05
@@ -290,10 +290,10 @@ def test_hosts_share_the_windows_among_them():
 
 
 def test_a_stream_that_cannot_jump_is_read_from_its_place():
-  asked = []
+  requests = []
 
   def stream(place):
-    asked.append(place)
+    requests.append(place)
     for i in itertools.count(place):
       yield {'inputs': [2 + i % 97, 1], 'targets': [3 + i % 89, 1]}
 
@@ -307,18 +307,18 @@ def test_a_stream_that_cannot_jump_is_read_from_its_place():
   equal(next(two), seen[7])
   two.close()
   # A generator begins when it is first read: the place 0 of `two` never was.
-  assert asked == [0, 2 * WINDOW]
+  assert requests == [0, 2 * WINDOW]
 
 
 @pytest.mark.skipif(not P3.exists(), reason='needs ../shared/data/p3')
 @pytest.mark.slow
 def test_equal_rates_reach_every_dataset_of_p3():
-  found = jsonl_rows.read(str(P3))
+  actual = jsonl_rows.read(str(P3))
   data = config_lib.default().data
   data.source, data.path = 'jsonl', str(P3)
   data.temperature = float('inf')
   shares = open_data(data, 0).shares
-  assert len(shares) == len({row.task for row in found})
+  assert len(shares) == len({row.task for row in actual})
   np.testing.assert_allclose(list(shares.values()), 1 / len(shares))
 
 
@@ -352,22 +352,22 @@ def glue_rows():
 
 def test_a_named_mixture_draws_prompts_at_its_own_rates(tmp_path):
   path = written(tmp_path / 'rows.jsonl', glue_rows())
-  found = opened_sources(path, mixture='t0_train')
+  actual = opened_sources(path, mixture='t0_train')
   # Training examples of T0: 3,668 of mrpc, 5,452 of trec, for each prompt.
   total = 3668 + 2 * 5452
-  assert found.shares == pytest.approx(
+  assert actual.shares == pytest.approx(
     {
       'glue_mrpc/same': 3668 / total,
       'trec/what': 5452 / total,
       'trec/who': 5452 / total,
     }
   )
-  seen = collections.Counter(found.train[i].task for i in range(10 * 1024))
+  seen = collections.Counter(actual.train[i].task for i in range(10 * 1024))
   assert set(seen) == {'glue_mrpc', 'trec'}
   assert seen['trec'] == pytest.approx(10 * 1024 * 2 * 5452 / total, abs=3)
-  assert found.notes[0] == 't0_train does not hold squad: left out'
+  assert actual.notes[0] == 't0_train does not hold squad: left out'
   # What is left out of training may still be validated on, and is held out.
-  assert {e.idx for e in found.held_out if e.task == 'trec'} == {38, 39}
+  assert {e.idx for e in actual.held_out if e.task == 'trec'} == {38, 39}
 
 
 def test_caps_and_temperatures_go_by_dataset(tmp_path):
@@ -388,21 +388,21 @@ def test_bad_rows_are_an_error_or_counted(tmp_path):
   path = written(tmp_path / 'rows.jsonl', [*glue_rows(), {'inputs': 'x'}])
   with pytest.raises(ValueError, match="line 121: expected text in 'targets'"):
     opened_sources(path)
-  found = opened_sources(path, on_bad_row='skip')
-  assert len(found.rows) + len(found.held_out) == 120
-  assert found.notes[0].startswith('skipped 1 bad row of')
-  assert 'line 121' in found.notes[0]
+  actual = opened_sources(path, on_bad_row='skip')
+  assert len(actual.rows) + len(actual.held_out) == 120
+  assert actual.notes[0].startswith('skipped 1 bad row of')
+  assert 'line 121' in actual.notes[0]
 
 
 def test_rows_of_a_table_are_trained_from(tmp_path):
   path = tmp_path / 'table.csv'
   lines = ['inputs,targets', *(f'question {i},answer {i}' for i in range(30))]
   path.write_text('\n'.join(lines))
-  found = opened_sources(path, source='datasets')
-  assert found.shares == {'table': 1.0}
-  seen = {found.train[i].inputs for i in range(len(found.rows))}
-  assert seen == {e.inputs for e in found.rows}
-  assert len(seen) + len(found.held_out) == 30
+  actual = opened_sources(path, source='datasets')
+  assert actual.shares == {'table': 1.0}
+  seen = {actual.train[i].inputs for i in range(len(actual.rows))}
+  assert seen == {e.inputs for e in actual.rows}
+  assert len(seen) + len(actual.held_out) == 30
 
 
 def test_raw_rows_are_put_into_words_by_templates(tmp_path):
@@ -417,8 +417,8 @@ def test_raw_rows_are_put_into_words_by_templates(tmp_path):
     "    jinja: '{{text}} Is it? ||| {{answer_choices[label]}}'\n"
   )
   templates = str(tmp_path / 'templates.yaml')
-  found = opened_sources(path, source='datasets', templates=templates)
-  example = found.train[0]
+  actual = opened_sources(path, source='datasets', templates=templates)
+  example = actual.train[0]
   assert example.inputs == f'text {example.idx} Is it?'
   assert example.targets == ('no', 'yes')[example.idx % 2]
   assert example.choices == ('no', 'yes')

@@ -77,8 +77,8 @@ def test_calls_that_are_written_as_text_may_be_answered_by_a_tool():
 
 def test_a_system_that_is_given_twice_alike_is_one():
   row = {'messages': [{'role': 'system', 'content': 'B'}, USER, SO]}
-  found = chat_formats.parse_conversation({**row, 'system': 'B'})
-  assert [turn.role for turn in found.turns] == ['system', 'user', 'assistant']
+  actual = chat_formats.parse_conversation({**row, 'system': 'B'})
+  assert [turn.role for turn in actual.turns] == ['system', 'user', 'assistant']
 
 
 @pytest.mark.parametrize('kind', ['json', 'jsonl'])
@@ -104,8 +104,8 @@ def test_half_of_a_character_in_text_is_a_bad_row(tmp_path):
   path.write_text('\n'.join(map(json.dumps, rows)))
   with pytest.raises(ValueError, match="r.jsonl, line 2: half of .* 'text'"):
     documents.read_documents(str(path))
-  found, bad = documents.read_documents(str(path), 'skip')
-  assert len(found) == 1 and len(bad.reasons) == 1
+  actual, bad = documents.read_documents(str(path), 'skip')
+  assert len(actual) == 1 and len(bad.reasons) == 1
 
 
 def rows_of(path):

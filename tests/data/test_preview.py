@@ -52,10 +52,10 @@ def decoder(**changes):
 def test_a_decoders_batch_is_shown(capsys, only):
   config = decoder(**{'data.tasks': 'stars', 'data.packing': True})
   show(config, 1, 2, only)
-  said = capsys.readouterr().out
-  assert 'row 1, segment 1: ' in said and '<eos>]' in said
-  assert ('of the others are trained' in said) != only
-  assert ('tokens: median' in said) != only
+  output = capsys.readouterr().out
+  assert 'row 1, segment 1: ' in output and '<eos>]' in output
+  assert ('of the others are trained' in output) != only
+  assert ('tokens: median' in output) != only
 
 
 def test_an_encoder_s_hidden_spans_are_shown_with_their_sentinels():
@@ -73,8 +73,8 @@ def test_hidden_spans_are_shown_as_they_are_told(tmp_path, capsys):
   config.data.pretraining_objective = 'spans'
   config.model.shape.update(vocab=300)
   show(config, 1, 1, True)
-  said = capsys.readouterr().out
-  before, _, after = said.partition('<eos>[')
+  output = capsys.readouterr().out
+  before, _, after = output.partition('<eos>[')
   assert '<299>' in before and after.startswith('<299>')
 
 

@@ -53,10 +53,10 @@ def card(group='B'):
 def drawn(group):
   """(training examples, validation): as many of each task."""
   config = card(group)
-  found = open_data(config.data, config.seed)
-  assert not found.rows
+  actual = open_data(config.data, config.seed)
+  assert not actual.rows
   count = COUNT * len(tasks.task_names(group))
-  return [found.train[i] for i in range(count)], found.held_out
+  return [actual.train[i] for i in range(count)], actual.held_out
 
 
 # A tenth of the instances is held out and a fifth or more of the wordings:
@@ -91,9 +91,9 @@ def test_training_uses_every_seen_wording(spelled):
 
 
 def test_evaluation_holds_out_instances_and_tells_wordings_apart(spelled):
-  found = training_prompts(card('BC'), [])
-  assert {p.task for p in found} == set(tasks.task_names('BC'))
-  for prompt in found:
+  actual = training_prompts(card('BC'), [])
+  assert {p.task for p in actual} == set(tasks.task_names('BC'))
+  for prompt in actual:
     assert len(prompt.examples) == COUNT
     assert prompt.group == tasks.TASKS[prompt.task].group
     assert {split_of(e) for e in prompt.examples} == {'held_out'}

@@ -155,8 +155,8 @@ def test_a_turn_that_is_marked_is_not_trained(key, off):
   assert not chat({'conversations': turns}).turns[1].trained
   # A call of a tool, which is the assistant's too.
   call = {'from': 'function_call', 'value': '{"name": "f"}', key: off}
-  found = chat({'conversations': [turns[0], call, *turns]})
-  assert not found.turns[1].trained
+  actual = chat({'conversations': [turns[0], call, *turns]})
+  assert not actual.turns[1].trained
 
 
 @pytest.mark.parametrize('value', [0.5, 2, 'no', [0], float('nan')])
@@ -187,10 +187,10 @@ def test_a_legacy_call_is_a_call_of_a_tool():
     ],
     'functions': [{'name': 'f'}],
   }
-  found = chat(row)
-  assert found.turns[1].calls == [{'name': 'f', 'arguments': {'x': 1}}]
-  assert found.turns[1].content == 'So.' and found.turns[2].name == 'f'
-  assert found.tools == [{'type': 'function', 'function': {'name': 'f'}}]
+  actual = chat(row)
+  assert actual.turns[1].calls == [{'name': 'f', 'arguments': {'x': 1}}]
+  assert actual.turns[1].content == 'So.' and actual.turns[2].name == 'f'
+  assert actual.tools == [{'type': 'function', 'function': {'name': 'f'}}]
   with pytest.raises(BadRow, match="in 'tools' and another in 'functions'"):
     chat({**row, 'tools': [{'name': 'g'}]})
   with pytest.raises(BadRow, match="turn 0 has 'function_call'"):
@@ -255,9 +255,9 @@ def test_the_text_of_the_system_is_used_in_every_spelling(key):
 
 def test_prompts_and_completions_are_conversations():
   assert chat(COMPLETED) == chat(MESSAGES)
-  found = chat({'prompt': [USER, SO, USER], 'completion': [SO]})
+  actual = chat({'prompt': [USER, SO, USER], 'completion': [SO]})
   # As TRL's completion_only_loss: the prompt's answers are not trained.
-  assert [t.trained for t in found.turns] == [True, False, True, True]
+  assert [t.trained for t in actual.turns] == [True, False, True, True]
   with pytest.raises(BadRow, match="the row has 'prompt', which is text"):
     chat(MESSAGES | {'prompt': 'Who?', 'completion': 'He.'})
   # What only repeats the row loses nothing, as UltraChat's prompt.
@@ -290,9 +290,9 @@ def test_a_part_of_another_kind_is_refused_whatever_its_text():
   ids=range(4),
 )
 def test_a_prompt_that_is_given_twice_is_there_once(row):
-  found = preference_formats.parse_row(row)
-  assert [turn.role for turn in found.prompt.turns] == ['user']
-  assert (found.chosen.content, found.rejected.content) == ('So.', 'No.')
+  actual = preference_formats.parse_row(row)
+  assert [turn.role for turn in actual.prompt.turns] == ['user']
+  assert (actual.chosen.content, actual.rejected.content) == ('So.', 'No.')
 
 
 def test_a_prompt_that_begins_its_answers_lists_is_there_once():

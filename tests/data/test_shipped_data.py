@@ -75,9 +75,9 @@ def test_the_files_are_small():
 
 def test_two_hundred_conversations_are_all_read_and_all_differ(words):
   assert len(rows_of('chats')) == 200
-  found = chat_cases.read_conversations('package:chats')
-  prompts = {talk.turns[: len(talk.turns) - 1] for talk in found}
-  assert len(prompts) == len(found) == 200
+  actual = chat_cases.read_conversations('package:chats')
+  prompts = {talk.turns[: len(talk.turns) - 1] for talk in actual}
+  assert len(prompts) == len(actual) == 200
   _, got = read(words, 'chat', 'causal', path='package:chats')
   # None is cut, dropped or skipped.
   assert len(got.notes) == 1
@@ -138,9 +138,9 @@ def test_every_sum_that_is_to_be_learned_is_right():
   texts = [row['chosen'] for row in rows_of('pairs')]
   for row in rows_of('chats'):
     texts += [m['content'] for m in row['messages'] if m['role'] != 'user']
-  found = [pair for text in texts for pair in sums(text)]
-  assert len(found) > 60
-  assert [(a, b) for a, b in found if a != b] == []
+  actual = [pair for text in texts for pair in sums(text)]
+  assert len(actual) > 60
+  assert [(a, b) for a, b in actual if a != b] == []
 
 
 def test_every_day_of_selling_in_the_text_adds_up():
@@ -160,8 +160,8 @@ def test_every_day_of_selling_in_the_text_adds_up():
 def test_what_ships_has_a_hash_of_its_file():
   data = config_lib.default().data
   data.source, data.path = 'chat', 'package:chats'
-  wanted = fingerprint.sha256(str(_FILES['chats']))
-  assert fingerprint.data_hashes(data) == {'path': {'chats.jsonl': wanted}}
+  expected = fingerprint.sha256(str(_FILES['chats']))
+  assert fingerprint.data_hashes(data) == {'path': {'chats.jsonl': expected}}
 
 
 @pytest.mark.parametrize('name', ['chat', '', '../assets', 'chats/', '.'])

@@ -26,8 +26,8 @@ def test_rows_of_one_prompt_stay_together_in_about_the_share():
   prompts = rng.integers(0, 211, 997).tolist()
   out = split.hold_out_last(prompts, 0.1)
   away = {p for p, gone in zip(prompts, out, strict=True) if gone}
-  kept = {p for p, gone in zip(prompts, out, strict=True) if not gone}
-  assert away and not away & kept
+  remaining = {p for p, gone in zip(prompts, out, strict=True) if not gone}
+  assert away and not away & remaining
   # Prompts have five rows on average, so no more than some are missed.
   assert abs(sum(out) - 99.7) <= 5
 
@@ -50,17 +50,17 @@ def test_no_prompt_of_preferences_is_on_both_sides(tmp_path, judged):
   ]
   data = test_answers.data_of(tmp_path, rows, validation_fraction=0.2)
   own = test_answers.samples(judged=judged)
-  found = open_data(data, 0, collator=own)
+  actual = open_data(data, 0, collator=own)
 
   def prompts(items):
     return {test_answers.said(item.sides[0])[0] for item in items}
 
   count = 40 if judged else 20
-  trained = prompts(found.train[i] for i in range(count))
+  trained = prompts(actual.train[i] for i in range(count))
   # A fifth of the rows are those of one of the five prompts: the last.
-  assert prompts(found.held_out) == {'prompt 4\n'}
+  assert prompts(actual.held_out) == {'prompt 4\n'}
   assert trained == {f'prompt {i}\n' for i in range(4)}
-  assert len(found.held_out) == count // 5
+  assert len(actual.held_out) == count // 5
 
 
 def test_conversations_that_begin_alike_are_held_out_together(tmp_path):
@@ -75,10 +75,12 @@ def test_conversations_that_begin_alike_are_held_out_together(tmp_path):
   rows.append({'instruction': 'say 0', 'output': 'x', 'system': 'be kind'})
   (tmp_path / 'rows.json').write_text(json.dumps(rows))
   path = str(tmp_path / 'rows.json')
-  found, tokenizer = test_chat.opened(path, str(saved), validation_fraction=0.3)
-  shown = [test_chat.trained(s, tokenizer) for s in found.held_out]
+  actual, tokenizer = test_chat.opened(
+    path, str(saved), validation_fraction=0.3
+  )
+  shown = [test_chat.trained(s, tokenizer) for s in actual.held_out]
   assert len(shown) == 3
   assert sum('say 3' in text for text in shown) == 2
   assert 'be kind' in ''.join(shown)
-  rest = {test_chat.trained(found.train[i], tokenizer) for i in range(6)}
+  rest = {test_chat.trained(actual.train[i], tokenizer) for i in range(6)}
   assert len(rest) == 6 and not any('say 3' in text for text in rest)

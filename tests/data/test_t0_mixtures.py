@@ -111,21 +111,21 @@ def test_names_of_any_spelling_find_their_dataset():
     ('imdb_f_score_eval', ''): 5,
     ('ropes', 'none'): 0,
   }
-  found = t0_mixtures.mixture_rates('t0_train', rows)
-  assert found.rates == {
+  actual = t0_mixtures.mixture_rates('t0_train', rows)
+  assert actual.rates == {
     ('glue/mrpc', 'a'): 3668,
     ('glue_qqp', 'b'): 363846,
     ('cos_e_v1.11', 'c'): 9741,
     ('duorc_SelfRC_question_answering', ''): 60721,
   }
-  assert found.left_out == (
+  assert actual.left_out == (
     'imdb_f_score_eval',
     'imdb_mine',
     'mine',
     'race_high_x',
   )
-  assert len(found.absent) == 34 and 'ropes' in found.absent
-  left, absent = found.notes('t0_train')
+  assert len(actual.absent) == 34 and 'ropes' in actual.absent
+  left, absent = actual.notes('t0_train')
   assert 'does not hold imdb_f_score_eval, imdb_mine' in left
   assert '34 of the 38 datasets of t0_train are not in the data' in absent
   plus = t0_mixtures.mixture_rates('t0+_train', rows).rates
@@ -134,8 +134,8 @@ def test_names_of_any_spelling_find_their_dataset():
 
 def test_a_capped_dataset_shares_half_a_million_among_its_prompts():
   # 3.6 million examples, nine prompts: 500,000 // 9, whichever are here.
-  found = t0_mixtures.mixture_rates('t0_train', {('amazon_polarity', 'a'): 1})
-  assert found.rates == {('amazon_polarity', 'a'): 55_555}
+  actual = t0_mixtures.mixture_rates('t0_train', {('amazon_polarity', 'a'): 1})
+  assert actual.rates == {('amazon_polarity', 'a'): 55_555}
 
 
 def test_one_prompt_is_an_original_one_where_that_is_known():
@@ -152,10 +152,10 @@ def test_one_prompt_is_an_original_one_where_that_is_known():
 
 def test_a_seqio_task_may_be_an_original_one():
   rows = {(f'glue_qqp_{t}', ''): 9 for t in 'abc'}
-  found = t0_mixtures.mixture_rates(
+  actual = t0_mixtures.mixture_rates(
     ALL, rows, original={('glue_qqp', t) for t in 'bc'}
   )
-  assert set(found.rates) == {('glue_qqp_b', ''), ('glue_qqp_c', '')}
+  assert set(actual.rates) == {('glue_qqp_b', ''), ('glue_qqp_c', '')}
 
 
 def test_original_prompts_are_not_guessed():
@@ -179,15 +179,15 @@ def test_a_mixture_of_nothing_is_an_error():
 def test_real_rows_get_the_rates_of_t0():
   rows = jsonl_rows.read(str(P3))
   counts = collections.Counter((e.task, e.template) for e in rows)
-  found = t0_mixtures.mixture_rates('t0_train', counts)
+  actual = t0_mixtures.mixture_rates('t0_train', counts)
   # Its questions are in T0 as cos_e.
-  assert found.left_out == ('commonsense_qa',)
+  assert actual.left_out == ('commonsense_qa',)
   present = {p3_name(d.name): d for d in t0_mixtures.members('t0_train')}
-  datasets = {task for task, _ in found.rates}
+  datasets = {task for task, _ in actual.rates}
   assert len(datasets) == len({e.task for e in rows}) - 1
-  assert len(found.absent) == 38 - len(datasets)
-  for (task, _), rate in found.rates.items():
+  assert len(actual.absent) == 38 - len(datasets)
+  for (task, _), rate in actual.rates.items():
     assert rate == present[task].rate
   # No dataset has more prompts than it has in T0.
-  prompts = collections.Counter(task for task, _ in found.rates)
+  prompts = collections.Counter(task for task, _ in actual.rates)
   assert all(n <= present[task].prompts for task, n in prompts.items())

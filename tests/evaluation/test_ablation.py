@@ -79,14 +79,14 @@ SHAPES = {
 )
 def test_budgets_of_2_10_and_30_experts_are_equal_routers_included(shape):
   model, expected = SHAPES[shape]
-  found = []
+  actual = []
   for name in ('softmax', 'experts2', 'experts30', 'dense'):
     c = ROUTERS.get_config(f'name={name}')
     c.model.update(model)
-    found.append(count(c)['peft'])
-  assert tuple(found) == expected
+    actual.append(count(c)['peft'])
+  assert tuple(actual) == expected
   # DESIGN: equal parameters are within 1 %.
-  assert all(abs(n / found[0] - 1) < 0.01 for n in found)
+  assert all(abs(n / actual[0] - 1) < 0.01 for n in actual)
 
 
 def test_an_unknown_cell_is_answered_with_the_cells():
@@ -96,10 +96,10 @@ def test_an_unknown_cell_is_answered_with_the_cells():
 
 def run(*args, **env):
   # The suite's own flags compile programs that are quick to make, not to run.
-  kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  remaining = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
   return subprocess.run(
     ['bash', str(SCRIPT), *map(str, args)],
-    env={**kept, 'PYTHON': sys.executable, **env},
+    env={**remaining, 'PYTHON': sys.executable, **env},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

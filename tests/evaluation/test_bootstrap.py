@@ -14,33 +14,33 @@ def column(values):
 def test_two_examples_have_the_four_resamples_that_can_be_counted():
   # One right, one wrong: (r, r), (r, w), (w, r), (w, w) are as likely, so the
   # means 0, 1/2 and 1 have probabilities 1/4, 1/2 and 1/4.
-  found = bootstrap.means(column([1, 0]), column([1, 1]), draws=20_000)[:, 0]
-  values, counts = np.unique(found, return_counts=True)
+  actual = bootstrap.means(column([1, 0]), column([1, 1]), draws=20_000)[:, 0]
+  values, counts = np.unique(actual, return_counts=True)
   assert values.tolist() == [0, 0.5, 1]
   # A share's standard deviation is at most 0.5 / sqrt(20000) = 0.0035.
   np.testing.assert_allclose(counts / 20_000, [0.25, 0.5, 0.25], atol=0.015)
   # More than 2.5 % of the draws lie at each end.
-  assert bootstrap.interval(found) == (0, 1)
+  assert bootstrap.interval(actual) == (0, 1)
 
 
 def test_weights_are_resampled_with_their_examples():
   # Losses of 6 nats in 2 tokens and 1 nat in 3: both twice, 12/4 or 2/6, or
   # one of each, 7/5. A mean of the examples' own means would have 5/3.
-  found = bootstrap.means(column([6, 1]), column([2, 3]), draws=200)
-  np.testing.assert_allclose(np.unique(found), [1 / 3, 7 / 5, 3])
+  actual = bootstrap.means(column([6, 1]), column([2, 3]), draws=200)
+  np.testing.assert_allclose(np.unique(actual), [1 / 3, 7 / 5, 3])
 
 
 def test_an_example_is_drawn_with_all_of_its_prompts():
   # Prompts that are each other's opposite: in every draw they add up to one.
   each = np.array([[1, 0], [0, 1], [1, 0], [0, 1], [0, 1]], np.float64)
-  found = bootstrap.means(each, np.ones((5, 2)), draws=100)
-  np.testing.assert_allclose(found.sum(axis=1), 1)
-  assert np.ptp(found[:, 0]) > 0
+  actual = bootstrap.means(each, np.ones((5, 2)), draws=100)
+  np.testing.assert_allclose(actual.sum(axis=1), 1)
+  assert np.ptp(actual[:, 0]) > 0
 
 
 def test_where_all_are_right_the_interval_has_no_width():
-  found = bootstrap.means(column([1] * 13), column([1] * 13))
-  assert bootstrap.interval(found[:, 0]) == (1, 1)
+  actual = bootstrap.means(column([1] * 13), column([1] * 13))
+  assert bootstrap.interval(actual[:, 0]) == (1, 1)
 
 
 def test_ends_are_percentiles_with_interpolation():
@@ -86,7 +86,7 @@ def test_a_draw_that_lacks_a_prompt_says_nothing_of_it():
   # The second prompt has the first example only: absent from
   # one draw of four.
   each = weights = np.array([[1.0, 1], [1, 0]])
-  found = bootstrap.means(each, weights, draws=400)
-  assert not np.isnan(found[:, 0]).any()
-  assert np.isnan(found[:, 1]).mean() == pytest.approx(0.25, abs=0.1)
-  assert bootstrap.interval(found[:, 1]) == (1, 1)
+  actual = bootstrap.means(each, weights, draws=400)
+  assert not np.isnan(actual[:, 0]).any()
+  assert np.isnan(actual[:, 1]).mean() == pytest.approx(0.25, abs=0.1)
+  assert bootstrap.interval(actual[:, 1]) == (1, 1)

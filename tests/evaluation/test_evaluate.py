@@ -59,17 +59,17 @@ def small_evaluator(model):
 
 
 def accuracies(rows, most=9):
-  found = eval_sets.prompts('evaluation', rows, most)
-  measured = small_evaluator(Bigram()).accuracy(variables(echo=2.0), found)
+  actual = eval_sets.prompts('evaluation', rows, most)
+  measured = small_evaluator(Bigram()).accuracy(variables(echo=2.0), actual)
   return [results.make_result(INFO, m) for m in measured]
 
 
 def test_every_prompt_has_a_row_with_what_each_example_came_to():
   # The echo chooses what the inputs begin with: it is the label in 1, 0, 1 of
   # the first prompt, 1, 1, 0 of the second and in the last.
-  found = {(r.task, r.prompt): r for r in accuracies(ROWS)}
-  assert list(found) == [('x', 'p'), ('x', 'q'), ('y', 'p')]
-  first, second, last = found.values()
+  actual = {(r.task, r.prompt): r for r in accuracies(ROWS)}
+  assert list(actual) == [('x', 'p'), ('x', 'q'), ('y', 'p')]
+  first, second, last = actual.values()
   assert (first.idx, first.each) == ((3, 5, 9), (1, 0, 1))
   assert (second.idx, second.each) == ((3, 5, 9), (1, 1, 0))
   assert first.value == pytest.approx(2 / 3) and last.value == 1
@@ -96,11 +96,11 @@ def test_a_prompt_that_cannot_be_ranked_is_named(capsys):
   long = 'a' * 20
   lost = made('z', 'w', 9, 'b?', (long, long + 'b'), 1)
   prompts = eval_sets.prompts('evaluation', [*ROWS, lost], 9)
-  found = summary.summarize('none', 0, prompts, accuracies([*ROWS, lost]))
-  assert found['not_ranked'] == [{'task': 'z', 'prompt': 'w', 'examples': 1}]
-  summary.print_summary(found, accuracies(ROWS))
-  said = capsys.readouterr().out
-  assert '1 prompts have no accuracy' in said and "z 'w'" in said
+  actual = summary.summarize('none', 0, prompts, accuracies([*ROWS, lost]))
+  assert actual['not_ranked'] == [{'task': 'z', 'prompt': 'w', 'examples': 1}]
+  summary.print_summary(actual, accuracies(ROWS))
+  output = capsys.readouterr().out
+  assert '1 prompts have no accuracy' in output and "z 'w'" in output
 
 
 def test_a_cut_example_is_told_once_whatever_is_measured(capsys):
@@ -118,9 +118,9 @@ def test_prompts_of_a_task_have_the_same_examples():
     for idx in range(0, 22, 2)
     if (prompt, idx) != ('r', 0)
   ]
-  found = eval_sets.prompts('evaluation', rows, 3)
+  actual = eval_sets.prompts('evaluation', rows, 3)
   # 0, 11/3 and 22/3 of eleven, rounded down: the idx 0, 6 and 14.
-  assert [[e.idx for e in p.examples] for p in found] == [
+  assert [[e.idx for e in p.examples] for p in actual] == [
     [0, 6, 14],
     [0, 6, 14],
     # It lacks one, and gets no other for it.
@@ -130,15 +130,15 @@ def test_prompts_of_a_task_have_the_same_examples():
 
 def test_rows_without_an_idx_are_counted_in_their_prompt():
   rows = [made('x', p, -1, 'a', 'ab', 0) for p in 'ppqqq']
-  found = eval_sets.prompts('evaluation', rows, 9)
-  assert [[e.idx for e in p.examples] for p in found] == [[0, 1], [0, 1, 2]]
+  actual = eval_sets.prompts('evaluation', rows, 9)
+  assert [[e.idx for e in p.examples] for p in actual] == [[0, 1], [0, 1, 2]]
 
 
 def test_rows_without_an_idx_are_counted_in_their_task():
   # All -1 they would be one example, which has no interval.
   rows = [made('x', p, -1, 'a', 'ab', 0) for p in 'ppq']
-  (found,) = eval_sets.whole_tasks([*rows, made('x', 'p', 7, 'a', 'ab', 0)], 9)
-  assert [e.idx for e in found.examples] == [0, 1, 2, 7]
+  (actual,) = eval_sets.whole_tasks([*rows, made('x', 'p', 7, 'a', 'ab', 0)], 9)
+  assert [e.idx for e in actual.examples] == [0, 1, 2, 7]
 
 
 def test_rows_of_another_file_are_not_held_out_ones(tmp_path):
@@ -148,8 +148,8 @@ def test_rows_of_another_file_are_not_held_out_ones(tmp_path):
   config.evaluation.path = dump(tmp_path / 'x.jsonl', [CHOICES])
   rows = [made('x', 'p', i, 'q', targets='ab'[i % 2]) for i in range(5)]
   held_out = types.SimpleNamespace(rows=rows[:4], held_out=rows[4:])
-  found = eval_sets.prompts_with_choices(config, held_out)
-  assert [(p.group, p.task, p.name) for p in found] == [
+  actual = eval_sets.prompts_with_choices(config, held_out)
+  assert [(p.group, p.task, p.name) for p in actual] == [
     ('validation', 'x', 'p')
   ]
 
@@ -164,8 +164,8 @@ class Logits(Bigram):
 def test_loss_is_a_mean_over_tokens():
   texts = ('abcabc', 'a', 'cb')
   rows = [made('x', 'p', i, 'q', targets=t) for i, t in enumerate(texts)]
-  found = eval_sets.prompts('evaluation', rows, 9)
-  (measured,) = small_evaluator(Logits()).loss(variables(RANDOM), found)
+  actual = eval_sets.prompts('evaluation', rows, 9)
+  (measured,) = small_evaluator(Logits()).loss(variables(RANDOM), actual)
   row = results.make_result(INFO, measured)
   np.testing.assert_allclose(
     row.each, [-log_likelihood(t) for t in texts], rtol=1e-5
@@ -205,8 +205,8 @@ def test_answers_are_measured_by_example_and_bleu_by_prompt(monkeypatch):
     {},
     eval_sets.prompts('evaluation', rows, 9),
   )
-  found = [results.make_result(INFO, m) for m in measured]
-  by_key = {(r.prompt, r.metric): r for r in found}
+  actual = [results.make_result(INFO, m) for m in measured]
+  by_key = {(r.prompt, r.metric): r for r in actual}
   assert by_key['p', 'exact_match'].each == (1, 0)
   assert by_key['p', 'exact_match'].cut == 1
   assert by_key['p', 'rouge_l'].each == (1, 0)
@@ -314,13 +314,13 @@ OPEN = {'template': 't', 'inputs': 'q?', 'targets': 'abc'}
 @pytest.mark.slow
 def test_a_run_is_measured_on_what_it_holds_out(begun):
   total, rows = evaluate.evaluate(begun, max_examples=3)
-  found = {(r.task, r.prompt, r.metric): r for r in rows}
-  assert set(found) == {
+  actual = {(r.task, r.prompt, r.metric): r for r in rows}
+  assert set(actual) == {
     *((task, prompt, 'accuracy') for task in ('one', 'two') for prompt in 'tu'),
     ('one', '', 'loss'),
     ('two', '', 'loss'),
   }
-  row = found['one', 'u', 'accuracy']
+  row = actual['one', 'u', 'accuracy']
   # Three of the last four idx, 6 to 9: places 0, 4/3 and 8/3.
   assert row.idx == (6, 7, 8)
   assert (row.data, row.step, row.seed) == ('held_out', 1, 0)
@@ -328,17 +328,17 @@ def test_a_run_is_measured_on_what_it_holds_out(begun):
   assert (row.run, row.base) == (begun, 'tiny')
   assert 0 < row.parameters < row.base_parameters
   # A letter and EOS each.
-  assert found['one', '', 'loss'].weights == (2, 2, 2)
+  assert actual['one', '', 'loss'].weights == (2, 2, 2)
   # Of one task: both prompts' three examples.
   assert [(r['group'], r['task'], r['examples']) for r in total['rows']] == [
     ('validation', 'one', 6),
     ('validation', 'two', 6),
   ]
-  both = [found['one', p, 'accuracy'].value for p in 'tu']
+  both = [actual['one', p, 'accuracy'].value for p in 'tu']
   assert total['rows'][0]['accuracy'] == pytest.approx(np.mean(both))
   assert set(total['scores']) == {'accuracy', 'loss'}
   assert np.isfinite(total['validation_loss'])
-  perplexity = np.exp(found['one', '', 'loss'].value)
+  perplexity = np.exp(actual['one', '', 'loss'].value)
   assert total['perplexity']['one'] == pytest.approx(perplexity)
 
 
@@ -443,12 +443,12 @@ def test_an_evaluation_goes_on_where_it_was_killed(
   capsys.readouterr()
   asked.clear()
   killed_at(None)
-  _, found = evaluate.evaluate(begun, **options)
+  _, actual = evaluate.evaluate(begun, **options)
   assert asked == [[('y', 'p')], [('y', 'q')]]
   assert f'2 of 4 rows are in {part}; going on' in capsys.readouterr().out
   # In one go, and in the order of one go.
   _, whole = evaluate.evaluate(begun, data=path)
-  assert found == whole and results.read(part) == whole
+  assert actual == whole and results.read(part) == whole
 
 
 def test_rows_of_another_evaluation_are_not_gone_on_from(tmp_path):
@@ -509,9 +509,9 @@ def test_the_command_writes_rows_and_what_they_come_to(begun, tmp_path):
   # The same inputs twice, of other labels: one of them is right.
   assert (row.value, row.examples, row.idx) == (0.5, 2, (0, 1))
   with open(os.path.join(begun, 'evaluation_mine.json')) as f:
-    found = json.load(f)
-  assert found['scores']['accuracy']['mine']['value'] == 0.5
-  assert found['rows'][0]['group'] == 'evaluation'
+    actual = json.load(f)
+  assert actual['scores']['accuracy']['mine']['value'] == 0.5
+  assert actual['rows'][0]['group'] == 'evaluation'
   assert not os.path.exists(os.path.join(begun, 'evaluation_mine.jsonl.part'))
   assert 'accuracy (%)' in done.stdout and 'ranked 2/2' in done.stderr
 
@@ -563,8 +563,8 @@ def test_a_decoder_without_room_for_answers_is_refused_before_anything_runs():
 
 def test_data_is_named_by_its_file_or_directory(tmp_path, monkeypatch):
   paths = ('a/cb.v2.jsonl.gz', 'cb.jsonl', 'a/p3.1/', 'x.gz', 'a/../b')
-  found = [evaluate.name_of(path) for path in paths]
-  assert found == ['cb.v2', 'cb', 'p3.1', 'x', 'b']
+  actual = [evaluate.name_of(path) for path in paths]
+  assert actual == ['cb.v2', 'cb', 'p3.1', 'x', 'b']
   monkeypatch.chdir(tmp_path)
   assert evaluate.name_of('.') == tmp_path.name
   for path in ('held_out.jsonl', 'a/after', '/'):

@@ -78,12 +78,12 @@ def test_answers_are_those_of_a_loop_without_cache_and_padding():
   variables = ending()
   expected = [plain(variables, text) for text in TEXTS]
   assert expected[1][2:] == [WORDS.eos] and len(expected[0]) == LENGTH
-  found = generator(words=Listening()).answers(variables, ROWS)
+  actual = generator(words=Listening()).answers(variables, ROWS)
   # Padding and EOS are no text.
-  kept = [tuple(t for t in row if t > WORDS.eos) for row in expected]
-  assert found == kept
+  remaining = [tuple(t for t in row if t > WORDS.eos) for row in expected]
+  assert actual == remaining
   texts = generator().answers(variables, ROWS)
-  assert texts == [WORDS.decode(list(row)) for row in kept]
+  assert texts == [WORDS.decode(list(row)) for row in remaining]
 
 
 @pytest.mark.slow
@@ -101,25 +101,25 @@ def test_an_answer_does_not_depend_on_padding():
   expected = generator(words=Listening()).answers(variables, ROWS[:3])
   # 27 tokens hold the longest.
   short = generator(words=Listening(), most=27)
-  found = short.answers(variables, ROWS[:3])
-  assert found == expected
+  actual = short.answers(variables, ROWS[:3])
+  assert actual == expected
 
 
 @pytest.mark.slow
 def test_what_is_cut_and_done_is_told():
-  told = []
-  ours = generator(2)
-  ours.answers(ending(), ROWS, told.append)
-  assert sum(told) == len(ROWS) and len(told) > 1
-  assert ours.cut(ROWS).tolist() == [False] * 4 + [True]
-  assert ours.answers(ending(), []) == []
-  assert ours.cut([]).shape == (0,)
+  messages = []
+  actual = generator(2)
+  actual.answers(ending(), ROWS, messages.append)
+  assert sum(messages) == len(ROWS) and len(messages) > 1
+  assert actual.cut(ROWS).tolist() == [False] * 4 + [True]
+  assert actual.answers(ending(), []) == []
+  assert actual.cut([]).shape == (0,)
 
 
 def test_a_command_answers_as_an_evaluation_does():
   model, _ = made()
-  found = generate.answer(model, ending(), WORDS, TEXTS[:3], LENGTH)
-  assert found == generator().answers(ending(), ROWS[:3])
+  actual = generate.answer(model, ending(), WORDS, TEXTS[:3], LENGTH)
+  assert actual == generator().answers(ending(), ROWS[:3])
 
 
 def test_an_answer_has_a_token():

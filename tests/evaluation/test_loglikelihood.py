@@ -80,10 +80,10 @@ def test_batches_and_order_never_move_a_sum():
   variables = made()[1]
   nll, tokens = likelihood().sums(variables, ROWS)
   for batch_size in (1, 5):
-    found, count = likelihood(batch_size).sums(variables, ROWS[::-1])
+    actual, count = likelihood(batch_size).sums(variables, ROWS[::-1])
     np.testing.assert_array_equal(count[::-1], tokens)
     # Float32 sums in another order.
-    np.testing.assert_allclose(found[::-1], nll, rtol=2e-6)
+    np.testing.assert_allclose(actual[::-1], nll, rtol=2e-6)
 
 
 def test_the_mean_is_the_validation_loss():
@@ -111,10 +111,10 @@ def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary():
 
 
 def test_what_is_cut_and_done_is_told():
-  told = []
+  messages = []
   scores = likelihood()
-  scores.sums(made()[1], ROWS, told.append)
-  assert sum(told) == len(ROWS) and len(told) > 1
+  scores.sums(made()[1], ROWS, messages.append)
+  assert sum(messages) == len(ROWS) and len(messages) > 1
   assert scores.cut(ROWS).tolist() == [False] * 4 + [True]
   nll, tokens = scores.sums(made()[1], [])
   assert nll.shape == tokens.shape == scores.cut([]).shape == (0,)

@@ -38,9 +38,9 @@ def test_probabilities_are_kneser_and_neys():
 def test_probabilities_add_up_to_one_in_every_context():
   train = np.random.default_rng(0).integers(0, 3, (3, 17))
   for context in ([], [A], [B, A], [C, C, C], [3, A, B]):
-    found = [probabilities(train, [*context, t], 4) for t in range(4)]
+    actual = [probabilities(train, [*context, t], 4) for t in range(4)]
     for n in range(4):
-      total = sum(p[n][-1] for p in found)
+      total = sum(p[n][-1] for p in actual)
       np.testing.assert_allclose(total, 1, rtol=1e-12)
 
 
@@ -74,8 +74,8 @@ def test_hidden_spans_are_put_back(seed):
   ids = rng.integers(10, 20, 37).astype(np.int32)
   hidden = span_corruption.noise_mask(37, 0.3, 3.0, rng)
   pair = span_corruption.corrupt(ids, hidden, list(range(99, 79, -1)), 1)
-  found, again = span_corruption.restore(*pair, list(range(99, 79, -1)))
-  np.testing.assert_array_equal(found, ids)
+  actual, again = span_corruption.restore(*pair, list(range(99, 79, -1)))
+  np.testing.assert_array_equal(actual, ids)
   np.testing.assert_array_equal(again, hidden)
   one = ngrams.predicted_text(pair, 'spans', list(range(99, 79, -1)))
   # Every target is scored once: the first sentinel, tokens, ends and EOS.
@@ -118,13 +118,13 @@ def test_only_text_has_a_baseline(tmp_path):
 def test_the_command_prints_a_line_for_each_n(tmp_path):
   file = tmp_path / 'text.txt'
   file.write_text('the cat sat on the mat.\n\n' * 300)
-  found = commands.run(
+  actual = commands.run(
     'moepeft.ngrams',
     '--order=3',
     f'--config=configs/pretrain_gpt_tiny.py:text={file}',
   )
-  assert found.returncode == 0, found.stderr
-  assert [line.split()[0] for line in found.stdout.splitlines()[1:]] == [
+  assert actual.returncode == 0, actual.stderr
+  assert [line.split()[0] for line in actual.stdout.splitlines()[1:]] == [
     '1-gram',
     '2-gram',
     '3-gram',

@@ -36,19 +36,19 @@ def papers(leave_out=()):
 
 
 def test_a_task_s_score_is_the_median_over_its_prompts():
-  found = paper_metric.scores(papers())
+  actual = paper_metric.scores(papers())
   # Of four, the mean of the middle two: (0.2 + 0.4) / 2; not the mean 0.4.
-  assert found['cb'].value == pytest.approx(0.3)
-  assert found['winogrande'].value == pytest.approx(0.55)
+  assert actual['cb'].value == pytest.approx(0.3)
+  assert actual['winogrande'].value == pytest.approx(0.55)
 
 
 def test_anli_is_the_mean_of_its_rounds_and_the_average_is_over_eight():
-  found = paper_metric.scores(papers())
-  assert tuple(found) == (*paper_metric.EIGHT, 'average')
+  actual = paper_metric.scores(papers())
+  assert tuple(actual) == (*paper_metric.EIGHT, 'average')
   # (0.2 + 0.35 + 0.5) / 3.
-  assert found['anli'].value == pytest.approx(0.35)
+  assert actual['anli'].value == pytest.approx(0.35)
   # (0.35 + 0.3 + 0.7 + 0.6 + 0.5 + 0.8 + 0.55 + 0.3) / 8 = 4.1 / 8.
-  assert found['average'].value == pytest.approx(0.5125)
+  assert actual['average'].value == pytest.approx(0.5125)
 
 
 def test_anli_weighs_its_rounds_alike_however_many_prompts_they_have():
@@ -64,16 +64,16 @@ def test_anli_weighs_its_rounds_alike_however_many_prompts_they_have():
 
 
 def test_there_is_no_average_of_less_than_the_eight():
-  found = paper_metric.scores(papers(leave_out=('copa',)))
-  assert 'average' not in found and 'copa' not in found
+  actual = paper_metric.scores(papers(leave_out=('copa',)))
+  assert 'average' not in actual and 'copa' not in actual
   # Nor is there an ANLI of two rounds: they stand by themselves.
-  found = paper_metric.scores(papers(leave_out=('anli_r2',)))
-  assert 'average' not in found and 'anli' not in found
-  assert found['anli_r3'].value == 0.5
+  actual = paper_metric.scores(papers(leave_out=('anli_r2',)))
+  assert 'average' not in actual and 'anli' not in actual
+  assert actual['anli_r3'].value == 0.5
 
 
 def test_the_average_of_other_tasks_is_the_mean_of_them():
-  found = paper_metric.scores(
+  actual = paper_metric.scores(
     [
       row('b', 'x', right(1, 10)),
       row('a', 'x', right(2, 10)),
@@ -81,8 +81,8 @@ def test_the_average_of_other_tasks_is_the_mean_of_them():
       row('a', 'z', right(5, 10)),
     ]
   )
-  assert list(found) == ['a', 'b', 'average']
-  assert found['average'].value == pytest.approx((0.4 + 0.1) / 2)
+  assert list(actual) == ['a', 'b', 'average']
+  assert actual['average'].value == pytest.approx((0.4 + 0.1) / 2)
 
 
 def test_majorities_are_medians_and_means_too():
@@ -92,9 +92,9 @@ def test_majorities_are_medians_and_means_too():
     row('a', 'z', right(1, 10), majority=0.7),
     row('b', 'x', right(1, 10), majority=0.5),
   ]
-  found = paper_metric.scores(some)
-  assert found['a'].majority == pytest.approx(0.7)
-  assert found['average'].majority == pytest.approx(0.6)
+  actual = paper_metric.scores(some)
+  assert actual['a'].majority == pytest.approx(0.7)
+  assert actual['average'].majority == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_prompts_of_a_task_are_resampled_together():
   each = right(3, 7)
   pair = [row('a', 'x', each), row('a', 'y', [1 - i for i in each])]
   assert pair[0].high - pair[0].low > 0.5
-  found = paper_metric.scores(pair)['a']
-  assert (found.low, found.high) == pytest.approx((0.5, 0.5))
+  actual = paper_metric.scores(pair)['a']
+  assert (actual.low, actual.high) == pytest.approx((0.5, 0.5))
 
 
 def test_runs_on_the_same_examples_are_drawn_alike():
@@ -129,12 +129,12 @@ def test_runs_on_the_same_examples_are_drawn_alike():
 
 
 def test_the_average_resamples_all_tasks():
-  found = paper_metric.draws(papers())
-  parts = [found[name] for name in paper_metric.EIGHT]
-  np.testing.assert_allclose(found['average'], np.mean(parts, axis=0))
+  actual = paper_metric.draws(papers())
+  parts = [actual[name] for name in paper_metric.EIGHT]
+  np.testing.assert_allclose(actual['average'], np.mean(parts, axis=0))
   score = paper_metric.scores(papers())['average']
   assert (score.low, score.high) == pytest.approx(
-    tuple(np.percentile(found['average'], (2.5, 97.5)))
+    tuple(np.percentile(actual['average'], (2.5, 97.5)))
   )
 
 
@@ -175,7 +175,7 @@ def test_a_mean_with_a_task_of_one_example_has_no_interval():
   tasks = (*paper_metric.ROUNDS, *paper_metric.EIGHT[1:])
   sizes = {name: 1 if name == 'anli_r2' else 5 for name in tasks}
   some = [row(name, 'p', right(1, n)) for name, n in sizes.items()]
-  found = paper_metric.scores(some)
-  without = {name for name, score in found.items() if score.low is None}
+  actual = paper_metric.scores(some)
+  without = {name for name, score in actual.items() if score.low is None}
   assert without == {'anli', 'average'}
-  assert paper_metric.draws(some).keys() == found.keys() - without
+  assert paper_metric.draws(some).keys() == actual.keys() - without

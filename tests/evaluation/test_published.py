@@ -18,9 +18,9 @@ needs_results = pytest.mark.skipif(
 @pytest.mark.parametrize('size', ['t5_large', 't5_xl', 't5_xxl'])
 def test_every_number_is_the_sources(size):
   there = json.loads(RESULTS.read_text())['tables'][size]
-  ours = published.table(size)
-  assert len(ours) == len(there)
-  for row, source in zip(ours, there, strict=True):
+  actual = published.table(size)
+  assert len(actual) == len(there)
+  for row, source in zip(actual, there, strict=True):
     assert row.name == source['name']
     assert row.percent == source['paper_params_percent']
     scores = source['scores']
@@ -54,14 +54,14 @@ def test_no_table_and_no_ablation_is_left_out():
 
 
 def test_one_row_alone_has_another_mean_than_its_average():
-  found = {
+  actual = {
     (size, row.name): row.recomputed()
     for size, rows in published.TABLES.items()
     for row in rows
     if row.recomputed() is not None
   }
   # (37.5 + 75.57 + 73.53 + 61.02 + 51.25 + 83.6 + 54.33 + 25.32) / 8
-  assert found == {('t5_xl', 'lora(rank=4)'): pytest.approx(57.765)}
+  assert actual == {('t5_xl', 'lora(rank=4)'): pytest.approx(57.765)}
 
 
 def test_the_authors_t0_is_full_fine_tuning_and_the_other_is_not():

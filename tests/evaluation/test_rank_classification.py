@@ -112,17 +112,19 @@ def scores(values, choices, length=7):
 
 def test_a_score_is_the_sum_over_a_choice_s_tokens_and_its_eos():
   choices = ('a', 'abc', 'cb', 'bcabc')
-  found = scores(variables(RANDOM), choices)
+  actual = scores(variables(RANDOM), choices)
   # Float32 sums of at most six numbers near six.
   np.testing.assert_allclose(
-    found, [log_likelihood(text) for text in choices], rtol=1e-5
+    actual, [log_likelihood(text) for text in choices], rtol=1e-5
   )
 
 
 def test_a_score_is_not_normalised_by_length():
   # Every token costs ln v: 2, 4 and 3 of them.
-  found = scores(variables(), ('a', 'abc', 'cb'))
-  np.testing.assert_allclose(found, -np.log(V) * np.array([2, 4, 3]), rtol=1e-5)
+  actual = scores(variables(), ('a', 'abc', 'cb'))
+  np.testing.assert_allclose(
+    actual, -np.log(V) * np.array([2, 4, 3]), rtol=1e-5
+  )
 
 
 def test_padding_and_other_choices_never_move_a_score():
@@ -142,7 +144,7 @@ def test_the_score_of_a_model_is_that_of_a_plain_call():
   targets = rng.integers(2, 37, (2, 3, 5)) * target
   mask = np.broadcast_to(target, targets.shape)
   batch = {'inputs': jnp.asarray(inputs), 'inputs_mask': jnp.asarray(source)}
-  found = jax.jit(score_choices, static_argnums=0)(
+  actual = jax.jit(score_choices, static_argnums=0)(
     model, values, batch, targets, mask
   )
   # The same as six rows, wider by padding in which there is something.
@@ -161,7 +163,7 @@ def test_the_score_of_a_model_is_that_of_a_plain_call():
     for t in range((5, 3, 2)[i % 3]):
       expected[i] += log_p[i, t, flat[i, t]]
   # Logits near ten after five layers in float32.
-  np.testing.assert_allclose(found, expected.reshape(2, 3), rtol=1e-4)
+  np.testing.assert_allclose(actual, expected.reshape(2, 3), rtol=1e-4)
 
 
 @pytest.mark.parametrize('kind', ['encoder-decoder', 'decoder'])
@@ -215,9 +217,9 @@ LABELS = [row.label for row in ROWS]
 def test_a_model_that_echoes_chooses_what_the_inputs_begin_with():
   assert predict(ROWS, variables(echo=2.0)) == LABELS
   # One that avoids it never does; of two, it takes the other.
-  found = predict(ROWS, variables(echo=-2.0))
-  assert not any(a == b for a, b in zip(found, LABELS, strict=True))
-  assert found[:2] == [0, 1]
+  actual = predict(ROWS, variables(echo=-2.0))
+  assert not any(a == b for a, b in zip(actual, LABELS, strict=True))
+  assert actual[:2] == [0, 1]
 
 
 def test_a_prediction_does_not_depend_on_the_rows_beside_it():
@@ -274,9 +276,9 @@ def test_a_last_batch_is_no_larger_than_its_rows_need():
 def test_progress_is_told_of_every_example():
   ranker, told = Ranker(Bigram(), WORDS, 64, 16, 2), []
   prepared = ranker.prepare(ROWS)
-  found = ranker.scores(variables(RANDOM), prepared, told.append)
+  actual = ranker.scores(variables(RANDOM), prepared, told.append)
   assert sum(told) == len(ROWS) and len(told) > 1
-  for row, own in zip(ROWS, found, strict=True):
+  for row, own in zip(ROWS, actual, strict=True):
     np.testing.assert_allclose(
       own, [log_likelihood(choice) for choice in row.choices], rtol=1e-5
     )
@@ -301,9 +303,9 @@ def test_a_choice_that_ends_where_text_ends_wins():
 
 def evaluator_of(tmp_path, rows, validation=(), **evaluation):
   path = tmp_path / 'rows.jsonl'
-  kept = ('task', 'inputs', 'choices', 'label')
+  remaining = ('task', 'inputs', 'choices', 'label')
   lines = [
-    json.dumps({'idx': i} | {key: getattr(e, key) for key in kept})
+    json.dumps({'idx': i} | {key: getattr(e, key) for key in remaining})
     for i, e in enumerate(rows)
   ]
   path.write_text('\n'.join(lines))
@@ -347,10 +349,10 @@ def test_validation_loss_is_a_mean_over_tokens_of_all_rows(tmp_path):
   rows = [Example('v', 't', i, 'q', t, (), -1) for i, t in enumerate(texts)]
   pairs = seq2seq.encode_examples(WORDS, rows, 64, 16)
   _, evaluator = evaluator_of(tmp_path, ROWS, pairs)
-  found = evaluator.validation(variables(RANDOM))['validation_loss']
+  actual = evaluator.validation(variables(RANDOM))['validation_loss']
   # Six tokens and EOS three times, one and EOS once.
   expected = -sum(map(log_likelihood, texts)) / (3 * 7 + 2)
-  assert found == pytest.approx(expected, rel=1e-5)
+  assert actual == pytest.approx(expected, rel=1e-5)
 
 
 def test_means_are_over_tasks_of_a_group_and_its_wordings():
@@ -372,8 +374,8 @@ def test_what_cannot_be_told_apart_is_left_out_and_told(capsys):
     PromptExamples('evaluation', 'y', '', rows[:1]),
   )
   evaluator = Evaluator(Bigram(), WORDS, (160, 3), 32, prompts=prompts)
-  found = evaluator(variables(), 'now', 0)
-  assert [(r['task'], r['examples'], r['cut']) for r in found['rows']] == [
+  actual = evaluator(variables(), 'now', 0)
+  assert [(r['task'], r['examples'], r['cut']) for r in actual['rows']] == [
     ('x', 1, 0)
   ]
   assert '2 examples are left out' in capsys.readouterr().out
@@ -390,7 +392,7 @@ def test_weights_that_are_not_finite_choose_nothing(capsys):
   assert '\n' not in str(e.value)
   prompts = (PromptExamples('evaluation', 'x', '', (make_row('q', 'ab'),)),)
   evaluator = Evaluator(Bigram(), WORDS, (160, 20), 32, prompts=prompts)
-  found = evaluator(variables(table), 'now', 0)
+  actual = evaluator(variables(table), 'now', 0)
   # Training goes on without accuracies, and says so.
-  assert (found['rows'], found['means']) == ([], {})
+  assert (actual['rows'], actual['means']) == ([], {})
   assert 'no accuracy: 1 of 1 ranked' in capsys.readouterr().out

@@ -35,9 +35,9 @@ def test_rows_of_before_their_data_was_told_are_read(tmp_path):
   for key in ('data_sha', 'inputs_length', 'targets_length', 'checkpoint'):
     del old[key]
   path.write_text(json.dumps(old) + '\n')
-  (found,) = results.read(path)
-  assert (found.data_sha, found.inputs_length) == (None, None)
-  assert found == ROWS[0]
+  (actual,) = results.read(path)
+  assert (actual.data_sha, actual.inputs_length) == (None, None)
+  assert actual == ROWS[0]
 
 
 def test_results_of_version_0_1_are_read(tmp_path):

@@ -166,17 +166,17 @@ def fuzz(module: str, seed: int, count: int) -> dict:
   rng = random.Random(f'{module} {seed}')
   # What absl and libraries bring is theirs.
   skipped = ('flagfile', 'undefok', 'only_check_args', 'pdb', 'helpfull')
-  ours = flags.FLAGS.flags_by_module_dict()
+  candidate = flags.FLAGS.flags_by_module_dict()
   names = [
     flag.name
-    for owner, own in ours.items()
+    for owner, own in candidate.items()
     if owner == sys.argv[0] or 'moepeft' in owner
     for flag in own
     if flag.name not in skipped
   ]
   has_config = 'config' in flags.FLAGS
   names = [n for n in names if not n.startswith('config')] or ['traceback']
-  found = {'built': 0, 'refused': 0}
+  actual = {'built': 0, 'refused': 0}
   faults, slowest = [], 0.0
   for _ in range(count):
     argv = [module, *start_of(rng, has_config)]
@@ -186,11 +186,11 @@ def fuzz(module: str, seed: int, count: int) -> dict:
     outcome = trial(argv)
     slowest = max(slowest, time.monotonic() - began)
     signal.alarm(0)
-    if outcome in found:
-      found[outcome] += 1
+    if outcome in actual:
+      actual[outcome] += 1
     else:
       faults.append([[arg[:200] for arg in argv], outcome[-1500:]])
-  return found | {'faults': faults, 'slowest': round(slowest, 1)}
+  return actual | {'faults': faults, 'slowest': round(slowest, 1)}
 
 
 def _hung(*_) -> None:

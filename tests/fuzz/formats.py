@@ -130,7 +130,7 @@ def _targets(root: Path):
   lora_of = lambda folder: base.load_adapter(str(folder), _CONFIG)  # noqa: E731
   words = importlib.import_module('moepeft.data.tokenizers.tokenizer')
   read_words = lambda folder: words.load_tokenizer('', str(folder))  # noqa: E731
-  found = {
+  actual = {
     'hf config, T5': ('t5', 'config.json', load),
     'hf config, Llama': ('llama', 'config.json', load),
     'hf weights': ('t5', 'model.safetensors', load),
@@ -172,8 +172,8 @@ def _targets(root: Path):
     file = root / 'gguf' / 'm.gguf'
     weights = gguf_files.random_params(gguf_files.CONFIGS['llama'])
     gguf_files.write(str(file), 'llama', weights, kind='Q8_0', more=_tokens)
-    found['gguf'] = ('gguf', file.name, _read_gguf)
-  return found
+    actual['gguf'] = ('gguf', file.name, _read_gguf)
+  return actual
 
 
 def _tokens(writer) -> None:

@@ -220,10 +220,10 @@ def comparing(words, rng):
   ]
 
   def read(row):
-    found = preference_formats.parse_row(row)
+    actual = preference_formats.parse_row(row)
     # Plain text has no words for calls, thoughts and names.
     for encode in made[: 2 if rng.random() < 0.3 else 1]:
-      encode(found.prompt, found.answers)
+      encode(actual.prompt, actual.answers)
 
   return read
 
@@ -242,8 +242,8 @@ def test_every_mutated_row_is_read_or_refused(form, words, tmp_path, capsys):
   def through_a_file(row):
     # As readers get them: what JSON cannot say never reaches a form.
     path.write_text(json.dumps(row))
-    for _, found in jsonl_rows.read_lines(str(path), BadRows()):
-      read(found)
+    for _, actual in jsonl_rows.read_lines(str(path), BadRows()):
+      read(actual)
 
   for i in range(ROWS):
     row = mutate(rng, rng.choice(FORMS[form]), rng.choice((1, 1, 1, 2, 3)))

@@ -39,10 +39,10 @@ def test_no_flag_or_value_is_a_traceback_or_a_hang(name):
     text=True,
   )
   assert done.returncode == 0, done.stderr[-3000:]
-  found = json.loads(done.stdout.splitlines()[-1])
-  faults = found.pop('faults')
-  print(name, found)
+  actual = json.loads(done.stdout.splitlines()[-1])
+  faults = actual.pop('faults')
+  print(name, actual)
   assert faults == []
   # The values that are drawn are neither all wrong nor all right.
-  assert found['built'] > 0 and found['refused'] > _COUNTS[name] / 4
-  assert found['built'] + found['refused'] == _COUNTS[name]
+  assert actual['built'] > 0 and actual['refused'] > _COUNTS[name] / 4
+  assert actual['built'] + actual['refused'] == _COUNTS[name]

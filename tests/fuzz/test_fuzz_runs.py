@@ -297,12 +297,12 @@ def test_a_damaged_checkpoint(tmp_path, capsys):
 
   def read():
     fresh = Checkpoints(str(workdir), keep=2)
-    found = fresh.restore(blank(), DESCRIBED)
+    actual = fresh.restore(blank(), DESCRIBED)
     tree, _ = fresh.restore_trainable()
     # Read, it is what was written.
     for name in ('a', 'b'):
       expected = np.asarray(whole.trainable['q'][name])
-      if not (np.asarray(found.trainable['q'][name]) == expected).all():
+      if not (np.asarray(actual.trainable['q'][name]) == expected).all():
         raise AssertionError('restored other arrays')
       if not (tree['q'][name] == expected).all():
         raise AssertionError('restored another adapter')

@@ -60,12 +60,12 @@ def trained(base, method, seed=0, semantics='official', noise=0.2):
   built = build(method, base.family.sites(base.config), semantics)
   model = model_of(base, built.adapter_map)
   rng = np.random.default_rng((seed, 17))
-  found = {}
+  actual = {}
   for path, (shape, label) in param_metadata(model, example_batch()).items():
     # Scales are ones at first; DoRA's magnitude is of the base's size.
     one = label.initializer is None or label.initializer == Constant(1)
-    found[path] = np.float32(one + noise * rng.normal(size=shape))
-  return built, weight_mapping.unflatten(found)
+    actual[path] = np.float32(one + noise * rng.normal(size=shape))
+  return built, weight_mapping.unflatten(actual)
 
 
 def save(path, base, method, seed=0, semantics='official', noise=0.2):

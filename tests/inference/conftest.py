@@ -11,7 +11,7 @@ def engine():
   """An engine of a small llama with adapters 'one', 'two' and 'broken'."""
   model, params, _ = engines.decoder()
   settings = engines.SETTINGS
-  with engines.running(model, params, engines.banks(), settings) as found:
-    yield found
-    assert found.drain(30) and engines.idle(found), 'a test left something'
-    assert not +found._adapters.acquired, 'an adapter is still held'
+  with engines.running(model, params, engines.banks(), settings) as actual:
+    yield actual
+    assert actual.drain(30) and engines.idle(actual), 'a test left something'
+    assert not +actual._adapters.acquired, 'an adapter is still held'

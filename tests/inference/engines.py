@@ -189,8 +189,8 @@ class Answer:
   @property
   def prompt(self):
     self.wait()
-    (found,) = [e for e in self.events if isinstance(e, PromptLogprobs)]
-    return found.tokens
+    (actual,) = [e for e in self.events if isinstance(e, PromptLogprobs)]
+    return actual.tokens
 
 
 _NUMBERS = itertools.count()

@@ -116,7 +116,7 @@ def theirs(model, prompt, beams, eos):
   import torch
 
   ids = torch.tensor([prompt])
-  found = model.generate(
+  actual = model.generate(
     ids,
     attention_mask=torch.ones_like(ids),
     num_beams=beams.count,
@@ -130,10 +130,10 @@ def theirs(model, prompt, beams, eos):
     output_scores=True,
   )
   begin = 1 if model.config.is_encoder_decoder else len(prompt)
-  rows = found.sequences[:, begin:].tolist()
+  rows = actual.sequences[:, begin:].tolist()
   # What follows an end is the end again.
   rows = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
-  return rows, found.sequences_scores.numpy()
+  return rows, actual.sequences_scores.numpy()
 
 
 @pytest.mark.parametrize(
@@ -154,13 +154,13 @@ def test_beams_are_those_of_transformers(family, beams, folders):
   model, folder = tiny(family), folders[family]
   eos = end(family, folder)
   ended = 0
-  for prompt, found in zip(
+  for prompt, actual in zip(
     PROMPTS, search(family, folder, beams, eos), strict=True
   ):
     expected, expected_scores = theirs(model, prompt, beams, eos)
-    assert [answer.ids for answer in found] == expected
+    assert [answer.ids for answer in actual] == expected
     # Sums of a few float32 log-probabilities.
-    scores = [answer.score for answer in found]
+    scores = [answer.score for answer in actual]
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
     ended += sum(row[-1] == eos for row in expected)
   # That of `end` does so before the last token.
@@ -200,7 +200,7 @@ def test_greedy_tokens_are_those_of_transformers(
   )
   for row, prompt in zip(tokens, PROMPTS, strict=True):
     ids = torch.tensor([prompt])
-    found = model.generate(
+    actual = model.generate(
       ids,
       attention_mask=torch.ones_like(ids),
       max_new_tokens=LENGTH,
@@ -210,14 +210,14 @@ def test_greedy_tokens_are_those_of_transformers(
       eos_token_id=eos,
     )
     begin = 1 if model.config.is_encoder_decoder else len(prompt)
-    expected = found[0, begin:].tolist()
+    expected = actual[0, begin:].tolist()
     assert row == expected and len(expected) >= least
 
 
 def test_one_beam_is_greedy_and_wider_ones_are_no_worse(folders):
   folder = folders['llama']
   one = search('llama', folder, BeamConfig(1))
-  assert [found[0].ids for found in one] == greedy('llama', folder)
+  assert [actual[0].ids for actual in one] == greedy('llama', folder)
   wide = search('llama', folder, BeamConfig(4))
   # Not so in general: a wide search may drop what a narrow one keeps.
   for first, best in zip(one, wide, strict=True):
@@ -230,11 +230,11 @@ def test_a_search_does_not_depend_on_searches_beside_it(folders):
   # Of three, the third begins when the first has ended.
   prompts = (*PROMPTS, [7])
   together = search('llama', folder, beams, eos, prompts)
-  for prompt, found in zip(prompts, together, strict=True):
+  for prompt, actual in zip(prompts, together, strict=True):
     (alone,) = search('llama', folder, beams, eos, [prompt])
-    assert [a.ids for a in alone] == [a.ids for a in found]
+    assert [a.ids for a in alone] == [a.ids for a in actual]
     np.testing.assert_allclose(
-      [a.score for a in alone], [a.score for a in found], rtol=1e-5
+      [a.score for a in alone], [a.score for a in actual], rtol=1e-5
     )
 
 

@@ -26,9 +26,9 @@ def pieces(ids, sizes):
 @pytest.mark.parametrize('sizes', [(1,), (2,), (3, 1, 5), (100,)])
 def test_streamed_text_is_the_decoded_text_in_whole_characters(sizes):
   stream = Detokenizer(WORDS.decode)
-  found = [stream.feed(part) for part in pieces(WORDS.encode(TEXT), sizes)]
-  assert all('\ufffd' not in piece for piece in found)
-  assert ''.join(found) == TEXT and stream.finish() == ''
+  actual = [stream.feed(part) for part in pieces(WORDS.encode(TEXT), sizes)]
+  assert all('\ufffd' not in piece for piece in actual)
+  assert ''.join(actual) == TEXT and stream.finish() == ''
 
 
 def test_a_character_comes_with_its_last_byte():
@@ -71,8 +71,8 @@ def joined(ids):
 def test_a_token_is_joined_to_those_before_it(sizes):
   ids = [0, 1, 2, 3, 4, 1, 2, 3, 4, 2, 3, 4, 0]
   stream = Detokenizer(joined)
-  found = ''.join(stream.feed(part) for part in pieces(ids, sizes))
-  assert found + stream.finish() == 'hi you你 you你你 hi'
+  actual = ''.join(stream.feed(part) for part in pieces(ids, sizes))
+  assert actual + stream.finish() == 'hi you你 you你你 hi'
 
 
 TOKENIZERS = ROOT.parent / 'shared' / 'models'
@@ -89,8 +89,8 @@ def test_a_real_tokenizer_is_streamed(name):
   whole = words.decode(ids)
   for sizes in ((1,), (3, 1)):
     stream = Detokenizer(words.decode)
-    found = [stream.feed(part) for part in pieces(ids, sizes)]
-    assert ''.join(found) + stream.finish() == whole
+    actual = [stream.feed(part) for part in pieces(ids, sizes)]
+    assert ''.join(actual) + stream.finish() == whole
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_a_real_tokenizer_is_streamed(name):
 def test_a_stop_string_cuts_whatever_the_pieces_are(stops, expected):
   text = 'say: abcabd.'
   for size in range(1, len(text) + 1):
-    found = StopStrings(stops)
-    parts = [found.feed(part) for part in pieces(text, (size,))]
-    assert ''.join(parts) + found.finish() == expected
-    assert found.matched == (expected != text)
+    actual = StopStrings(stops)
+    parts = [actual.feed(part) for part in pieces(text, (size,))]
+    assert ''.join(parts) + actual.finish() == expected
+    assert actual.matched == (expected != text)
 
 
 def test_what_may_begin_a_stop_string_is_held_back():
@@ -132,8 +132,8 @@ def test_a_stream_holds_characters_and_stop_strings():
   for _ in range(7):
     stream = TextStream(WORDS.decode, ('STOP',))
     sizes = tuple(rng.integers(1, 5, 9))
-    found = ''.join(stream.feed(part) for part in pieces(ids, sizes))
-    assert found + stream.finish() == 'ask 你 ' and stream.stopped
+    actual = ''.join(stream.feed(part) for part in pieces(ids, sizes))
+    assert actual + stream.finish() == 'ask 你 ' and stream.stopped
 
 
 @pytest.mark.parametrize('sizes', [(1,), (2,), (3, 1, 5), (100,)])
@@ -156,6 +156,6 @@ def test_a_stop_string_may_hold_special_tokens(sizes):
     ('<|user|>c', 'a\nb\nc'),
   ):
     stream = TextStream(decode, (stop,), hidden)
-    found = ''.join(stream.feed(part) for part in pieces(ids, sizes))
-    assert found + stream.finish() == text
+    actual = ''.join(stream.feed(part) for part in pieces(ids, sizes))
+    assert actual + stream.finish() == text
     assert stream.stopped == (text != 'a\nb\nc')

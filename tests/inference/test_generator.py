@@ -103,22 +103,22 @@ KINDS = pytest.mark.parametrize(
 def test_texts_are_those_of_whole_calls_and_of_rows_alone(kind):
   model, variables = made(kind)
   rows = ids(kind)
-  found = generation(kind).generate_texts(rows)
-  assert list(map(len, found)) == [11] * 3
+  actual = generation(kind).generate_texts(rows)
+  assert list(map(len, actual)) == [11] * 3
   # The second without padding and neighbours.
   alone = answers.uncached_greedy(model, variables, rows[1], 11)
-  assert found[1] == WORDS.decode(alone)
-  assert generation(kind).generate_texts(rows[::-1]) == found[::-1]
+  assert actual[1] == WORDS.decode(alone)
+  assert generation(kind).generate_texts(rows[::-1]) == actual[::-1]
 
 
 @KINDS
 def test_streamed_texts_are_the_texts(kind):
-  ours, rows = generation(kind), ids(kind)
+  actual, rows = generation(kind), ids(kind)
   texts, tokens = [''] * 3, [0] * 3
-  for chunk in ours.stream(rows):
+  for chunk in actual.stream(rows):
     texts[chunk.row] += chunk.text
     tokens[chunk.row] += chunk.token is not None
-  assert texts == ours.generate_texts(rows)
+  assert texts == actual.generate_texts(rows)
   assert tokens == [11] * 3
 
 
@@ -128,13 +128,13 @@ def test_texts_end_at_stop_strings_and_at_ids(kind):
   free = generation(kind).generate_texts(rows)
   stop = free[1][4:6]
   cut = [text.split(stop)[0] for text in free]
-  ours = generation(kind, stop_strings=(stop, 'Z'))
-  assert ours.generate_texts(rows) == cut
+  actual = generation(kind, stop_strings=(stop, 'Z'))
+  assert actual.generate_texts(rows) == cut
   end = ord(free[0][3]) + 3
   ended = [text.split(free[0][3])[0] for text in free]
   assert generation(kind, eos_token_ids=(end, 1)).generate_texts(rows) == ended
   # No token is computed after the stop string.
-  chunks = list(ours.stream(rows[1:2]))
+  chunks = list(actual.stream(rows[1:2]))
   assert [c.token is None for c in chunks] == [False] * (len(cut[1]) + 2) + [
     True
   ]
@@ -143,30 +143,30 @@ def test_texts_end_at_stop_strings_and_at_ids(kind):
 @KINDS
 def test_a_seed_says_the_same_again_whatever_stands_beside(kind):
   rows = ids(kind)
-  ours = generation(kind, sampling=Sampling(temperature=2.0, top_k=20))
-  found = ours.generate_texts(rows, row_seeds(7, 3))
-  assert ours.generate_texts(rows, row_seeds(7, 3)) == found
-  assert ours.generate_texts(rows, row_seeds(8, 3)) != found
-  assert ours.generate_texts(rows[2:], row_seeds(7, 3)[2:]) == found[2:]
+  candidate = generation(kind, sampling=Sampling(temperature=2.0, top_k=20))
+  actual = candidate.generate_texts(rows, row_seeds(7, 3))
+  assert candidate.generate_texts(rows, row_seeds(7, 3)) == actual
+  assert candidate.generate_texts(rows, row_seeds(8, 3)) != actual
+  assert candidate.generate_texts(rows[2:], row_seeds(7, 3)[2:]) == actual[2:]
 
 
 @KINDS
 def test_beams_are_texts_too(kind):
   rows = ids(kind)
-  found = generation(kind, beams=BeamConfig(3)).generate_texts(rows)
-  assert list(map(len, found)) == [11] * 3
+  actual = generation(kind, beams=BeamConfig(3)).generate_texts(rows)
+  assert list(map(len, actual)) == [11] * 3
   one = generation(kind, beams=BeamConfig(1)).generate_texts(rows)
   assert one == generation(kind).generate_texts(rows)
 
 
 def test_evaluations_answer_with_decoders_as_with_t5():
   model, variables = made('decoder')
-  ours = BatchGenerator(model, WORDS, 64, 11, 2)
+  actual = BatchGenerator(model, WORDS, 64, 11, 2)
   # In the form of training: a line's end stands between inputs and targets.
   expected = generation('decoder', eos_token_ids=(WORDS.eos,)).generate_texts(
     ids('decoder', [f'{text}\n' for text in TEXTS])
   )
-  assert ours.texts(variables, TEXTS) == expected
+  assert actual.texts(variables, TEXTS) == expected
   assert generate.answer(model, variables, WORDS, TEXTS, 11) == expected
   # The end of a prompt is kept.
   short = BatchGenerator(model, WORDS, 6, 11, 2)
@@ -176,10 +176,10 @@ def test_evaluations_answer_with_decoders_as_with_t5():
 
 def test_a_prompt_that_is_cut_still_begins_as_texts_do():
   words = ByteTokenizer(bos=2)
-  ours = BatchGenerator(made('decoder')[0], words, 5, 11, 2)
+  actual = BatchGenerator(made('decoder')[0], words, 5, 11, 2)
   # Bytes plus 3: c 102, d 103, e 104, and the line's end 13.
-  assert ours._ids('abcde') == ([2, 102, 103, 104, 13], True)
-  assert ours._ids('cde') == ([2, 102, 103, 104, 13], False)
+  assert actual._ids('abcde') == ([2, 102, 103, 104, 13], True)
+  assert actual._ids('cde') == ([2, 102, 103, 104, 13], False)
   row = Example('t', 'p', 0, 'abcde', 'y', ('y', 'n'), 0)
   ranker = Ranker(made('decoder')[0], words, 5, 3, 2)
   (ranked,) = ranker.prepare([row])
@@ -206,27 +206,27 @@ def test_all_learned_positions_are_used_and_no_other():
   # 86 + 11 = 97. Rounded up they would be 128 + 32.
   prompt = np.random.default_rng(0).integers(3, 259, 86).tolist()
   expected = uncached(prompt, 11)
-  ours = generation('learned')
-  assert ours.generate_ids([prompt]) == [expected]
-  together = ours.generate_ids([[5], prompt, prompt[:70]])
+  actual = generation('learned')
+  assert actual.generate_ids([prompt]) == [expected]
+  together = actual.generate_ids([[5], prompt, prompt[:70]])
   assert together == [uncached([5], 11), expected, uncached(prompt[:70], 11)]
   searched = generation('learned', beams=BeamConfig(1))
   assert searched.generate_ids([prompt]) == [expected]
-  chunks = list(ours.stream([prompt]))
+  chunks = list(actual.stream([prompt]))
   assert ''.join(chunk.text for chunk in chunks) == WORDS.decode(expected)
-  for wrong in (ours, searched):
+  for wrong in (actual, searched):
     with pytest.raises(ValueError, match='87 tokens and an answer up to 11'):
       wrong.generate_ids([[5], [*prompt, 5]])
 
 
 def test_an_evaluation_uses_all_learned_positions_and_refuses_more():
   model, variables = made('learned')
-  ours = BatchGenerator(model, WORDS, 86, 11, 2)
+  candidate = BatchGenerator(model, WORDS, 86, 11, 2)
   text = 'which one is it? ' * 9
   # The last 85 bytes, and the line's end.
   expected = uncached([*WORDS.encode(text)[-85:], 13], 11)
-  (found,) = ours.texts(variables, [text])
-  assert found == WORDS.decode([i for i in expected if i > 1])
+  (actual,) = candidate.texts(variables, [text])
+  assert actual == WORDS.decode([i for i in expected if i > 1])
   for kind, most in (('learned', 87), ('decoder', 117)):
     with pytest.raises(ValueError, match=f'has {most} tokens and an answer up'):
       BatchGenerator(made(kind)[0], WORDS, most, 11, 2)
@@ -248,9 +248,9 @@ def test_settings_that_cannot_be_are_refused(values, message):
 
 
 def test_a_prompt_longer_than_the_model_is_refused():
-  ours = generation('decoder')
+  actual = generation('decoder')
   with pytest.raises(ValueError, match='120 tokens and an answer up to 11'):
-    ours.generate_texts([[5] * 120])
+    actual.generate_texts([[5] * 120])
 
 
 def test_an_empty_prompt_is_refused():
@@ -286,8 +286,8 @@ def test_an_answering_ends_where_it_is_told():
   assert all(free.texts(variables, TEXTS))
   # At whatever comes first.
   ends = range(263)
-  ours = BatchGenerator(model, WORDS, 64, 5, 3, eos_token_ids=ends)
-  assert ours.texts(variables, TEXTS) == ['', '', '']
+  actual = BatchGenerator(model, WORDS, 64, 5, 3, eos_token_ids=ends)
+  assert actual.texts(variables, TEXTS) == ['', '', '']
 
 
 def test_ends_are_the_vocabularys_and_the_models(tmp_path):
@@ -309,11 +309,11 @@ def talk(kind, sampling=None, stops=(), ask=None, **manner):
 def test_a_talk_prints_the_same_streamed_and_in_batches(kind, capsys):
   expected = generation(kind).generate_texts(ids(kind))
   for manner in ({}, {'stream': True}, {'batch_size': 2}):
-    ours = talk(kind, **manner)
-    ours.answer_all(TEXTS)
+    actual = talk(kind, **manner)
+    actual.answer_all(TEXTS)
     assert capsys.readouterr().out.splitlines() == expected
-    assert ours.speed.tokens == 33 and ours.speed.seconds > 0
-  ours.answer_each(iter(TEXTS))
+    assert actual.speed.tokens == 33 and actual.speed.seconds > 0
+  actual.answer_each(iter(TEXTS))
   assert capsys.readouterr().out.splitlines() == expected
 
 
@@ -325,11 +325,11 @@ def test_answers_to_a_prompt_differ_and_do_not_depend_on_others(capsys):
     talk('decoder', warm, num=3, seed=5, **manner).answer_all(texts)
     return capsys.readouterr().out.splitlines()
 
-  found = said(TEXTS)
+  actual = said(TEXTS)
   # Two of three may end at once; all three never do here.
-  assert all(len(set(found[i : i + 3])) > 1 for i in (0, 3, 6))
-  assert said(TEXTS[1:2]) == found[3:6]
-  assert said(TEXTS[:2], stream=True) == found[:6]
+  assert all(len(set(actual[i : i + 3])) > 1 for i in (0, 3, 6))
+  assert said(TEXTS[1:2]) == actual[3:6]
+  assert said(TEXTS[:2], stream=True) == actual[:6]
 
 
 def test_no_prompt_is_answered_where_one_cannot_be(capsys):
@@ -340,26 +340,26 @@ def test_no_prompt_is_answered_where_one_cannot_be(capsys):
 
 def test_far_from_the_end_of_many_prompts_is_told_beside_the_answers(capsys):
   talk('decoder', batch_size=2).answer_all(TEXTS)
-  said = capsys.readouterr()
-  assert said.out.splitlines() == generation('decoder').generate_texts(
+  output = capsys.readouterr()
+  assert output.out.splitlines() == generation('decoder').generate_texts(
     ids('decoder')
   )
-  assert 'answered 3/3' in said.err
+  assert 'answered 3/3' in output.err
 
 
 def test_a_chat_asks_with_all_that_was_said_before(capsys):
-  asked = []
+  requests = []
 
   def ask(turns):
-    asked.append(list(turns))
+    requests.append(list(turns))
     return ids('decoder', turns[-1:])[0]
 
   talk('decoder', ask=ask, chat=True).answer_each(['a', 'b'])
   first, _ = capsys.readouterr().out.splitlines()
-  assert asked == [['a'], ['a', first, 'b']]
-  asked.clear()
+  assert requests == [['a'], ['a', first, 'b']]
+  requests.clear()
   talk('decoder', ask=ask).answer_each(['a', 'b'])
-  assert asked == [['a'], ['b']]
+  assert requests == [['a'], ['b']]
 
 
 def chat_data(**changes):
@@ -390,11 +390,11 @@ def test_a_chat_is_asked_as_it_is_trained(tmp_path):
   for system in ('', 'Be brief.'):
     for path in ('', str(own)):
       data = chat_data(chat_template=path, system_prompt=system)
-      found = prompts.load_chat_template(words, data)
-      trained = found.encode(answered)
+      actual = prompts.load_chat_template(words, data)
+      trained = actual.encode(answered)
       # 'd', the end of its turn and a line's end.
-      assert found.encode_prompt(talk) == trained.ids[:-3].tolist()
-      said = words.tokenizer.decode(found.encode_prompt(talk))
+      assert actual.encode_prompt(talk) == trained.ids[:-3].tolist()
+      said = words.tokenizer.decode(actual.encode_prompt(talk))
       assert (system in said) and ('Be brief.' in said) == bool(system)
       assert said.endswith('ASSISTANT\n' if path else 'assistant\n')
   data = chat_data(system_prompt='Be brief.')

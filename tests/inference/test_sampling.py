@@ -52,8 +52,8 @@ def test_a_penalty_makes_what_was_there_less_likely():
   logits = jnp.array([[2.0, -3.0, 5.0, 0.0]])
   seen = jnp.array([[True, True, False, True]])
   # 2 / 2, -3 * 2, 5 as it was, 0 stays.
-  found = sampling.apply_repetition_penalty(logits, seen, 2.0)
-  np.testing.assert_array_equal(found, [[1, -6, 5, 0]])
+  actual = sampling.apply_repetition_penalty(logits, seen, 2.0)
+  np.testing.assert_array_equal(actual, [[1, -6, 5, 0]])
 
 
 def test_rows_may_have_numbers_of_their_own():
@@ -140,10 +140,10 @@ def test_filters_equal_those_of_transformers():
       lambda x: sampling.apply_repetition_penalty(x, seen, 1.7),
     ),
   ]
-  for theirs, ours in pairs:
-    expected = theirs(torch.tensor(ids), torch.tensor(logits)).numpy()
+  for reference, actual in pairs:
+    expected = reference(torch.tensor(ids), torch.tensor(logits)).numpy()
     # One division or product each.
-    np.testing.assert_allclose(ours(jnp.asarray(logits)), expected, rtol=1e-6)
+    np.testing.assert_allclose(actual(jnp.asarray(logits)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -174,14 +174,14 @@ def test_filters_stand_in_the_order_of_transformers(values):
   seen = np.zeros(logits.shape, bool)
   np.put_along_axis(seen, ids, True, axis=1)
   expected = chain(torch.tensor(ids), torch.tensor(logits)).numpy()
-  ours = jnp.asarray(logits)
+  candidate = jnp.asarray(logits)
   if 'repetition_penalty' in values:
-    ours = sampling.apply_repetition_penalty(
-      ours, seen, values['repetition_penalty']
+    candidate = sampling.apply_repetition_penalty(
+      candidate, seen, values['repetition_penalty']
     )
-  found = sampling.filter_logits(ours, Sampling(**values))
+  actual = sampling.filter_logits(candidate, Sampling(**values))
   # A division and a product each.
-  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  np.testing.assert_allclose(actual, expected, rtol=1e-6)
   # Of each row something is left and something taken out.
   left = np.isfinite(expected).sum(axis=1)
   assert (left >= 1).all() and (left < 101).all()

@@ -49,10 +49,10 @@ def example(inputs, targets, choices=()):
 
 def test_placeholders_stand_before_a_decoders_text_and_nothing_of_it_changes():
   own = CausalCollator(WORDS, 10, prefix_ids=AHEAD)
-  (found,) = own.encode([example('ab', 'c')])
+  (actual,) = own.encode([example('ab', 'c')])
   # Bytes plus 3: a 100, b 101, the line's end 13, c 102; EOS is 1.
-  assert found.ids.tolist() == [*AHEAD, 100, 101, 13, 102, 1]
-  np.testing.assert_array_equal(found.loss_mask, [0, 0, 0, 0, 0, 0, 1, 1])
+  assert actual.ids.tolist() == [*AHEAD, 100, 101, 13, 102, 1]
+  np.testing.assert_array_equal(actual.loss_mask, [0, 0, 0, 0, 0, 0, 1, 1])
   # Of a text that is trained whole the first token follows a prompt, not a
   # text: it is not trained, as without a prompt.
   (whole,) = own.encode([Sample(np.array([5, 6]), np.ones(2, bool))])
@@ -63,27 +63,27 @@ def test_placeholders_count_in_a_decoders_row():
   own = CausalCollator(WORDS, 7, prefix_ids=AHEAD)
   # A row of 7 is fed, with one token more to predict: of 8, 3 are the prompt's.
   long = make_sample([9, 8, 7, 6], [5, 4])
-  (found,) = own.encode([long])
-  assert found.ids.tolist() == [*AHEAD, 8, 7, 6, 5, 4]
+  (actual,) = own.encode([long])
+  assert actual.ids.tolist() == [*AHEAD, 8, 7, 6, 5, 4]
   assert own.count_cut([long]) == 1
   assert own.count_cut([make_sample([7, 6], [5, 4, 3])]) == 0
-  rows = own.pad([found])
+  rows = own.pad([actual])
   assert rows['inputs'].tolist() == [[*AHEAD, 8, 7, 6, 5]]
   assert rows['targets_mask'].tolist() == [[False] * 5 + [True] * 2]
 
 
 def test_placeholders_stand_before_the_inputs_of_pairs_and_count():
   own = Seq2SeqCollator(WORDS, 6, 4, prefix_ids=AHEAD)
-  found = own.encode(
+  actual = own.encode(
     [example('a', 'b'), example('abcdef', 'b'), ([7, 8, 9, 6, 1], [5, 1])]
   )
   # Of six places the text has three, the last is EOS's.
-  assert [list(map(int, pair.inputs)) for pair in found] == [
+  assert [list(map(int, pair.inputs)) for pair in actual] == [
     [*AHEAD, 100, 1],
     [*AHEAD, 100, 101, 1],
     [*AHEAD, 7, 8, 1],
   ]
-  assert [list(map(int, pair.targets)) for pair in found] == [
+  assert [list(map(int, pair.targets)) for pair in actual] == [
     [101, 1],
     [101, 1],
     [5, 1],
@@ -150,9 +150,9 @@ def test_packed_texts_have_a_prompt_each_and_are_as_alone(config):
   assert (packed['inputs'] >= 263).sum() == 9
   # Rows of one length have one program.
   logits = [applied(model)(variables, rows) for rows in (alone, packed)]
-  found = np.asarray(logits[1][0][packed['targets_mask'][0]])
+  actual = np.asarray(logits[1][0][packed['targets_mask'][0]])
   np.testing.assert_allclose(
-    found, np.asarray(logits[0])[alone['targets_mask']], **CLOSE
+    actual, np.asarray(logits[0])[alone['targets_mask']], **CLOSE
   )
 
 
@@ -177,8 +177,8 @@ def test_likelihoods_and_rankings_are_of_texts_behind_the_prompt(config):
   text = EXAMPLES[0]
   expected = float(log_p(model, variables, config, text).sum())
   likelihood = Likelihood(model, WORDS, 32, 16, 1)
-  (found,), (tokens,) = likelihood.sums(variables, [text])
-  assert tokens == 5 and found == pytest.approx(-expected, rel=1e-4)
+  (actual,), (tokens,) = likelihood.sums(variables, [text])
+  assert tokens == 5 and actual == pytest.approx(-expected, rel=1e-4)
   other = dataclasses.replace(text, targets='gone')
   ranker = Ranker(model, WORDS, 32, 16, 1)
   rows = ranker.prepare([dataclasses.replace(text, choices=('here', 'gone'))])
@@ -196,8 +196,8 @@ def test_cached_answers_are_those_of_whole_texts_behind_the_prompt(config):
   ids = [9, 8, 7]
   settings = GenerationConfig(6, (1000,))
   prompts = [ids, [5, 5, 5, 5, 5, 6]]
-  found = Generator(model, variables, WORDS, settings).generate_ids(prompts)
-  for own, answer in zip(prompts, found, strict=True):
+  actual = Generator(model, variables, WORDS, settings).generate_ids(prompts)
+  for own, answer in zip(prompts, actual, strict=True):
     said = [0] if config is T5 else [*AHEAD, *own]
     begin = len(said)
     for _ in range(6):
@@ -212,18 +212,18 @@ def test_cached_answers_are_those_of_whole_texts_behind_the_prompt(config):
       said.append(int(jnp.argmax(logits)))
     assert answer == said[begin:]
   # Without the prompt it says something else.
-  assert answers.uncached_greedy(model, variables, ids, 6) != found[0]
+  assert answers.uncached_greedy(model, variables, ids, 6) != actual[0]
 
 
 def padded_to(batch, length):
   """So that all lengths are one program."""
-  found = {}
+  actual = {}
   for name, ids in batch.items():
     more = ((0, 0), (0, length - ids.shape[1]))
     side = {'inputs': 'inputs_mask', 'decoder_inputs': 'targets_mask'}[name]
-    found[name] = jnp.pad(ids, more)
-    found[side] = jnp.arange(length)[None] < ids.shape[1]
-  return found
+    actual[name] = jnp.pad(ids, more)
+    actual[side] = jnp.arange(length)[None] < ids.shape[1]
+  return actual
 
 
 @LLAMA_FIRST

@@ -32,10 +32,10 @@ def shape(changes, family='llama', **model):
 
 
 def test_what_is_not_said_stays_the_sizes_own():
-  found = shape({'rope': {'kind': 'linear', 'factor': 4.0}, 'window': 7})
+  actual = shape({'rope': {'kind': 'linear', 'factor': 4.0}, 'window': 7})
   # Llama's tiny: theta 10,000.
-  assert found.rope == Rope(10000.0, 'linear', 4.0)
-  assert (found.window, found.d_model, found.heads) == (7, 128, 4)
+  assert actual.rope == Rope(10000.0, 'linear', 4.0)
+  assert (actual.window, actual.d_model, actual.heads) == (7, 128, 4)
 
 
 def test_a_shape_is_the_same_after_json():

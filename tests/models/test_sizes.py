@@ -57,8 +57,8 @@ ENCODERS = {
 
 def parameters(config):
   """The parameters that the rules name; contract tests compare the model."""
-  wanted = hf.expected(config)
-  return sum(math.prod(entry.shape) for entry in wanted)
+  expected = hf.expected(config)
+  return sum(math.prod(entry.shape) for entry in expected)
 
 
 @pytest.mark.parametrize('family, size', KNOWN | ENCODERS)
@@ -143,8 +143,8 @@ def test_every_known_size_is_said():
 def test_released_sizes_are_what_their_files_say(family, size):
   c = FAMILIES[family].config(size)
   theta = c.rope.theta if c.positions == 'rope' else 0
-  found = (c.eps, theta, c.length, c.tied, c.kv_heads, c.vocab)
-  assert found == SAID[family, size]
+  actual = (c.eps, theta, c.length, c.tied, c.kv_heads, c.vocab)
+  assert actual == SAID[family, size]
   rope = (c.rope.kind, c.rope.factor, c.rope.original, c.rope.low, c.rope.high)
   if (family, size) in SCALED:
     assert rope == SCALED[family, size]

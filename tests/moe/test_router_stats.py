@@ -52,7 +52,7 @@ def sums(padded):
 
 def counts():
   """{site: its tokens}: keys and values of cross-attention read the source."""
-  found = {}
+  actual = {}
   for stack, name in (
     ('encoder', 'self'),
     ('decoder', 'self'),
@@ -61,35 +61,35 @@ def counts():
     own = SOURCE if stack == 'encoder' else TARGET
     read = SOURCE if name == 'cross' else own
     at = f'{stack}/layers/{name}'
-    found |= {f'{at}/q/molora': own, f'{at}/v/molora': read}
+    actual |= {f'{at}/q/molora': own, f'{at}/v/molora': read}
     # Each of the three heads is routed by itself.
-    found[f'{at}/k/mov'] = 3 * read
+    actual[f'{at}/k/mov'] = 3 * read
   for stack, tokens in (('encoder', SOURCE), ('decoder', TARGET)):
     at = f'{stack}/layers/mlp'
-    found |= {f'{at}/wo/molora': tokens, f'{at}/act/mov': tokens}
-  return found
+    actual |= {f'{at}/wo/molora': tokens, f'{at}/act/mov': tokens}
+  return actual
 
 
 @pytest.mark.parametrize('padded', [False, True])
 def test_every_site_counts_the_real_tokens_that_it_reads(padded):
-  found = sums(padded)
-  assert found.keys() == counts().keys()
+  actual = sums(padded)
+  assert actual.keys() == counts().keys()
   for site, tokens in counts().items():
     layers = 2 if site.startswith('encoder') else 3
     np.testing.assert_array_equal(
-      found[site].count, [tokens] * layers, err_msg=site
+      actual[site].count, [tokens] * layers, err_msg=site
     )
 
 
 def test_padding_never_moves_a_sum():
-  found, expected = sums(True), sums(False)
+  actual, expected = sums(True), sums(False)
   for site in expected:
     for name, value in vars(expected[site]).items():
       if name in ('sparse', 'aux', 'available'):
         continue
       # Activations of other shapes, summed in another order.
       np.testing.assert_allclose(
-        vars(found[site])[name], value, rtol=1e-4, err_msg=f'{site} {name}'
+        vars(actual[site])[name], value, rtol=1e-4, err_msg=f'{site} {name}'
       )
 
 

@@ -83,10 +83,10 @@ def test_chunked_equals_naive(window, cap, slopes, explicit):
     )
     return jax.jit(jax.grad(run, (0, 1, 2), has_aux=True))(q, k, v)
 
-  ours = both(chunked_attention.attend, dict(chunk=5), chunks)
+  actual = both(chunked_attention.attend, dict(chunk=5), chunks)
   naive = both(attention.attend, {}, mask)
   for left, right in zip(
-    jax.tree.leaves(ours), jax.tree.leaves(naive), strict=True
+    jax.tree.leaves(actual), jax.tree.leaves(naive), strict=True
   ):
     # Sums of up to 29 numbers of size 1 in another order.
     np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
@@ -160,9 +160,9 @@ def test_parts_that_no_query_of_a_part_sees_are_not_computed(
   )
   expected = run(q, given.v)
   # Nought times what is no number would be none.
-  found = run(q, given.v.at[:, unseen].set(jnp.nan))
+  actual = run(q, given.v.at[:, unseen].set(jnp.nan))
   for left, right in zip(
-    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
   ):
     # Other queries' gradients are nought times NaN, and not asked for.
     left, right = (a if a.ndim == 0 else a[:, queries] for a in (left, right))
@@ -271,12 +271,12 @@ def test_fused_by_lengths_equals_masks(window):
 
     return jax.jit(jax.value_and_grad(of, (0, 1, 2)))(given.q, given.k, given.v)
 
-  ours = value(
+  actual = value(
     dot_product_attention.attend, given.replace(structured_mask=causal_mask)
   )
   naive = value(attention.attend, given.replace(mask=causal_mask.mask()))
   for left, right in zip(
-    jax.tree.leaves(ours), jax.tree.leaves(naive), strict=True
+    jax.tree.leaves(actual), jax.tree.leaves(naive), strict=True
   ):
     # Sums of up to 23 numbers of size 1 in another order.
     np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
@@ -300,11 +300,11 @@ def test_fused_by_lengths_equals_masks(window):
 def test_fused_is_told_lengths_where_they_say_it_all(
   changes, packed, expected, monkeypatch
 ):
-  asked = []
+  requests = []
 
   def record(q, k, v, bias=None, mask=None, is_causal=False, **options):
     given = None if mask is None else 'mask'
-    asked.append((given, is_causal, options.get('local_window_size')))
+    requests.append((given, is_causal, options.get('local_window_size')))
     return q
 
   monkeypatch.setattr(jax.nn, 'dot_product_attention', record)
@@ -316,7 +316,7 @@ def test_fused_is_told_lengths_where_they_say_it_all(
   config = dataclasses.replace(SMALL, **changes)
   model = Decoder(config, attention='fused')
   jax.eval_shape(model.init, jax.random.key(0), batch)
-  assert set(asked) == {expected}
+  assert set(requests) == {expected}
 
 
 def of_heads(h=64, t=8, dtype=jnp.bfloat16, **changes):
@@ -357,13 +357,13 @@ def test_cudnn_is_asked_for_what_it_knows(capability):
 
 def test_t5_is_fused_or_refuses():
   batch, variables = small.batch(), small.variables('full')
-  naive, ours = (
+  naive, actual = (
     small.jitted(T5(small.GATED, attention=form))(variables, batch)
     for form in ('naive', 'fused')
   )
   real = np.asarray(batch['targets_mask'])
   np.testing.assert_allclose(
-    np.asarray(ours)[real], np.asarray(naive)[real], rtol=2e-5, atol=2e-5
+    np.asarray(actual)[real], np.asarray(naive)[real], rtol=2e-5, atol=2e-5
   )
   with pytest.raises(ValueError, match='which T5 does not'):
     T5(small.GATED, attention='chunked').apply(variables, batch)
@@ -396,19 +396,19 @@ def test_slopes_are_those_of_bloom():
   bloom = pytest.importorskip('transformers.models.bloom.modeling_bloom')
   for count in (1, 5, 6, 16, 25):
     mask = torch.ones(1, 7)
-    theirs = bloom.build_alibi_tensor(mask, count, torch.float32)
-    theirs = theirs.numpy().reshape(count, 7)
-    ours = alibi(count, jnp.full((1, 1), 6), jnp.arange(7))[0, :, 0]
+    reference = bloom.build_alibi_tensor(mask, count, torch.float32)
+    reference = reference.numpy().reshape(count, 7)
+    actual = alibi(count, jnp.full((1, 1), 6), jnp.arange(7))[0, :, 0]
     # Theirs is the slope times the key's place: a constant away from ours.
-    np.testing.assert_allclose(ours - ours[:, :1], theirs, rtol=1e-5)
+    np.testing.assert_allclose(actual - actual[:, :1], reference, rtol=1e-5)
 
 
 def test_sines_and_cosines():
   # d = 4: wave lengths 2 pi and 2 pi * 100.
-  found = sinusoidal(jnp.array([[0, 3]]), 4)
+  actual = sinusoidal(jnp.array([[0, 3]]), 4)
   expected = [np.sin(3), np.sin(0.03), np.cos(3), np.cos(0.03)]
-  np.testing.assert_allclose(found[0, 1], expected, rtol=1e-5)
-  np.testing.assert_array_equal(found[0, 0], [0, 0, 1, 1])
+  np.testing.assert_allclose(actual[0, 1], expected, rtol=1e-5)
+  np.testing.assert_array_equal(actual[0, 0], [0, 0, 1, 1])
 
 
 def test_windows_wider_than_the_row_change_nothing():

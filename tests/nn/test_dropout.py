@@ -30,17 +30,17 @@ RNGS = {'dropout': jax.random.key(0), 'router': jax.random.key(1)}
 
 def draws(jaxpr, times=1):
   """The number of draws of random bits, all layers of a scan counted."""
-  found = 0
+  actual = 0
   for eqn in jaxpr.eqns:
     inside = times
     if eqn.primitive.name == 'scan':
       inside *= eqn.params['length']
-    found += times * (eqn.primitive.name == 'random_bits')
+    actual += times * (eqn.primitive.name == 'random_bits')
     for value in eqn.params.values():
       inner = getattr(value, 'jaxpr', value)
       if hasattr(inner, 'eqns'):
-        found += draws(inner, inside)
-  return found
+        actual += draws(inner, inside)
+  return actual
 
 
 def draws_of_t5(dropout, train):
@@ -82,12 +82,12 @@ def test_attention_drops_weights_and_makes_up_for_it():
   heads = Heads(0 * ones, ones, ones)
   core = Core('core', AdapterMap(), dropout=0.2)
   y = np.asarray(core.apply({}, heads, TRAIN, rngs=RNGS))
-  kept = y * 7 * 0.8
-  np.testing.assert_allclose(kept, np.round(kept), atol=1e-5)
+  remaining = y * 7 * 0.8
+  np.testing.assert_allclose(remaining, np.round(remaining), atol=1e-5)
   # All of a head's features are of the same weights, 42 of them 7 draws each:
   # 294 draws, whose mean is good to 0.023; four deviations.
   np.testing.assert_array_equal(y, np.broadcast_to(y[..., :1], y.shape))
-  assert abs(np.mean(kept) / 7 - 0.8) < 0.094
+  assert abs(np.mean(remaining) / 7 - 0.8) < 0.094
   quiet = core.apply({}, heads, Context())
   np.testing.assert_allclose(quiet, 1, rtol=1e-6)
 

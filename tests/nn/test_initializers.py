@@ -45,14 +45,14 @@ def test_seeds_and_paths_draw_apart():
 
 def test_flax_draws_from_the_same_distributions():
   shape = (50, 400)
-  ours = Normal(0.3).draw(np.random.default_rng(0), shape, np.float32)
-  theirs = Normal(0.3)(jax.random.key(0), shape, jnp.float32)
-  for drawn in (ours, theirs):
+  actual = Normal(0.3).draw(np.random.default_rng(0), shape, np.float32)
+  reference = Normal(0.3)(jax.random.key(0), shape, jnp.float32)
+  for drawn in (actual, reference):
     # 20,000 draws: the deviation is good to 0.5 %, the mean to 0.0021.
     np.testing.assert_allclose(np.std(drawn), 0.3, rtol=0.025)
     assert abs(np.mean(drawn)) < 0.011
-  ours = Constant(2).draw(np.random.default_rng(0), (3,), np.float32)
-  np.testing.assert_array_equal(ours, Constant(2)(None, (3,), np.float32))
+  actual = Constant(2).draw(np.random.default_rng(0), (3,), np.float32)
+  np.testing.assert_array_equal(actual, Constant(2)(None, (3,), np.float32))
 
 
 def test_every_array_of_init_is_drawn_with_its_shape_and_dtype():
@@ -62,11 +62,11 @@ def test_every_array_of_init_is_drawn_with_its_shape_and_dtype():
     param_dtype=jnp.bfloat16,
   )
   expected = jax.eval_shape(lambda: model.init(small.RNGS, small.batch()))
-  found = init_params(model, small.batch(), 0)
+  actual = init_params(model, small.batch(), 0)
   expected = {key: expected[key] for key in ('params', 'peft')}
-  wanted, drawn = map(weight_mapping.flatten, (expected, found))
-  assert wanted.keys() == drawn.keys()
-  for path, leaf in wanted.items():
+  target, drawn = map(weight_mapping.flatten, (expected, actual))
+  assert target.keys() == drawn.keys()
+  for path, leaf in target.items():
     assert (drawn[path].shape, drawn[path].dtype) == (leaf.shape, leaf.dtype)
 
 
@@ -76,11 +76,11 @@ def test_what_depends_on_the_base_is_computed_from_the_base_at_hand():
   }
   built = build('dora', SITES, methods=methods)
   params = small.params()
-  found = init_params(
+  actual = init_params(
     t5.T5(small.GATED, built.adapter_map), small.batch(), 5, params
   )
   kernel = params['encoder']['layers']['self']['q']['kernel']
-  magnitude = found['peft']['encoder']['layers']['self']['q']['dora']
+  magnitude = actual['peft']['encoder']['layers']['self']['q']['dora']
   # The norm over the input axis d of [l, d, n, h]; float32 sums of 11 squares.
   np.testing.assert_allclose(
     magnitude['magnitude'], np.sqrt(np.sum(kernel**2, axis=1)), rtol=1e-6

@@ -29,13 +29,13 @@ def call(kernel, a, b, magnitude, bias=None):
 def test_the_changed_weight_has_the_learned_magnitude():
   # W = (3, 4); alpha / r = 2, so 2 A B = (-3, 0) with B = -1.5: (0, 4) has
   # the norm 4, and 5 of its direction are (0, 5). x W' = 2 x 5.
-  found = call([[3.0], [4.0]], [[1.0], [0.0]], -1.5, 5.0)
-  assert found == pytest.approx(10.0)
+  actual = call([[3.0], [4.0]], [[1.0], [0.0]], -1.5, 5.0)
+  assert actual == pytest.approx(10.0)
 
 
 def test_the_bias_is_left_alone():
-  found = call([[3.0], [4.0]], [[1.0], [0.0]], -1.5, 5.0, bias=7.0)
-  assert found == pytest.approx(17.0)
+  actual = call([[3.0], [4.0]], [[1.0], [0.0]], -1.5, 5.0, bias=7.0)
+  assert actual == pytest.approx(17.0)
 
 
 def test_the_norm_is_a_constant_to_the_gradient():

@@ -107,25 +107,25 @@ def test_a_masked_router_and_its_sums_are_those_of_fewer_experts(name):
   options = {'k': 2} if name == 'topk' else {}
   kernel = jax.random.normal(jax.random.key(5), (7, 5))
   module = ROUTERS[name].module
-  found = run(module(experts=5, **options), MASK, kernel)
+  actual = run(module(experts=5, **options), MASK, kernel)
   expected = run(module(experts=3, **options), None, kernel[:, :3])
-  np.testing.assert_array_equal(found.combine_weights[..., 3:], 0)
+  np.testing.assert_array_equal(actual.combine_weights[..., 3:], 0)
   np.testing.assert_allclose(
-    found.combine_weights[..., :3], expected.combine_weights, rtol=1e-6
+    actual.combine_weights[..., :3], expected.combine_weights, rtol=1e-6
   )
-  found, expected = (
-    router_stats(found, None, MASK),
+  actual, expected = (
+    router_stats(actual, None, MASK),
     router_stats(expected, None),
   )
-  assert float(found.experts) == expected.experts == 3
+  assert float(actual.experts) == expected.experts == 3
   for loss in aux_losses.LOSSES.values():
-    np.testing.assert_allclose(loss(found), loss(expected), rtol=1e-6)
-  found, expected = statistics(found), statistics(expected)
-  np.testing.assert_allclose(found.share[:3], expected.share, rtol=1e-6)
+    np.testing.assert_allclose(loss(actual), loss(expected), rtol=1e-6)
+  actual, expected = statistics(actual), statistics(expected)
+  np.testing.assert_allclose(actual.share[:3], expected.share, rtol=1e-6)
   for key in ('entropy', 'weight_entropy', 'variation', 'top'):
     # Of the share of a uniform router, the deviation is float32 rounding.
     np.testing.assert_allclose(
-      getattr(found, key), getattr(expected, key), rtol=1e-5, atol=1e-6
+      getattr(actual, key), getattr(expected, key), rtol=1e-5, atol=1e-6
     )
 
 
@@ -205,10 +205,10 @@ def test_the_mask_is_that_of_the_layer():
   collect_all = functools.partial(model.apply, mutable=['routing', 'weights'])
   _, changed = jax.jit(collect_all)(variables, small.batch())
   sites = collect(changed['routing'])
-  found = {site: np.asarray(sums.experts) for site, sums in sites.items()}
-  encoder = found['encoder/layers/self/q/molora']
+  actual = {site: np.asarray(sums.experts) for site, sums in sites.items()}
+  encoder = actual['encoder/layers/self/q/molora']
   np.testing.assert_array_equal(encoder, [1, 4])
-  decoder = found['decoder/layers/cross/v/mov']
+  decoder = actual['decoder/layers/cross/v/mov']
   np.testing.assert_array_equal(decoder, [3, 2, 4])
   weights = changed['weights']['decoder']['layers']['mlp']['act']['mov']
   used = (np.asarray(weights['weights'][0]) > 0).any(axis=(1, 2))
@@ -320,13 +320,13 @@ def test_counts_are_of_true_parameters():
   config.method = (
     "molora(experts_per_layer=[1, 2, 3, 4, 5, 6, 7, 8], targets='*/self/q')"
   )
-  found = count(config)
+  actual = count(config)
   # Rank 4, 512 in and 384 out; the router's kernel.
   expert = 4 * (512 + 384) + 512
-  assert found['peft'] == 2 * 36 * expert
-  assert found['padding'] == 2 * 28 * expert
-  assert found['by_site']['encoder/self/q'] == 36 * expert
-  assert found['megabytes']['peft'] == round(2 * 64 * expert * 4 / 1e6, 3)
+  assert actual['peft'] == 2 * 36 * expert
+  assert actual['padding'] == 2 * 28 * expert
+  assert actual['by_site']['encoder/self/q'] == 36 * expert
+  assert actual['megabytes']['peft'] == round(2 * 64 * expert * 4 / 1e6, 3)
 
 
 # In the fast suite parts are tests/contracts/test_router_kinds.py's, and the

@@ -37,15 +37,15 @@ every = pytest.mark.parametrize(
 def batch_of(config, front=FRONT):
   """A batch of the config's, with ids in front of its texts."""
   if isinstance(config, t5.T5Config):
-    found = small.batch()
+    actual = small.batch()
   else:
-    found = small_decoders.batch()
-  b = len(found['inputs'])
+    actual = small_decoders.batch()
+  b = len(actual['inputs'])
   ids = jnp.broadcast_to(jnp.array(front, jnp.int32), (b, len(front)))
   real = jnp.ones((b, len(front)), bool)
-  return found | {
-    'inputs': jnp.concatenate([ids, found['inputs']], axis=1),
-    'inputs_mask': jnp.concatenate([real, found['inputs_mask']], axis=1),
+  return actual | {
+    'inputs': jnp.concatenate([ids, actual['inputs']], axis=1),
+    'inputs_mask': jnp.concatenate([real, actual['inputs_mask']], axis=1),
   }
 
 
@@ -53,11 +53,11 @@ def longer(params, vectors):
   """A base whose table has rows more: the vectors."""
   table = params['embed']['embedding']
   rows = jnp.concatenate([table, vectors])
-  found = {**params, 'embed': {'embedding': rows}}
+  actual = {**params, 'embed': {'embedding': rows}}
   if 'kernel' in params.get('head', {}):
     more = ((0, 0), (0, len(vectors)))
-    found['head'] = {'kernel': jnp.pad(params['head']['kernel'], more)}
-  return found
+    actual['head'] = {'kernel': jnp.pad(params['head']['kernel'], more)}
+  return actual
 
 
 @every
@@ -65,7 +65,7 @@ def test_a_prompt_is_rows_more_of_the_table(kind):
   config = CONFIGS[kind]
   model, variables = made(config)
   batch = batch_of(config)
-  found = applied(model)(variables, batch)
+  actual = applied(model)(variables, batch)
   vectors = variables['peft']['embed']['prompt']['vectors']
   wide = dataclasses.replace(config, vocab=config.vocab + 3)
   base = {'params': longer(variables['params'], vectors)}
@@ -74,11 +74,11 @@ def test_a_prompt_is_rows_more_of_the_table(kind):
     'targets_mask' if isinstance(config, t5.T5Config) else 'inputs_mask'
   ]
   np.testing.assert_allclose(
-    found[real], expected[real][:, : config.vocab], **CLOSE
+    actual[real], expected[real][:, : config.vocab], **CLOSE
   )
   # Else it would show nothing.
   plain = applied(model)(variables, batch_of(config, (5, 6, 7)))
-  assert np.abs(plain - found)[real].max() > 0.01
+  assert np.abs(plain - actual)[real].max() > 0.01
 
 
 @every
@@ -95,23 +95,23 @@ def test_a_row_without_placeholders_is_the_bases_bit_for_bit(kind):
 def test_a_prompt_starts_as_tokens_that_differ():
   params = small.params()
   model = model_of(small.GATED, 'prompt(length=7)')
-  found = init_params(model, small.batch(), 5, params)['peft']['embed'][
+  actual = init_params(model, small.batch(), 5, params)['peft']['embed'][
     'prompt'
   ]
   table = np.asarray(params['embed']['embedding'])
-  rows = [int(np.abs(table - row).sum(1).argmin()) for row in found['vectors']]
+  rows = [int(np.abs(table - row).sum(1).argmin()) for row in actual['vectors']]
   assert len(set(rows)) == 7
-  np.testing.assert_array_equal(found['vectors'], table[rows])
+  np.testing.assert_array_equal(actual['vectors'], table[rows])
   again = init_params(model, small.batch(), 6, params)['peft']['embed'][
     'prompt'
   ]
-  assert (again['vectors'] != found['vectors']).any()
+  assert (again['vectors'] != actual['vectors']).any()
 
 
 def test_a_prompt_may_be_longer_than_the_vocabulary():
   model = model_of(small.GATED, 'prompt(length=41)')
-  found = init_params(model, small.batch(), 5, small.params())['peft']
-  assert found['embed']['prompt']['vectors'].shape == (41, 11)
+  actual = init_params(model, small.batch(), 5, small.params())['peft']
+  assert actual['embed']['prompt']['vectors'].shape == (41, 11)
 
 
 def test_prompts_stand_at_the_embedding_only():

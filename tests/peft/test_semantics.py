@@ -37,10 +37,10 @@ def normal(name, *shape):
 
 
 def adapter(method, semantics='official', site='encoder/self/k'):
-  (found,) = build(method, t5.sites(small.GATED), semantics).adapter_map.at(
+  (actual,) = build(method, t5.sites(small.GATED), semantics).adapter_map.at(
     site
   )
-  return found
+  return actual
 
 
 def projection(place):
@@ -82,12 +82,12 @@ def test_lora_adds_its_product_scaled(place, options, scale):
   site = 'encoder/mlp/wo' if place == 'wo' else f'encoder/self/{place}'
   module = adapter(f'lora(rank=19{options})', site=site)
   term = x.reshape(2, 7, -1) @ a.reshape(-1, R) @ b.reshape(R, -1)
-  found = call(module, {'a': a, 'b': b}, f, x)
-  np.testing.assert_allclose(found, y + scale * term.reshape(y.shape), **CLOSE)
+  actual = call(module, {'a': a, 'b': b}, f, x)
+  np.testing.assert_allclose(actual, y + scale * term.reshape(y.shape), **CLOSE)
   # Merged, it is the same.
   kernel = jnp.asarray(f.kernel())
   merged = LORA.merge({'a': a, 'b': b}, kernel, adapter=module, eqn=f.eqn)
-  np.testing.assert_allclose(np.einsum(f.eqn, x, merged), found, **CLOSE)
+  np.testing.assert_allclose(np.einsum(f.eqn, x, merged), actual, **CLOSE)
 
 
 @every_projection
@@ -259,5 +259,5 @@ def test_minimising_entropy_sharpens_routing():
 
 def test_the_z_loss_is_the_mean_squared_log_partition():
   # log(e^a + e^a) = a + ln 2
-  found = aux_losses.router_z_loss(sums_of(jnp.full((2, 7, 2), 1.5)))
-  np.testing.assert_allclose(found, (1.5 + np.log(2)) ** 2, rtol=1e-6)
+  actual = aux_losses.router_z_loss(sums_of(jnp.full((2, 7, 2), 1.5)))
+  np.testing.assert_allclose(actual, (1.5 + np.log(2)) ** 2, rtol=1e-6)

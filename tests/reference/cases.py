@@ -90,8 +90,8 @@ def official() -> list[str]:
 
 def checkpoints() -> list[str]:
   """The same parameters as T5X wrote them: 'official/t5x_molora'."""
-  found = sorted(ROOT.glob('official/*/checkpoint_*'))
-  return list(dict.fromkeys(f'official/{p.parent.name}' for p in found))
+  actual = sorted(ROOT.glob('official/*/checkpoint_*'))
+  return list(dict.fromkeys(f'official/{p.parent.name}' for p in actual))
 
 
 def transformers() -> list[str]:
@@ -101,8 +101,8 @@ def transformers() -> list[str]:
 
 def adapters() -> list[str]:
   """Adapters of `peft` on those: 'peft/t5_lora'."""
-  found = _names('peft', '*/expected.npz')
-  return [name for name in found if _is_t5(_base(name))]
+  actual = _names('peft', '*/expected.npz')
+  return [name for name in actual if _is_t5(_base(name))]
 
 
 @functools.cache
@@ -129,10 +129,10 @@ def gradients(case: Case) -> dict[str, np.ndarray]:
   """The expected gradients, a layer each: 'encoder/.../lora/a[0]'."""
   arrays = below(case.expected, 'grads/')
   shapes = {name: array.shape for name, array in arrays.items()}
-  found = t5x_adapters.read(case.config, shapes, arrays.__getitem__)
+  actual = t5x_adapters.read(case.config, shapes, arrays.__getitem__)
   return {
     f'{path}[{layer}]': array
-    for path, stacked in weight_mapping.flatten(found.tree).items()
+    for path, stacked in weight_mapping.flatten(actual.tree).items()
     for layer, array in enumerate(stacked)
   }
 
@@ -232,8 +232,8 @@ def _t5x_case(loaded: t5x.LoadedT5X, arrays) -> Case:
 
 
 def _names(folder: str, pattern: str, suffix: str = '/expected.npz'):
-  found = sorted(p.relative_to(ROOT) for p in (ROOT / folder).glob(pattern))
-  return [path.as_posix().removesuffix(suffix) for path in found]
+  actual = sorted(p.relative_to(ROOT) for p in (ROOT / folder).glob(pattern))
+  return [path.as_posix().removesuffix(suffix) for path in actual]
 
 
 def _base(name: str) -> str:

@@ -188,5 +188,7 @@ def masked(see) -> Array:
 
 def layers(w, stack) -> list[str]:
   """['encoder/layers_0', ...] in their order."""
-  found = {int(n) for n in re.findall(rf'\b{stack}/layers_(\d+)/', ' '.join(w))}
-  return [f'{stack}/layers_{i}' for i in sorted(found)]
+  actual = {
+    int(n) for n in re.findall(rf'\b{stack}/layers_(\d+)/', ' '.join(w))
+  }
+  return [f'{stack}/layers_{i}' for i in sorted(actual)]

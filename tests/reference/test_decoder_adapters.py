@@ -114,12 +114,12 @@ def expected_logits(expected):
 @every_case
 def test_logits_at_real_tokens(name):
   base, adapter, expected = loaded(name)
-  theirs = expected_logits(expected)
-  ours = logits(base, base.params, expected, adapter)
-  assert relative_error(ours, theirs) < limit(name)
+  reference = expected_logits(expected)
+  actual = logits(base, base.params, expected, adapter)
+  assert relative_error(actual, reference) < limit(name)
   # The adapter is not next to nothing.
   without = logits(base, base.params, expected)
-  assert relative_error(without, theirs) > 100 * limit(name)
+  assert relative_error(without, reference) > 100 * limit(name)
 
 
 @every_case
@@ -128,8 +128,8 @@ def test_merged_gives_the_same_logits(name):
   built = build(adapter.method, sites(base.config))
   params = jax.tree.map(jnp.asarray, base.params)
   merged = merge(built, {'params': params, 'peft': adapter.tree})
-  ours = logits(base, merged, expected)
-  assert relative_error(ours, expected_logits(expected)) < limit(name)
+  actual = logits(base, merged, expected)
+  assert relative_error(actual, expected_logits(expected)) < limit(name)
 
 
 @every_case
@@ -153,7 +153,7 @@ def test_written_is_what_was_read(name, tmp_path):
 def test_peft_reads_what_is_written_without_the_first_config(name, tmp_path):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  theirs = pytest.importorskip('peft')
+  reference = pytest.importorskip('peft')
   base, adapter, expected = loaded(name)
   peft.save(tmp_path / 'x', base.config, adapter, base=base.path)
   fields = peft_config.read(tmp_path / 'x')
@@ -161,7 +161,7 @@ def test_peft_reads_what_is_written_without_the_first_config(name, tmp_path):
   model = transformers.AutoModelForCausalLM.from_pretrained(
     base.path, dtype='float32'
   )
-  model = theirs.PeftModel.from_pretrained(model, tmp_path / 'x').eval()
+  model = reference.PeftModel.from_pretrained(model, tmp_path / 'x').eval()
   mask = expected['inputs/attention_mask']
   with torch.no_grad():
     found = model(

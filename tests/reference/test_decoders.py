@@ -62,8 +62,8 @@ def test_logits_at_real_tokens(name):
   real = expected['inputs/attention_mask'].astype(bool)
   batch = {'inputs': expected['inputs/input_ids'], 'inputs_mask': real}
   logits = jax.jit(Decoder(base.config).apply)({'params': base.params}, batch)
-  theirs = expected['outputs/logits'][real]
-  assert relative_error(np.asarray(logits)[real], theirs) < LIMIT
+  reference = expected['outputs/logits'][real]
+  assert relative_error(np.asarray(logits)[real], reference) < LIMIT
 
 
 @pytest.mark.parametrize('name', found())

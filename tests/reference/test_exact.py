@@ -77,10 +77,10 @@ def naive_weights(name):
   """({adapter's T5X name: array}, {base's T5X name: array}), float64."""
   arrays = cases.below(cases.load(name).expected, 'params/')
   weights = {k: jnp.asarray(array, 'float64') for k, array in arrays.items()}
-  ours = {
+  actual = {
     k: array for k, array in weights.items() if t5x_adapters.is_adapter(k)
   }
-  return ours, {k: weights[k] for k in weights if k not in ours}
+  return actual, {k: weights[k] for k in weights if k not in actual}
 
 
 def naive_logits(name, adapter, base):
@@ -134,9 +134,9 @@ def our_gradients(name):
 def in_float64(name):
   """Gradients and logits of ours, and those of `naive`; NumPy arrays."""
   with jax.enable_x64(True):
-    found = our_gradients(name)
+    actual = our_gradients(name)
     expected = naive_gradients(name)
-    return jax.tree.map(np.asarray, (found, expected))
+    return jax.tree.map(np.asarray, (actual, expected))
 
 
 @functools.cache
@@ -170,15 +170,15 @@ def float64_noise(name, samples=4):
 
 @of_cases(OFFICIAL)
 def test_exact_logits(name):
-  (_, ours), (_, expected) = in_float64(name)
+  (_, actual), (_, expected) = in_float64(name)
   real = cases.load(name).batch['targets_mask']
-  check_exact(name, {'logits': ours[real]}, {'logits': expected[real]})
+  check_exact(name, {'logits': actual[real]}, {'logits': expected[real]})
 
 
 @of_cases([name for name in OFFICIAL if has_adapter(name)])
 def test_exact_gradients(name):
-  (ours, _), (expected, _) = in_float64(name)
-  check_exact(name, ours, expected)
+  (actual, _), (expected, _) = in_float64(name)
+  check_exact(name, actual, expected)
 
 
 def check_exact(name, ours, expected):

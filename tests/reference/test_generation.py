@@ -61,6 +61,8 @@ def test_greedy_tokens(name):
     length - asked,
     eos_token_ids=tuple(ends.tolist()),
   )
-  for answer, theirs in zip(answers, tokens[:, asked:].tolist(), strict=True):
-    at = np.flatnonzero(np.isin(theirs, ends))
-    assert answer.ids == theirs[: at[0] + 1 if len(at) else None]
+  for answer, reference in zip(
+    answers, tokens[:, asked:].tolist(), strict=True
+  ):
+    at = np.flatnonzero(np.isin(reference, ends))
+    assert answer.ids == reference[: at[0] + 1 if len(at) else None]

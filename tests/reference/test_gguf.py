@@ -52,9 +52,9 @@ def below(number):
 
 @pytest.mark.parametrize('number', prompts())
 def test_texts_become_the_same_tokens(number, path):
-  found = below(number)
-  assert HuggingFaceTokenizer(path).encode(str(found['text'])) == list(
-    found['input_ids'][0]
+  actual = below(number)
+  assert HuggingFaceTokenizer(path).encode(str(actual['text'])) == list(
+    actual['input_ids'][0]
   )
 
 
@@ -67,8 +67,8 @@ def test_the_size_is_smollm2s(path):
 @pytest.mark.slow
 @pytest.mark.parametrize('number', prompts())
 def test_logits_and_greedy_tokens(number, path):
-  base, found = loaded(path), below(number)
-  ids, tokens = found['input_ids'], found['greedy_tokens']
+  base, actual = loaded(path), below(number)
+  ids, tokens = actual['input_ids'], actual['greedy_tokens']
   model, length = Decoder(base.config), 64
 
   @jax.jit
@@ -90,7 +90,7 @@ def test_logits_and_greedy_tokens(number, path):
     )
 
   logits, cache = extend(base.params, {}, ids, 0)
-  expected = found['last_logits']
+  expected = actual['last_logits']
   error = np.abs(np.asarray(logits)[0, 0] - expected).max()
   assert error < LIMIT * np.abs(expected).max()
   made = []

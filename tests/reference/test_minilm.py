@@ -53,12 +53,12 @@ def test_vectors_are_those_of_transformers(encoder):
   real = batch['attention_mask'][..., None]
   mean = (states * real).sum(1) / real.sum(1)
   expected = torch.nn.functional.normalize(mean).numpy()
-  found = encoder.embed(TEXTS)
-  sizes = [len(ids) for ids in found.tokens.ids]
+  actual = encoder.embed(TEXTS)
+  sizes = [len(ids) for ids in actual.tokens.ids]
   assert sizes == batch['attention_mask'].sum(1).tolist()
-  assert found.tokens.truncated_tokens == (0, 0, 0, 0, 0, 44)
+  assert actual.tokens.truncated_tokens == (0, 0, 0, 0, 0, 44)
   # Float32 through six layers; vectors of length one.
-  error = np.abs(found.vectors - expected).max() / np.abs(expected).max()
+  error = np.abs(actual.vectors - expected).max() / np.abs(expected).max()
   assert error < 1e-5
 
 

@@ -73,26 +73,28 @@ def compare(path, encode, words, rows, lengths, batch_size):
     encode: text -> ids with EOS, for theirs.
     lengths: of inputs and targets, for ours.
   """
-  theirs = Reference(path)
+  reference = Reference(path)
   loaded = hf.load(str(path))
   ranker = Ranker(T5(loaded.config), words, *lengths, batch_size)
   prepared = ranker.prepare(rows)
   assert not any(ids.cut or ids.has_equal_choices for ids in prepared)
   variables = {'params': loaded.params}
-  ours = ranker.scores(variables, prepared)
-  predicted = [np.argmax(own) for own in ours]
+  candidate = ranker.scores(variables, prepared)
+  predicted = [np.argmax(own) for own in candidate]
   most = 0.0
-  for row, found, best in zip(rows, ours, predicted, strict=True):
+  for row, actual, best in zip(rows, candidate, predicted, strict=True):
     source = encode(row.inputs)
-    wanted = np.array([theirs.score(source, encode(c)) for c in row.choices])
+    expected = np.array(
+      [reference.score(source, encode(c)) for c in row.choices]
+    )
     where = f'{row.task}, {row.template!r}, idx {row.idx}'
     np.testing.assert_allclose(
-      found, wanted, rtol=TOLERANCE, atol=LEAST, err_msg=where
+      actual, expected, rtol=TOLERANCE, atol=LEAST, err_msg=where
     )
-    second, first = np.sort(wanted)[-2:]
-    if first - second > 2 * TOLERANCE * np.abs(wanted).max():
-      assert best == np.argmax(wanted), where
-    most = max(most, np.max(np.abs(found - wanted) / np.abs(wanted)))
+    second, first = np.sort(expected)[-2:]
+    if first - second > 2 * TOLERANCE * np.abs(expected).max():
+      assert best == np.argmax(expected), where
+    most = max(most, np.max(np.abs(actual - expected) / np.abs(expected)))
   return most
 
 

@@ -41,9 +41,9 @@ def of_cases(found):
 
 
 def check_output(name, output):
-  ours, noise = cases.results(name)
+  actual, noise = cases.results(name)
   expected = cases.load(name).expected_outputs()
-  error = cases.relative_error(ours[output], expected[output])
+  error = cases.relative_error(actual[output], expected[output])
   limit = max(OUTPUTS, MARGIN * noise[output])
   print(f'{output}: relative error {error:.1e}, limit {limit:.1e}')
   assert error < limit
@@ -81,18 +81,20 @@ def test_gradients(name):
     return mean_loss(*loss_sums(case.model.apply, variables, case.batch, None))
 
   def gradients(variables):
-    found = jax.grad(loss)(variables['peft'], variables['params'])
+    actual = jax.grad(loss)(variables['peft'], variables['params'])
     # One array of theirs is one layer of ours.
     return {
       f'{path}[{layer}]': array
-      for path, stacked in weight_mapping.flatten(found).items()
+      for path, stacked in weight_mapping.flatten(actual).items()
       for layer, array in enumerate(stacked)
     }
 
-  ours, noise = cases.with_noise(gradients, case.variables)
+  candidate, noise = cases.with_noise(gradients, case.variables)
   expected = cases.gradients(case)
-  assert ours.keys() == expected.keys()
-  errors = {k: cases.relative_error(ours[k], expected[k]) for k in expected}
+  assert candidate.keys() == expected.keys()
+  errors = {
+    k: cases.relative_error(candidate[k], expected[k]) for k in expected
+  }
   limits = {k: max(GRADIENTS, MARGIN * noise[k]) for k in expected}
   worst = max(errors, key=lambda k: errors[k] / limits[k])
   print(f'{worst}: error {errors[worst]:.1e}, limit {limits[worst]:.1e}')
@@ -109,13 +111,13 @@ def test_checkpoint(name):
   assert (read.adapter is None) == (expected.adapter is None)
   if read.adapter is not None:
     assert read.adapter.method == expected.adapter.method
-  ours, theirs = map(
+  actual, reference = map(
     weight_mapping.flatten, (read.variables, expected.variables)
   )
-  assert ours.keys() == theirs.keys()
-  for path, leaf in ours.items():
-    assert leaf.dtype == theirs[path].dtype, path
-    assert leaf.tobytes() == theirs[path].tobytes(), path
+  assert actual.keys() == reference.keys()
+  for path, leaf in actual.items():
+    assert leaf.dtype == reference[path].dtype, path
+    assert leaf.tobytes() == reference[path].tobytes(), path
 
 
 @of_cases(
@@ -159,8 +161,8 @@ def test_written(name, tmp_path):
     hf.save(tmp_path / 'x', case.config, case.params)
     assert hf.load_config(str(tmp_path / 'x')) == case.config
     file, tensors = 'model.safetensors', hf.open_tensors(folder)
-    kept = {entry.stored_name for entry in hf.expected(case.config)}
-    expected = {key: tensors.fetch(key) for key in kept}
+    remaining = {entry.stored_name for entry in hf.expected(case.config)}
+    expected = {key: tensors.fetch(key) for key in remaining}
   written = load_file(tmp_path / 'x' / file)
   assert written.keys() == expected.keys()
   for key, array in expected.items():

@@ -53,11 +53,11 @@ def arrays(seed, scale):
 @functools.cache
 def start():
   """Layers of scales that differ; B is zeros, whose scale is the least."""
-  found = arrays(99, 0.3)
-  for path, array in found.items():
+  actual = arrays(99, 0.3)
+  for path, array in actual.items():
     array *= np.array([1, 3, 9]).reshape(-1, *[1] * (array.ndim - 1))
     array *= not path.endswith('/b')
-  return found
+  return actual
 
 
 @functools.cache
@@ -66,11 +66,13 @@ def gradients():
 
   Layers differ in size, which one root mean square of all would not see.
   """
-  found = [arrays(i, 300 if i in (7, 13) else 100 / 2**i) for i in range(STEPS)]
-  for step in found:
+  actual = [
+    arrays(i, 300 if i in (7, 13) else 100 / 2**i) for i in range(STEPS)
+  ]
+  for step in actual:
     for array in step.values():
       array *= np.array([1, 10, 0.1]).reshape(-1, *[1] * (array.ndim - 1))
-  return found
+  return actual
 
 
 def by_definition(path, layer, clock, weight_decay=0.0):
@@ -124,7 +126,7 @@ def trained(clock, weight_decay=0.0, apart=False):
 @pytest.mark.parametrize('clock', [CLOCK, 0])
 @pytest.mark.parametrize('path', SHAPES)
 def test_twenty_steps_are_those_of_the_definition(path, clock):
-  found, _ = trained(clock)
+  actual, _ = trained(clock)
   for layer in range(LAYERS):
     expected, clipped = by_definition(path, layer, clock)
     # The case covers both: updates as they are, and clipped ones.
@@ -132,18 +134,18 @@ def test_twenty_steps_are_those_of_the_definition(path, clock):
     # Rounding of float32 in 20 steps, where a number is near zero too.
     error = np.max(np.abs(expected)) * 1e-6
     np.testing.assert_allclose(
-      found[f'encoder/layers/{path}'][layer], expected, rtol=2e-5, atol=error
+      actual[f'encoder/layers/{path}'][layer], expected, rtol=2e-5, atol=error
     )
 
 
 def test_weight_decay_takes_its_share_whatever_the_rate():
-  found, _ = trained(CLOCK, 0.01)
+  actual, _ = trained(CLOCK, 0.01)
   for path in ('self/q/molora/a', 'self/q/kernel'):
     expected, _ = by_definition(path, 1, CLOCK, 0.01)
     # Rounding of float32 in 20 steps, where a number is near zero too.
     error = np.max(np.abs(expected)) * 1e-6
     np.testing.assert_allclose(
-      found[f'encoder/layers/{path}'][1], expected, rtol=2e-5, atol=error
+      actual[f'encoder/layers/{path}'][1], expected, rtol=2e-5, atol=error
     )
 
 

@@ -67,12 +67,12 @@ def text(tmp_path):
 
 @pytest.mark.slow
 def test_embedded_tasks_train_and_judge_a_decoder(tmp_path, capsys):
-  found = train.train(card(**{'evaluation.after': True}), str(tmp_path))
+  actual = train.train(card(**{'evaluation.after': True}), str(tmp_path))
   rows = read(str(tmp_path / 'metrics.jsonl'))
   # The evaluation after training is the last row.
   assert [row['step'] for row in rows] == [1, 2, 3, 4, 4]
-  assert np.isfinite(found['after']['validation_loss'])
-  assert {row['task'] for row in found['after']['rows']} == {'stars'}
+  assert np.isfinite(actual['after']['validation_loss'])
+  assert {row['task'] for row in actual['after']['rows']} == {'stars'}
   assert 'accuracy' in capsys.readouterr().out
 
 
@@ -122,13 +122,13 @@ def samples(seed, sizes=(7, 3, 11, 5, 2)):
 def test_packed_losses_equal_unpacked_ones(model):
   made, variables = model
   some = samples(0)
-  found = []
+  actual = []
   # 7 + 7, 3 + 3, 11 + 11, 5 + 5 and 2 + 2 tokens fed, 24 to a row.
   bins = [[2], [0, 1, 4], [3]]
   for rows in (pad_samples(some, 24), pack_samples(some, 24, bins)):
     total, aux = seq2seq.loss_sums(made.apply, variables, rows, None)
-    found.append((float(total), int(aux['tokens']), int(aux['correct'])))
-  one, two = found
+    actual.append((float(total), int(aux['tokens']), int(aux['correct'])))
+  one, two = actual
   assert len(rows['inputs']) == 3 < len(some)
   # Sums of about 33 tokens at 5.6 in float32.
   assert one[0] == pytest.approx(two[0], rel=1e-5)
@@ -141,14 +141,14 @@ def test_a_changed_first_example_never_changes_the_seconds_loss(model):
 
   def losses(one):
     rows = pack_samples([one, second], 21, [[0, 1]])
-    found = token_losses(made.apply(variables, rows), rows['targets'])
+    actual = token_losses(made.apply(variables, rows), rows['targets'])
     own = [
       s
       for s in (1, 2)
       if rows['inputs'][0][rows['inputs_segments'][0] == s].tolist()
       == second.ids[:-1].tolist()
     ]
-    return np.asarray(found)[0][rows['inputs_segments'][0] == own[0]]
+    return np.asarray(actual)[0][rows['inputs_segments'][0] == own[0]]
 
   np.testing.assert_array_equal(losses(first), losses(other))
 
@@ -174,8 +174,8 @@ def test_likelihood_is_of_the_targets_given_the_inputs(model):
   made, variables = model
   scores = Likelihood(made, ByteTokenizer(), 64, 16, 2)
   nll, tokens = scores.sums(variables, EXAMPLES)
-  wanted = [-by_hand(made, variables, e.inputs, e.targets) for e in EXAMPLES]
-  np.testing.assert_allclose(nll, wanted, rtol=1e-5)
+  expected = [-by_hand(made, variables, e.inputs, e.targets) for e in EXAMPLES]
+  np.testing.assert_allclose(nll, expected, rtol=1e-5)
   # With EOS.
   assert tokens.tolist() == [4, 2]
   assert not scores.cut(EXAMPLES).any()
@@ -184,11 +184,11 @@ def test_likelihood_is_of_the_targets_given_the_inputs(model):
 def test_ranking_scores_each_choice_as_if_alone(model):
   made, variables = model
   ranker = Ranker(made, ByteTokenizer(), 64, 16, 2)
-  found = ranker.scores(variables, ranker.prepare(EXAMPLES))
-  for e, scores in zip(EXAMPLES, found, strict=True):
-    wanted = [by_hand(made, variables, e.inputs, c) for c in e.choices]
+  actual = ranker.scores(variables, ranker.prepare(EXAMPLES))
+  for e, scores in zip(EXAMPLES, actual, strict=True):
+    expected = [by_hand(made, variables, e.inputs, c) for c in e.choices]
     # Longer rows and another order of sums, in float32.
-    np.testing.assert_allclose(scores, wanted, rtol=1e-4)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4)
 
 
 def test_a_prompt_to_rank_loses_its_beginning(model):
@@ -213,5 +213,5 @@ def test_a_window_that_is_all_too_long_is_refused():
 
 def test_the_config_of_a_run_names_its_objective(text, tmp_path):
   train.train(card(**text, steps=1), str(tmp_path / 'w'))
-  kept = json.loads((tmp_path / 'w' / 'config.json').read_text())
-  assert kept['objective'] == 'causal'
+  remaining = json.loads((tmp_path / 'w' / 'config.json').read_text())
+  assert remaining['objective'] == 'causal'

@@ -181,12 +181,12 @@ def test_five_steps_equal_those_of_layers_with_their_own_counts(text, name):
   # Float32 sums over padding are in another order. AdamW divides the rounding
   # of a gradient that is near zero by its size: 2 % of a step's length.
   np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-  found = split(after)
-  assert found.keys() == expected.keys()
+  actual = split(after)
+  assert actual.keys() == expected.keys()
   atol = {'adamw': 2e-4, 'adafactor': 1e-5}[name]
   for path, array in expected.items():
     np.testing.assert_allclose(
-      found[path], array, rtol=1e-4, atol=atol, err_msg=path
+      actual[path], array, rtol=1e-4, atol=atol, err_msg=path
     )
   if name == 'adafactor':
     # The test sees padding that an optimizer sees.

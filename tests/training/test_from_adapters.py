@@ -57,12 +57,12 @@ def trained_adapter(path, model_path, method, seed, sha256=None):
 def places(tmp_path_factory):
   """A base, its text, and exported adapters by their names."""
   folder = tmp_path_factory.mktemp('places')
-  found = written(folder)
+  actual = written(folder)
   rows = [f'the sun is {i} and the moon is {i + 1}' for i in range(60)]
   (folder / 'text.txt').write_text('\n\n'.join(rows))
-  found['text'] = str(folder / 'text.txt')
-  base = found['llama']
-  found['trees'] = [
+  actual['text'] = str(folder / 'text.txt')
+  base = actual['llama']
+  actual['trees'] = [
     trained_adapter(folder / name, base, LORA, seed)
     for seed, name in enumerate('ab')
   ]
@@ -71,7 +71,7 @@ def places(tmp_path_factory):
   trained_adapter(folder / 'two', base, 'lora(rank=2) + ia3', 4)
   trained_adapter(folder / 'foreign', base, LORA, 5, sha256='0' * 64)
   names = ('a', 'b', 'rank', 'vectors', 'two', 'foreign')
-  return found | {name: str(folder / name) for name in names}
+  return actual | {name: str(folder / name) for name in names}
 
 
 def mixture(*paths, options=ROUTER):
@@ -155,11 +155,11 @@ def test_a_token_sent_to_one_expert_gets_that_adapter(places):
   logits = []
   for expert, tree in enumerate(places['trees']):
     weights = jnp.broadcast_to(jnp.eye(2)[expert], (2, 2, 7, 2))
-    found = model.apply(variables, batch, routing=Routing(weights, weights))
+    actual = model.apply(variables, batch, routing=Routing(weights, weights))
     expected = alone.apply(variables | {'peft': tree}, batch)
     # The same sums in another order.
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    logits.append(found)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    logits.append(actual)
   assert np.abs(logits[0] - logits[1]).max() > 0.1
 
 

@@ -66,8 +66,8 @@ def check_equal(found, expected):
 @pytest.mark.parametrize(('parts', 'per'), [(2, 'sequences'), (6, 'tokens')])
 def test_parts_add_up_to_the_whole_batch(parts, per):
   loss = dict(average_over=per, z_loss=0.01, label_smoothing=0.1)
-  expected, found = step(1, loss=loss), step(parts, loss=loss)
-  check_equal(found, expected)
+  expected, actual = step(1, loss=loss), step(parts, loss=loss)
+  check_equal(actual, expected)
   assert all(np.abs(a).max() > 1e-4 for a in jax.tree.leaves(expected[0]))
 
 
@@ -193,7 +193,7 @@ def test_gradients_have_the_parameters_dtype():
     return {'total': total, 'weight': jnp.int32(0)}
 
   x = jnp.array([1.0, *[2.0**-9] * 8])
-  found, _ = grad_accumulation.gradient(
+  actual, _ = grad_accumulation.gradient(
     sums,
     lambda sums: (mean_loss(sums['total'], sums), {}),
     jnp.bfloat16(1),
@@ -201,15 +201,15 @@ def test_gradients_have_the_parameters_dtype():
     KEY,
     9,
   )
-  assert found.dtype == jnp.bfloat16
+  assert actual.dtype == jnp.bfloat16
   # 1 + 2^-6, which bfloat16 can say.
-  assert float(found) == 1 + 2**-6
+  assert float(actual) == 1 + 2**-6
 
 
 def test_part_i_has_every_nth_row_from_i_on():
-  found = grad_accumulation.split({'x': jnp.arange(12).reshape(6, 2)}, 3)['x']
+  actual = grad_accumulation.split({'x': jnp.arange(12).reshape(6, 2)}, 3)['x']
   np.testing.assert_array_equal(
-    found, [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
+    actual, [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
   )
 
 

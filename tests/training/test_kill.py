@@ -279,21 +279,24 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(
     tmp_path,
     **{'steps': 7, 'checkpoint.keep_best': True, 'checkpoint.max_to_keep': 1},
   )
-  kept = Checkpoints(str(tmp_path), None)
-  assert sorted(p.name for p in pathlib.Path(kept.path).iterdir()) == ['2', '7']
-  assert kept.restore_trainable('best')[1]['step'] == 2
-  assert kept.restore_trainable('')[1]['step'] == 7
-  assert kept.restore_trainable('7')[1]['step'] == 7
+  remaining = Checkpoints(str(tmp_path), None)
+  assert sorted(p.name for p in pathlib.Path(remaining.path).iterdir()) == [
+    '2',
+    '7',
+  ]
+  assert remaining.restore_trainable('best')[1]['step'] == 2
+  assert remaining.restore_trainable('')[1]['step'] == 7
+  assert remaining.restore_trainable('7')[1]['step'] == 7
   with pytest.raises(ValueError, match="no checkpoint '5'; it has .* 2, 7"):
-    kept.restore_trainable('5')
+    remaining.restore_trainable('5')
 
 
 @pytest.mark.slow
 def test_an_edited_card_of_a_checkpoint_is_noticed(base, tmp_path):  # noqa: F811
   train.train(card(base), str(tmp_path))
   (path,) = (tmp_path / 'checkpoints' / '4' / 'card').glob('metadata')
-  found = json.loads(path.read_text())
-  found['course']['place'] = [[0, 1]]
-  path.write_text(json.dumps(found))
+  actual = json.loads(path.read_text())
+  actual['course']['place'] = [[0, 1]]
+  path.write_text(json.dumps(actual))
   with pytest.raises(ValueError, match='its metadata differ from their hash'):
     train.train(card(base), str(tmp_path))

@@ -80,8 +80,8 @@ def test_no_command_has_a_word_to_fill_in(capsys):
   lines = next_steps.commands('runs/a', config, build('lora', SITES), False)
   places = {'a': '', **lines}
   next_steps.print_next_steps(summary, ['accuracy rose: B'], ['x'] * 9, places)
-  said = capsys.readouterr().out.splitlines()
-  assert said[:2] == ['done in 1.5 s: lora', '  accuracy rose: B']
-  assert sum(line.startswith('  note: ') for line in said) == 3
-  assert len(said) == 2 + 3 + 3
-  assert not any('DIR' in line for line in said)
+  output = capsys.readouterr().out.splitlines()
+  assert output[:2] == ['done in 1.5 s: lora', '  accuracy rose: B']
+  assert sum(line.startswith('  note: ') for line in output) == 3
+  assert len(output) == 2 + 3 + 3
+  assert not any('DIR' in line for line in output)

@@ -51,23 +51,23 @@ def test_a_constant_rate_stays_past_the_end():
 
 def test_a_warm_up_climbs_in_equal_steps_and_does_not_begin_at_zero():
   # A quarter of the rate at each of four steps.
-  found = rates(10, range(6), schedule='constant', warmup_steps=4)
+  actual = rates(10, range(6), schedule='constant', warmup_steps=4)
   np.testing.assert_allclose(
-    found, [0.0625, 0.125, 0.1875, 0.25, 0.25, 0.25], **CLOSE
+    actual, [0.0625, 0.125, 0.1875, 0.25, 0.25, 0.25], **CLOSE
   )
-  found = rates(10, range(3), schedule='constant', warmup_steps=1)
-  np.testing.assert_allclose(found, [0.25] * 3, **CLOSE)
+  actual = rates(10, range(3), schedule='constant', warmup_steps=1)
+  np.testing.assert_allclose(actual, [0.25] * 3, **CLOSE)
 
 
 def test_a_linear_rate_falls_evenly_to_zero_at_the_last_step():
   # Without a warm-up a tenth a step; after four steps of it, a sixth.
-  found = rates(10, (0, 1, 5, 9, 10, 11), schedule='linear')
+  actual = rates(10, (0, 1, 5, 9, 10, 11), schedule='linear')
   np.testing.assert_allclose(
-    found, [0.25, 0.225, 0.125, 0.025, 0, 0], atol=1e-8
+    actual, [0.25, 0.225, 0.125, 0.025, 0, 0], atol=1e-8
   )
-  found = rates(10, (3, 4, 5, 7, 10), schedule='linear', warmup_steps=4)
+  actual = rates(10, (3, 4, 5, 7, 10), schedule='linear', warmup_steps=4)
   np.testing.assert_allclose(
-    found, [0.25, 0.25, 0.25 * 5 / 6, 0.125, 0], atol=1e-8
+    actual, [0.25, 0.25, 0.25 * 5 / 6, 0.125, 0], atol=1e-8
   )
 
 
@@ -75,12 +75,12 @@ def test_a_cosine_rate_falls_to_zero_at_the_last_step():
   def course(share):
     return 0.25 * (1 + math.cos(math.pi * share)) / 2
 
-  found = rates(10, (0, 1, 5, 10), schedule='cosine')
+  actual = rates(10, (0, 1, 5, 10), schedule='cosine')
   expected = [0.25, course(0.1), 0.125, 0]
-  np.testing.assert_allclose(found, expected, atol=1e-7)
-  found = rates(10, (3, 4, 5, 7, 10), schedule='cosine', warmup_steps=4)
+  np.testing.assert_allclose(actual, expected, atol=1e-7)
+  actual = rates(10, (3, 4, 5, 7, 10), schedule='cosine', warmup_steps=4)
   expected = [0.25, 0.25, course(1 / 6), 0.125, 0]
-  np.testing.assert_allclose(found, expected, atol=1e-7)
+  np.testing.assert_allclose(actual, expected, atol=1e-7)
 
 
 def test_adam_goes_by_the_rate_of_each_step():
@@ -266,22 +266,22 @@ def test_groups_are_optax_s_multi_transform_with_their_own_values(name):
       labels,
     ),
   )
-  found = train_steps(optimizers.make_optimizer(config, 10))
+  actual = train_steps(optimizers.make_optimizer(config, 10))
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6),
-    found,
+    actual,
     train_steps(expected),
   )
   # Without groups each of the two others goes elsewhere.
   plain = train_steps(optimizers.make_optimizer(card(name=name), 10))
-  changed = jax.tree.map(lambda x, y: bool(jnp.any(x != y)), found, plain)
+  changed = jax.tree.map(lambda x, y: bool(jnp.any(x != y)), actual, plain)
   assert all(jax.tree.leaves(changed))
 
 
 def test_the_first_pattern_that_matches_decides():
   config = card(groups='*/router/*: learning_rate=0; */q/*: learning_rate=1')
-  found = train_steps(optimizers.make_optimizer(config, 10))
-  layer, start = (t['encoder']['layers']['q'] for t in (found, PARAMS))
+  actual = train_steps(optimizers.make_optimizer(config, 10))
+  layer, start = (t['encoder']['layers']['q'] for t in (actual, PARAMS))
   np.testing.assert_array_equal(
     layer['router']['kernel'], start['router']['kernel']
   )

@@ -57,8 +57,8 @@ def first_loss(config):
   ],
 )
 def test_the_first_loss_of_dpo_is_the_logarithm_of_two(places, family, method):
-  found = first_loss(card(places, family, method=method))
-  assert found == pytest.approx(math.log(2), abs=1e-6)
+  actual = first_loss(card(places, family, method=method))
+  assert actual == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(places, objective):
   by 1e-4 with noise of 0.3 in place of 0.1, of which layers make more.
   """
   wide = {'model.dtype': 'float64', 'model.param_dtype': 'float64'}
-  found = {}
+  actual = {}
   with jax.enable_x64(True):
     for count in (1, 3):
       config = card(
@@ -129,7 +129,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(places, objective):
         )
         after, aux = update(state, batch)
         change = jax.tree.map(jnp.subtract, after.trainable, state.trainable)
-        found[count, scale] = change, aux['metrics'], aux['loss']
+        actual[count, scale] = change, aux['metrics'], aux['loss']
 
   def check(a, b):
     # Seen: 4e-15 of the largest. A mean of the parts' means errs by a tenth.
@@ -137,10 +137,10 @@ def test_parts_of_a_batch_add_up_to_the_whole(places, objective):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.max(np.abs(a)))
 
   for scale in (0.1, -0.1):
-    jax.tree.map(check, found[1, scale], found[3, scale])
-  assert max(np.abs(a).max() for a in jax.tree.leaves(found[1, 0.1][0])) > 1e-3
+    jax.tree.map(check, actual[1, scale], actual[3, scale])
+  assert max(np.abs(a).max() for a in jax.tree.leaves(actual[1, 0.1][0])) > 1e-3
   if objective == 'kto':
-    points = [float(found[1, s][1]['z_ref'][0]) for s in (0.1, -0.1)]
+    points = [float(actual[1, s][1]['z_ref'][0]) for s in (0.1, -0.1)]
     # One is clipped, the other is a mean over the parts.
     assert min(points) == 0 < max(points)
 
@@ -179,8 +179,8 @@ def test_dpo_learns_what_is_preferred_and_tells_it(places, tmp_path, capsys):
   assert end['validation_accuracies'] == 1
   assert end['validation_loss'] < half['validation_loss'] < math.log(2)
   assert (tmp_path / 'plots' / 'preference.png').read_bytes()[1:4] == b'PNG'
-  said = capsys.readouterr().out
-  assert 'margin ' in said and 'validation accuracies 1.0000' in said
+  output = capsys.readouterr().out
+  assert 'margin ' in output and 'validation accuracies 1.0000' in output
 
 
 def losses(workdir):
@@ -199,13 +199,13 @@ def test_a_full_run_has_its_reference_from_before_training(
   more |= {'evaluation.every_steps': 4}
   train.train(card(places, 't5', **more), str(tmp_path / 'whole'))
   train.train(card(places, 't5', **more, steps=2), str(tmp_path / 'cut'))
-  kept = (tmp_path / 'cut' / 'reference' / 'log_p.npy').read_bytes()
+  remaining = (tmp_path / 'cut' / 'reference' / 'log_p.npy').read_bytes()
   train.train(card(places, 't5', **more), str(tmp_path / 'cut'))
   row = read(str(tmp_path / 'cut' / 'metrics.jsonl'))[-1]
   told_again(str(tmp_path / 'cut'), row, capsys)
   assert losses(tmp_path / 'whole') == losses(tmp_path / 'cut')
   assert losses(tmp_path / 'cut')[0] == pytest.approx(math.log(2), abs=1e-6)
-  assert (tmp_path / 'cut/reference/log_p.npy').read_bytes() == kept
+  assert (tmp_path / 'cut/reference/log_p.npy').read_bytes() == remaining
   # Other data under the same path are noticed, and where they are allowed,
   # that the references are not of them.
   own.write_text(json.dumps(pairs(18)))
@@ -230,10 +230,10 @@ def test_training_goes_on_from_adapters_that_are_the_reference(
   said = f'set config.preference.reference to {out!r}'
   assert said in capsys.readouterr().out
   more = {'model.adapter': out, 'preference.reference': out}
-  found = first_loss(card(places, **more))
+  actual = first_loss(card(places, **more))
   # Of the policy's own start it is ln 2 again; of the base it is not: here
   # the policy is at its fresh start, and the reference is what was trained.
-  assert found != pytest.approx(math.log(2), abs=1e-6)
+  assert actual != pytest.approx(math.log(2), abs=1e-6)
   more |= {'evaluation.every_steps': 2}
   train.train(card(places, **more, steps=2), str(tmp_path / 'b'))
   assert losses(tmp_path / 'b')[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -276,17 +276,19 @@ def test_every_objective_trains_goes_on_and_is_evaluated(
 
 def told_again(run, row, capsys):
   """moepeft.evaluate says of a run what its last validation said."""
-  found, each = evaluate.evaluate(run)
+  actual, each = evaluate.evaluate(run)
   figures = {k: v for k, v in row.items() if k.startswith('validation_')}
   assert {'validation_loss', 'validation_accuracies'} <= figures.keys()
   # The same batches of the same weights; compiled without unrolling.
-  again = {k: found[k] for k in found if k.startswith('validation_')}
+  again = {k: actual[k] for k in actual if k.startswith('validation_')}
   assert again == pytest.approx(figures, rel=1e-5, abs=1e-6)
   capsys.readouterr()
-  summary.print_summary(found, each)
-  said = capsys.readouterr().out
-  assert f'validation accuracies {figures["validation_accuracies"]:.4f}' in said
-  assert 'nothing to judge by' not in said
+  summary.print_summary(actual, each)
+  output = capsys.readouterr().out
+  assert (
+    f'validation accuracies {figures["validation_accuracies"]:.4f}' in output
+  )
+  assert 'nothing to judge by' not in output
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,10 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
   assert len(losses) == 4 and np.isfinite(losses).all()
   run = loaded_model.load_run(str(tmp_path))
   # It was moved, from rows of the table.
-  found = vectors(tmp_path)
+  actual = vectors(tmp_path)
   table = run.variables['params']['embed']['embedding']
-  assert found.shape == (5, 11)
-  assert np.abs(found[:, None] - table[None]).sum(-1).min() > 0.1
+  assert actual.shape == (5, 11)
+  assert np.abs(actual[:, None] - table[None]).sum(-1).min() > 0.1
   # Rows behind the prompt, as in training.
   total, measured = evaluate.evaluate(str(tmp_path), names=['loss'], most=1)
   (*_, last) = (r['validation_loss'] for r in rows if 'validation_loss' in r)
@@ -70,13 +70,13 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
   ids = [[*run.tokenizer.encode(text), 1] for text in ('a', 'bc')]
   assert said == generator.generate_texts(ids)
   served = AdapterPool(base_lib.load(config.model), {'it': str(tmp_path)})
-  held = served.acquire('it')
-  assert held.soft_prompt_ids == (263, 264, 265, 266, 267)
+  stored = served.acquire('it')
+  assert stored.soft_prompt_ids == (263, 264, 265, 266, 267)
   own = served.tree['prompt']['embed']['prompt']
-  slot = own['vectors'][held.row[0]]
+  slot = own['vectors'][stored.row[0]]
   # Rounded up to eight.
-  np.testing.assert_array_equal(slot[:5], found)
-  assert not slot[5:].any() and own['on'].tolist()[held.row[0]] == 1
+  np.testing.assert_array_equal(slot[:5], actual)
+  assert not slot[5:].any() and own['on'].tolist()[stored.row[0]] == 1
 
 
 @pytest.mark.parametrize(

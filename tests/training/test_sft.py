@@ -69,8 +69,8 @@ def test_answers_are_learnt_and_judged_again_the_same(base, rows, tmp_path):
   # At least what begins a turn is not trained.
   shares = [r['targets_padding'] for r in seen if 'targets_padding' in r]
   assert shares and min(shares) > 0.3
-  found, measured = evaluate.evaluate(workdir)
-  assert found['validation_loss'] == pytest.approx(losses[1], rel=1e-5)
+  actual, measured = evaluate.evaluate(workdir)
+  assert actual['validation_loss'] == pytest.approx(losses[1], rel=1e-5)
   assert measured == []
 
 

@@ -64,9 +64,9 @@ def test_a_run_gives_the_adapter_of_its_latest_checkpoint(places, run):
   config = card(places)
   base = base_lib.load(config.model)
   start = base_lib.load_adapter(run, base.config)
-  wanted, found = restore_trained(run)
-  assert found['step'] == 2
-  jax.tree.map(np.testing.assert_array_equal, start.tree, wanted)
+  expected, actual = restore_trained(run)
+  assert actual['step'] == 2
+  jax.tree.map(np.testing.assert_array_equal, start.tree, expected)
   assert start.sha256 == base.sha256
 
 

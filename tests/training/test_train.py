@@ -154,8 +154,8 @@ def test_a_finished_run_started_again_changes_nothing(begun, tmp_path):
 
 
 def test_only_the_adapter_is_trained_and_kept(begun):
-  tree, found = restore_adapter(begun.workdir)
-  assert found['base']['sha256'] == hf.load(begun.base).sha256
+  tree, actual = restore_adapter(begun.workdir)
+  assert actual['base']['sha256'] == hf.load(begun.base).sha256
   assert set(tree) == {'decoder'}
   saved = pathlib.Path(begun.workdir, 'checkpoints', '4')
   trainable, rest = (
@@ -291,16 +291,20 @@ def test_an_expert_that_holds_too_much_raises_an_alarm(base, tmp_path, capsys):
     'log.every_steps': 1,
   }
   train.train(card(base, **changes), str(tmp_path))
-  said = capsys.readouterr().out
-  assert 'router alarm: decoder/layers/cross/k/molora, layer 0: expert' in said
+  output = capsys.readouterr().out
+  assert (
+    'router alarm: decoder/layers/cross/k/molora, layer 0: expert' in output
+  )
   # Every site is over a tenth in each of the four logs: at the third, five
   # alarms are printed, and how many there are besides.
-  assert said.count(' of the tokens, the entropy of a token') == 5
-  assert said.count('(config.router_collapse_threshold=0.1)') == 5
+  assert output.count(' of the tokens, the entropy of a token') == 5
+  assert output.count('(config.router_collapse_threshold=0.1)') == 5
   assert (
-    said.index('step 3/4') < said.index('router alarm') < said.index('step 4/4')
+    output.index('step 3/4')
+    < output.index('router alarm')
+    < output.index('step 4/4')
   )
-  assert ' other layers are collapsed, too' in said
+  assert ' other layers are collapsed, too' in output
 
 
 @pytest.mark.slow
@@ -414,16 +418,16 @@ def test_before_is_always_of_this_run(base, tmp_path):
   (tmp_path / 'before.json').write_text('{"rows": [], "means": {"B": 9}}')
   changes = {'steps': 1, 'evaluation.before': True, 'evaluation.tasks': 'stars'}
   train.train(card(base, **changes), str(tmp_path))
-  found = json.loads((tmp_path / 'before.json').read_text())
-  assert [row['task'] for row in found['rows']] == ['stars', 'stars']
+  actual = json.loads((tmp_path / 'before.json').read_text())
+  assert [row['task'] for row in actual['rows']] == ['stars', 'stars']
 
 
 @pytest.mark.slow
 def test_long_examples_are_counted_and_told(base, tmp_path, capsys):
   changes = {'steps': 1, 'data.inputs_length': 9}
   train.train(card(base, **changes), str(tmp_path), dry_run=True)
-  said = capsys.readouterr().out
-  assert '500 of the first 500 training examples are cut' in said
+  output = capsys.readouterr().out
+  assert '500 of the first 500 training examples are cut' in output
 
 
 @pytest.mark.slow
@@ -435,8 +439,8 @@ def test_rows_at_hand_are_evaluated_alone(begun, tmp_path):
   flags = [f'--workdir={begun.workdir}', f'--data={path}']
   done = commands.run('moepeft.evaluate', *flags, f'--output={output}')
   assert done.returncode == 0, done.stderr
-  found = json.loads(output.read_text())
-  assert [(r['group'], r['task'], r['examples']) for r in found['rows']] == [
+  actual = json.loads(output.read_text())
+  assert [(r['group'], r['task'], r['examples']) for r in actual['rows']] == [
     ('evaluation', 'x', 1)
   ]
   assert 'templates' not in done.stdout and 'before' not in done.stdout

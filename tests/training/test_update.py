@@ -165,18 +165,18 @@ def test_every_step_has_noise_of_its_own_which_the_seed_decides(method):
 @pytest.mark.parametrize('method', NOISY)
 def test_noise_is_off_in_evaluation(method):
   # Evaluation gets no rngs at all; noise that were on would ask for one.
-  found, expected = (
+  actual, expected = (
     loss_sums(model.apply, variables, BATCH, None)[0]
     for model, _, variables in (make(method, 0.5), make(NOISY[method], 0.5))
   )
-  assert float(found) == float(expected)
+  assert float(actual) == float(expected)
 
 
 @pytest.mark.slow
 def test_a_step_in_bfloat16_is_near_that_in_float32():
   optimizer = optax.adam(0.01)
   config = config_lib.default()
-  found = {}
+  actual = {}
   for dtype in (jnp.float32, jnp.bfloat16):
     model, built = small.make(MOV, dtype=dtype)
     state = make_state(small.variables(MOV, noise=0.1), optimizer)
@@ -186,10 +186,10 @@ def test_a_step_in_bfloat16_is_near_that_in_float32():
     sums = aux['loss'], aux['total'], aux['nll'], aux['routing']
     leaves = jax.tree.leaves((after.trainable, after.opt, sums))
     assert {a.dtype for a in leaves} == {np.dtype('float32'), np.dtype('int32')}
-    found[dtype] = aux
+    actual[dtype] = aux
   # bfloat16 has 8 bits, so that every operation errs by 2^-9 of its result; of
   # 40 such batches, whose losses are near 4, none moved by more than 0.008.
-  one, two = (found[d]['loss'] for d in (jnp.float32, jnp.bfloat16))
+  one, two = (actual[d]['loss'] for d in (jnp.float32, jnp.bfloat16))
   np.testing.assert_allclose(two, one, atol=0.02)
   assert float(one) != float(two)
   # A loss that were computed in bfloat16 would be a multiple of 2^-6.

@@ -129,23 +129,23 @@ def test_a_merged_directory_says_what_the_script_asks(merged):
   asked = ASKED_OF_GPT2 if family == 'gpt2' else asked
   assert asked <= fields.keys()
   assert fields['dtype'] == 'float16'
-  found = {path.name for path in Path('out').iterdir()}
-  assert found == FILES | {'config.json', 'model.safetensors'}
+  actual = {path.name for path in Path('out').iterdir()}
+  assert actual == FILES | {'config.json', 'model.safetensors'}
 
 
 def test_the_script_has_a_name_for_every_tensor(merged):
   family, config, _ = merged
   arch = gguf.MODEL_ARCH[KNOWN[family][1]]
   known = gguf.get_tensor_name_map(arch, config.layers)
-  held = hf.open_tensors(Path('out')).shapes
-  theirs = {
+  stored = hf.open_tensors(Path('out')).shapes
+  reference = {
     name: known.get_name(name, try_suffixes=('.weight', '.bias'))
-    for name in held
+    for name in stored
   }
-  assert [name for name, new in theirs.items() if new is None] == []
-  assert len({*theirs.values()}) == len(held)
+  assert [name for name, new in reference.items() if new is None] == []
+  assert len({*reference.values()}) == len(stored)
   # The head is not written twice where it is the embedding.
-  assert ('output.weight' in theirs.values()) == (not config.tied)
+  assert ('output.weight' in reference.values()) == (not config.tied)
 
 
 @pytest.mark.parametrize(

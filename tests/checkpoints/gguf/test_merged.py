@@ -91,13 +91,13 @@ def agrees(base, adapter=None):
   """Whether 'out' has a base's tokens, template and (adapted) logits."""
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  words, theirs = HuggingFaceTokenizer(base), transformers.AutoTokenizer
-  theirs = theirs.from_pretrained('out')
+  words, reference = HuggingFaceTokenizer(base), transformers.AutoTokenizer
+  reference = reference.from_pretrained('out')
   for text in (*TRICKY, *test_pieces.texts()[:50]):
-    found = theirs(text, add_special_tokens=False)['input_ids']
-    assert found == words.encode(text), text
-  assert theirs.chat_template == TEMPLATE
-  ids = np.array([theirs(TEXT)['input_ids'][:23]])
+    actual = reference(text, add_special_tokens=False)['input_ids']
+    assert actual == words.encode(text), text
+  assert reference.chat_template == TEMPLATE
+  ids = np.array([reference(TEXT)['input_ids'][:23]])
   assert (ids[0, 0] == 1) == (words.bos == 1)
   loaded = gguf_lib.load(base)
   model, variables = Decoder(loaded.config), {'params': loaded.params}
@@ -113,9 +113,9 @@ def agrees(base, adapter=None):
   ).eval()
   assert their_model.config.eos_token_id == 2
   with torch.no_grad():
-    found = their_model(torch.tensor(ids)).logits.numpy()
+    actual = their_model(torch.tensor(ids)).logits.numpy()
   # Sums of 256 products in another order; a lost adapter gives 1e-1.
-  assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+  assert np.abs(actual - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 def test_a_base_becomes_a_directory(base):

@@ -56,17 +56,17 @@ def test_transformers_reads_the_same_logits(arch, tmp_path):
     config = dataclasses.replace(config, head_dim=THEIR_HEADS[arch])
   tokens = lambda w: w.add_token_list([f't{i}' for i in range(61)])  # noqa: E731
   write(path, arch, random_params(config), kind, config, more=tokens)
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+  reference = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path, gguf_file=path.name, dtype=torch.float32
   )
   ids = np.random.default_rng(1).integers(2, 61, (2, 17))
   with torch.no_grad():
-    expected = theirs.eval()(torch.tensor(ids)).logits.numpy()
+    expected = reference.eval()(torch.tensor(ids)).logits.numpy()
   loaded = gguf_lib.load(str(path))
   run = jax.jit(Decoder(loaded.config).apply)
-  ours = run({'params': loaded.params}, {'inputs': ids})
+  actual = run({'params': loaded.params}, {'inputs': ids})
   # Sums of 256 products; rows in a wrong order give more than 1e-1.
-  assert np.abs(ours - expected).max() < 2e-5 * np.abs(expected).max()
+  assert np.abs(actual - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -74,17 +74,17 @@ def test_every_quantisation_gives_what_the_package_says(kind, tmp_path):
   path = str(tmp_path / 'model.gguf')
   params = random_params(CONFIGS['llama'])
   stored = write(path, 'llama', params, kind)
-  found = gguf_lib.load(path).params
+  actual = gguf_lib.load(path).params
   v = stored['blk.1.attn_v.weight']
-  kernel = found['decoder']['layers']['self']['v']['kernel'][1]
+  kernel = actual['decoder']['layers']['self']['v']['kernel'][1]
   np.testing.assert_array_equal(kernel.reshape(64, 64), v.T)
   # Rows of queries are put back: feature 1 was the third, of head 1.
   q = stored['blk.0.attn_q.weight']
-  kernel = found['decoder']['layers']['self']['q']['kernel'][0]
+  kernel = actual['decoder']['layers']['self']['q']['kernel'][0]
   np.testing.assert_array_equal(kernel[:, 1, 1], q[32 + 2])
   # Of numbers up to 0.6 in 4 bits, half a step is at most 0.05.
   exact = weight_mapping.flatten(params)
-  for name, leaf in weight_mapping.flatten(found).items():
+  for name, leaf in weight_mapping.flatten(actual).items():
     assert np.abs(leaf - exact[name]).max() < 0.06
   assert gguf_lib.load(path, 'bfloat16').sha256 == gguf_lib.load(path).sha256
 
@@ -119,12 +119,12 @@ def test_quantisations_that_nobody_here_makes_are_read_too(kind, tmp_path):
   )
   path = str(tmp_path / 'model.gguf')
   stored = write(path, 'llama', random_params(config), kind, config)
-  found = gguf_lib.load(path).params['decoder']['layers']
-  down = found['mlp']['wo']['kernel'][1]
+  actual = gguf_lib.load(path).params['decoder']['layers']
+  down = actual['mlp']['wo']['kernel'][1]
   np.testing.assert_array_equal(down, stored['blk.1.ffn_down.weight'].T)
   assert np.unique(down).size > 8
   q = stored['blk.0.attn_q.weight']
-  kernel = found['self']['q']['kernel'][0]
+  kernel = actual['self']['q']['kernel'][0]
   # Feature 3 of head 1 was the seventh: 2 * 3 of the first half.
   np.testing.assert_array_equal(kernel[:, 1, 3], q[128 + 6])
 
@@ -186,11 +186,11 @@ def test_factors_of_llama_3_are_told_from_what_they_do(rope, tmp_path):
     config=config,
     tensors=[('rope_freqs.weight', factors)],
   )
-  found = gguf_lib.load_config(path).rope
+  actual = gguf_lib.load_config(path).rope
   np.testing.assert_allclose(
-    frequencies(found, 64)[0], frequencies(rope, 64)[0], rtol=2e-4
+    frequencies(actual, 64)[0], frequencies(rope, 64)[0], rtol=2e-4
   )
-  assert (found.factor, found.original) == (rope.factor, rope.original)
+  assert (actual.factor, actual.original) == (rope.factor, rope.original)
 
 
 def test_other_factors_are_refused(tmp_path):
@@ -285,9 +285,9 @@ def test_a_config_names_a_file_as_it_names_a_directory(tmp_path):
   model = default().model
   model.path = path
   family, config = base.shape(model)
-  found = base.load(model)
-  assert found.family is family and found.config == config
-  assert_equal_trees(found.params, params)
+  actual = base.load(model)
+  assert actual.family is family and actual.config == config
+  assert_equal_trees(actual.params, params)
 
 
 def test_a_model_of_pip_is_found_without_running_its_package(

@@ -97,14 +97,14 @@ def test_texts_are_cut_as_sentencepiece_cuts_them(prefix, tmp_path):
   model = trained(add_dummy_prefix=prefix)
   path = str(tmp_path / 'model.gguf')
   write(path, model, lambda writer: writer.add_add_space_prefix(prefix))
-  found = HuggingFaceTokenizer(path)
-  assert (found.size, found.bos, found.eos) == (400, 1, 2)
+  actual = HuggingFaceTokenizer(path)
+  assert (actual.size, actual.bos, actual.eos) == (400, 1, 2)
   for text in texts():
     ids = model.encode(text)
-    assert found.encode(text) == ids, text
-    assert found.decode(ids) == model.decode(ids), text
+    assert actual.encode(text) == ids, text
+    assert actual.decode(ids) == model.decode(ids), text
   # The mark of turns is one token, wherever it stands.
-  assert found.encode(f'a{TURN}b').count(model.PieceToId(TURN)) == 1
+  assert actual.encode(f'a{TURN}b').count(model.PieceToId(TURN)) == 1
 
 
 def test_texts_begin_as_the_file_says(tmp_path):

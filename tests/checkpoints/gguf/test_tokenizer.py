@@ -90,29 +90,29 @@ def test_texts_become_the_ids_that_they_were(split, tmp_path):
   made = trained(split)
   path = str(tmp_path / 'model.gguf')
   write(path, made, split)
-  found = HuggingFaceTokenizer(path)
-  assert (found.size, found.eos) == (330, 2)
+  actual = HuggingFaceTokenizer(path)
+  assert (actual.size, actual.eos) == (330, 2)
   for text in (TEXT, *TRICKY):
-    assert found.encode(text) == made.encode(text).ids
+    assert actual.encode(text) == made.encode(text).ids
   plain = TRICKY[0]
-  assert found.decode(found.encode(plain) + [2]) == plain
+  assert actual.decode(actual.encode(plain) + [2]) == plain
   # Digits one by one (qwen2, smollm) or in threes: 1234 is never one piece.
-  assert len(found.encode('1234')) > 1 or split == 'gpt-2'
+  assert len(actual.encode('1234')) > 1 or split == 'gpt-2'
 
 
 def test_chat_templates_come_from_the_file(tmp_path):
   path = str(tmp_path / 'model.gguf')
   write(path, trained('smollm'), 'smollm')
-  found = gguf_tokenizer.read(path)
+  actual = gguf_tokenizer.read(path)
   turns = [{'role': 'user', 'content': 'Hi'}]
-  text = found.apply_chat_template(
+  text = actual.apply_chat_template(
     turns, tokenize=False, add_generation_prompt=True
   )
   assert text == '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
   # The marks are one token each and are left out of decoded text.
-  ids = found(text, add_special_tokens=False)['input_ids']
+  ids = actual(text, add_special_tokens=False)['input_ids']
   assert ids[0] == 1 and ids.count(2) == 1
-  assert found.decode(ids, skip_special_tokens=True) == 'user\nHi\nassistant\n'
+  assert actual.decode(ids, skip_special_tokens=True) == 'user\nHi\nassistant\n'
 
 
 @pytest.mark.parametrize('kind, split', [('gpt2', 'tekken'), ('t5', 'default')])
@@ -134,9 +134,9 @@ def test_a_directory_is_written_with_the_files_tokenizer(tmp_path):
   params = random_params(CONFIGS['llama'])
   hf.save(tmp_path / 'out', CONFIGS['llama'], params, tokenizer=path)
   again = AutoTokenizer.from_pretrained(tmp_path / 'out')
-  found = gguf_tokenizer.read(path)
+  actual = gguf_tokenizer.read(path)
   assert again.chat_template == TEMPLATE
   for text in (TEXT, *TRICKY):
-    assert again(text)['input_ids'] == found(text)['input_ids']
+    assert again(text)['input_ids'] == actual(text)['input_ids']
   fields = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert (fields['bos_token_id'], fields['eos_token_id']) == (1, 2)

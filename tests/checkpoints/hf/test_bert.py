@@ -72,18 +72,18 @@ def torch_said(model):
 
   ids, types, real = batch()
   with torch.no_grad():
-    found = model(
+    actual = model(
       input_ids=torch.tensor(ids),
       token_type_ids=torch.tensor(types),
       attention_mask=torch.tensor(real).long(),
       output_hidden_states=True,
     )
-  said = {'states': found.hidden_states[-1].numpy()[real]}
+  said = {'states': actual.hidden_states[-1].numpy()[real]}
   for name in ('logits', 'prediction_logits'):
-    if found.get(name) is not None:
-      said['logits'] = found[name].numpy()[real]
-  if found.get('pooler_output') is not None:
-    said['pooled'] = found.pooler_output.numpy()
+    if actual.get(name) is not None:
+      said['logits'] = actual[name].numpy()[real]
+  if actual.get('pooler_output') is not None:
+    said['pooled'] = actual.pooler_output.numpy()
   return said
 
 
@@ -92,12 +92,12 @@ def our_said(config, params, dtype='float32', adapter_map=None):
   model = Bert(config, dtype=dtype)
   if adapter_map is not None:
     model = Bert(config, adapter_map, dtype=dtype)
-  found = jax.jit(model.apply)(
+  actual = jax.jit(model.apply)(
     params, {'inputs': ids, 'inputs_types': types, 'inputs_mask': real}
   )
-  said = {'states': np.asarray(found.states)[real], 'pooled': found.pooled}
-  if found.logits is not None:
-    said['logits'] = np.asarray(found.logits)[real]
+  said = {'states': np.asarray(actual.states)[real], 'pooled': actual.pooled}
+  if actual.logits is not None:
+    said['logits'] = np.asarray(actual.logits)[real]
   return {k: np.asarray(v) for k, v in said.items() if v is not None}
 
 
@@ -110,15 +110,15 @@ def assert_near(ours, theirs, limit):
 
 @pytest.mark.parametrize('name', CASES)
 def test_models_of_transformers_come_in_and_go_out(name, tmp_path):
-  theirs = torch_model(name)
-  theirs.save_pretrained(tmp_path / 'theirs')
+  reference = torch_model(name)
+  reference.save_pretrained(tmp_path / 'theirs')
   loaded = hf.load(str(tmp_path / 'theirs'))
   config = loaded.config
   masked = name in ('masked', 'masked-untied', 'pretraining')
   pooler = name in ('model', 'pretraining')
   assert (config.masked, config.pooler) == (masked, pooler)
   assert config.tied == (name != 'masked-untied')
-  expected = torch_said(theirs)
+  expected = torch_said(reference)
   # Sums of 50 products through 3 layers; the tanh of the other GELU gives 1e-3.
   assert_near(our_said(config, {'params': loaded.params}), expected, 1e-5)
 
@@ -127,15 +127,15 @@ def test_models_of_transformers_come_in_and_go_out(name, tmp_path):
   assert again.config == config and again.sha256 == loaded.sha256
   assert_equal_trees(again.params, loaded.params)
   if name != 'pretraining':
-    back = type(theirs).from_pretrained(tmp_path / 'ours').eval()
+    back = type(reference).from_pretrained(tmp_path / 'ours').eval()
     assert_near(torch_said(back), expected, 1e-5)
 
 
 def test_in_float64_nothing_is_left_between_them(tmp_path):
   """No operation is another: only the order of sums."""
-  theirs = torch_model('model')
-  theirs.save_pretrained(tmp_path)
-  expected = torch_said(theirs.double())
+  reference = torch_model('model')
+  reference.save_pretrained(tmp_path)
+  expected = torch_said(reference.double())
   with jax.enable_x64(True):
     loaded = hf.load(str(tmp_path), dtype='float64')
     said = our_said(loaded.config, {'params': loaded.params}, 'float64')
@@ -225,15 +225,15 @@ def test_a_config_without_sizes_is_no_berts():
 def test_an_adapter_of_peft_acts_as_it_does_there(masked, tmp_path):
   """LoRA on queries and both projections of the feed-forward."""
   torch = pytest.importorskip('torch')
-  theirs = pytest.importorskip('peft')
+  reference = pytest.importorskip('peft')
   base = torch_model('masked' if masked else 'model')
   base.save_pretrained(tmp_path / 'base')
-  chosen = theirs.LoraConfig(
+  chosen = reference.LoraConfig(
     r=4,
     target_modules=['query', 'intermediate.dense', 'output.dense'],
     exclude_modules='.*attention.output.dense',
   )
-  model = theirs.get_peft_model(base, chosen).eval()
+  model = reference.get_peft_model(base, chosen).eval()
   noise = torch.Generator().manual_seed(3)
   with torch.no_grad():
     for name, weight in model.named_parameters():
@@ -251,9 +251,9 @@ def test_an_adapter_of_peft_acts_as_it_does_there(masked, tmp_path):
 def test_an_adapter_goes_out_under_the_names_of_its_base(tmp_path):
   config = dataclasses.replace(CONFIG, masked=False)
   leaves = {'lora/a': '{in}r', 'lora/b': 'r{out}'}
-  found = ['encoder/self/q', 'encoder/mlp/wo']
-  tree = adapter_tree(config, leaves, found)
-  method = f"lora(rank=7, targets='{'|'.join(found)}')"
+  actual = ['encoder/self/q', 'encoder/mlp/wo']
+  tree = adapter_tree(config, leaves, actual)
+  method = f"lora(rank=7, targets='{'|'.join(actual)}')"
   peft.save(str(tmp_path / 'a'), config, AdapterWeights(method, tree))
   assert_equal_trees(peft.load(str(tmp_path / 'a'), config).tree, tree)
   from safetensors import safe_open

@@ -196,16 +196,16 @@ def test_an_mt5_has_the_logits_of_transformers(tmp_path, own_head):
   rng = np.random.default_rng(0)
   inputs, outputs = (rng.integers(2, 29, (2, t)) for t in (5, 3))
   with torch.no_grad():
-    theirs = model(
+    reference = model(
       input_ids=torch.tensor(inputs), decoder_input_ids=torch.tensor(outputs)
     ).logits.numpy()
   loaded = hf.load(str(tmp_path))
   assert loaded.config.tied is not own_head
   batch = {'inputs': inputs, 'decoder_inputs': outputs}
-  ours = T5(loaded.config).apply({'params': loaded.params}, batch)
+  actual = T5(loaded.config).apply({'params': loaded.params}, batch)
   # Sums of tens of float32 products, in another order.
   np.testing.assert_allclose(
-    ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max()
+    actual, reference, rtol=0, atol=1e-5 * np.abs(reference).max()
   )
 
 

@@ -206,25 +206,25 @@ def torch_logits(model):
 
   ids, real = batch()
   with torch.no_grad():
-    found = model(
+    actual = model(
       input_ids=torch.tensor(ids), attention_mask=torch.tensor(real).long()
     )
-  return found.logits.numpy()[real]
+  return actual.logits.numpy()[real]
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_models_of_transformers_come_in_and_go_out(name, tmp_path):
   import transformers
 
-  theirs = torch_model(name)
-  theirs.save_pretrained(tmp_path / 'theirs')
-  expected = torch_logits(theirs)
+  reference = torch_model(name)
+  reference.save_pretrained(tmp_path / 'theirs')
+  expected = torch_logits(reference)
   loaded = hf.load(str(tmp_path / 'theirs'))
   ids, real = batch()
   run = jax.jit(Decoder(loaded.config).apply)
-  ours = run({'params': loaded.params}, {'inputs': ids, 'inputs_mask': real})
+  actual = run({'params': loaded.params}, {'inputs': ids, 'inputs_mask': real})
   # Sums of 50 products through 3 layers; wrong frequencies give 1e-2.
-  error = np.abs(np.asarray(ours)[real] - expected).max()
+  error = np.abs(np.asarray(actual)[real] - expected).max()
   assert error < 2e-5 * np.abs(expected).max()
 
   hf.save(str(tmp_path / 'ours'), loaded.config, loaded.params)
@@ -261,20 +261,20 @@ def test_where_a_file_is_silent_it_means_what_transformers_takes(
   """Only sizes are said: theta, eps, windows, caps and whether the head is
   the embedding are the family's usual ones."""
   monkeypatch.setitem(CASES, 'silent', (kind, {}))
-  theirs = torch_model('silent')
-  theirs.save_pretrained(tmp_path)
+  reference = torch_model('silent')
+  reference.save_pretrained(tmp_path)
   file = tmp_path / 'config.json'
   fields = json.loads(file.read_text())
   said = {'n_embd', 'n_head', 'n_layer', 'n_positions', *COMMON}
   said |= {'model_type'}
   file.write_text(json.dumps({k: fields[k] for k in said & fields.keys()}))
-  expected = torch_logits(theirs)
+  expected = torch_logits(reference)
   loaded = hf.load(str(tmp_path))
   assert loaded.config.tied == (kind in ('Gemma', 'Gemma2', 'GPT2'))
   ids, real = batch()
   run = jax.jit(Decoder(loaded.config).apply)
-  ours = run({'params': loaded.params}, {'inputs': ids, 'inputs_mask': real})
-  error = np.abs(np.asarray(ours)[real] - expected).max()
+  actual = run({'params': loaded.params}, {'inputs': ids, 'inputs_mask': real})
+  error = np.abs(np.asarray(actual)[real] - expected).max()
   assert error < 2e-5 * np.abs(expected).max()
 
 

@@ -98,19 +98,19 @@ def test_merged_gives_the_adapted_logits_here_and_in_transformers(
   expected = logits(config, params, adapter)
   # Sums of tens of float32 products, in another order.
   tolerance = 1e-5 * np.abs(expected).max()
-  found = logits(config, merged.params)
-  np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+  actual = logits(config, merged.params)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
   plain = logits(config, params)
   assert np.abs(plain - expected).max() > 100 * tolerance
 
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+  reference = transformers.AutoModelForCausalLM.from_pretrained(
     'out', attn_implementation='eager'
   ).eval()
   with torch.no_grad():
-    found = theirs(input_ids=torch.tensor(INPUTS)).logits.numpy()
-  np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+    actual = reference(input_ids=torch.tensor(INPUTS)).logits.numpy()
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
 @every_family
@@ -135,9 +135,9 @@ def test_peft_goes_to_moepeft_and_back(folder, family, kind):
   folder('--input=b', '--output=c', '--to=peft')
   for file in (peft.ARRAYS, peft.CONFIG):
     assert Path('a', file).read_bytes() == Path('c', file).read_bytes()
-  found = peft.load('c', config)
-  assert found.method == method
-  assert_equal_trees(found.tree, adapter.tree)
+  actual = peft.load('c', config)
+  assert actual.method == method
+  assert_equal_trees(actual.tree, adapter.tree)
 
 
 def test_a_dora_that_lacks_a_layer_is_refused(folder):
@@ -148,8 +148,10 @@ def test_a_dora_that_lacks_a_layer_is_refused(folder):
   )
   peft.save('a', config, adapter)
   arrays = hf.directory.Tensors([Path('a', peft.ARRAYS)])
-  kept = {n: arrays.fetch(n) for n in arrays.shapes if '.layers.1.' not in n}
-  peft.save_file(kept, Path('a', peft.ARRAYS))
+  remaining = {
+    n: arrays.fetch(n) for n in arrays.shapes if '.layers.1.' not in n
+  }
+  peft.save_file(remaining, Path('a', peft.ARRAYS))
   with pytest.raises(
     weight_mapping.CheckpointError, match='no magnitude of .*layers.1'
   ):
@@ -175,9 +177,9 @@ def test_others_of_gpt2_go_out_and_come_back(folder):
   file = Path('a', peft.CONFIG)
   fields = json.loads(file.read_text()) | {'fan_in_fan_out': True}
   file.write_text(json.dumps(fields))
-  found = peft.load('a', GPT2)
-  assert found.method == method
-  assert_equal_trees(found.tree, adapter.tree)
+  actual = peft.load('a', GPT2)
+  assert actual.method == method
+  assert_equal_trees(actual.tree, adapter.tree)
 
 
 def test_bits_of_a_base_that_no_adapter_touches_stay(folder):

@@ -64,14 +64,14 @@ def test_transformers_gives_the_same_logits(config, tmp_path):
   rng = np.random.default_rng(0)
   inputs, outputs = (rng.integers(2, 29, (2, t)) for t in (5, 3))
   with torch.no_grad():
-    theirs = model(
+    reference = model(
       input_ids=torch.tensor(inputs), decoder_input_ids=torch.tensor(outputs)
     ).logits.numpy()
   batch = {'inputs': inputs, 'decoder_inputs': outputs}
-  ours = T5(config).apply({'params': params}, batch)
+  actual = T5(config).apply({'params': params}, batch)
   # Sums of tens of float32 products, in another order.
   np.testing.assert_allclose(
-    ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max()
+    actual, reference, rtol=0, atol=1e-5 * np.abs(reference).max()
   )
 
 
@@ -82,9 +82,9 @@ def test_shards_hold_the_same_model(saved, tmp_path):
   assert len(files) > 3
   assert files[0] == f'model-00001-of-{len(files):05d}.safetensors'
   for file in files:
-    held = load_file(tmp_path / 'shards' / file)
-    size = sum(tensor.nbytes for tensor in held.values())
-    assert size <= 4000 or len(held) == 1
+    stored = load_file(tmp_path / 'shards' / file)
+    size = sum(tensor.nbytes for tensor in stored.values())
+    assert size <= 4000 or len(stored) == 1
   loaded = hf.load(str(tmp_path / 'shards'))
   assert_equal_trees(loaded.params, params)
   assert loaded.sha256 == hf.load(str(folder)).sha256

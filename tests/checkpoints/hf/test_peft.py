@@ -102,22 +102,22 @@ def test_method_is_inferred(name, tmp_path):
 def test_peft_gives_the_same_logits(adapter, tmp_path):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  theirs = pytest.importorskip('peft')
+  reference = pytest.importorskip('peft')
 
   hf.save(tmp_path / 'base', CONFIG, PARAMS)
   peft.save(tmp_path / 'a', CONFIG, adapter, base=str(tmp_path / 'base'))
   model = transformers.T5ForConditionalGeneration.from_pretrained(
     tmp_path / 'base'
   )
-  model = theirs.PeftModel.from_pretrained(model, tmp_path / 'a').eval()
+  model = reference.PeftModel.from_pretrained(model, tmp_path / 'a').eval()
   with torch.no_grad():
     expected = model(
       input_ids=torch.tensor(INPUTS), decoder_input_ids=torch.tensor(OUTPUTS)
     ).logits.numpy()
-  ours = logits(adapter)
+  actual = logits(adapter)
   # Sums of tens of float32 products, in another order.
   tolerance = 1e-5 * np.abs(expected).max()
-  np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
   assert np.abs(logits(None) - expected).max() > 100 * tolerance
 
 
@@ -191,13 +191,13 @@ def test_layers_that_a_lora_leaves_out_are_zero_and_stay_out(tmp_path):
   peft.save(tmp_path / 'a', CONFIG, adapter)
   file = tmp_path / 'a' / peft.ARRAYS
   arrays = load_file(file)
-  kept = {n: a for n, a in arrays.items() if '.block.0.' not in n}
-  save_file(kept, file)
+  remaining = {n: a for n, a in arrays.items() if '.block.0.' not in n}
+  save_file(remaining, file)
   loaded = peft.load(str(tmp_path / 'a'), CONFIG)
   for leaf in weight_mapping.flatten(loaded.tree).values():
     assert not leaf[0].any() and leaf[1:].all()
   peft.save(tmp_path / 'b', CONFIG, loaded)
-  assert load_file(tmp_path / 'b' / peft.ARRAYS).keys() == kept.keys()
+  assert load_file(tmp_path / 'b' / peft.ARRAYS).keys() == remaining.keys()
   targets = peft_config.read(tmp_path / 'b')['target_modules']
   assert targets == [
     f'decoder.block.{i}.layer.0.SelfAttention.q' for i in (1, 2, 3)
@@ -228,10 +228,10 @@ def test_adapters_of_less_precision_are_read_as_float32(tmp_path):
   file = tmp_path / 'a' / peft.ARRAYS
   half = {n: a.astype(np.float16) for n, a in load_file(file).items()}
   save_file(half, file)
-  for dtype, kept in (('float32', np.float32), (None, np.float16)):
+  for dtype, remaining in (('float32', np.float32), (None, np.float16)):
     tree = peft.load(str(tmp_path / 'a'), CONFIG, dtype).tree
     assert {leaf.dtype for leaf in weight_mapping.flatten(tree).values()} == {
-      np.dtype(kept)
+      np.dtype(remaining)
     }
 
 

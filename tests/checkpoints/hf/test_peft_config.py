@@ -27,10 +27,10 @@ CONFIG = CONFIGS['gated-untied']
   ],
 )
 def test_modules_are_selected_as_peft_selects_them(fields):
-  theirs = pytest.importorskip('peft')
+  reference = pytest.importorskip('peft')
   from peft.tuners.tuners_utils import check_target_module_exists
 
-  config = theirs.LoraConfig(**fields)
+  config = reference.LoraConfig(**fields)
   for module in FAMILIES['t5'].hf.module_names(CONFIG):
     # Its answer may be a match, or an object that says "excluded".
     answer = check_target_module_exists(config, module)

@@ -46,13 +46,13 @@ def shaken(weights, model, size):
 def adapted(kind, config, folder, **saving):
   """A model with a random adapter, both saved; their logits, and a plain
   model's."""
-  theirs = pytest.importorskip('peft')
+  reference = pytest.importorskip('peft')
   model = base(kind)
   model.save_pretrained(folder / 'base')
   plain = torch_logits(model)
   name, options = config
-  config = getattr(theirs, name)(**options)
-  model = theirs.get_peft_model(model, config).eval()
+  config = getattr(reference, name)(**options)
+  model = reference.get_peft_model(model, config).eval()
   trained = [p for name, p in model.named_parameters() if p.requires_grad]
   shaken(trained, model, 0.3)
   model.save_pretrained(folder / 'adapter', **saving)
@@ -156,16 +156,16 @@ def ours(folder):
 def test_adapters_of_peft_come_in_and_go_out(name, tmp_path):
   kind, config = CASES[name]
   expected, plain = adapted(kind, config, tmp_path)
-  loaded, adapter, found = ours(tmp_path)
+  loaded, adapter, actual = ours(tmp_path)
   # Sums of tens of products through 3 layers.
   limit = 2e-5 * np.abs(expected).max()
-  assert np.abs(found - expected).max() < limit
+  assert np.abs(actual - expected).max() < limit
   assert np.abs(plain - expected).max() > 100 * limit
   peft.save(tmp_path / 'again', loaded.config, adapter, loaded.path)
   transformers = pytest.importorskip('transformers')
-  theirs = pytest.importorskip('peft')
+  reference = pytest.importorskip('peft')
   model = transformers.AutoModelForCausalLM.from_pretrained(loaded.path)
-  model = theirs.PeftModel.from_pretrained(model, tmp_path / 'again').eval()
+  model = reference.PeftModel.from_pretrained(model, tmp_path / 'again').eval()
   assert np.abs(torch_logits(model) - expected).max() < limit
 
 

@@ -227,14 +227,14 @@ def test_odd_fields_are_one_sentence(tmp_path, fields, reason):
 def test_logits_are_those_of_peft(tmp_path, tied, options):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  theirs = pytest.importorskip('peft')
+  reference = pytest.importorskip('peft')
   config = dataclasses.replace(CONFIG, tied=tied)
   params = random_params(config)
   hf.save(tmp_path / 'm', config, params)
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'm')
   torch.manual_seed(0)
-  adapted = theirs.get_peft_model(
-    model, theirs.LoraConfig(r=2, task_type='CAUSAL_LM', **options)
+  adapted = reference.get_peft_model(
+    model, reference.LoraConfig(r=2, task_type='CAUSAL_LM', **options)
   )
   for name, weight in adapted.named_parameters():
     if 'lora_' in name:
@@ -242,8 +242,8 @@ def test_logits_are_those_of_peft(tmp_path, tied, options):
   adapted.save_pretrained(tmp_path / 'a')
   with torch.no_grad():
     expected = adapted.eval()(torch.tensor(IDS)).logits.numpy()
-  ours = logits(config, params, peft.load(str(tmp_path / 'a'), config))
+  actual = logits(config, params, peft.load(str(tmp_path / 'a'), config))
   # Sums of tens of float32 products, in another order.
   np.testing.assert_allclose(
-    ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
   )

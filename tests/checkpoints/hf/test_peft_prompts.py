@@ -60,11 +60,11 @@ def adapted(kind, folder, **options):
   model.save_pretrained(folder / 'base')
   plain = logits_of(model, kind)
   task = 'SEQ_2_SEQ_LM' if kind == 'T5' else 'CAUSAL_LM'
-  theirs = pytest.importorskip('peft')
-  config = theirs.PromptTuningConfig(
+  reference = pytest.importorskip('peft')
+  config = reference.PromptTuningConfig(
     task_type=task, num_virtual_tokens=3, **options
   )
-  model = theirs.get_peft_model(model, config).eval()
+  model = reference.get_peft_model(model, config).eval()
   trained = [p for p in model.parameters() if p.requires_grad]
   shaken(trained, model, 0.5)
   model.save_pretrained(folder / 'adapter')
@@ -91,18 +91,18 @@ def ours(folder):
 def test_prompts_of_peft_come_in_and_go_out(kind, tmp_path):
   options = {'num_transformer_submodules': 1} if kind == 'T5' else {}
   expected, plain = adapted(kind, tmp_path, **options)
-  loaded, adapter, found = ours(tmp_path)
+  loaded, adapter, actual = ours(tmp_path)
   assert adapter.method == 'prompt(length=3)'
   # Sums of tens of products through 3 layers.
   limit = 2e-5 * np.abs(expected).max()
-  assert np.abs(found - expected).max() < limit
+  assert np.abs(actual - expected).max() < limit
   assert np.abs(plain - expected).max() > 100 * limit
   peft.save(tmp_path / 'again', loaded.config, adapter, loaded.path)
   auto = 'AutoModelForSeq2SeqLM' if kind == 'T5' else 'AutoModelForCausalLM'
   transformers = pytest.importorskip('transformers')
-  theirs = pytest.importorskip('peft')
+  reference = pytest.importorskip('peft')
   model = getattr(transformers, auto).from_pretrained(loaded.path)
-  model = theirs.PeftModel.from_pretrained(model, tmp_path / 'again').eval()
+  model = reference.PeftModel.from_pretrained(model, tmp_path / 'again').eval()
   assert np.abs(logits_of(model, kind) - expected).max() < limit
 
 

@@ -106,9 +106,9 @@ def test_hugging_face_and_t5x_copies_hash_alike(config, tmp_path):
   params = random_params(config)
   t5x.save(tmp_path / 'x', config, params)
   hf.save(tmp_path / 'h', config, params)
-  ours = weight_mapping.content_hash(params)
-  assert t5x.load(str(tmp_path / 'x')).sha256 == ours
-  assert hf.load(str(tmp_path / 'h')).sha256 == ours
+  actual = weight_mapping.content_hash(params)
+  assert t5x.load(str(tmp_path / 'x')).sha256 == actual
+  assert hf.load(str(tmp_path / 'h')).sha256 == actual
 
 
 def test_adapter_round_trip_is_exact(adapter, tmp_path):
@@ -138,14 +138,14 @@ def read_form(folder):
 )
 @pytest.mark.parametrize('name', ['t5x_t5', 't5x_molora'])
 def test_what_is_written_has_the_form_that_t5x_writes(name, tmp_path):
-  (theirs,) = (OFFICIAL / name).glob('checkpoint_*')
-  step = int(theirs.name.rpartition('_')[2])
-  loaded = t5x.load(str(theirs))
+  (reference,) = (OFFICIAL / name).glob('checkpoint_*')
+  step = int(reference.name.rpartition('_')[2])
+  loaded = t5x.load(str(reference))
   assert (loaded.adapter is not None) == (name == 't5x_molora')
   t5x.save(tmp_path / 'x', loaded.config, loaded.params, loaded.adapter, step)
-  ours = tmp_path / 'x' / theirs.name
-  assert read_form(ours) == read_form(theirs)
-  again = t5x.load(str(ours))
+  actual = tmp_path / 'x' / reference.name
+  assert read_form(actual) == read_form(reference)
+  again = t5x.load(str(actual))
   assert_equal_trees(again.params, loaded.params)
   assert again.sha256 == loaded.sha256
   if loaded.adapter is not None:
@@ -175,9 +175,9 @@ def test_what_a_run_trains_goes_out_and_comes_back(method, tmp_path):
   tree = init_params(T5(CONFIG, built.adapter_map), batch, 0)['peft']
   adapter = AdapterWeights(built.method, tree)
   t5x.save(tmp_path / 'x', CONFIG, random_params(CONFIG), adapter)
-  found = t5x.load(str(tmp_path / 'x')).adapter
-  assert_equal_trees(found.tree, tree)
-  again = build(found.method, sites(CONFIG))
+  actual = t5x.load(str(tmp_path / 'x')).adapter
+  assert_equal_trees(actual.tree, tree)
+  again = build(actual.method, sites(CONFIG))
   assert function_of(again.adapter_map) == function_of(built.adapter_map)
 
 
@@ -194,8 +194,8 @@ def test_inferred_method_builds_the_tree_that_was_read(adapter):
   shapes = {
     path: leaf.shape for path, leaf in weight_mapping.flatten(tree).items()
   }
-  held = weight_mapping.flatten(adapter.tree)
-  assert {path: leaf.shape for path, leaf in held.items()} == shapes
+  stored = weight_mapping.flatten(adapter.tree)
+  assert {path: leaf.shape for path, leaf in stored.items()} == shapes
 
 
 def test_released_names_and_axes():
@@ -203,9 +203,9 @@ def test_released_names_and_axes():
   arrays = released_arrays(CONFIG, adapter)
   a = arrays['decoder/layers_3/encoder_decoder_attention/lora_q_conv/lora_A']
   assert a.shape == (2, 11, 7)
-  ours = adapter.tree['decoder']['layers']['cross']['q']['molora']['a']
+  actual = adapter.tree['decoder']['layers']['cross']['q']['molora']['a']
   # [l, d, e, r] here, [e, d, r] there.
-  np.testing.assert_array_equal(a, ours[3].transpose(1, 0, 2))
+  np.testing.assert_array_equal(a, actual[3].transpose(1, 0, 2))
   b = arrays['encoder/layers_1/attention/lora_v_conv/lora_B']
   assert b.shape == (2, 7, 15)
   name = 'decoder/layers_0/mlp/lora_output_conv/router/router_weights/v/kernel'

@@ -6,18 +6,18 @@ from moepeft.data.batching.bucketing import make_buckets, repeat_last, round_up
 
 def test_lengths_are_rounded_to_powers_of_two_within_bounds():
   lengths = [1, 16, 17, 32, 33, 100]
-  found = [round_up(length, 16, 100) for length in lengths]
-  assert found == [16, 16, 32, 32, 64, 100]
+  actual = [round_up(length, 16, 100) for length in lengths]
+  assert actual == [16, 16, 32, 32, 64, 100]
   # The longest wins over the least.
   assert round_up(3, 16, 7) == 7
 
 
 def test_every_example_is_in_one_batch_that_it_fits():
   lengths = [(5, 3), (70, 3), (64, 16), (65, 20), (100, 1), (2, 17), (9, 9)]
-  found = make_buckets(lengths, (64, 16), (100, 20), 2)
+  actual = make_buckets(lengths, (64, 16), (100, 20), 2)
   # Rounded: (64, 16), (100, 16), (64, 16), (100, 20), (100, 16), (64, 20),
   # (64, 16). From the greatest on, equal ones as they come, by twos.
-  assert found == [
+  assert actual == [
     ((100, 20), [3, 1]),
     # The longest of each: inputs of the one, targets of the other.
     ((100, 20), [4, 5]),
@@ -29,10 +29,10 @@ def test_every_example_is_in_one_batch_that_it_fits():
 def test_only_the_last_batch_is_not_full():
   # 31 lengths of many shapes: 31 = 7 * 4 + 3.
   lengths = [(1 + 37 * i % 499, 1 + 53 * i % 127) for i in range(31)]
-  found = make_buckets(lengths, (16, 4), (512, 128), 4)
-  assert [len(places) for _, places in found] == [4] * 7 + [3]
-  assert sorted(sum((places for _, places in found), [])) == list(range(31))
-  for shape, places in found:
+  actual = make_buckets(lengths, (16, 4), (512, 128), 4)
+  assert [len(places) for _, places in actual] == [4] * 7 + [3]
+  assert sorted(sum((places for _, places in actual), [])) == list(range(31))
+  for shape, places in actual:
     assert all(
       n <= m for i in places for n, m in zip(lengths[i], shape, strict=True)
     )

@@ -39,10 +39,10 @@ def test_a_target_is_the_token_that_follows():
 
 def test_an_example_becomes_its_inputs_a_line_end_its_targets_and_eos():
   form = CausalCollator(ByteTokenizer(), 7)
-  (found,) = form.encode([Example('t', '', 0, 'ab', 'c', (), -1)])
+  (actual,) = form.encode([Example('t', '', 0, 'ab', 'c', (), -1)])
   # Bytes plus 3: a 100, b 101, the line's end 13, c 102; EOS is 1.
-  assert found.ids.tolist() == [100, 101, 13, 102, 1]
-  assert found.loss_mask.tolist() == [False, False, False, True, True]
+  assert actual.ids.tolist() == [100, 101, 13, 102, 1]
+  assert actual.loss_mask.tolist() == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -54,10 +54,10 @@ def test_an_example_becomes_its_inputs_a_line_end_its_targets_and_eos():
   ],
 )
 def test_what_is_too_long_loses_what_is_asked(truncation, ids, trained):
-  found = truncate(one(2, 3, 4, 5, 6, prompt=3), 4, truncation)
-  assert found.ids.tolist() == ids
-  np.testing.assert_array_equal(found.loss_mask, np.array(trained, bool))
-  assert found.cut
+  actual = truncate(one(2, 3, 4, 5, 6, prompt=3), 4, truncation)
+  assert actual.ids.tolist() == ids
+  np.testing.assert_array_equal(actual.loss_mask, np.array(trained, bool))
+  assert actual.cut
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,9 @@ def test_what_is_too_long_loses_what_is_asked(truncation, ids, trained):
   ],
 )
 def test_what_begins_every_text_stays(most, ids):
-  found = truncate(one(0, 2, 3, 4, 5, 6, prompt=4), most, 'prompt', bos=0)
-  assert found.ids.tolist() == ids
-  assert found.loss_mask.tolist() == [i > 4 for i in ids]
+  actual = truncate(one(0, 2, 3, 4, 5, 6, prompt=4), most, 'prompt', bos=0)
+  assert actual.ids.tolist() == ids
+  assert actual.loss_mask.tolist() == [i > 4 for i in ids]
   assert keep_last(np.array([0, 2, 3, 4]), 3, 0).tolist() == [0, 3, 4]
   assert keep_last(np.array([0, 2, 3, 4]), 3, None).tolist() == [2, 3, 4]
   assert keep_last(np.array([0, 2, 3]), 3, 0).tolist() == [0, 2, 3]
@@ -84,9 +84,9 @@ def test_a_tokenizer_s_beginning_stays_in_rows_and_prompts(tmp_path):
   made.save_pretrained(tmp_path)
   words = HuggingFaceTokenizer(str(tmp_path))
   texts = Example('t', '', 0, 'again ' * 9, 'mat', (), -1)
-  (found,) = CausalCollator(words, 7).encode([texts])
-  assert found.cut and found.ids[0] == words.bos == made.bos_token_id
-  assert (found.ids == words.bos).sum() == 1
+  (actual,) = CausalCollator(words, 7).encode([texts])
+  assert actual.cut and actual.ids[0] == words.bos == made.bos_token_id
+  assert (actual.ids == words.bos).sum() == 1
   parts = preference_tokenize.EncodedAnswers(
     np.array([words.bos, *range(50, 60)]),
     ((np.array([61]), np.ones(1, bool)),) * 2,
@@ -99,22 +99,22 @@ def test_a_tokenizer_s_beginning_stays_in_rows_and_prompts(tmp_path):
 
 
 def test_an_answer_longer_than_a_row_keeps_its_beginning():
-  found = truncate(one(2, 3, 4, 5, 6, 7, prompt=2), 3, 'prompt')
+  actual = truncate(one(2, 3, 4, 5, 6, 7, prompt=2), 3, 'prompt')
   # One token before it stays: the first of the answer follows it.
-  assert found.ids.tolist() == [3, 4, 5]
+  assert actual.ids.tolist() == [3, 4, 5]
 
 
 def test_what_texts_begin_with_stays_before_a_prompt_that_is_cut():
   # Of 9 2 3 4 | 5 6 in 5 goes 2; of 9 2 | 5 6 7 in 3 all that can.
-  found = truncate(one(9, 2, 3, 4, 5, 6, prompt=4), 5, 'prompt', 9)
-  assert found.ids.tolist() == [9, 3, 4, 5, 6]
-  assert found.loss_mask.tolist() == [False, False, False, True, True]
-  found = truncate(one(9, 2, 5, 6, 7, prompt=2), 3, 'prompt', 9)
-  assert found.ids.tolist() == [9, 5, 6]
+  actual = truncate(one(9, 2, 3, 4, 5, 6, prompt=4), 5, 'prompt', 9)
+  assert actual.ids.tolist() == [9, 3, 4, 5, 6]
+  assert actual.loss_mask.tolist() == [False, False, False, True, True]
+  actual = truncate(one(9, 2, 5, 6, 7, prompt=2), 3, 'prompt', 9)
+  assert actual.ids.tolist() == [9, 5, 6]
   # Without it, or where the text begins otherwise, the first goes.
   for bos in (None, 8):
-    found = truncate(one(9, 2, 3, 4, 5, 6, prompt=4), 5, 'prompt', bos)
-    assert found.ids.tolist() == [2, 3, 4, 5, 6]
+    actual = truncate(one(9, 2, 3, 4, 5, 6, prompt=4), 5, 'prompt', bos)
+    assert actual.ids.tolist() == [2, 3, 4, 5, 6]
   # b 101, the line's end 13, c 102; EOS is 1.
   form = CausalCollator(ByteTokenizer(bos=2), 4)
   (made,) = form.encode([Example('t', '', 0, 'ab', 'c', (), -1)])
@@ -139,7 +139,7 @@ def test_packed_rows_hold_every_sample_once_with_places_of_its_own():
   ]
   lengths = np.array([[len(one.ids) - 1] for one in samples])
   rows = pack_samples(samples, 13, packing.shuffled_bins(lengths, (13,), rng))
-  found = []
+  actual = []
   for row in range(len(rows['inputs'])):
     segments = rows['inputs_segments'][row]
     for segment in range(1, segments.max() + 1):
@@ -148,9 +148,9 @@ def test_packed_rows_hold_every_sample_once_with_places_of_its_own():
       places = rows['inputs_positions'][row][own]
       np.testing.assert_array_equal(places, np.arange(own.sum()))
       ids = [*rows['inputs'][row][own], rows['targets'][row][own][-1]]
-      found.append((ids, rows['targets_mask'][row][own].tolist()))
-  wanted = [(s.ids.tolist(), s.loss_mask[1:].tolist()) for s in samples]
-  assert sorted(found) == sorted(wanted)
+      actual.append((ids, rows['targets_mask'][row][own].tolist()))
+  expected = [(s.ids.tolist(), s.loss_mask[1:].tolist()) for s in samples]
+  assert sorted(actual) == sorted(expected)
   np.testing.assert_array_equal(
     rows['inputs_mask'], rows['inputs_segments'] > 0
   )

@@ -117,15 +117,15 @@ def gradients(method, per, packed):
         routed,
       )
 
-    found, seen = jax.jit(jax.grad(loss, has_aux=True))(variables['peft'])
-    return jax.tree.map(np.asarray, (weight_mapping.flatten(found), *seen))
+    actual, seen = jax.jit(jax.grad(loss, has_aux=True))(variables['peft'])
+    return jax.tree.map(np.asarray, (weight_mapping.flatten(actual), *seen))
 
 
 @pytest.mark.parametrize(('method', 'per'), CASES)
 def test_packed_rows_have_the_losses_and_gradients_of_examples_alone(
   method, per
 ):
-  found, loss, aux, routed = gradients(method, per, packed=True)
+  actual, loss, aux, routed = gradients(method, per, packed=True)
   expected, loss_alone, aux_alone, routed_alone = gradients(method, per, False)
   np.testing.assert_allclose(loss, loss_alone, **CLOSE)
   # Router losses are of sums in float32 counts and float64 probabilities.
@@ -133,10 +133,10 @@ def test_packed_rows_have_the_losses_and_gradients_of_examples_alone(
   for key in ('weight', 'tokens', 'correct'):
     assert aux[key] == aux_alone[key]
   assert aux['weight'] == {'tokens': 3 + 7 + 1 + 2 + 5, 'sequences': 5}[per]
-  assert found.keys() == expected.keys()
+  assert actual.keys() == expected.keys()
   for path, gradient in expected.items():
     assert np.abs(gradient).max() > 1e-8, path
-    np.testing.assert_allclose(found[path], gradient, err_msg=path, **CLOSE)
+    np.testing.assert_allclose(actual[path], gradient, err_msg=path, **CLOSE)
 
 
 def test_an_example_does_not_move_its_neighbours_in_a_row():

@@ -75,18 +75,18 @@ SHOWN = (
 @pytest.mark.parametrize('name', ['CHATML', 'MARKED', 'REWRITING'])
 def test_answers_and_their_ends_are_trained_and_nothing_else(tokenizer, name):
   template = getattr(chat_cases, name)
-  found = render(TALK, tokenizer, template=template)
-  wanted = SHOWN
+  actual = render(TALK, tokenizer, template=template)
+  expected = SHOWN
   if name == 'REWRITING':
-    wanted = SHOWN.replace('[ fine', '[<think></think> fine')
-  assert trained(found, tokenizer) == wanted
+    expected = SHOWN.replace('[ fine', '[<think></think> fine')
+  assert trained(actual, tokenizer) == expected
 
 
 def test_ids_are_those_of_the_template(tokenizer):
-  found = render(TALK, tokenizer)
+  actual = render(TALK, tokenizer)
   some, _ = chat_render.template_messages(TALK, chat_cases.CHATML)
   own = tokenizer.apply_chat_template(some, return_dict=False)
-  assert found.ids.tolist() == own
+  assert actual.ids.tolist() == own
   whole = render(TALK, tokenizer, 'all')
   assert whole.ids.tolist() == own and whole.loss_mask.all()
 
@@ -333,23 +333,26 @@ def opened(path, saved, **changes):
 def test_a_long_prompt_loses_its_oldest_and_the_answer_stays(
   tmp_path, saved, length, kept
 ):
-  found, tokenizer = opened(written(tmp_path, LONG), saved, length=length)
-  shown = trained(found.train[0], tokenizer)
+  actual, tokenizer = opened(written(tmp_path, LONG), saved, length=length)
+  shown = trained(actual.train[0], tokenizer)
   assert shown.startswith('<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n')
   assert f'{kept}<|im_end|>' in shown and 'gone' not in shown
   assert shown.endswith('<|im_start|>assistant\n[yes<|im_end|>]\n')
-  assert '1 conversations are longer' in found.notes[-1]
-  assert len(found.train[0].ids) <= length + 1
+  assert '1 conversations are longer' in actual.notes[-1]
+  assert len(actual.train[0].ids) <= length + 1
 
 
 def test_too_long_may_cut_the_end_or_drop(tmp_path, saved):
   path = written(tmp_path, LONG, ALPACA)
-  found, tokenizer = opened(path, saved, length=60, truncation='end')
-  shown = trained(found.train[0], tokenizer), trained(found.train[1], tokenizer)
+  actual, tokenizer = opened(path, saved, length=60, truncation='end')
+  shown = (
+    trained(actual.train[0], tokenizer),
+    trained(actual.train[1], tokenizer),
+  )
   assert any('[gone<|im_end|>]' in one for one in shown)
-  found, _ = opened(path, saved, length=60, truncation='drop')
-  assert '1 conversations are dropped' in found.notes[-1]
-  assert found.train[0].ids.tolist() == found.train[1].ids.tolist()
+  actual, _ = opened(path, saved, length=60, truncation='drop')
+  assert '1 conversations are dropped' in actual.notes[-1]
+  assert actual.train[0].ids.tolist() == actual.train[1].ids.tolist()
   with pytest.raises(ValueError, match='leaves no conversation to train on'):
     opened(written(tmp_path, LONG), saved, length=60, truncation='drop')
 
@@ -367,8 +370,8 @@ def test_reading_that_takes_long_tells_how_far_it_is(
 
 def test_a_system_prompt_is_put_where_there_is_none(tmp_path, saved):
   rows = written(tmp_path, ALPACA, LONG)
-  found, tokenizer = opened(rows, saved, system_prompt='be kind')
-  shown = {trained(found.train[i], tokenizer)[:25] for i in range(2)}
+  actual, tokenizer = opened(rows, saved, system_prompt='be kind')
+  shown = {trained(actual.train[i], tokenizer)[:25] for i in range(2)}
   assert shown == {'<|im_start|>system\nbe kin', '<|im_start|>system\nS<|im_'}
 
 
@@ -376,8 +379,8 @@ def test_bad_rows_are_errors_or_skipped_and_told(tmp_path, saved):
   path = written(tmp_path, ALPACA, {**ALPACA, 'output': ''})
   with pytest.raises(ValueError, match="row 1: 'output' is empty"):
     opened(path, saved)
-  found, _ = opened(path, saved, on_bad_row='skip')
-  assert 'skipped 1 bad rows' in found.notes[1]
+  actual, _ = opened(path, saved, on_bad_row='skip')
+  assert 'skipped 1 bad rows' in actual.notes[1]
 
 
 def test_a_template_that_trains_nothing_is_told(tmp_path, saved):

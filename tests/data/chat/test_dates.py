@@ -59,8 +59,8 @@ def test_a_template_writes_the_date_that_is_kept():
   ],
 )
 def test_a_date_is_put_where_it_is_asked_for(template, written):
-  found = chat_template.fix_date(template, '2021-02-03')
-  assert found == (written or template)
+  actual = chat_template.fix_date(template, '2021-02-03')
+  assert actual == (written or template)
   assert chat_template.reads_clock(template) == (written is not None)
 
 
@@ -147,9 +147,9 @@ def test_a_run_that_goes_on_another_day_trains_on_the_same_text(
   with pytest.raises(ValueError, match="config.data.date='2021-02-03', now"):
     train.train(config, workdir)
   # What is asked of the run is dated on the day that it is asked.
-  kept = loaded_model.load_run(workdir).config.data
-  used = prompts.load_chat_template(HuggingFaceTokenizer(base), kept)
-  assert kept.date == '2021-02-03' and used.date == ''
+  remaining = loaded_model.load_run(workdir).config.data
+  used = prompts.load_chat_template(HuggingFaceTokenizer(base), remaining)
+  assert remaining.date == '2021-02-03' and used.date == ''
 
 
 def test_a_date_is_chosen_once_and_read_back(tmp_path):
@@ -157,12 +157,12 @@ def test_a_date_is_chosen_once_and_read_back(tmp_path):
   chat_cases.tokenizer(LLAMA).save_pretrained(words)
   config = config_lib.default()
   config.data.source = 'chat'
-  found = chat_template.with_date(config, HuggingFaceTokenizer(str(words)))
-  assert datetime.date.fromisoformat(found.data.date) and not config.data.date
-  found.data.date = '2021-02-03'
+  actual = chat_template.with_date(config, HuggingFaceTokenizer(str(words)))
+  assert datetime.date.fromisoformat(actual.data.date) and not config.data.date
+  actual.data.date = '2021-02-03'
   assert with_start_date(Run(str(tmp_path)), config) is config
   (tmp_path / 'checkpoints' / '4').mkdir(parents=True)
-  (tmp_path / 'config.json').write_text(found.to_json())
+  (tmp_path / 'config.json').write_text(actual.to_json())
   assert with_start_date(Run(str(tmp_path)), config).data.date == '2021-02-03'
   config.data.date = '2021-02-04'
   assert with_start_date(Run(str(tmp_path)), config) is config

@@ -52,9 +52,9 @@ def test_an_answer_follows_the_ids_that_are_generated_from(
   tokenizer, template = tokenizers[kind], getattr(chat_cases, name)
   used = chat_dataset.ChatTemplate(tokenizer, template)
   talk = talk_of('a dog', answer)
-  found, whole = used.encode(talk), used.render(talk).text
+  actual, whole = used.encode(talk), used.render(talk).text
   joint = tokenizer(whole, add_special_tokens=False)['input_ids']
-  assert tokenizer.decode(found.ids.tolist()) == tokenizer.decode(joint)
+  assert tokenizer.decode(actual.ids.tolist()) == tokenizer.decode(joint)
   prompt = tokenizer.apply_chat_template(
     [{'role': 'user', 'content': 'a dog'}],
     chat_template=template,
@@ -62,10 +62,12 @@ def test_an_answer_follows_the_ids_that_are_generated_from(
     add_generation_prompt=True,
   )
   ids = tokenizer(prompt, add_special_tokens=False)['input_ids']
-  assert found.ids[: len(ids)].tolist() == ids
+  assert actual.ids[: len(ids)].tolist() == ids
   # The answer is trained from its first token on, and no token before it.
-  assert not found.loss_mask[: len(ids)].any() and found.loss_mask[len(ids)]
-  assert answer.strip() in tokenizer.decode(found.ids[found.loss_mask].tolist())
+  assert not actual.loss_mask[: len(ids)].any() and actual.loss_mask[len(ids)]
+  assert answer.strip() in tokenizer.decode(
+    actual.ids[actual.loss_mask].tolist()
+  )
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -89,9 +91,9 @@ def test_a_token_across_an_answer_s_beginning_is_two(tokenizers):
   joint = tokenizer(whole, add_special_tokens=False)['input_ids']
   pieces = {tokenizer.decode([i]) for i in joint}
   assert any(':' in p and not p.endswith(':') for p in pieces)
-  found = used.encode(talk)
-  assert tokenizer.decode(found.ids.tolist()) == whole
-  assert shown(found, tokenizer) == (
+  actual = used.encode(talk)
+  assert tokenizer.decode(actual.ids.tolist()) == whole
+  assert shown(actual, tokenizer) == (
     'user:the cat</s>assistant:[on the mat</s>]user:it</s>assistant:[:) x</s>]'
   )
 
@@ -101,8 +103,8 @@ def test_an_answer_ends_before_the_next_turn(second):
   tokenizer = chat_cases.tokenizer(chat_cases.FORGETTING)
   said = '<think>\n\n</think>\n\n{}'
   talk = talk_of('one?', said.format('yes'), 'SECRET', said.format(second))
-  found = chat_dataset.ChatTemplate(tokenizer).encode(talk)
-  assert shown(found, tokenizer) == (
+  actual = chat_dataset.ChatTemplate(tokenizer).encode(talk)
+  assert shown(actual, tokenizer) == (
     '<|im_start|>user\none?<|im_end|>\n'
     '<|im_start|>assistant\n[yes<|im_end|>]\n'
     '<|im_start|>user\nSECRET<|im_end|>\n'
@@ -130,15 +132,15 @@ def test_marks_are_seen_with_blanks_trimmed_as_the_template_says():
   ).replace('{% endgeneration %}', '\n {%- endgeneration %}')
   tokenizer = chat_cases.tokenizer()
   talk = talk_of('one?', 'yes', 'two?', 'no')
-  found = chat_dataset.ChatTemplate(tokenizer, template).encode(talk)
+  actual = chat_dataset.ChatTemplate(tokenizer, template).encode(talk)
   marked = tokenizer.apply_chat_template(
     [{'role': turn.role, 'content': turn.content} for turn in talk.turns],
     chat_template=template,
     return_dict=True,
     return_assistant_tokens_mask=True,
   )
-  assert found.ids.tolist() == marked['input_ids']
-  assert found.loss_mask.tolist() == [
+  assert actual.ids.tolist() == marked['input_ids']
+  assert actual.loss_mask.tolist() == [
     bool(i) for i in marked['assistant_masks']
   ]
 
@@ -148,10 +150,10 @@ def test_weights_say_which_answers_are_trained():
   turns = list(talk_of('one?', 'yes', 'two?', 'no').turns)
   turns[1] = Turn('assistant', 'yes', trained=False)
   for template in (chat_cases.CHATML, chat_cases.MARKED):
-    found = chat_dataset.ChatTemplate(tokenizer, template).encode(
+    actual = chat_dataset.ChatTemplate(tokenizer, template).encode(
       Conversation((*turns,))
     )
-    text = shown(found, tokenizer)
+    text = shown(actual, tokenizer)
     assert 'assistant\nyes<|im_end|>' in text and '[no<|im_end|>]' in text
     assert text.count('[') == 1
   with pytest.raises(BadRow, match="config.data.train_on='all' trains every"):
@@ -197,8 +199,8 @@ def test_compared_answers_follow_the_ids_that_are_generated_from(
 def test_generation_begins_as_training_did(tokenizers):
   tokenizer = tokenizers['bytes']
   ids = chat_dataset.ChatTemplate(tokenizer).encode_prompt(talk_of('a dog'))
-  found = chat_dataset.ChatTemplate(tokenizer).encode(
+  actual = chat_dataset.ChatTemplate(tokenizer).encode(
     talk_of('a dog', '  x = 1')
   )
-  assert found.ids[: len(ids)].tolist() == ids
-  assert int(found.loss_mask.argmax()) == len(ids)
+  assert actual.ids[: len(ids)].tolist() == ids
+  assert int(actual.loss_mask.argmax()) == len(ids)

@@ -32,11 +32,11 @@ def used():
 
 
 def fitted(used, talk, most, too_long='prompt'):
-  found = truncate.truncate_chat(talk, used.encode, most, too_long)
-  if found is None:
+  actual = truncate.truncate_chat(talk, used.encode, most, too_long)
+  if actual is None:
     return None
-  assert len(found.ids) <= most and found.cut
-  return used.tokenizer.decode(found.ids.tolist())
+  assert len(actual.ids) <= most and actual.cut
+  return used.tokenizer.decode(actual.ids.tolist())
 
 
 def without(*turns, **changes):

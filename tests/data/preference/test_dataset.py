@@ -54,22 +54,24 @@ def said(sample):
 
 
 def test_both_sides_share_the_prompt_which_is_never_trained(tmp_path):
-  found = preference_dataset.read_preferences(
+  actual = preference_dataset.read_preferences(
     data_of(tmp_path, rows_of()), samples()
   )
-  chosen, rejected = found.items[2].sides
+  chosen, rejected = actual.items[2].sides
   assert said(chosen) == ('prompt 2\n', 'good 2')
   assert said(rejected) == ('prompt 2\n', 'bad 2')
-  assert found.notes[0].endswith(f': {len(found.items)} rows')
-  assert found.notes[1:] == (
+  assert actual.notes[0].endswith(f': {len(actual.items)} rows')
+  assert actual.notes[1:] == (
     'bytes brings no chat template: turns are written as plain text',
   )
 
 
 def test_a_decoder_s_batch_has_each_side_under_its_name(tmp_path):
   own = samples()
-  found = preference_dataset.read_preferences(data_of(tmp_path, rows_of()), own)
-  batch = own.pad(found.items[:3])
+  actual = preference_dataset.read_preferences(
+    data_of(tmp_path, rows_of()), own
+  )
+  batch = own.pad(actual.items[:3])
   assert {key.split('_', 1)[0] for key in batch} == {'chosen', 'rejected'}
   for side, answer in (('chosen', 'good 1'), ('rejected', 'bad 1')):
     trained = batch[f'{side}_targets'][1][batch[f'{side}_targets_mask'][1]]
@@ -81,8 +83,10 @@ def test_a_decoder_s_batch_has_each_side_under_its_name(tmp_path):
 
 def test_an_encoder_reads_the_prompt_and_the_decoder_the_answer(tmp_path):
   own = preference_dataset.PairCollator(Seq2SeqCollator(WORDS, 17, 11), False)
-  found = preference_dataset.read_preferences(data_of(tmp_path, rows_of()), own)
-  batch = own.pad(found.items)
+  actual = preference_dataset.read_preferences(
+    data_of(tmp_path, rows_of()), own
+  )
+  batch = own.pad(actual.items)
   assert batch['chosen_inputs'].shape == (5, 17)
   assert batch['rejected_decoder_inputs'].shape == (5, 11)
   np.testing.assert_array_equal(
@@ -95,11 +99,11 @@ def test_an_encoder_reads_the_prompt_and_the_decoder_the_answer(tmp_path):
 def test_judged_answers_come_with_one_to_another_prompt(tmp_path):
   own = samples(judged=True)
   data = data_of(tmp_path, rows_of())
-  found = preference_dataset.read_preferences(data, own)
+  actual = preference_dataset.read_preferences(data, own)
   # Five pairs are ten answers, good and bad by turns.
-  batch = own.pad(found.items)
+  batch = own.pad(actual.items)
   assert batch['label'].tolist() == [True, False] * 5
-  for i, item in enumerate(found.items):
+  for i, item in enumerate(actual.items):
     prompt, answer = said(item.sides[0])
     assert (prompt, answer[-1]) == (f'prompt {i // 2}\n', str(i // 2))
     also, other = said(item.sides[1])
@@ -139,12 +143,12 @@ def test_no_answer_is_cut_beside_a_whole_one(
 ):
   data = data_of(tmp_path, [LONG, *rows_of()], truncation=truncation)
   own = samples(length, truncation=truncation)
-  found = preference_dataset.read_preferences(data, own)
+  actual = preference_dataset.read_preferences(data, own)
   # The short rows are whole in any case but the tightest.
-  first = next((i for i in found.items if i.idx == 0), None)
+  first = next((i for i in actual.items if i.idx == 0), None)
   if prompt is None:
     assert first is None
-    assert any('left out, as they do not fit' in n for n in found.notes)
+    assert any('left out, as they do not fit' in n for n in actual.notes)
     return
   for side, count in zip(first.sides, (chosen, rejected), strict=True):
     assert int(side.loss_mask.sum()) == count
@@ -160,13 +164,13 @@ def test_pairs_that_are_one_answer_after_a_cut_are_left_out(tmp_path):
     {'prompt': 'prompt 1', 'chosen': 'other', 'rejected': 'same, and'},
   ]
   data = data_of(tmp_path, rows, truncation='end')
-  found = preference_dataset.read_preferences(
+  actual = preference_dataset.read_preferences(
     data, samples(12, truncation='end')
   )
-  assert [item.idx for item in found.items] == [1]
+  assert [item.idx for item in actual.items] == [1]
   assert any(
     '1 of 2 rows' in n and 'the same to the tokenizer' in n and 'row 0' in n
-    for n in found.notes
+    for n in actual.notes
   )
   with pytest.raises(ValueError, match='no row .* answers that differ'):
     preference_dataset.read_preferences(
@@ -187,13 +191,13 @@ def test_answers_that_are_one_after_a_cut_are_left_out(tmp_path, objective):
     if objective
     else CausalCollator(WORDS, 12, 'end')
   )
-  found = preference_dataset.read_preferences(
+  actual = preference_dataset.read_preferences(
     data, preference_dataset.PairCollator(form, False)
   )
-  assert [item.idx for item in found.items] == [1]
+  assert [item.idx for item in actual.items] == [1]
   assert any(
     '1 of 2 rows' in note and 'answers are the same to the tokenizer' in note
-    for note in found.notes
+    for note in actual.notes
   )
 
 
@@ -224,9 +228,9 @@ def test_a_template_s_last_turn_is_the_answer(tmp_path):
     ids, trained = [], []
     for turn in whole.turns:
       own = turn.role == 'assistant'
-      for piece, kept in ((f'<{turn.role}>', False), (turn.content, own)):
+      for piece, remaining in ((f'<{turn.role}>', False), (turn.content, own)):
         ids += WORDS.encode(piece)
-        trained += [kept] * len(piece)
+        trained += [remaining] * len(piece)
     end = WORDS.encode('\n')
     return Sample(np.array(ids + end, np.int32), np.array([*trained, False]))
 
@@ -273,8 +277,8 @@ def test_a_broken_row_is_named_by_file_and_row(tmp_path, rows, judged, said):
 def test_bad_rows_may_be_skipped_and_are_told(tmp_path):
   rows = [{'prompt': 'A', 'chosen': 'B', 'rejected': 'B'}, *rows_of(2)]
   data = data_of(tmp_path, rows, on_bad_row='skip')
-  found = preference_dataset.read_preferences(data, samples())
-  assert len(found.items) == 2 and 'row 0' in found.notes[1]
+  actual = preference_dataset.read_preferences(data, samples())
+  assert len(actual.items) == 2 and 'row 0' in actual.notes[1]
 
 
 def test_lines_and_compressed_lines_are_rows_too(tmp_path):
@@ -288,21 +292,21 @@ def test_lines_and_compressed_lines_are_rows_too(tmp_path):
 def test_both_answers_to_a_prompt_are_held_out_together(tmp_path):
   data = data_of(tmp_path, rows_of(10), validation_fraction=0.2)
   own = samples(judged=True)
-  found = open_data(data, 0, collator=own)
-  assert sorted(item.idx for item in found.held_out) == [8, 8, 9, 9]
-  seen = {found.train[i].idx for i in range(40)}
+  actual = open_data(data, 0, collator=own)
+  assert sorted(item.idx for item in actual.held_out) == [8, 8, 9, 9]
+  seen = {actual.train[i].idx for i in range(40)}
   assert seen == set(range(8))
 
 
 def test_batches_go_on_where_a_run_was_cut(tmp_path):
   data = data_of(tmp_path, rows_of(7))
   own = samples()
-  found = open_data(data, 0, collator=own)
-  one = make_loader(found, WORDS, data, 3, 0, collator=own)
+  actual = open_data(data, 0, collator=own)
+  one = make_loader(actual, WORDS, data, 3, 0, collator=own)
   first = [next(one) for _ in range(2)]
   place = one.position()
   expected = next(one)
-  two = make_loader(found, WORDS, data, 3, 0, collator=own)
+  two = make_loader(actual, WORDS, data, 3, 0, collator=own)
   two.seek(place)
   again = next(two)
   for key, array in expected.items():
@@ -313,14 +317,14 @@ def test_batches_go_on_where_a_run_was_cut(tmp_path):
 
 
 def test_the_hash_is_of_every_id_and_of_what_is_trained(tmp_path):
-  found = preference_dataset.read_preferences(
+  actual = preference_dataset.read_preferences(
     data_of(tmp_path, rows_of()), samples()
   )
   same = preference_dataset.read_preferences(
     data_of(tmp_path, rows_of()), samples()
   )
-  assert found.sha256 == same.sha256
-  item = found.items[0]
+  assert actual.sha256 == same.sha256
+  item = actual.items[0]
   side = item.sides[0]
   for change in (
     {'ids': side.ids + 1},
@@ -329,8 +333,8 @@ def test_the_hash_is_of_every_id_and_of_what_is_trained(tmp_path):
     other = dataclasses.replace(
       item, sides=(dataclasses.replace(side, **change), item.sides[1])
     )
-    changed = dataclasses.replace(found, items=(other, *found.items[1:]))
-    assert changed.sha256 != found.sha256
+    changed = dataclasses.replace(actual, items=(other, *actual.items[1:]))
+    assert changed.sha256 != actual.sha256
 
 
 @pytest.mark.parametrize('objective', ['dpo', 'kto'])

@@ -65,8 +65,8 @@ def test_turns_before_the_answer_stay_in_the_prompt():
     'system': 'Be brief.',
     'conversations': [HUMAN, GPT, {'from': 'human', 'value': 'And?'}],
   }
-  found = parse_row(fields | PAIR)
-  said = [(t.role, t.content) for t in found.prompt.turns]
+  actual = parse_row(fields | PAIR)
+  said = [(t.role, t.content) for t in actual.prompt.turns]
   assert said == [
     ('system', 'Be brief.'),
     ('user', 'Why?'),

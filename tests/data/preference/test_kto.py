@@ -38,15 +38,15 @@ def read(tmp_path, labels, **changes):
   ],
 )
 def test_data_of_one_class_are_told_which_is_missing(tmp_path, label, said):
-  _, found = read(tmp_path, [label] * 4)
-  assert any(re.search(said, note) for note in found.notes)
-  _, found = read(tmp_path, [label, not label, label])
-  assert not any('none is' in note for note in found.notes)
+  _, actual = read(tmp_path, [label] * 4)
+  assert any(re.search(said, note) for note in actual.notes)
+  _, actual = read(tmp_path, [label, not label, label])
+  assert not any('none is' in note for note in actual.notes)
 
 
 def test_a_packed_row_is_previewed_with_each_segments_label(tmp_path):
-  own, found = read(tmp_path, [True, False, False], packed=True)
-  items = [found.train[i] for i in range(3)]
+  own, actual = read(tmp_path, [True, False, False], packed=True)
+  items = [actual.train[i] for i in range(3)]
   batch = own.pack(items, [[0, 1, 2]])
   words = ['good' if item.label else 'bad' for item in items]
   assert heading('judged', batch, 0, True) == (

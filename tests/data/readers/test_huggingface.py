@@ -83,13 +83,13 @@ WRITERS['r.arrow'] = write_arrow
 @pytest.mark.parametrize('name', WRITERS)
 def test_any_local_form_gives_the_same_rows(tmp_path, name):
   WRITERS[name](tmp_path / name)
-  found = dataset_rows.read(str(tmp_path / name))
-  assert [(e.inputs, e.targets) for e in found] == [
+  actual = dataset_rows.read(str(tmp_path / name))
+  assert [(e.inputs, e.targets) for e in actual] == [
     (row['inputs'], row['targets']) for row in ROWS
   ]
-  assert [e.idx for e in found] == list(range(7))
-  assert {e.task for e in found} == {name.split('.')[0]}
-  assert (found.skipped, found.inapplicable) == ((), 0)
+  assert [e.idx for e in actual] == list(range(7))
+  assert {e.task for e in actual} == {name.split('.')[0]}
+  assert (actual.skipped, actual.inapplicable) == ((), 0)
 
 
 @pytest.mark.parametrize(
@@ -142,14 +142,14 @@ def bad_files(folder):
 
 
 def test_bad_rows_are_named_or_left_out(tmp_path):
-  for name, said in bad_files(tmp_path).items():
+  for name, error in bad_files(tmp_path).items():
     path = str(tmp_path / name)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=error):
       dataset_rows.read(path)
-    found = dataset_rows.read(path, on_bad_row='skip')
-    assert [e.inputs for e in found] == ['in 0', 'in 1']
-    (reason,) = found.skipped
-    assert said in reason
+    actual = dataset_rows.read(path, on_bad_row='skip')
+    assert [e.inputs for e in actual] == ['in 0', 'in 1']
+    (reason,) = actual.skipped
+    assert error in reason
 
 
 @pytest.mark.parametrize('name', ['raw.jsonl', 'raw.parquet'])
@@ -160,10 +160,10 @@ def test_raw_columns_are_put_into_words(tmp_path, name):
     path.write_text(jsonl(RAW))
   else:
     table(RAW).to_parquet(path)
-  found = dataset_rows.read(str(path), templates=str(words))
+  actual = dataset_rows.read(str(path), templates=str(words))
   # Seven rows shouted, three of which have label 1 and are asked too.
-  assert len(found) == 10 and found.inapplicable == 4
-  assert [vars(e) for e in found[1:3]] == [
+  assert len(actual) == 10 and actual.inapplicable == 4
+  assert [vars(e) for e in actual[1:3]] == [
     dict(task='mine', template='ask', idx=1, inputs='word 1?', targets='yes')
     | dict(choices=(), label=-1),
     dict(task='mine', template='shout', idx=1, inputs='WORD 1!', targets='yes')
@@ -199,7 +199,7 @@ def test_broken_files_are_one_sentence(tmp_path):
   (tmp_path / 'odd.txt').write_text('x')
   (tmp_path / 'none').mkdir()
   (tmp_path / 'empty.jsonl').touch()
-  for name, said in {
+  for name, error in {
     'cut.parquet': 'cannot be read .*(P|p)arquet',
     'cut.json': 'cannot be read as one array',
     'cut.jsonl.gz': 'cannot be read to its end',
@@ -209,7 +209,7 @@ def test_broken_files_are_one_sentence(tmp_path):
     'absent.csv': 'cannot be read .no such file',
     'absent': 'cannot be read .no such path',
   }.items():
-    with pytest.raises(ValueError, match=said) as e:
+    with pytest.raises(ValueError, match=error) as e:
       dataset_rows.read(str(tmp_path / name), on_bad_row='skip')
     assert name in str(e.value) and '\n' not in str(e.value)
 
@@ -239,9 +239,9 @@ def stand_in(monkeypatch, known):
 )
 def test_a_hub_name_may_end_with_a_configuration(monkeypatch, path, calls):
   seen = stand_in(monkeypatch, {calls[-1]: ROWS})
-  found = dataset_rows.read(path, 'test[:7]')
+  actual = dataset_rows.read(path, 'test[:7]')
   assert seen == [(*call, 'test[:7]') for call in calls]
-  assert found[0].task == path.replace('/', '_')
+  assert actual[0].task == path.replace('/', '_')
 
 
 def test_a_hub_name_finds_its_templates(monkeypatch, tmp_path):
@@ -250,8 +250,8 @@ def test_a_hub_name_finds_its_templates(monkeypatch, tmp_path):
     (tmp_path / 'glue' / name).mkdir(parents=True)
     text = TEMPLATES.replace('mine', f'glue\nsubset: {name}')
     (tmp_path / 'glue' / name / 'templates.yaml').write_text(text)
-  found = dataset_rows.read('glue/mrpc', templates=str(tmp_path))
-  assert {e.task for e in found} == {'glue_mrpc'}
+  actual = dataset_rows.read('glue/mrpc', templates=str(tmp_path))
+  assert {e.task for e in actual} == {'glue_mrpc'}
 
 
 @pytest.mark.parametrize('path', ['none', 'a/b', 'a/b/c', 'a/b/c/d', './x'])

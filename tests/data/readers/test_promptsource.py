@@ -54,8 +54,8 @@ def say(jinja, row, choices='', place=0, seed=0, name='t'):
 
 def test_every_template_of_a_row_that_it_applies_to_gives_an_example(tmp_path):
   group = promptsource.read_templates(write(tmp_path / 'templates.yaml'))
-  found = promptsource.render_templates(group, ROWS, BadRows('error'))
-  assert [tuple(vars(e).values()) for e in found] == [
+  actual = promptsource.render_templates(group, ROWS, BadRows('error'))
+  assert [tuple(vars(e).values()) for e in actual] == [
     # 'generate' has nothing to say of the first row.
     ('glue_mrpc', 'same_thing_', 0)
     + ('Is A cat the same as a dog?', 'no', ('no', 'yes'), 0),
@@ -63,8 +63,8 @@ def test_every_template_of_a_row_that_it_applies_to_gives_an_example(tmp_path):
     ('glue_mrpc', 'same_thing_', 1)
     + ('Is Two the same as 2?', 'yes', ('no', 'yes'), 1),
   ]
-  assert found.inapplicable == 1
-  assert found.notes('rows') == [
+  assert actual.inapplicable == 1
+  assert actual.notes('rows') == [
     '1 pairs of row and template of rows are left out: the template renders '
     'nothing there'
   ]
@@ -213,12 +213,12 @@ def test_a_row_on_which_a_template_fails_is_bad(jinja, said):
   with pytest.raises(ValueError, match=f'no row of f.yaml is good.*{said}'):
     promptsource.render_templates(group, table, BadRows('skip'))
   # On some, they are skipped.
-  kept = PromptTemplate('some', '{{ x[1] }} ||| y')
-  group = promptsource.TemplateGroup('d', (kept, good), 'f.yaml')
+  remaining = PromptTemplate('some', '{{ x[1] }} ||| y')
+  group = promptsource.TemplateGroup('d', (remaining, good), 'f.yaml')
   table = [dict(x=['a', 'b']), dict(x=['c'])]
-  found = promptsource.render_templates(group, table, BadRows('skip'))
-  assert [e.inputs for e in found] == ['b', 'a', 'c']
-  assert found.skipped[0].startswith("row 1: template 'some' of d fails")
+  actual = promptsource.render_templates(group, table, BadRows('skip'))
+  assert [e.inputs for e in actual] == ['b', 'a', 'c']
+  assert actual.skipped[0].startswith("row 1: template 'some' of d fails")
 
 
 def test_a_text_has_two_parts():

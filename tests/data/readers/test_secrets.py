@@ -33,7 +33,7 @@ def test_reading_a_cache_prints_nothing_of_the_environment(tmp_path):
   cases.write(
     tmp_path / 'task', 'train', [cases.p3_row(3, i) for i in range(5)]
   )
-  found = subprocess.run(
+  actual = subprocess.run(
     [sys.executable, '-c', READ, str(tmp_path)],
     env=os.environ | {'WANDB_API_KEY': SECRET},
     capture_output=True,
@@ -41,9 +41,9 @@ def test_reading_a_cache_prints_nothing_of_the_environment(tmp_path):
     timeout=120,
     check=True,
   )
-  assert found.stdout.strip() == '3'
-  assert SECRET not in found.stdout + found.stderr
-  assert 'AutoGraph' not in found.stderr
+  assert actual.stdout.strip() == '3'
+  assert SECRET not in actual.stdout + actual.stderr
+  assert 'AutoGraph' not in actual.stderr
 
 
 def test_what_tensorflow_traces_calls_nothing_of_ours(tmp_path, monkeypatch):

@@ -50,8 +50,8 @@ def p3(tmp_path_factory):
   ):
     made = [cases.p3_row(mark, i) for i in range(rows)]
     cases.write(path / name, 'train', made, shards)
-  held = [cases.p3_row(5, 50 + i) for i in range(7)]
-  cases.write(path / 'wiki_qa_exercise', 'validation', held)
+  stored = [cases.p3_row(5, 50 + i) for i in range(7)]
+  cases.write(path / 'wiki_qa_exercise', 'validation', stored)
   ranked = [cases.score_row(i) for i in range(3)]
   cases.write(path / 'wiki_qa_exercise_score_eval', 'train', ranked)
   (path / 'README.md').write_text('not a task')
@@ -73,20 +73,20 @@ def keys(elements):
 
 # ------------------------------------------------------- our tasks out ---
 def test_the_byte_vocabularies_are_one():
-  ours, theirs = ByteTokenizer(), seqio.ByteVocabulary()
+  ours, reference = ByteTokenizer(), seqio.ByteVocabulary()
   text = 'naïve 漢字\x00\x7f?'
-  assert ours.encode(text) == list(theirs.encode(text))
-  assert ours.encode(text) == theirs.encode_tf(text).numpy().tolist()
-  assert (ours.eos, ours.size) == (theirs.eos_id, theirs.vocab_size)
-  assert (theirs.pad_id, seq2seq.PAD) == (0, 0)
+  assert ours.encode(text) == list(reference.encode(text))
+  assert ours.encode(text) == reference.encode_tf(text).numpy().tolist()
+  assert (ours.eos, ours.size) == (reference.eos_id, reference.vocab_size)
+  assert (reference.pad_id, seq2seq.PAD) == (0, 0)
 
 
 def ours(family, split, count):
   """moepeft's encoding of the same examples: (inputs, targets) with EOS."""
-  found = tasks.examples((family,), count, seed=0, split=split)
+  actual = tasks.examples((family,), count, seed=0, split=split)
   return [
     seq2seq.encode_example(ByteTokenizer(), e, *LENGTHS.values())[:2]
-    for e in found
+    for e in actual
   ]
 
 
@@ -109,29 +109,31 @@ def test_seqio_makes_our_batches_of_our_tasks(split, instances):
   expected = seq2seq.pad_pairs(
     *zip(*ours('storage', instances, count), strict=True), *LENGTHS.values()
   )
-  found = list(itertools.islice(converted(False, split), count))
-  for theirs, mine in (
+  actual = list(itertools.islice(converted(False, split), count))
+  for reference, mine in (
     ('encoder_input_tokens', 'inputs'),
     ('decoder_target_tokens', 'targets'),
     ('decoder_input_tokens', 'decoder_inputs'),
     ('decoder_loss_weights', 'targets_mask'),
   ):
-    np.testing.assert_array_equal([f[theirs] for f in found], expected[mine])
+    np.testing.assert_array_equal(
+      [f[reference] for f in actual], expected[mine]
+    )
 
 
 def test_seqio_packs_the_ids_of_our_tasks():
   expected = ours('storage', 'train', 29)
-  found = []
+  actual = []
   for row in converted(True):
     for segment in range(1, row['encoder_segment_ids'].max() + 1):
       x = row['encoder_input_tokens'][row['encoder_segment_ids'] == segment]
       y = row['decoder_target_tokens'][row['decoder_segment_ids'] == segment]
-      found.append((x.tolist(), y.tolist()))
+      actual.append((x.tolist(), y.tolist()))
     # More than one in the first row: 167 ids hold two of some 30 to 60.
-    assert row['encoder_segment_ids'].max() > 1 or len(found) > 29
-    if len(found) >= 29:
+    assert row['encoder_segment_ids'].max() > 1 or len(actual) > 29
+    if len(actual) >= 29:
       break
-  assert found[:29] == expected
+  assert actual[:29] == expected
 
 
 def test_every_family_is_a_task_and_every_group_a_mixture():
@@ -159,9 +161,9 @@ def test_a_task_has_as_many_examples_as_it_says(monkeypatch):
 
 
 def test_accuracy_is_of_whole_answers():
-  found = seqio_tasks.accuracy(['yes', 'no', 'no'], [' yes', 'no.', 'no'])
+  actual = seqio_tasks.accuracy(['yes', 'no', 'no'], [' yes', 'no.', 'no'])
   # The first and the third of three.
-  assert found == {'accuracy': pytest.approx(200 / 3)}
+  assert actual == {'accuracy': pytest.approx(200 / 3)}
   (task,) = [seqio.get_mixture_or_task('moepeft_stars')]
   assert task.predict_metric_fns == [seqio_tasks.accuracy]
 
@@ -180,8 +182,8 @@ def test_a_registered_mixture_streams_what_its_tasks_have():
     for x, y in ours(family, 'train', 1050)
   }
   # Buffers of 1,000 and 50 draws: of a task no row after its 1,050th.
-  found = listed(read(stream, 50))
-  assert {(tuple(x), tuple(y)) for x, y in found} <= known
+  actual = listed(read(stream, 50))
+  assert {(tuple(x), tuple(y)) for x, y in actual} <= known
   assert stream.rates() == {
     f'moepeft_{family}': 0.25 for family in tasks.task_names('B')
   }
@@ -194,7 +196,7 @@ def test_a_registered_vocabulary_is_known_and_reads_back():
 
 
 def test_validation_is_of_held_out_instances_of_every_task():
-  found = listed(registered().validation(11))
+  actual = listed(registered().validation(11))
   # 11 over 4 tasks in the order of their names: 2, 3, 3 and 3.
   families = sorted(tasks.task_names('B'))
   expected = [
@@ -202,13 +204,13 @@ def test_validation_is_of_held_out_instances_of_every_task():
     for family, count in zip(families, (2, 3, 3, 3), strict=True)
     for pair in ours(family, 'held_out', count)
   ]
-  assert found == [(list(x), list(y)) for x, y in expected]
+  assert actual == [(list(x), list(y)) for x, y in expected]
 
 
 def test_validation_of_few_is_of_as_many_tasks():
-  found = listed(registered().validation(2))
+  actual = listed(registered().validation(2))
   families = sorted(tasks.task_names('B'))
-  assert found == [
+  assert actual == [
     tuple(ours(family, 'held_out', 1)[0]) for family in families[::2]
   ]
 
@@ -259,9 +261,9 @@ def test_a_task_that_must_be_cached_is_read_from_its_cache(tmp_path):
     provider = seqio_stream.find_registered('cached_stars', [str(tmp_path)])
     # SeqIO repeats before it shuffles, so a row may come twice before another
     # comes; 5 rows in 200 draws all do.
-    found = read(SeqioStream(provider, 9, 9), 200)
-    assert set(keys(found)) == {(3, i) for i in range(5)}
-    assert {tuple(e['targets']) for e in found} == {(3, 1)}
+    actual = read(SeqioStream(provider, 9, 9), 200)
+    assert set(keys(actual)) == {(3, i) for i in range(5)}
+    assert {tuple(e['targets']) for e in actual} == {(3, 1)}
   finally:
     seqio.TaskRegistry.remove('cached_stars')
     seqio.utils.set_global_cache_dirs([])
@@ -300,11 +302,11 @@ def test_p3s_cache_is_read_as_it_lies_on_disk(p3):
     'cnn_dailymail_3.0.0_news': 0.3,
     'wiki_qa_exercise': 0.5,
   }
-  found = read(stream, 200)
-  assert set(keys(found)) == {
+  actual = read(stream, 200)
+  assert set(keys(actual)) == {
     (mark, i) for mark, rows in ((3, 2), (4, 3), (5, 5)) for i in range(rows)
   }
-  for element in found:
+  for element in actual:
     mark, number = keys([element])[0]
     assert element['inputs'].tolist() == [mark, 100 + number, 7, 1]
     assert element['targets'].tolist() == [mark, 1]

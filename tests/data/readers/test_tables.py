@@ -60,8 +60,8 @@ def rows_of(path, text, name='r.csv', **options):
 def test_cells_are_the_texts_as_written(tmp_path, name):
   text = csv(CELLS).encode()
   text = gzip.compress(text) if name.endswith('gz') else text
-  found = rows_of(tmp_path, text, name)
-  assert [(e.inputs, e.targets) for e in found] == [
+  actual = rows_of(tmp_path, text, name)
+  assert [(e.inputs, e.targets) for e in actual] == [
     (f'{a} and {b}?'.strip(), c) for a, b, c in CELLS
   ]
 
@@ -71,10 +71,10 @@ def test_texts_of_json_are_read_as_such_from_directories_too(tmp_path):
   (tmp_path / 'd').mkdir()
   (tmp_path / 'd' / 'r.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   (tmp_path / 't.yaml').write_text(TEMPLATES)
-  found = dataset_rows.read(
+  actual = dataset_rows.read(
     str(tmp_path / 'd'), templates=str(tmp_path / 't.yaml')
   )
-  assert [e.targets for e in found] == [c for _, _, c in CELLS]
+  assert [e.targets for e in actual] == [c for _, _, c in CELLS]
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_a_table_that_is_none_is_one_sentence(tmp_path, text, said):
 
 
 def test_a_bad_row_of_a_table_is_left_out(tmp_path):
-  found = rows_of(tmp_path, 'a,b,c\n1,2\n3,4,5\n', on_bad_row='skip')
-  assert [e.targets for e in found] == ['5']
+  actual = rows_of(tmp_path, 'a,b,c\n1,2\n3,4,5\n', on_bad_row='skip')
+  assert [e.targets for e in actual] == ['5']
 
 
 def test_a_null_is_not_printed_as_a_word():
@@ -160,8 +160,8 @@ def test_what_is_no_data_file_is_left_out_and_named(tmp_path, stray):
     assert list(fingerprint.data_hashes(data)['path']) == ['train.jsonl']
     fingerprint.data_files(str(folder), READERS[source].files, bad)
     assert bad.notes('p') == [f'p: left out, as no data files: {stray}']
-    found = read(str(folder))
-    assert len(found[0] if isinstance(found, tuple) else found) == 1
+    actual = read(str(folder))
+    assert len(actual[0] if isinstance(actual, tuple) else actual) == 1
 
 
 def test_what_is_left_out_reaches_the_user(tmp_path):
@@ -210,12 +210,12 @@ def test_parts_of_a_table_are_read(tmp_path):
   (tmp_path / 'd' / 'r.jsonl-00000-of-00001').write_text(text)
   for path in (tmp_path / 'r.csv', tmp_path / 'd'):
     # A fifth of eleven rows is 2.2.
-    for split, wanted in (
+    for split, expected in (
       *(('train[:20%]', [0, 1]), ('train[9:]', [9, 10])),
       *(('train[-1:]', [10]), ('train[3:5]', [3, 4])),
     ):
-      found = dataset_rows.read(str(path), split)
-      assert [row.inputs for row in found] == [f'q{i}' for i in wanted]
+      actual = dataset_rows.read(str(path), split)
+      assert [row.inputs for row in actual] == [f'q{i}' for i in expected]
     with pytest.raises(
       ValueError, match="'train.:x.' of .*expected a name, or"
     ):
@@ -284,8 +284,8 @@ def test_a_byte_order_mark_is_never_text(tmp_path):
   assert chat_template.read(str(tmp_path / 'c.jinja')) == '{{ messages }}'
   row = {'instruction': f'{mark}a', 'output': 'b'}
   assert chat_formats.parse_conversation(row).turns[0].content == 'a'
-  found = rows_of(tmp_path, f'{mark}a,b,c\n{mark}1,2,3\n')
-  assert found[0].inputs == '1 and 2?'
+  actual = rows_of(tmp_path, f'{mark}a,b,c\n{mark}1,2,3\n')
+  assert actual[0].inputs == '1 and 2?'
   (tmp_path / 't.yaml').write_text(mark + TEMPLATES)
   assert promptsource.read_templates(str(tmp_path / 't.yaml')).task == 'd'
 

@@ -37,18 +37,18 @@ def data(path, **changes):
 
 
 def test_blank_lines_or_lines_separate_passages(path, tmp_path):
-  (found,), _ = documents.read_documents(path)
-  assert found.passages == ('one two\nthree', 'four five six')
+  (actual,), _ = documents.read_documents(path)
+  assert actual.passages == ('one two\nthree', 'four five six')
   (tmp_path / 'b.txt').write_text('one\ntwo\n')
-  (found,), _ = documents.read_documents(str(tmp_path / 'b.txt'))
-  assert found.passages == ('one', 'two') and found.separator == '\n'
+  (actual,), _ = documents.read_documents(str(tmp_path / 'b.txt'))
+  assert actual.passages == ('one', 'two') and actual.separator == '\n'
 
 
 def test_pieces_of_a_stream_predict_every_token_once(path):
-  found = text_dataset.read_chunks(
+  actual = text_dataset.read_chunks(
     data(path), CausalCollator(ByteTokenizer(), 5), path
   )
-  made = [found.make(ids, None) for ids in found]
+  made = [actual.make(ids, None) for ids in actual]
   targets = np.concatenate([m.ids[1:] for m in made])
   joined = 'one two\nthree\n\nfour five six'
   # All bytes but the first, and EOS.
@@ -61,12 +61,12 @@ def test_packed_documents_are_cut_each_by_itself(tmp_path):
   rows = [{'text': 'abc'}, {'text': 'defgh'}]
   (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   form = CausalCollator(ByteTokenizer(), 7, packed=True)
-  found = text_dataset.read_chunks(data(str(tmp_path)), form, str(tmp_path))
-  assert [ByteTokenizer().decode(ids.tolist()) for ids in found] == [
+  actual = text_dataset.read_chunks(data(str(tmp_path)), form, str(tmp_path))
+  assert [ByteTokenizer().decode(ids.tolist()) for ids in actual] == [
     'abc',
     'defgh',
   ]
-  assert all(ids[-1] == 1 for ids in found)
+  assert all(ids[-1] == 1 for ids in actual)
 
 
 def test_spans_have_the_lengths_that_t5_defines():
@@ -114,16 +114,16 @@ def test_rows_of_spans_are_full_and_lose_nothing(tmp_path):
   letters = ''.join(rng.choice(list('abc d'), 2000))
   (tmp_path / 'a.txt').write_text(letters)
   path, form = str(tmp_path / 'a.txt'), Seq2SeqCollator(ByteTokenizer(), 61, 20)
-  found = text_dataset.read_chunks(
+  actual = text_dataset.read_chunks(
     data(path, pretraining_objective='spans'), form, path, vocab_size=300
   )
   whole, sentinels = [], set(range(259, 300))
-  for ids in found:
-    x, y = found.make(ids, rng)
+  for ids in actual:
+    x, y = actual.make(ids, rng)
     whole += restored(x.tolist(), y.tolist(), sentinels)
-    if len(ids) == len(found[0]):
+    if len(ids) == len(actual[0]):
       assert len(x) == 61 and len(y) <= 20 and x[1:].max() == 299
-  assert whole == found.ids.tolist()
+  assert whole == actual.ids.tolist()
 
 
 def test_spans_that_find_no_room_say_what_to_set(path):
@@ -141,10 +141,10 @@ def test_spans_that_find_no_room_say_what_to_set(path):
 
 def test_a_decoder_reads_spans_in_one_row(path):
   form = CausalCollator(ByteTokenizer(), 31)
-  found = text_dataset.read_chunks(
+  actual = text_dataset.read_chunks(
     data(path, pretraining_objective='spans'), form, path, vocab_size=300
   )
-  made = found.make(found[0], np.random.default_rng(0))
+  made = actual.make(actual[0], np.random.default_rng(0))
   assert 30 <= len(made.ids) <= 32
   (first,) = np.flatnonzero(np.diff(made.loss_mask)) + 1
   # The inputs end with EOS, and the answer begins with the first sentinel.
@@ -152,13 +152,13 @@ def test_a_decoder_reads_spans_in_one_row(path):
 
 
 def test_a_prefix_is_given_and_the_rest_predicted(path):
-  found = text_dataset.read_chunks(
+  actual = text_dataset.read_chunks(
     data(path, pretraining_objective='prefix'),
     CausalCollator(ByteTokenizer(), 9),
     path,
   )
   rng = np.random.default_rng(0)
-  cuts = {int(found.make(found[0], rng).loss_mask.sum()) for _ in range(97)}
+  cuts = {int(actual.make(actual[0], rng).loss_mask.sum()) for _ in range(97)}
   assert cuts == set(range(1, 10))
   pairs = text_dataset.read_chunks(
     data(path, pretraining_objective='prefix'),
@@ -180,14 +180,14 @@ def test_next_tokens_are_refused_to_an_encoder(path):
 
 def test_text_is_held_out_at_the_end_and_drawn_in_epochs(path):
   form = CausalCollator(ByteTokenizer(), 3)
-  found = open_data(data(path, validation_fraction=0.2), 0, collator=form)
-  held = np.concatenate([s.ids[1:] for s in found.held_out])
+  actual = open_data(data(path, validation_fraction=0.2), 0, collator=form)
+  stored = np.concatenate([s.ids[1:] for s in actual.held_out])
   # 28 tokens are 9 pieces of 3 targets and one of less; the last two stay out.
-  assert ByteTokenizer().decode(held.tolist()) == 'six'[-len(held) + 1 :]
-  epoch = [tuple(found.train[i].ids) for i in range(8)]
-  again = [tuple(found.train[i].ids) for i in range(8, 16)]
+  assert ByteTokenizer().decode(stored.tolist()) == 'six'[-len(stored) + 1 :]
+  epoch = [tuple(actual.train[i].ids) for i in range(8)]
+  again = [tuple(actual.train[i].ids) for i in range(8, 16)]
   assert sorted(epoch) == sorted(again) and epoch != again
-  assert epoch == [tuple(found.train[i].ids) for i in range(8)]
+  assert epoch == [tuple(actual.train[i].ids) for i in range(8)]
 
 
 @pytest.mark.parametrize(
@@ -217,19 +217,19 @@ def test_replayed_text_has_its_share_of_the_examples(path, tmp_path):
   (tmp_path / 'b.txt').write_text('zzzz' * 97)
   form = CausalCollator(ByteTokenizer(), 5)
   changes = {'replay': str(tmp_path / 'b.txt'), 'replay_rate': 0.25}
-  found = open_data(data(path, **changes), 0, collator=form)
+  actual = open_data(data(path, **changes), 0, collator=form)
   # In each 1,024 places the rates are exact; z is 125.
-  old = sum(found.train[i].ids[0] == 125 for i in range(1024))
+  old = sum(actual.train[i].ids[0] == 125 for i in range(1024))
   assert old == 256
-  assert found.shares == {'a.txt': 0.75, changes['replay']: 0.25}
+  assert actual.shares == {'a.txt': 0.75, changes['replay']: 0.25}
   config = data('', source='tasks', **changes)
-  found = open_data(config, 0, collator=form)
-  mixed = form.encode([found.train[i] for i in range(16)])
+  actual = open_data(config, 0, collator=form)
+  mixed = form.encode([actual.train[i] for i in range(16)])
   assert len(mixed) == 16
 
 
 def test_a_file_that_is_moved_gives_its_rows_in_the_same_order(tmp_path):
-  found = []
+  actual = []
   for folder in ('here', 'there'):
     (tmp_path / folder).mkdir()
     moved = tmp_path / folder / 'a.txt'
@@ -237,19 +237,19 @@ def test_a_file_that_is_moved_gives_its_rows_in_the_same_order(tmp_path):
     read = open_data(
       data(str(moved)), 0, collator=CausalCollator(ByteTokenizer(), 5)
     ).train
-    found.append([read[i].ids.tolist() for i in range(40)])
-  assert found[0] == found[1]
+    actual.append([read[i].ids.tolist() for i in range(40)])
+  assert actual[0] == actual[1]
 
 
 def test_the_share_of_replayed_tokens_is_told(path, tmp_path):
   (tmp_path / 'b.txt').write_text('zzzz' * 97)
   form = CausalCollator(ByteTokenizer(), 5)
   changes = {'replay': str(tmp_path / 'b.txt'), 'replay_rate': 0.25}
-  found = open_data(data(path, **changes), 0, collator=form)
-  assert '25.0% of the examples (not of the tokens)' in found.notes[-1]
+  actual = open_data(data(path, **changes), 0, collator=form)
+  assert '25.0% of the examples (not of the tokens)' in actual.notes[-1]
   # In whole rounds of 1,024 a quarter: five tokens of each against one.
-  trained = [5 if found.replay[i][0] else 1 for i in range(1024)]
-  said = replay_shares(found, trained)
+  trained = [5 if actual.replay[i][0] else 1 for i in range(1024)]
+  said = replay_shares(actual, trained)
   assert '25.0% of the examples, 62.5% of the trained tokens' in said
 
 
@@ -261,8 +261,8 @@ def test_the_command_tells_the_share_of_replayed_tokens(tmp_path, capsys):
   config.data.update({'tokenizer': 'bytes', 'length': 40, 'tasks': 'B'})
   config.data.update({'replay': str(tmp_path / 'b.txt'), 'replay_rate': 0.25})
   show(config, 1, 1, False)
-  said = capsys.readouterr().out
-  assert 'replayed text: 25.0% of the examples, ' in said
+  output = capsys.readouterr().out
+  assert 'replayed text: 25.0% of the examples, ' in output
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,9 @@ def test_similarity_is_of_five_words_in_a_row():
 def test_the_first_of_near_duplicates_stays():
   texts = [words(0), words(500), words(1), words(0), words(30)]
   # 55 shared of 57; 56 of 56; 26 of 86.
-  found = dedup.near_duplicates(texts, 0.8)
-  assert found == [False, False, True, True, False]
-  assert found == dedup.near_duplicates(texts, 0.8)
+  actual = dedup.near_duplicates(texts, 0.8)
+  assert actual == [False, False, True, True, False]
+  assert actual == dedup.near_duplicates(texts, 0.8)
   assert dedup.near_duplicates(texts, 1.0) == [False, False, False, True, False]
 
 
@@ -80,12 +80,12 @@ def test_what_goes_is_counted_and_told(tmp_path):
   data = config_lib.default().data
   data.source, data.path = 'text', str(path)
   data.quality_filters, data.dedup_threshold = 'length', 0.8
-  found = text_dataset.read_chunks(
+  actual = text_dataset.read_chunks(
     data, CausalCollator(ByteTokenizer(), 31), str(path)
   )
-  shown = ByteTokenizer().decode(found.ids.tolist())
+  shown = ByteTokenizer().decode(actual.ids.tolist())
   assert shown == f'{GOOD}\n{words(0)}'
-  assert found.notes[:2] == (
+  assert actual.notes[:2] == (
     "1 passages go by the rule 'length' (50 to 100,000 words)",
     '2 passages go as near duplicates (0.8 alike)',
   )

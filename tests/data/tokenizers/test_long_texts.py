@@ -23,10 +23,10 @@ def vocabularies(tmp_path_factory):
   made = {}
   for kind in (*KINDS, 'bos'):
     path = tmp_path_factory.mktemp(kind)
-    found = chat_cases.learnt(
+    actual = chat_cases.learnt(
       'spaces' if kind == 'bos' else kind, kind == 'bos'
     )
-    found.save_pretrained(path)
+    actual.save_pretrained(path)
     made[kind] = HuggingFaceTokenizer(str(path))
   return made
 
@@ -44,12 +44,12 @@ def drawn(size, seed=0):
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_document_s_ids_are_those_of_its_text(vocabularies, kind):
   words = vocabularies[kind]
-  found = [
+  actual = [
     Document('a', ('the cat sat', 'on the mat', '  x = 1')),
     Document('b', ('the cat sat', 'on the mat'), '\n'),
   ]
   for ids, document in zip(
-    text_dataset.encode_documents(words, found), found, strict=True
+    text_dataset.encode_documents(words, actual), actual, strict=True
   ):
     joined = document.separator.join(document.passages)
     assert ids.tolist() == [*whole(words, joined), words.eos]
@@ -65,8 +65,8 @@ def test_a_long_text_s_ids_are_those_of_the_whole(vocabularies, kind):
     calls.append(max(map(len, texts)))
     return words.tokenizer(texts, **options)
 
-  (found,) = long_texts.encode(counted, [said], part=4096, overlap=128)
-  assert found.tolist() == whole(words, said)
+  (actual,) = long_texts.encode(counted, [said], part=4096, overlap=128)
+  assert actual.tolist() == whole(words, said)
   # An eighth of 4,096 characters at most: never the whole text.
   assert max(calls) == 512 and len(calls) > 1
 
@@ -75,15 +75,15 @@ def test_a_text_that_has_no_joint_is_given_as_a_whole(vocabularies):
   # One token a character of unknown bytes would agree; a row of one letter
   # agrees anywhere, so what must hold is the count.
   words, said = vocabularies['bytes'], 'é' * 3001
-  (found,) = long_texts.encode(words.tokenizer, [said], part=4096, overlap=128)
-  assert found.tolist() == whole(words, said)
+  (actual,) = long_texts.encode(words.tokenizer, [said], part=4096, overlap=128)
+  assert actual.tolist() == whole(words, said)
 
 
 def test_many_texts_keep_their_order_in_batches(vocabularies):
   words = vocabularies['lines']
   texts = [drawn(size, size) for size in (3, 0, 50, 7, 400, 11, 2)]
-  found = long_texts.encode(words.tokenizer, texts, part=500, overlap=32)
-  assert [ids.tolist() for ids in found] == [whole(words, t) for t in texts]
+  actual = long_texts.encode(words.tokenizer, texts, part=500, overlap=32)
+  assert [ids.tolist() for ids in actual] == [whole(words, t) for t in texts]
   assert long_texts.encode(words.tokenizer, []) == []
 
 
@@ -97,8 +97,8 @@ def test_documents_begin_with_what_the_tokenizer_begins_texts_with(
   )
   data = config_lib.default().data
   data.source, data.path = 'text', str(tmp_path)
-  found, _ = documents.read_documents(data.path)
-  assert len(found) == 2
+  actual, _ = documents.read_documents(data.path)
+  assert len(actual) == 2
   made = text_dataset.read_chunks(data, CausalCollator(words, 997), data.path)
   said = words.show(made.ids.tolist())
   assert said.count('<s>') == said.count('</s>') == 2

@@ -76,8 +76,8 @@ def test_every_kind_gives_back_lines_and_blanks(tmp_path, kind, library):
   lines = [f'{line}\n\n  {line}.' for line in LINES]
   # sentencepiece finds no more than 48 pieces here.
   size = {'bytes': 300, 'wordpiece': 90}.get(kind, 47)
-  found = train(TokenizerSpec(kind, size, chat=True, library=library), lines)
-  found.save_pretrained(tmp_path)
+  actual = train(TokenizerSpec(kind, size, chat=True, library=library), lines)
+  actual.save_pretrained(tmp_path)
   words = HuggingFaceTokenizer(str(tmp_path))
   for said in (
     f'{LINES[3]}\n\n{LINES[5]}',
@@ -91,16 +91,16 @@ def test_every_kind_gives_back_lines_and_blanks(tmp_path, kind, library):
 
 @pytest.mark.parametrize('kind', ['bytes', 'bpe', 'wordpiece'])
 def test_marks_of_pieces_that_go_on_are_text_too(kind):
-  found = train(TokenizerSpec(kind, 290), [*LINES, '## #the ##fox##'] * 5)
+  actual = train(TokenizerSpec(kind, 290), [*LINES, '## #the ##fox##'] * 5)
   said = '## the ###fox ##\n##'
-  assert found.decode(found(said)['input_ids']) == said
+  assert actual.decode(actual(said)['input_ids']) == said
 
 
 @pytest.mark.parametrize('kind', ['bpe', 'wordpiece', 'unigram'])
 def test_lines_are_known_where_the_text_has_none(kind):
-  found = train(TokenizerSpec(kind, 90), LINES)
-  ids = found('the\n\tfox')['input_ids']
-  assert found.unk_token_id not in ids and found.decode(ids) == 'the\n\tfox'
+  actual = train(TokenizerSpec(kind, 90), LINES)
+  ids = actual('the\n\tfox')['input_ids']
+  assert actual.unk_token_id not in ids and actual.decode(ids) == 'the\n\tfox'
 
 
 @_SENTENCEPIECE
@@ -115,9 +115,9 @@ def test_sentencepiece_trains_unigram_too(text, tmp_path):
 
 
 def test_tokens_a_word_are_counted():
-  found = train(TokenizerSpec('bytes', 259), LINES)
+  actual = train(TokenizerSpec('bytes', 259), LINES)
   # No merge: as many tokens as bytes; 'ab cd' has 5 of them and 2 words.
-  assert str(tokenizer.measure_fit(found, ['ab cd'])) == (
+  assert str(tokenizer.measure_fit(actual, ['ab cd'])) == (
     '2.500 tokens a word, 1.000 a byte, 0.00% unknown'
   )
 

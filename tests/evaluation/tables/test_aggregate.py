@@ -20,10 +20,10 @@ ACCURACY = ColumnKey('held_out', 'accuracy', '')
 
 
 def entry(folder, rows=(), changes=None, **more):
-  (found,) = run_results.read(
+  (actual,) = run_results.read(
     runs.make(folder, rows, changes, **more), DEFAULTS
   )
-  return found
+  return actual
 
 
 def held_out(folder, rows, **more):
@@ -49,11 +49,11 @@ def test_held_out_accuracy_is_the_mean_over_tasks_in_per_cent(tmp_path):
     ('a', 'r', 'accuracy', runs.right(4, 4)),
     ('b', 'p', 'accuracy', runs.right(1, 2)),
   ]
-  found = aggregate.estimates_of(held_out(tmp_path, rows))
+  actual = aggregate.estimates_of(held_out(tmp_path, rows))
   # The median of 25, 75 and 100 is 75; with 50 the mean is 62.5.
-  assert found[ACCURACY].value == pytest.approx(62.5)
-  assert found[ACCURACY].majority == pytest.approx(50)
-  assert set(found) == {ACCURACY}
+  assert actual[ACCURACY].value == pytest.approx(62.5)
+  assert actual[ACCURACY].majority == pytest.approx(50)
+  assert set(actual) == {ACCURACY}
 
 
 def test_an_average_needs_all_eight_sets(tmp_path):
@@ -62,19 +62,19 @@ def test_an_average_needs_all_eight_sets(tmp_path):
   assert whole[average].value == pytest.approx(60)
   assert len(whole) == 9
   lacking = [t for t in runs.TASKS if t != 'copa']
-  found = aggregate.estimates_of(
+  actual = aggregate.estimates_of(
     entry(tmp_path / 'b', runs.grid(3, 5, lacking))
   )
-  assert average not in found and len(found) == 7
+  assert average not in actual and len(actual) == 7
 
 
 def test_other_tasks_do_not_enter_the_papers_average(tmp_path):
   rows = [*runs.grid(3, 5), ('mine', 'p', 'accuracy', runs.right(0, 5))]
-  found = aggregate.estimates_of(entry(tmp_path, rows))
-  assert found[ColumnKey('eval', 'accuracy', 'average')].value == pytest.approx(
-    60
-  )
-  assert found[ColumnKey('eval', 'accuracy', 'mean')].value == 0
+  actual = aggregate.estimates_of(entry(tmp_path, rows))
+  assert actual[
+    ColumnKey('eval', 'accuracy', 'average')
+  ].value == pytest.approx(60)
+  assert actual[ColumnKey('eval', 'accuracy', 'mean')].value == 0
 
 
 def test_without_examples_five_seeds_have_students_interval_and_fewer_none():
@@ -94,10 +94,10 @@ def test_without_examples_five_seeds_have_students_interval_and_fewer_none():
 def test_students_interval_ends_where_the_measure_does():
   accuracies = (100.0, 100.0, 100.0, 100.0, 80.0)
   seeds = [{ACCURACY: Estimate(x), LOSS: Estimate(x / 100)} for x in accuracies]
-  found = aggregate.mean_over_seeds(seeds)
+  actual = aggregate.mean_over_seeds(seeds)
   # 96 +- 2.776 * 8.94 / sqrt(5) = 96 +- 11.1.
-  assert found[ACCURACY].high == 100 and 84 < found[ACCURACY].low < 85
-  assert found[LOSS].high == pytest.approx(1.07, abs=0.01)
+  assert actual[ACCURACY].high == 100 and 84 < actual[ACCURACY].low < 85
+  assert actual[LOSS].high == pytest.approx(1.07, abs=0.01)
 
 
 def test_two_seeds_are_resampled_with_their_examples(tmp_path):
@@ -168,10 +168,10 @@ def test_differences_are_paired_by_example(tmp_path):
     tmp_path / 'b',
     [('t', 'p', 'accuracy', each), ('t', 'p', 'loss', nll, weights)],
   )
-  found = difference(one, other)
+  actual = difference(one, other)
   # The same answers: no resample differs. Loss differs by one in each.
-  assert found[ACCURACY] == Estimate(0.0, 0.0, 0.0)
-  figure = found[LOSS]
+  assert actual[ACCURACY] == Estimate(0.0, 0.0, 0.0)
+  figure = actual[LOSS]
   values = (figure.value, figure.low, figure.high)
   # Sums of 53 float64 numbers.
   np.testing.assert_allclose(values, 1, rtol=1e-12)
@@ -261,8 +261,8 @@ def test_after_json_stands_back_where_any_run_has_rows(tmp_path):
   rows = [('t', 'p', 'loss', [1.0, 2.0], [1, 1])]
   other = held_out(tmp_path / 'b', rows, after=after)
   assert aggregate.estimates_of(one)[LOSS] == Estimate(2.0)
-  kept = aggregate.without_after_evaluations([one, other])
-  assert [LOSS in aggregate.estimates_of(e) for e in kept] == [False, True]
+  remaining = aggregate.without_after_evaluations([one, other])
+  assert [LOSS in aggregate.estimates_of(e) for e in remaining] == [False, True]
 
 
 def test_seeds_are_one_row_and_settings_are_told_apart(tmp_path):
@@ -273,8 +273,8 @@ def test_seeds_are_one_row_and_settings_are_told_apart(tmp_path):
     entry(tmp_path / 'c', rows, config={'optimizer.learning_rate': 0.01}),
     entry(tmp_path / 'd', rows, {'method': 'ia3'}),
   ]
-  found = tables_seeds.group_by_seed(made)
-  assert [(len(g.entries), g.qualifier) for g in found] == [
+  actual = tables_seeds.group_by_seed(made)
+  assert [(len(g.entries), g.qualifier) for g in actual] == [
     (2, 'optimizer.learning_rate=0.001'),
     (1, 'optimizer.learning_rate=0.01'),
     (1, ''),
@@ -317,13 +317,13 @@ def test_best_checkpoints_of_other_steps_are_seeds_of_one_row(tmp_path):
       (3, 7, None),
     )
   ]
-  found = tables_seeds.group_by_seed(made)
-  assert [([e.seed for e in g.entries], g.qualifier) for g in found] == [
+  actual = tables_seeds.group_by_seed(made)
+  assert [([e.seed for e in g.entries], g.qualifier) for g in actual] == [
     ([0, 1], 'best checkpoint'),
     ([2, 3], 'step 7'),
   ]
   # The best of all thirteen steps.
-  assert found[0].first.budget == (13, 5)
+  assert actual[0].first.budget == (13, 5)
 
 
 def test_two_best_checkpoints_of_one_run_are_no_two_seeds(tmp_path):
@@ -343,8 +343,8 @@ def base(folder, rows, changes=None, **more):
 def test_a_base_has_the_rows_of_all_its_evaluations(tmp_path):
   cb, rte = runs.grid(1, 3, ['cb', 'rte'])
   one, other = base(tmp_path / 'a', [cb]), base(tmp_path / 'b', [cb, rte])
-  (found,) = tables_seeds.group_by_seed([one, other])
-  assert [row.task for row in found.first.rows] == ['cb', 'rte']
+  (actual,) = tables_seeds.group_by_seed([one, other])
+  assert [row.task for row in actual.first.rows] == ['cb', 'rte']
   wrong = base(tmp_path / 'c', runs.grid(2, 3, ['cb']))
   with pytest.raises(ValueError, match="contradict each other in .* of 'cb'"):
     tables_seeds.group_by_seed([one, wrong])
@@ -393,11 +393,11 @@ def test_embedded_tasks_are_told_apart_by_group_and_wording(tmp_path):
     (second, 'seen', 'accuracy', runs.right(2, 2)),
     (other, 'seen', 'accuracy', runs.right(0, 2)),
   ]
-  found = aggregate.estimates_of(
+  actual = aggregate.estimates_of(
     held_out(tmp_path, rows, config={'data.source': 'tasks'})
   )
   # A: the mean of 50 and 100; the wordings are no prompts of one median.
-  assert {key.dataset: f.value for key, f in found.items()} == {
+  assert {key.dataset: f.value for key, f in actual.items()} == {
     'A seen': 75,
     'A held_out': 0,
     'C seen': 0,
@@ -409,6 +409,6 @@ def test_the_papers_sets_beside_held_out_tasks_stay_apart(tmp_path):
     ('mine', 'p', 'accuracy', runs.right(1, 2)),
     ('cb', 'p', 'accuracy', runs.right(2, 2)),
   ]
-  found = aggregate.estimates_of(held_out(tmp_path, rows))
-  assert found[ACCURACY].value == 50
-  assert found[ColumnKey('held_out', 'accuracy', 'cb')].value == 100
+  actual = aggregate.estimates_of(held_out(tmp_path, rows))
+  assert actual[ACCURACY].value == 50
+  assert actual[ColumnKey('held_out', 'accuracy', 'cb')].value == 100

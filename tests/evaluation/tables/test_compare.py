@@ -29,13 +29,13 @@ def text(*given, **options):
 
 def body(printed):
   """{first cell: the others} of a Markdown table, cells without spaces."""
-  found = {}
+  actual = {}
   for line in printed.splitlines():
     if line.startswith('| ') and '---' not in line:
       first, *cells = (cell.strip() for cell in line.strip('|').split(' | '))
-      assert first not in found
-      found[first] = cells
-  return found
+      assert first not in actual
+      actual[first] = cells
+  return actual
 
 
 def two_runs(tmp_path):
@@ -536,10 +536,10 @@ def test_what_cannot_be_a_table_is_one_sentence(tmp_path):
     ([lora, lora], {}, 'given twice'),
     ([lora, ia3], {'baseline': 'mov'}, 'expected one'),
   ]
-  for given, options, said in wrong:
+  for given, options, raised in wrong:
     with pytest.raises(ValueError) as error:
       text(*given, **options)
-    assert said in str(error.value)
+    assert raised in str(error.value)
     assert '\n' not in str(error.value)
 
 

@@ -81,8 +81,8 @@ def test_a_row_of_the_base_is_near_the_base_in_a_batch_of_all(mixed):
   # XLA fuses a program of many forms otherwise, and adds in another order.
   base, _, batch, rows = mixed
   model = banked.model_of(base, AdapterMap())
-  wanted = jax.jit(model.apply)({'params': base.params}, batch)
-  assert_close(rows[''], np.asarray(wanted))
+  expected = jax.jit(model.apply)({'params': base.params}, batch)
+  assert_close(rows[''], np.asarray(expected))
 
 
 # The formulas of the last four show it. DoRA takes 20 s to compile, so the fast
@@ -118,11 +118,11 @@ def test_the_first_slot_is_the_base_bit_for_bit(method):
   rows = jax.tree.map(lambda a: np.stack([a, a]), batch)
   model = banked.model_of(base, AdapterMap())
   with jax.disable_jit():
-    wanted = jax.vmap(lambda row: model.apply({'params': base.params}, row))(
+    expected = jax.vmap(lambda row: model.apply({'params': base.params}, row))(
       rows
     )
     logits = banked.together(base, banks, ['', ''], batch)
-  np.testing.assert_array_equal(logits, wanted)
+  np.testing.assert_array_equal(logits, expected)
 
 
 def test_the_first_slot_is_tried_with_every_method():

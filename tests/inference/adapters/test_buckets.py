@@ -17,8 +17,8 @@ def form(method, semantics='official'):
 
 
 def methods(*texts):
-  found = buckets.merge_buckets([form(text) for text in texts], SITES)
-  return [f.method for f in found]
+  actual = buckets.merge_buckets([form(text) for text in texts], SITES)
+  return [f.method for f in actual]
 
 
 @pytest.mark.parametrize(
@@ -84,27 +84,27 @@ def test_semantics_that_change_the_function_change_the_form():
   assert len(buckets.merge_buckets([official, paper], SITES)) == 2
   # Of LoRA they decide where it acts, which a form has all of.
   official, paper = form('lora'), form('lora', 'paper')
-  (found,) = buckets.merge_buckets([official], SITES)
-  assert found.holds(paper)
+  (actual,) = buckets.merge_buckets([official], SITES)
+  assert actual.holds(paper)
 
 
 def test_a_form_acts_at_the_default_sites_and_at_those_that_were_named():
-  (found,) = buckets.merge_buckets([form("lora(targets='head')")], SITES)
+  (actual,) = buckets.merge_buckets([form("lora(targets='head')")], SITES)
   # 4 projections in three attentions, 3 in two feed-forwards, and the head.
-  assert len(found.parts[0].sites) == 4 * 3 + 3 * 2 + 1
-  assert not found.holds(form('lora(rank=5)'))
-  assert found.holds(form('lora(rank=2)'))
+  assert len(actual.parts[0].sites) == 4 * 3 + 3 * 2 + 1
+  assert not actual.holds(form('lora(rank=5)'))
+  assert actual.holds(form('lora(rank=2)'))
   (plain,) = buckets.merge_buckets([form('lora')], SITES)
   assert not plain.holds(form("lora(targets='head')"))
 
 
 def test_entries_of_all_forms_have_names_of_their_own():
-  wanted = [form(m) for m in ('ia3', 'lora', 'ia3 + lora', 'lora + ia3')]
-  wanted.append(form("ia3(on='input', targets='*/wo')"))
-  found = buckets.merge_buckets(wanted, SITES)
-  entries = [part.name for f in found for part in f.parts]
+  expected = [form(m) for m in ('ia3', 'lora', 'ia3 + lora', 'lora + ia3')]
+  expected.append(form("ia3(on='input', targets='*/wo')"))
+  actual = buckets.merge_buckets(expected, SITES)
+  entries = [part.name for f in actual for part in f.parts]
   assert len(set(entries)) == len(entries) == 7
-  assert [f.name for f in found] == sorted(f.name for f in found)
+  assert [f.name for f in actual] == sorted(f.name for f in actual)
 
 
 @pytest.mark.parametrize(

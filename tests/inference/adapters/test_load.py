@@ -50,12 +50,12 @@ def run(workdir, base, method, trainable=None):
 
 
 def assert_reads(path, base, tree):
-  found = read_adapter(str(path), base)
+  actual = read_adapter(str(path), base)
   flat = weight_mapping.flatten(tree)
-  assert found.arrays.keys() == flat.keys()
+  assert actual.arrays.keys() == flat.keys()
   for name, array in flat.items():
-    np.testing.assert_array_equal(found.arrays[name], array, err_msg=name)
-  return found
+    np.testing.assert_array_equal(actual.arrays[name], array, err_msg=name)
+  return actual
 
 
 def test_a_run_and_its_export_are_one_content(base, tmp_path):
@@ -72,10 +72,10 @@ def test_an_adapter_of_hugging_faces_peft_is_read(base, tmp_path):
   peft.save(
     str(tmp_path / 'peft'), CONFIG, adapter.AdapterWeights(built.method, tree)
   )
-  found = assert_reads(tmp_path / 'peft', base, tree)
+  actual = assert_reads(tmp_path / 'peft', base, tree)
   # Its sites are named in the file, ours are the default: one form.
   own = read_adapter(banked.save(tmp_path / 'own', base, METHOD)[0], base)
-  assert found.bucket.parts[0].kind == own.bucket.parts[0].kind
+  assert actual.bucket.parts[0].kind == own.bucket.parts[0].kind
 
 
 def test_semantics_come_with_the_adapter(base, tmp_path):
@@ -127,12 +127,12 @@ def test_a_broken_adapter_leaves_what_was_loaded(base, tmp_path):
   banks = AdapterPool(base, {'it': good}, slots=3)
   before = banks.loaded()
   tree['decoder']['layers']['self']['q']['lora']['b'][1, 0, 0] = np.nan
-  _, found = adapter.load(good)
-  adapter.save(tmp_path / 'nan', tree, found)
+  _, actual = adapter.load(good)
+  adapter.save(tmp_path / 'nan', tree, actual)
   with pytest.raises(ValueError, match='self/q/lora/b.*diverged'):
     banks.load('it', str(tmp_path / 'nan'))
   del tree['decoder']['layers']['self']['q']
-  adapter.save(tmp_path / 'less', tree, found)
+  adapter.save(tmp_path / 'less', tree, actual)
   with pytest.raises(ValueError, match='does not fit'):
     banks.load('it', str(tmp_path / 'less'))
   assert banks.loaded() == before

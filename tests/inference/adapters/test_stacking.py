@@ -36,11 +36,11 @@ def base():
 def paths(base, tmp_path_factory):
   """Four LoRA of other contents each, and an (IA)^3."""
   place = tmp_path_factory.mktemp('adapters')
-  found = {
+  actual = {
     name: banked.save(place / name, base, f'lora(rank={rank})', rank)[0]
     for rank, name in enumerate('abcd', 1)
   }
-  return found | {'ia3': banked.save(place / 'ia3', base, 'ia3')[0]}
+  return actual | {'ia3': banked.save(place / 'ia3', base, 'ia3')[0]}
 
 
 @pytest.fixture
@@ -71,8 +71,10 @@ def test_a_row_takes_one_slot_and_elsewhere_the_identity(banks, paths):
   np.testing.assert_array_equal(banks.row(''), [0, 0])
   np.testing.assert_array_equal(banks.row('a'), [0, 1])
   np.testing.assert_array_equal(banks.row('i'), [1, 0])
-  held = banks.acquire('a')
-  np.testing.assert_allclose(query(banks, held), wanted(paths, 'a'), rtol=1e-6)
+  stored = banks.acquire('a')
+  np.testing.assert_allclose(
+    query(banks, stored), wanted(paths, 'a'), rtol=1e-6
+  )
   assert not query(banks, banks.acquire('')).any()
 
 
@@ -127,15 +129,15 @@ def test_a_replaced_adapter_that_nobody_uses_is_forgotten(banks, paths):
   gone = weakref.ref(fitted)
   banks.put('a', fitted)
   del fitted
-  held = banks.acquire('a')
+  stored = banks.acquire('a')
   banks.load('a', paths['c'])
   assert gone() is not None
-  banks.release(held)
+  banks.release(stored)
   assert gone() is None
 
 
 def test_an_unloaded_adapter_is_unknown_at_once_and_ends_in_order(banks, paths):
-  held = banks.acquire('a')
+  stored = banks.acquire('a')
   banks.unload('a')
   with pytest.raises(UnknownAdapter, match="no adapter 'a'; there are none"):
     banks.acquire('a')
@@ -143,10 +145,10 @@ def test_an_unloaded_adapter_is_unknown_at_once_and_ends_in_order(banks, paths):
     banks.unload('a')
   banks.load('b', paths['b'])
   banks.acquire('b')
-  np.testing.assert_allclose(query(banks, held), wanted(paths, 'a'), 1e-6)
-  banks.release(held)
+  np.testing.assert_allclose(query(banks, stored), wanted(paths, 'a'), 1e-6)
+  banks.release(stored)
   banks.load('c', paths['c'])
-  assert banks.acquire('c').row[1] == held.row[1]
+  assert banks.acquire('c').row[1] == stored.row[1]
 
 
 def test_an_adapter_that_made_room_comes_back_when_it_is_asked_for(
@@ -156,9 +158,9 @@ def test_an_adapter_that_made_room_comes_back_when_it_is_asked_for(
     banks.load(name, paths[name])
   # Two slots for four; each is right whenever its turn is.
   for name in 'abcdab':
-    held = banks.acquire(name)
-    np.testing.assert_allclose(query(banks, held), wanted(paths, name), 1e-6)
-    banks.release(held)
+    stored = banks.acquire(name)
+    np.testing.assert_allclose(query(banks, stored), wanted(paths, name), 1e-6)
+    banks.release(stored)
   assert len(banks.loaded()) == 4
 
 
@@ -180,17 +182,17 @@ def test_a_slot_that_could_not_be_written_serves_nobody(
       banks.load('d', paths['d'])
   banks.load('d', paths['d'])
   for name in 'abcd':
-    held = banks.acquire(name)
-    np.testing.assert_allclose(query(banks, held), wanted(paths, name), 1e-6)
-    banks.release(held)
+    stored = banks.acquire(name)
+    np.testing.assert_allclose(query(banks, stored), wanted(paths, name), 1e-6)
+    banks.release(stored)
 
 
 def test_a_step_that_is_under_way_keeps_its_tree(banks, paths):
-  tree, held = banks.tree, banks.acquire('a')
-  banks.release(held)
+  tree, stored = banks.tree, banks.acquire('a')
+  banks.release(stored)
   for name in 'bcd':
     banks.load(name, paths[name])
-  own = row_tree(tree, held.row)['decoder']['layers']['self']['q']
+  own = row_tree(tree, stored.row)['decoder']['layers']['self']['q']
   assert sorted(own) == ['lora']
   np.testing.assert_allclose(own['lora']['b'], wanted(paths, 'a'), 1e-6)
 
@@ -231,10 +233,10 @@ def test_a_form_that_is_not_there_is_an_error_that_names_the_flag(
   assert [one.name for one in banks.loaded()] == ['a']
   banks.add_bucket('lora(rank=5)')
   banks.load('large', large)
-  held = banks.acquire('a')
-  assert query(banks, held).shape[1] == 8
+  stored = banks.acquire('a')
+  assert query(banks, stored).shape[1] == 8
   np.testing.assert_allclose(
-    query(banks, held)[:, :4], wanted(paths, 'a'), 1e-6
+    query(banks, stored)[:, :4], wanted(paths, 'a'), 1e-6
   )
   with pytest.raises(ValueError, match='requests use adapters'):
     banks.add_bucket('ia3')
@@ -264,12 +266,12 @@ def test_threads_take_turns(banks, paths):
     rng = np.random.default_rng(seed)
     for name in rng.choice(list('abcd'), 7):
       try:
-        held = banks.acquire(name)
+        stored = banks.acquire(name)
       except EngineFull:
         continue
-      if not np.allclose(query(banks, held), right[name], rtol=1e-6):
+      if not np.allclose(query(banks, stored), right[name], rtol=1e-6):
         wrong.append(name)
-      banks.release(held)
+      banks.release(stored)
 
   threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
   for thread in threads:

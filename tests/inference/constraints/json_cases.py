@@ -168,19 +168,19 @@ def bias(kind, texts, ends):
   Args:
     texts: bytes of each token.
   """
-  found = np.zeros(len(texts), np.float32)
+  actual = np.zeros(len(texts), np.float32)
   if kind == 'long tokens':
     return np.array([len(text) for text in texts], np.float32) * 3
   if kind == 'no end':
-    found[list(ends)] = -99
-    return found
+    actual[list(ends)] = -99
+    return actual
   signs = FAVOURED.get(kind, '').encode()
   for i, text in enumerate(texts):
     if kind == 'broken letters':
-      found[i] = 20.0 * any(byte > 127 for byte in text)
+      actual[i] = 20.0 * any(byte > 127 for byte in text)
     else:
-      found[i] = 20.0 * (bool(text) and all(byte in signs for byte in text))
-  return found
+      actual[i] = 20.0 * (bool(text) and all(byte in signs for byte in text))
+  return actual
 
 
 def stream(constraint, ends, favour, rng, most):
@@ -226,9 +226,9 @@ def _date(text):
 
 
 def _time(text):
-  wanted = r'\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)'
+  expected = r'\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)'
   datetime.time.fromisoformat(re.sub(r'\.\d+', '', text))
-  return bool(re.fullmatch(wanted, text, re.ASCII))
+  return bool(re.fullmatch(expected, text, re.ASCII))
 
 
 def _date_time(text):

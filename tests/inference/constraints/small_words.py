@@ -22,9 +22,9 @@ def saved(folder, kind, size=600):
 def texts(words, size):
   """Bytes of each token, as the decoder says them after a letter."""
   special = set(words.tokenizer.all_special_ids)
-  found = []
+  actual = []
   for i in range(size):
     known = i < len(words.tokenizer) and i not in special
     said = words.decode([i]) if known else ''
-    found.append(said.encode())
-  return found
+    actual.append(said.encode())
+  return actual

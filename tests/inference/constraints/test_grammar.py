@@ -37,9 +37,9 @@ def spaced(tmp_path_factory):
 
 def letters(mask):
   """What may come next, of bytes: their text, and '$' for the end."""
-  found = np.flatnonzero(mask)
-  assert not set(found) & {0, 2} and max(found) < 259
-  return ''.join('$' if i == 1 else chr(i - 3) for i in found)
+  actual = np.flatnonzero(mask)
+  assert not set(actual) & {0, 2} and max(actual) < 259
+  return ''.join('$' if i == 1 else chr(i - 3) for i in actual)
 
 
 def after(constraint, text):

@@ -162,10 +162,10 @@ def test_grammars_in_use_are_bounded_and_those_in_the_cache_make_room():
   )
   for text in 'abcdefg':  # answers that are over free their grammars
     assert compiler.regex(text).mask().any()
-  held = [compiler.regex(text) for text in 'xyz']
+  stored = [compiler.regex(text) for text in 'xyz']
   with pytest.raises(EngineFull, match='3 constraints are in use'):
     compiler.regex('w')
-  del held[0]
+  del stored[0]
   gc.collect()
   assert compiler.regex('w').mask().any()
 
@@ -204,7 +204,7 @@ def test_a_server_answers_400_and_others_meanwhile():
   engine.answer = lambda request: ids_of('abc')
   # Sixteen at once are more than asyncio's own pool has threads on two cores.
   limits = Limits(processes=8, process=PATIENT)
-  found = service(
+  actual = service(
     engine,
     ByteTokenizer(),
     compiler=Compiler(ByteTokenizer(), WIDE, (1,), limits),
@@ -213,7 +213,7 @@ def test_a_server_answers_400_and_others_meanwhile():
     'type': 'json_schema',
     'json_schema': {'name': 'x', 'schema': OVERLAPPING},
   }
-  with running(found) as client:
+  with running(actual) as client:
     answers = []
     threads = [
       threading.Thread(

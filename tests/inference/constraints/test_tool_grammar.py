@@ -69,13 +69,17 @@ def takes(compiler, words, constraint, text):
 
 def right(event):
   """Whether the arguments fit, said by hand."""
-  found = json.loads(event[1])
+  actual = json.loads(event[1])
   if event[0] == 'add':
-    fits = all(type(x) is int and 0 <= x <= 99 for x in found.values())
-    return set(found) == {'a', 'b'} and fits
+    fits = all(type(x) is int and 0 <= x <= 99 for x in actual.values())
+    return set(actual) == {'a', 'b'} and fits
   if event[0] == 'add_more':
-    return list(found) == ['to'] and found['to'] in ('x', '</tool_call>', '"é"')
-  return found == {}
+    return list(actual) == ['to'] and actual['to'] in (
+      'x',
+      '</tool_call>',
+      '"é"',
+    )
+  return actual == {}
 
 
 def read(style, text, sure):

@@ -42,8 +42,8 @@ def engine():
     # Of two short ones or so: 11 numbers of 4 bytes for each of 8 places.
     encoder_bytes=800,
   )
-  with running(model, small.params(), banks, settings) as found:
-    yield found
+  with running(model, small.params(), banks, settings) as actual:
+    yield actual
 
 
 @functools.cache

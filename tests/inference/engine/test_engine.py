@@ -109,11 +109,11 @@ def test_draws_depend_on_the_seed(engine):
   s = Sampling(temperature=1.0)
   ids = prompt(8, 5)
   seeds = (0, 1, 2**32, 2**40 + 1, -1, 0)
-  found = [ask(engine, ids, 9, sampling=s, seed=seed) for seed in seeds]
-  found = [tuple(answer.tokens) for answer in found]
-  assert found[0] == found[-1]
+  actual = [ask(engine, ids, 9, sampling=s, seed=seed) for seed in seeds]
+  actual = [tuple(answer.tokens) for answer in actual]
+  assert actual[0] == actual[-1]
   # 9 tokens of 37: that two of the five are equal by chance is no worry.
-  assert len(set(found)) == 5
+  assert len(set(actual)) == 5
 
 
 def test_draws_have_the_models_probabilities(engine):
@@ -121,16 +121,16 @@ def test_draws_have_the_models_probabilities(engine):
   p = np.exp(expected(ids)[-1])
   s = Sampling(temperature=1.0)
   many = 400
-  found = []
+  actual = []
   for seed in range(many):
-    if len(found) >= 30:
-      found[-30].wait()
-    found.append(ask(engine, ids, 1, sampling=s, seed=seed))
-  counts = np.bincount([a.tokens[0] for a in found], minlength=len(p))
+    if len(actual) >= 30:
+      actual[-30].wait()
+    actual.append(ask(engine, ids, 1, sampling=s, seed=seed))
+  counts = np.bincount([a.tokens[0] for a in actual], minlength=len(p))
   # The statistic's mean is the degrees of freedom, 36 at most; 36 + 5 times
   # the square root of 72 is passed by chance once in a million.
-  held = p > 1e-4
-  statistic = ((counts - many * p) ** 2 / (many * p))[held].sum()
+  stored = p > 1e-4
+  statistic = ((counts - many * p) ** 2 / (many * p))[stored].sum()
   assert statistic < 36 + 5 * 72**0.5
 
 

@@ -50,8 +50,8 @@ def small():
 @pytest.fixture(scope='module')
 def engine():
   """For tests after which it goes on."""
-  with running(*small()) as found:
-    yield found
+  with running(*small()) as actual:
+    yield actual
 
 
 def failing(engine, monkeypatch, name, times, take=False):
@@ -166,8 +166,8 @@ def test_clients_take_turns_and_keep_their_order():
   turns.put('b', 11)
   turns.remove('a', 2)
   assert len(turns) == 6 and sorted(turns) == [0, 1, 3, 10, 11, 20]
-  found = [turns.take() for _ in range(3)]
-  assert found == [0, 10, 20]
+  actual = [turns.take() for _ in range(3)]
+  assert actual == [0, 10, 20]
   # Who was taken too early is the next again.
   turns.put_back('c', 20)
   assert [turns.take() for _ in range(4)] == [20, 1, 11, 3]

@@ -127,9 +127,9 @@ def test_experts_are_the_weights_of_the_token_that_was_read(engine):
   told = [*asked.prompt[1:], *asked.scored]
   assert len(told) == len(weights)
   for token, own in zip(told, weights, strict=True):
-    found = token.experts['decoder/self/q']
-    np.testing.assert_allclose(found, own, atol=CLOSE)
-    assert abs(sum(found) - 1) < CLOSE
+    actual = token.experts['decoder/self/q']
+    np.testing.assert_allclose(actual, own, atol=CLOSE)
+    assert abs(sum(actual) - 1) < CLOSE
   # The base routes nowhere, and who does not ask is not told.
   assert ask(engine, ids, 1, routing=True).scored[0].experts is None
   assert ask(engine, ids, 1, adapter='one').scored[0].experts is None

@@ -139,12 +139,14 @@ def test_a_request_in_a_mixed_batch_is_as_alone(served):
   for one, other in zip(alone, mixed, strict=True):
     assert one.tokens == other.tokens
     for a, b in zip(one.scored, other.scored, strict=True):
-      wanted, found = dict(a.top), dict(b.top)
+      expected, actual = dict(a.top), dict(b.top)
       # The fifth may be another where two are equal nearly.
-      both = set(wanted) & set(found)
+      both = set(expected) & set(actual)
       assert len(both) >= 4
       for id in both:
-        assert abs(wanted[id] - found[id]) < CLOSE * max(1, abs(wanted[id]))
+        assert abs(expected[id] - actual[id]) < CLOSE * max(
+          1, abs(expected[id])
+        )
 
 
 def test_experts_are_told_of_the_sites_where_the_adapter_routes(served):

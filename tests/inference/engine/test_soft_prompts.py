@@ -72,8 +72,8 @@ def served(config, folder, **sizes):
 def llama(tmp_path_factory):
   folder = tmp_path_factory.mktemp('llama')
   engine, *rest = served(LLAMA, folder, chunk=4, min_chunk=4, batch_sizes=(5,))
-  with engine as found:
-    yield Served(found, *rest)
+  with engine as actual:
+    yield Served(actual, *rest)
 
 
 @pytest.fixture(scope='module')
@@ -82,8 +82,8 @@ def encoder(tmp_path_factory):
   engine, *rest = served(
     small.GATED, folder, chunk=8, min_chunk=8, batch_sizes=(5,)
   )
-  with engine as found:
-    yield Served(found, *rest)
+  with engine as actual:
+    yield Served(actual, *rest)
 
 
 @functools.cache
@@ -129,17 +129,17 @@ def check(found, name, ids, answer):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['llama', 'encoder'])
 def test_a_mixed_batch_says_what_each_adapters_own_model_says(kind, request):
-  found = request.getfixturevalue(kind)
+  actual = request.getfixturevalue(kind)
   names = ('', *METHODS)
-  with paused(found.engine):
+  with paused(actual.engine):
     # At once: five slots, prompts of several lengths.
     asked = [
-      (name, ids, ask(found.engine, ids, 6, adapter=name, logprobs=1))
+      (name, ids, ask(actual.engine, ids, 6, adapter=name, logprobs=1))
       for i, name in enumerate(names)
       for ids in [prompt(7, 9 + i)]
     ]
   for name, ids, answer in asked:
-    check(found, name, ids, answer)
+    check(actual, name, ids, answer)
   said = [tuple(answer.tokens) for _, _, answer in asked]
   # Else it would show little.
   assert len(set(said)) > 2

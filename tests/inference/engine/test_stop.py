@@ -212,17 +212,17 @@ def test_clients_take_turns(engine):
 
 def test_nothing_is_compiled_once_it_is_ready(engine):
   compiled = engine.stats().compiled
-  found = []
+  actual = []
 
   def listen(event, *args, **kwargs):
     if 'compile' in event:
-      found.append(event)
+      actual.append(event)
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     jax.jit(lambda a: a + compiled)(np.float32(1))
-    assert found, 'the listener hears no compilation'
-    found.clear()
+    assert actual, 'the listener hears no compilation'
+    actual.clear()
     s = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2)
     asked = [
       ask(
@@ -234,7 +234,7 @@ def test_nothing_is_compiled_once_it_is_ready(engine):
       for i in range(8)
     ]  # fmt: skip
     assert all(answer.end.reason in (LENGTH, STOP) for answer in asked)
-    assert found == [] and engine.stats().compiled == compiled
+    assert actual == [] and engine.stats().compiled == compiled
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
 

@@ -54,9 +54,9 @@ def parsed(style, pieces, constrained=False):
   """(events, joined where they go on with each other; the calls' count)."""
   ids = (f'call_{n}' for n in itertools.count())
   parser = Parser(STYLES[style], NAMES, constrained, lambda: next(ids))
-  found = [event for piece in pieces for event in parser.feed(piece)]
+  actual = [event for piece in pieces for event in parser.feed(piece)]
   events = []
-  for event in [*found, *parser.finish()]:
+  for event in [*actual, *parser.finish()]:
     last = events[-1] if events else None
     if isinstance(event, Content | Arguments) and type(last) is type(event):
       events[-1] = dataclasses.replace(event, text=last.text + event.text)

@@ -30,21 +30,21 @@ def function(**changes):
 
 
 def nested(levels):
-  found = {'type': 'string'}
+  actual = {'type': 'string'}
   for _ in range(levels):
-    found = {'type': 'array', 'items': found}
-  return {'type': 'object', 'properties': {'a': found}}
+    actual = {'type': 'array', 'items': actual}
+  return {'type': 'object', 'properties': {'a': actual}}
 
 
 def test_tools_are_read_as_the_api_has_them():
-  found = tools_tools.check_tools(
+  actual = tools_tools.check_tools(
     [function(), function(name='now', parameters=None, strict=True)]
   )
-  assert found == (
+  assert actual == (
     ToolSpec('weather', 'Of a city.', CITY),
     ToolSpec('now', 'Of a city.', {'type': 'object', 'properties': {}}, True),
   )
-  assert found[0].to_openai() == function()
+  assert actual[0].to_openai() == function()
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,14 @@ def test_a_choice_names_what_may_be_called():
     'type': 'allowed_tools',
     'allowed_tools': {'mode': 'required', 'tools': [named]},
   }
-  for found, expected in (
+  for actual, expected in (
     (None, Choice('auto', ('a', 'b'))),
     ('none', Choice('none', ('a', 'b'))),
     ('required', Choice('required', ('a', 'b'))),
     (named, Choice('required', ('b',), once=True)),
     (some, Choice('required', ('b',))),
   ):
-    assert tools_tools.read_tool_choice(found, tools) == expected
+    assert tools_tools.read_tool_choice(actual, tools) == expected
   assert tools_tools.read_tool_choice(None, ()) == Choice('none', ())
 
 
@@ -140,8 +140,8 @@ def prompt(template, choice, style):
   asked = Conversation((Turn('system', 'Be brief.'), Turn('user', 'Rain?')))
   tokenizer = chat_cases.tokenizer(template)
   tools = (ToolSpec('weather', 'Of a city.', CITY), ToolSpec('now'))
-  found = tools_tools.with_tools(asked, tools, choice, STYLES[style], template)
-  return tokenizer.decode(ChatTemplate(tokenizer).encode_prompt(found))
+  actual = tools_tools.with_tools(asked, tools, choice, STYLES[style], template)
+  return tokenizer.decode(ChatTemplate(tokenizer).encode_prompt(actual))
 
 
 BOTH = Choice('auto', ('weather', 'now'))
