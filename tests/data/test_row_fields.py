@@ -204,7 +204,7 @@ def test_a_request_is_read_as_the_row_that_was_trained():
     {**SO, 'tool_calls': [call], 'reasoning_content': 'hm'},
     {'role': 'tool', 'tool_call_id': 'c1', 'content': '2'},
   ]
-  sent = [http_text._turn(Message(**turn), i) for i, turn in enumerate(row)]
+  sent = [http_text._to_turn(Message(**turn), i) for i, turn in enumerate(row)]
   assert sent == list(chat({'messages': row}).turns)
 
 

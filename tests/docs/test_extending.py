@@ -67,6 +67,8 @@ def undone(directory: pathlib.Path):
 
 
 def _registries() -> list[Registry]:
+  # Those that the collector has frozen (tests/conftest.py) are not listed.
+  gc.unfreeze()
   # Not by isinstance, which asks proxies for their class.
   return [o for o in gc.get_objects() if type(o) is Registry]
 

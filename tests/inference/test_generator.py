@@ -178,8 +178,8 @@ def test_a_prompt_that_is_cut_still_begins_as_texts_do():
   words = ByteTokenizer(bos=2)
   actual = BatchGenerator(made('decoder')[0], words, 5, 11, 2)
   # Bytes plus 3: c 102, d 103, e 104, and the line's end 13.
-  assert actual._ids('abcde') == ([2, 102, 103, 104, 13], True)
-  assert actual._ids('cde') == ([2, 102, 103, 104, 13], False)
+  assert actual._encode('abcde') == ([2, 102, 103, 104, 13], True)
+  assert actual._encode('cde') == ([2, 102, 103, 104, 13], False)
   row = Example('t', 'p', 0, 'abcde', 'y', ('y', 'n'), 0)
   ranker = Ranker(made('decoder')[0], words, 5, 3, 2)
   (ranked,) = ranker.prepare([row])

@@ -20,7 +20,7 @@ def make_loop(tmp_path, evaluation, validated_step=None):
     before={},
     variables={},
     evaluator=lambda *arguments: evaluation,
-    history=types.SimpleNamespace(last=lambda key: validated_step),
+    history=types.SimpleNamespace(last_step=lambda key: validated_step),
     run=types.SimpleNamespace(after_file=str(tmp_path / 'after.json')),
     log=rows.append,
   ), rows
