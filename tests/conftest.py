@@ -34,7 +34,19 @@ _AREAS = 30_000
 
 
 # Files of minutes, begun first: at the end one worker would have them alone.
-_LONG = ('test_train', 'test_adapters', 'test_packaging', 'test_generation')
+_LONG = frozenset(
+  (
+    'test_adapters',
+    'test_exact',
+    'test_extending',
+    'test_generation',
+    'test_generator',
+    'test_inline',
+    'test_router_kinds',
+    'test_seqio',
+    'test_train',
+  )
+)
 
 
 def pytest_collection_modifyitems(items):
