@@ -307,7 +307,8 @@ def test_numbers_out_of_range_are_refused(flag, capsys):
   assert flag.partition('=')[0] in capsys.readouterr().err
 
 
-def test_an_address_that_is_none_is_one_sentence():
+def test_an_address_that_is_none_is_one_sentence(monkeypatch):
+  monkeypatch.setattr('time.sleep', lambda seconds: None)
   for url in ('x', 'http://[', 'http://x:99999/v1'):
     request = parser().parse_args(['?', f'--base_url={url}', '--skills='])
     with pytest.raises(ValueError) as caught:

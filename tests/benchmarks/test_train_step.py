@@ -40,7 +40,13 @@ PROJECTIONS = {
 }
 
 
-@pytest.mark.parametrize('name', PROJECTIONS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    'output',
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ('query', 'gate')),
+  ],
+)
 def test_the_naive_side_is_the_same_function_with_the_same_gradients(name):
   eqn, shape, inside, outside = PROJECTIONS[name]
   keys = jax.random.split(jax.random.key(0), 4)

@@ -2,6 +2,7 @@
 """The command `python -m moepeft.convert`."""
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -46,10 +47,17 @@ MOV = AdapterWeights(
 )
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-  """Runs the command in a directory with one input of each form."""
-  monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope='module')
+def inputs(tmp_path_factory):
+  """A directory with one input of each form."""
+  directory = tmp_path_factory.mktemp('inputs')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(directory)
+    save_inputs()
+  return directory
+
+
+def save_inputs():
   hf.save('hf', CONFIG, PARAMS)
   t5x.save('t5x', CONFIG, PARAMS, step=3)
   t5x.save('both', CONFIG, PARAMS, LORA)
@@ -61,6 +69,13 @@ def run(tmp_path, monkeypatch, capsys):
   )
   adapter_lib.save('moepeft', LORA.tree, card)
   adapter_lib.save('mixed', MOV.tree, card | {'method': MOV.method})
+
+
+@pytest.fixture
+def run(inputs, tmp_path, monkeypatch, capsys):
+  """Runs the command in a directory with one input of each form."""
+  shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+  monkeypatch.chdir(tmp_path)
 
   def run(*arguments):
     code = convert.main(['convert', *arguments])

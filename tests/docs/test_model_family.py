@@ -13,8 +13,16 @@ from .test_extending import FOLDER, execute
 from .test_extending import directory as directory
 
 
-@pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize(
+  ('bias', 'tied'),
+  [
+    (True, False),
+    *(
+      pytest.param(*flags, marks=pytest.mark.slow)
+      for flags in ((True, True), (False, True), (False, False))
+    ),
+  ],
+)
 def test_the_example_has_the_logits_of_transformers(directory, bias, tied):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')

@@ -96,6 +96,7 @@ def test_an_answer_does_not_depend_on_the_rows_beside_it():
   assert [alone.answers(variables, [row])[0] for row in ROWS] == together
 
 
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_padding():
   variables = ending()
   expected = generator(words=Listening()).answers(variables, ROWS[:3])

@@ -99,7 +99,7 @@ def naive_gradients(name, weights=None):
     return naive.mean_token_nll(logits, targets), logits
 
   weights = naive_weights(name) if weights is None else weights
-  return jax.grad(loss, has_aux=True)(*weights)
+  return jax.jit(jax.grad(loss, has_aux=True))(*weights)
 
 
 def our_loss(name):
@@ -207,7 +207,7 @@ def operations(jaxpr, scope=''):
       yield from operations(sub, name)
 
 
-@pytest.mark.parametrize('name', OFFICIAL)
+@of_cases(OFFICIAL)
 def test_no_constant_and_no_operation_of_the_gradient_is_float32(name):
   """But for the buckets of positions, which are whole numbers."""
   with jax.enable_x64(True):

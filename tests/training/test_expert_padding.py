@@ -120,7 +120,14 @@ CASES = {
 @pytest.mark.parametrize(
   ('text', 'name'),
   [
-    *((text, 'adamw') for text in CASES),
+    *(
+      pytest.param(
+        text,
+        'adamw',
+        marks=pytest.mark.slow if text.startswith('mov') else (),
+      )
+      for text in CASES
+    ),
     # With moments in factors, which the other cases have not.
     *(
       pytest.param(

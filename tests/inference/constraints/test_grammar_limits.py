@@ -179,7 +179,9 @@ def test_processes_end_with_what_needs_them():
   assert wait(lambda: not children())
 
 
-def test_a_template_process_that_was_killed_is_started_again(compiler):
+def test_a_template_process_that_was_killed_is_started_again():
+  # The new one has its libraries to load.
+  compiler = Compiler(ByteTokenizer(), WIDE, (1,), Limits(process=PATIENT))
   first = compiler.regex('ab*')
   (parent,) = {
     int(open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[1])
