@@ -27,6 +27,7 @@ GPT2_SIZES = dict(vocab_size=29, n_embd=12, n_head=3, n_layer=2, n_positions=16)
 
 def base(kind):
   """A random model, its weights so large that all of them matter."""
+  pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
   sizes = GPT2_SIZES if kind == 'GPT2' else SIZES
   config = getattr(transformers, f'{kind}Config')(**sizes)
