@@ -88,8 +88,9 @@ def as_state(tree):
 def test_a_mean_of_the_parts_means_would_be_another():
   model, _, variables = test_update.make(MOLORA, 0.5)
 
+  @jax.jit
   def mean_of(rows):
-    return float(mean_loss(*loss_sums(model.apply, variables, rows, None)))
+    return mean_loss(*loss_sums(model.apply, variables, rows, None))
 
   three = grad_accumulation.split(BATCH, 3)
   each = [mean_of({k: a[i] for k, a in three.items()}) for i in range(3)]

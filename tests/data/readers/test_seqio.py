@@ -174,6 +174,7 @@ def registered(name='moepeft_b', **changes):
   return SeqioStream(provider, *LENGTHS.values(), **changes)
 
 
+@pytest.mark.slow
 def test_a_registered_mixture_streams_what_its_tasks_have():
   stream = registered()
   known = {
@@ -340,6 +341,7 @@ def test_a_stream_begins_at_any_place(p3):
   assert listed(read(task, 19, 31)) == whole[31:]
 
 
+@pytest.mark.slow
 def test_seeds_give_other_orders(p3):
   one, two = (keys(read(directory(p3, seed=s), 60)) for s in (0, 1))
   assert one != two
