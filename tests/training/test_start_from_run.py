@@ -45,6 +45,7 @@ def run(places, tmp_path_factory):
   return str(folder / 'run')
 
 
+@pytest.mark.slow
 def test_preference_tuning_starts_from_a_run(places, run, tmp_path):
   changes = {
     'model.adapter': run,
