@@ -2,15 +2,18 @@
 """Small programs are compiled quickly, and once for all tests."""
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 import tempfile
 
 # Before JAX starts: compiling is most of the suite's time, running is none.
 _QUICK = (
-  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
-  '--xla_cpu_parallel_codegen_split_count=1'
+  '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1'
 )
+# Later versions end at a flag that they do not know.
+if int(importlib.metadata.version('jaxlib').split('.')[1]) <= 10:
+  _QUICK += ' --xla_cpu_use_fusion_emitters=false'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_QUICK}'.strip()
 # In the environment, so that the commands which tests start share it. Kept for
 # the machine's temporary life: a second run of the suite is faster.
