@@ -438,9 +438,9 @@ def _write_apart(values, base: t5x.LoadedT5X, adapter: AdapterWeights) -> None:
   cast = values.dtype is not None
   sha256 = weight_mapping.content_hash(base.params) if cast else base.sha256
   path = str(Path(values.output) / 'base')
-  with directory.atomic_directory(values.output, values.overwrite) as made:
-    _write_hf(values, str(made / 'base'), base)
-    target = str(made / 'adapter')
+  with directory.atomic_directory(values.output, values.overwrite) as staging:
+    _write_hf(values, str(staging / 'base'), base)
+    target = str(staging / 'adapter')
     if values.to == 'peft':
       peft.save(target, base.config, adapter, path)
     else:

@@ -49,11 +49,11 @@ def replaced(path: str, name: str, text: str) -> str:
   # Nothing but this table lies between: no other one begins there.
   between = r'((?!<!-- table: ).)*?'
   pattern = f'^{re.escape(start)}\n{between}^{re.escape(end)}$'
-  found = re.findall(pattern, document, re.S | re.M)
-  if not name or len(found) != 1:
+  matches = re.findall(pattern, document, re.S | re.M)
+  if not name or len(matches) != 1:
     raise ValueError(
       f'--into={path}: expected one line {start!r}, with the --name of the '
-      f'table, and the line {end!r} after it; found {len(found)} such pairs'
+      f'table, and the line {end!r} after it; found {len(matches)} such pairs'
     )
   return re.sub(
     pattern, lambda _: f'{start}\n{text}{end}', document, flags=re.S | re.M

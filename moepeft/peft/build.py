@@ -85,7 +85,7 @@ def build(
         f'{method!r}: {spec.name} can stand only once; make one longer'
       )
     method = method_entry(spec, methods)
-    adapter = make_adapter(spec, _free_name(spec.name, names), methods)
+    adapter = make_adapter(spec, unique_name(spec.name, names), methods)
     paths = _paths(spec, method, sites, semantics)
     _check_causal(spec, paths)
     entries += [(path, adapter) for path in paths]
@@ -102,7 +102,7 @@ def routers(method: str, semantics: str = 'official') -> dict[str, nn.Module]:
   for spec in resolve(method, semantics):
     if METHODS[spec.name].module is None:
       continue
-    name = _free_name(spec.name, names)
+    name = unique_name(spec.name, names)
     router = getattr(make_adapter(spec, name), 'router', None)
     if router is not None:
       result[name] = router
@@ -190,10 +190,10 @@ def _paths(spec, method, sites, semantics) -> list[str]:
   return [path for path in sites if path in paths]
 
 
-def _free_name(name: str, taken_names: set[str]) -> str:
-  """lora, lora_2, lora_3: adapters of one name stay apart."""
-  free, i = name, 2
-  while free in taken_names:
-    free, i = f'{name}_{i}', i + 1
-  taken_names.add(free)
-  return free
+def unique_name(name: str, used_names: set[str], separator: str = '_') -> str:
+  """A name that no other adapter has, added to `used_names`: lora, lora_2."""
+  unique, i = name, 2
+  while unique in used_names:
+    unique, i = f'{name}{separator}{i}', i + 1
+  used_names.add(unique)
+  return unique

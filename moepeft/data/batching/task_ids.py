@@ -50,8 +50,8 @@ def add_task_ids(
   if not all(ids):
     raise ValueError(
       "the method's router reads the task of each example, and rows of "
-      "config.data.source have none; use a source of examples ('jsonl', 'csv', "
-      "'huggingface', 'tasks', ...), or another router"
+      'config.data.source have none; use a source whose rows have inputs, '
+      'targets and a task, or another router'
     )
   if bins is None:
     bins = [[i] for i in range(len(ids))]

@@ -24,7 +24,7 @@ from moepeft.inference.adapters.served_modules import (
 from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import Built
-from moepeft.peft.build import make_adapter
+from moepeft.peft.build import make_adapter, unique_name
 from moepeft.peft.method import options_of
 from moepeft.peft.method_text import (
   canonical_text,
@@ -139,7 +139,7 @@ def merge_buckets(
   named, used_names = [], set()
   for bucket in merged.values():
     methods = '_'.join(part.kind.name for part in bucket.parts)
-    named.append(_rename_parts(bucket, _unique_name(methods, used_names)))
+    named.append(_rename_parts(bucket, unique_name(methods, used_names, '.')))
   return tuple(sorted(named, key=lambda bucket: bucket.name))
 
 
@@ -239,11 +239,3 @@ def _rename_parts(bucket: Bucket, name: str) -> Bucket:
       for i, part in enumerate(bucket.parts)
     ),
   )
-
-
-def _unique_name(name: str, used_names: set[str]) -> str:
-  unique, i = name, 2
-  while unique in used_names:
-    unique, i = f'{name}.{i}', i + 1
-  used_names.add(unique)
-  return unique
