@@ -39,7 +39,7 @@ def count(config: ConfigDict) -> dict[str, Any]:
   if config.model.quantize:
     stored_params = quantize.shapes(stored_params, model, config.model.quantize)
   trainable = shapes.get(built.trainable, {})
-  trained, _ = router_state.split(trainable, built.frozen_mixtures)
+  trained, _ = router_state.split(trainable, built.frozen_arrays)
   trained = weight_mapping.flatten(trained)
   sites = defaultdict(int)
   padded = initializers.padded_axes(module, base_lib.example_batch())

@@ -31,6 +31,7 @@ from moepeft.core import files
 from moepeft.core.ranges import Texts
 from moepeft.core.types import AXIS_NAMES, Tree
 from moepeft.models import weight_mapping
+from moepeft.moe import ROUTERS
 from moepeft.nn.initializers import ParamMetadata
 from moepeft.peft import Built, build
 from moepeft.peft.build import adapter_function
@@ -165,7 +166,43 @@ def load_experts(
         ],
         axis,
       )
+    arrays |= _router_arrays(mixture, name, arrays, axes, metadata)
   return weight_mapping.unflatten(arrays), records
+
+
+def _router_arrays(
+  mixture: Mixture,
+  name: str,
+  arrays: Mapping[str, np.ndarray],
+  axes: Mapping[str, int],
+  metadata: Mapping[str, tuple[tuple[int, ...], ParamMetadata]],
+) -> dict[str, np.ndarray]:
+  """{path: array} of the routers that are computed from the experts.
+
+  Args:
+    axes: {path: axis of the experts} of the experts' arrays.
+  """
+  router = type(mixture.router)
+  entry = next(r for r in ROUTERS.values() if r.module is router)
+  if entry.from_experts is None:
+    return {}
+  sites: dict[str, dict[str, np.ndarray]] = {}
+  for path, axis in axes.items():
+    site, _, leaf = path.partition(f'/{name}/')
+    stacked = metadata[path][1].logical_axes[0] == AXIS_NAMES['l']
+    array = np.moveaxis(arrays[path], axis, int(stacked))
+    sites.setdefault(site, {})[leaf] = array if stacked else array[None]
+  result = {}
+  for site, experts in sites.items():
+    layers = [
+      entry.from_experts({leaf: array[i] for leaf, array in experts.items()})
+      for i in range(len(next(iter(experts.values()))))
+    ]
+    for leaf in layers[0]:
+      path = f'{site}/{name}/router/{leaf}'
+      stacked = np.stack([layer[leaf] for layer in layers])
+      result[path] = stacked.reshape(metadata[path][0])
+  return result
 
 
 def _mixtures(built: Built) -> dict[str, Mixture]:

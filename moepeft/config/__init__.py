@@ -12,5 +12,6 @@ A config file calls `default`, changes keys and returns the result:
 """
 
 from moepeft.config.defaults import default as default
+from moepeft.config.defaults import finetuning as finetuning
 from moepeft.config.defaults import paper as paper
 from moepeft.config.defaults import values as values

@@ -360,6 +360,36 @@ def paper(size: str, model: str = '', data: str = '') -> ConfigDict:
   return c
 
 
+def finetuning(text: str, method: str, **paper: float) -> ConfigDict:
+  """A published method with its paper's settings, for any model and data.
+
+  With a model it is supervised fine-tuning on conversations, as configs/sft.py;
+  without, the embedded T5 is trained on the embedded tasks.
+
+  Args:
+    text: what stands after the colon of --config: model=PATH, data=FILE and
+      the settings by name.
+    paper: the paper's values of steps, batch_size, length and learning_rate.
+  """
+  settings = dict(steps=300, batch_size=16, length=512, learning_rate=2e-4)
+  v = values(text, model='', data='', method=method, **settings | paper)
+  c = default()
+  c.method = v.method
+  c.steps, c.batch_size = v.steps, v.batch_size
+  c.model.dropout = 0.0
+  c.optimizer.learning_rate = v.learning_rate
+  c.optimizer.schedule = 'cosine'
+  c.optimizer.warmup_steps = v.steps // 20
+  c.data.inputs_length, c.data.targets_length = 100, 16
+  if v.model:
+    c.objective, c.model.path = 'causal', v.model
+    c.data.source, c.data.path = 'chat', v.data
+    c.data.length, c.data.packing = v.length, True
+    c.evaluation.every_steps = max(v.steps // 6, 1)
+    c.evaluation.batch_size = v.batch_size
+  return c
+
+
 def values(text: str, /, **defaults: Any) -> ConfigDict:
   """Reads a config file's values: 'experts=20,rank=4' over its defaults.
 

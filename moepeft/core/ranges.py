@@ -85,11 +85,14 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True)
 class IntegerList:
-  """Lists of integers, one at least, each of a range."""
+  """Lists of integers, one at least, each of a range; or names of lists."""
 
   each: Range
+  names: tuple[str, ...] = ()
 
   def __contains__(self, value: Any) -> bool:
+    if isinstance(value, str):
+      return value in self.names
     return (
       isinstance(value, tuple)
       and bool(value)
@@ -97,7 +100,8 @@ class IntegerList:
     )
 
   def __str__(self) -> str:
-    return f'a list of integers, each {self.each}'
+    names = f', or one of {", ".join(self.names)}' if self.names else ''
+    return f'a list of integers, each {self.each}{names}'
 
   def check(self, name: str, value: Any) -> None:
     """

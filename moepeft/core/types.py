@@ -96,8 +96,10 @@ class Routing:
     logits: float32 [..., e], before expert dropout and selection; -inf of
       experts that the layer does not have.
     combine_weights: float32 [..., e], what the experts are mixed with.
-    k: how many experts have weight, the same for every token; None where all
-      of them may have some. Static.
+    k: how many experts have weight, the same for every token; None where their
+      number differs or all of them have some. Static.
+    selects: whether a token has weights of zero, their number differing from
+      token to token. Static.
     aux: the router's own figures by name, float32 [..., *any]: a loss or a
       statistic of its entry reads their sums over the real tokens.
   """
@@ -105,12 +107,14 @@ class Routing:
   logits: Array
   combine_weights: Array
   k: int | None = struct.field(pytree_node=False, default=None)
+  selects: bool = struct.field(pytree_node=False, default=False)
   aux: dict[str, Array] = struct.field(default_factory=dict)
 
   @property
   def sparse(self) -> bool:
-    """Whether a token is sent to k of the experts and no others."""
-    return self.k is not None and self.k < self.combine_weights.shape[-1]
+    """Whether a token is sent to some of the experts and no others."""
+    experts = self.combine_weights.shape[-1]
+    return self.selects or (self.k is not None and self.k < experts)
 
 
 @struct.dataclass

@@ -219,5 +219,5 @@ def _base_name(path: str) -> str:
 
 
 def _count_trained(tree: Tree, built: Built) -> int:
-  trained, _ = router_state.split(tree, built.frozen_mixtures)
+  trained, _ = router_state.split(tree, built.frozen_arrays)
   return sum(leaf.size for leaf in jax.tree.leaves(trained))

@@ -16,6 +16,9 @@ ROUTERS: Registry = Registry(
     'topk': 'topk:ROUTER',
     'uniform': 'uniform:ROUTER',
     'random': 'random:ROUTER',
+    'threshold': 'threshold:ROUTER',
+    'magnitude': 'magnitude:ROUTER',
+    'arrow': 'arrow:ROUTER',
   },
 )
 # The router of a mixture whose method string names none.

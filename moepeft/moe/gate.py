@@ -5,9 +5,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moepeft.core.ranges import Range
+from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Context
-from moepeft.nn.initializers import Normal
+from moepeft.nn.initializers import Normal, kaiming, peft_param
 from moepeft.nn.low_rank_matmul import low_rank_matmul
 from moepeft.nn.numerics import to_f32
 
@@ -16,6 +16,49 @@ INIT = Normal(0.02)
 EXPERTS = Range(1, 65_536)
 JITTER = Range(0, 1)
 DROPOUT = Range(0, 1, below=True)
+TEMPERATURE = Range(0, 1_000, above=True)
+KERNEL_INITS = ('normal', 'kaiming')
+
+
+class LinearGate(nn.Module):
+  """A router whose logits are linear in its input: x W / temperature.
+
+  Parameters: kernel [i, e], float32; there is no bias.
+
+  Attributes:
+    experts: e.
+    kernel_init: 'normal' draws W from N(0, 0.02^2), as the released code of
+      arXiv:2309.05444; 'kaiming' from U(-1/sqrt(i), 1/sqrt(i)), as
+      torch.nn.Linear, and with it most other released codes.
+    temperature: divides the logits.
+    jitter: of the input, in training; see `jittered`.
+    dropout: of experts, in training; see `expert_dropout`.
+  """
+
+  experts: int = option(1, EXPERTS)
+  kernel_init: str = option('normal', Choices(KERNEL_INITS), training_only=True)
+  temperature: float = option(1.0, TEMPERATURE)
+  jitter: float = option(0.0, JITTER, training_only=True)
+  dropout: float = option(0.0, DROPOUT, training_only=True)
+
+  @nn.nowrap
+  def logits(self, x: Array, ctx: Context) -> tuple[Array, Array]:
+    """(logits [b, t, e], the same after expert dropout).
+
+    Both are -inf for experts that the layer does not have.
+    """
+    inputs = x.shape[-1]
+    init = {'normal': INIT, 'kaiming': kaiming(inputs)}[self.kernel_init]
+    kernel = peft_param(self, 'kernel', init, (inputs, self.experts), 'ie')
+    logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
+    logits = mask_experts(logits / self.temperature, ctx)
+    return logits, expert_dropout(self, logits, self.dropout, ctx)
+
+
+def check_k(name: str, k: int, experts: int) -> None:
+  """Raises a ValueError unless a router can choose k of its experts."""
+  if not 1 <= k <= experts:
+    raise ValueError(f'{name} needs 1 <= k <= experts; got k={k} of {experts}')
 
 
 def gate_logits(x: Array, kernel: Array) -> Array:

@@ -39,6 +39,10 @@ class RouterSpec:
       what it needs, so such a router is trained and scored, not generated with.
     independent_of_batch: whether a token's routing depends on no other row.
     learned: whether the router has trained parameters.
+    per_expert: whether it reads as many features of each expert, which the
+      experts compute (reads='down').
+    from_experts: of a router over trained adapters, ({name: array [e, ...]} of
+      a site's experts in one layer) -> {name: array} of the router's own.
     losses: {name in config.router_losses: loss}, beside those of
       `moepeft.moe.aux_losses`, which every router has.
     statistics: {name in the metrics log: function of the same form}, logged for
@@ -60,6 +64,8 @@ class RouterSpec:
   pools_prompt: bool = False
   independent_of_batch: bool = True
   learned: bool = True
+  per_expert: bool = False
+  from_experts: Callable | None = None
   losses: Mapping[str, RouterLoss] = dataclasses.field(default_factory=dict)
   statistics: Mapping[str, RouterLoss] = dataclasses.field(default_factory=dict)
   update: Callable | None = None

@@ -7,6 +7,7 @@ parameters of the adapter, under names that begin with `state_`, so that
 whatever scans, stacks, saves, exports or serves an adapter has its state too.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -41,20 +42,17 @@ def is_state(path: str) -> bool:
   return path.rpartition('/')[-1].startswith(_PREFIX)
 
 
-def split(
-  tree: Tree, frozen_mixtures: Collection[str] = ()
-) -> tuple[Tree, Tree]:
+def split(tree: Tree, frozen_arrays: Collection[str] = ()) -> tuple[Tree, Tree]:
   """(what is trained, what is not) of a 'peft' tree.
 
   Args:
-    frozen_mixtures: adapters whose routers alone are trained, by their names
-      in the tree; see `peft.build.Built`.
+    frozen_arrays: regular expressions of paths; see `peft.build.Built`.
   """
   flat = flax.traverse_util.flatten_dict(tree, sep='/')
   rest = {
     path: array
     for path, array in flat.items()
-    if is_state(path) or _is_frozen(path, frozen_mixtures)
+    if is_state(path) or _is_frozen(path, frozen_arrays)
   }
   if not rest:
     return tree, {}
@@ -62,11 +60,8 @@ def split(
   return _unflatten(trained), _unflatten(rest)
 
 
-def _is_frozen(path: str, frozen_mixtures: Collection[str]) -> bool:
-  return any(
-    f'/{name}/' in path and f'/{name}/router/' not in path
-    for name in frozen_mixtures
-  )
+def _is_frozen(path: str, frozen_arrays: Collection[str]) -> bool:
+  return any(re.search(pattern, path) for pattern in frozen_arrays)
 
 
 def join(trained: Tree, rest: Tree) -> Tree:
@@ -78,14 +73,14 @@ def join(trained: Tree, rest: Tree) -> Tree:
 
 
 def optimizer_init(
-  optimizer: optax.GradientTransformation, frozen_mixtures: Collection[str] = ()
+  optimizer: optax.GradientTransformation, frozen_arrays: Collection[str] = ()
 ) -> Callable[[Tree], Tree]:
   """An optimizer's `init` of a 'peft' tree: nothing for what is not trained.
 
   Args:
-    frozen_mixtures: as of `split`.
+    frozen_arrays: as of `split`.
   """
-  return lambda tree: optimizer.init(split(tree, frozen_mixtures)[0])
+  return lambda tree: optimizer.init(split(tree, frozen_arrays)[0])
 
 
 def update(rest: Tree, routing: Tree, routers: Mapping[str, nn.Module]) -> Tree:

@@ -75,7 +75,8 @@ def router_stats(
     mask = jnp.ones(weights.shape[:2], bool)
   mask = mask.reshape(mask.shape + (1,) * (weights.ndim - 1 - mask.ndim))
   real = jnp.broadcast_to(mask, weights.shape[:-1]).astype(jnp.float32)
-  kth = jax.lax.top_k(weights, routing.k or 1)[0][..., -1:]
+  k = weights.shape[-1] if routing.selects else routing.k or 1
+  kth = jax.lax.top_k(weights, k)[0][..., -1:]
   # Equal weights share the load, so that a uniform router's is even; where
   # fewer than k are left, as under expert dropout, only they do.
   chosen = ((weights >= kth) & (weights > 0)).astype(jnp.float32)

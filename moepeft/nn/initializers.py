@@ -8,6 +8,7 @@ than the training step.
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -57,7 +58,60 @@ class Constant:
     return np.full(shape, self.value, dtype)
 
 
-Initializer = Normal | Constant
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+  """Independent draws from U(-bound, bound)."""
+
+  bound: float
+
+  def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
+
+  def draw(self, rng: np.random.Generator, shape, dtype) -> np.ndarray:
+    return rng.uniform(-self.bound, self.bound, shape).astype(dtype)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class SparseNormal:
+  """Columns with the same number of entries from N(0, stddev^2), else zeros.
+
+  Attributes:
+    stddev: of the entries that are not zero.
+    density: the share of a column's entries that are not zero.
+    inputs, columns: the numbers of axes of a column and of columns, which are
+      the last ones of the array.
+  """
+
+  stddev: float
+  density: float
+  inputs: int
+  columns: int
+
+  def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    seed = jax.random.bits(key, dtype=jnp.uint32)
+    draw = lambda seed: self.draw(np.random.default_rng(seed), shape, dtype)  # noqa: E731
+    return jax.pure_callback(draw, jax.ShapeDtypeStruct(shape, dtype), seed)
+
+  def draw(self, rng: np.random.Generator, shape, dtype) -> np.ndarray:
+    split = len(shape) - self.columns
+    size = math.prod(shape[split - self.inputs : split])
+    noise = rng.random((math.prod(shape) // size, size), np.float32)
+    rank = noise.argsort(axis=1).argsort(axis=1)
+    values = rng.standard_normal(noise.shape, np.float32) * self.stddev
+    values[rank >= max(1, int(size * self.density))] = 0
+    layers = math.prod(shape[: split - self.inputs])
+    values = values.reshape(layers, -1, size).swapaxes(1, 2)
+    return values.reshape(shape).astype(dtype)
+
+
+Initializer = Normal | Constant | Uniform | SparseNormal
+
+
+def kaiming(inputs: int) -> Uniform:
+  """torch.nn.Linear's initializer, kaiming_uniform_(a=sqrt(5))."""
+  return Uniform(inputs**-0.5)
 
 
 @jax.tree_util.register_static

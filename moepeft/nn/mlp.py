@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The feed-forward sublayer, gated (arXiv:2002.05202) or not."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +21,27 @@ ACTIVATIONS = {
   'relu': jax.nn.relu,
   'silu': jax.nn.silu,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForward:
+  """The layers of a feed-forward sublayer: down(activation(gate(x)) * up(x)).
+
+  Attributes:
+    gate: x [b, t, d] -> [b, t, f].
+    up: the same; None where the sublayer is not gated.
+    activation: of the gate.
+    down: [b, t, f] -> [b, t, d], its bias included.
+    down_bias: [d], or None.
+    dropout: the rate, of the input of `down`.
+  """
+
+  gate: Callable[[Array], Array]
+  up: Callable[[Array], Array] | None
+  activation: Callable[[Array], Array]
+  down: Callable[[Array], Array]
+  down_bias: Array | None
+  dropout: float
 
 
 class Mlp(nn.Module):
@@ -74,3 +97,28 @@ class Mlp(nn.Module):
       y = y * self.wi_1(x, ctx)
     y = self.drop(y, deterministic=not ctx.train)
     return self.wo(self.hidden(y, ctx), ctx)
+
+  def feed_forward(self, ctx: Context) -> FeedForward:
+    """The layers, each with the adapters at its own site.
+
+    Raises:
+      ValueError: an adapter is at one of the activations, which are those of
+        the caller.
+    """
+    for name in ('act', 'hidden'):
+      site = f'{self.site}/{name}'
+      if self.adapter_map.at(site):
+        raise ValueError(
+          f'an adapter at {site} cannot stand beside experts of the whole '
+          f'{self.site}, which have activations of their own; drop one of them '
+          'or name other sites with `targets`'
+        )
+    gate = self.wi_0 if self.gated else self.wi
+    return FeedForward(
+      gate=lambda x: gate(x, ctx),
+      up=(lambda x: self.wi_1(x, ctx)) if self.gated else None,
+      activation=ACTIVATIONS[self.activation],
+      down=lambda h: self.wo(h, ctx),
+      down_bias=self.wo.get_variable('params', 'bias') if self.bias else None,
+      dropout=self.dropout,
+    )

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 
+from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.core.types import State, Tree
-from moepeft.moe import DEFAULT_ROUTER, ROUTERS
+from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft.method import Method, options_of
 from moepeft.peft.method_text import format_specs, method_entry, resolve
 from moepeft.peft.methods import METHODS
+from moepeft.peft.mixture import EXPERT_COUNTS, largest_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +35,14 @@ class Built:
   trainable: str
 
   @property
-  def frozen_mixtures(self) -> tuple[str, ...]:
-    """Names in 'peft' of mixtures whose experts stay as they are."""
-    names = {
-      adapter.name: None
+  def frozen_arrays(self) -> tuple[str, ...]:
+    """Regular expressions of the paths in 'peft' that stay as they are."""
+    patterns = {
+      f'/{adapter.name}/{arrays}': None
       for _, adapter in self.adapter_map.entries
-      if getattr(adapter, 'freezes_experts', False)
+      for arrays in getattr(adapter, 'frozen_arrays', ())
     }
-    return tuple(names)
+    return tuple(patterns)
 
   def variables(self, state: State) -> dict[str, Tree]:
     """{'params': ..., 'peft': ...} of a training state; its 'reference'."""
@@ -143,14 +145,22 @@ def make_adapter(
   options = {k: v for k, v in spec.options if k not in ('targets', 'expert')}
   declared = method.options()
   if 'router' in declared:
-    router = options.get('router', Spec(DEFAULT_ROUTER))
-    experts = options.get('experts', declared['experts'].default)
-    if 'from_adapters' in options:
-      experts = options['experts'] = len(options['from_adapters'])
-    if 'experts_per_layer' in options:
-      experts = options['experts'] = max(options['experts_per_layer'])
+    router = options.get('router') or method_string.parse(method.router)
+    defaults = {name: option.default for name, option in declared.items()}
+    # A count in the text replaces a preset's counts by layer.
+    replaced = options.keys() & EXPERT_COUNTS
+    defaults |= {'experts_per_layer': ()} if replaced else {}
+    values = defaults | options
+    options['experts_per_layer'] = values['experts_per_layer']
+    options['experts'] = (
+      len(values['from_adapters'])
+      or largest_count(values['experts_per_layer'])
+      or values['experts']
+    )
     options['router'] = ROUTERS[router.name].module(
-      experts=experts, **dict(router.options), parent=None
+      experts=options['experts'] + values.get('identity_experts', 0),
+      **dict(router.options),
+      parent=None,
     )
   return method.make(name, **options)
 

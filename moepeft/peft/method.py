@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 
 from moepeft.core.ranges import Choices, IntegerList, Range, Texts
+from moepeft.moe import DEFAULT_ROUTER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +51,11 @@ class Method:
     expert: of a mixture, the entry whose adapter is its expert; the expert's
       options are then options of the mixture too.
     values: {option: default}, where it is not the module's.
+    router: of a mixture, the router of a text that names none.
     additive: whether it adds a term to the base's output, so that a term of
       zero leaves that output as it is, in a mixture with any weights too.
     shareable: parameters that the experts of a mixture may have in common.
+    combine: values of the mixture's option `combine` that it has.
     merge: (variables, kernel, adapter=..., eqn=...) -> kernel, or None.
     merge_bias: (variables, bias, adapter=...) -> bias; None leaves it alone.
     innermost: whether the merge holds only where no adapter is inside of it.
@@ -65,6 +68,7 @@ class Method:
     pooled_leaves: {array of that module: (arrays of the adapter at one layer,
       function from a shape [inputs, outputs] to the base's kernel, scale of
       the low-rank term) -> the array}, for what the adapter does not store.
+    scaled_leaves: arrays that the scale alpha / r is multiplied into there.
     exact_identity: whether zeros (ones of a scale) give the base's output bit
       for bit.
     not_pooled: why it cannot be served beside other adapters, and what to do,
@@ -78,8 +82,10 @@ class Method:
   )
   expert: 'Method | None' = None
   values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  router: str = DEFAULT_ROUTER
   additive: bool = False
   shareable: tuple[str, ...] = ()
+  combine: tuple[str, ...] = ('outputs',)
   merge: Callable | None = None
   merge_bias: Callable | None = None
   innermost: bool = False
@@ -90,6 +96,7 @@ class Method:
   pooled_leaves: Mapping[str, Callable] = dataclasses.field(
     default_factory=dict
   )
+  scaled_leaves: tuple[str, ...] = ('b',)
   exact_identity: bool = False
   not_pooled: str = ''
 
@@ -102,6 +109,12 @@ class Method:
       if self.expert.shareable:
         allowed = Choices(('', *self.expert.shareable))
         options['share'] = dataclasses.replace(share, allowed=allowed)
+      allowed = Choices(self.expert.combine)
+      options['combine'] = dataclasses.replace(
+        options['combine'], allowed=allowed
+      )
+      if not self.expert.additive:
+        del options['shared_experts'], options['identity_experts']
       options |= self.expert.options()
     return {
       name: dataclasses.replace(

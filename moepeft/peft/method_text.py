@@ -16,8 +16,8 @@ import flax.linen as nn
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.config.ranges import SEMANTICS
-from moepeft.core.ranges import shortened, suggestion
-from moepeft.moe import DEFAULT_ROUTER, ROUTERS
+from moepeft.core.ranges import IntegerList, shortened, suggestion
+from moepeft.moe import ROUTERS
 from moepeft.peft.method import Method, Option, options_of
 from moepeft.peft.methods import METHODS
 from moepeft.peft.mixture import EXPERT_COUNTS, can_be_expert, mixture_of
@@ -63,15 +63,39 @@ def canonical_text(
   """
   specs = []
   for spec in resolve(method, semantics, methods):
-    options = _unusual(spec, method_entry(spec, methods).options())
+    entry = method_entry(spec, methods)
+    declared = entry.options()
+    if 'experts' in declared and declared['experts_per_layer'].default:
+      # Even the module's default number replaces a preset's counts by layer.
+      del declared['experts']
+    options = _unusual(spec, declared)
     router = options.pop('router', None)
     if router is not None:
-      router_options = options_of(ROUTERS[router.name].module)
-      router_options = _unusual(router, router_options)
-      router = Spec(router.name, tuple(sorted(router_options.items())))
-      options |= {'router': router} if router != Spec(DEFAULT_ROUTER) else {}
+      router = _canonical_router(router)
+      default = _complete_router(method_string.parse(entry.router), semantics)
+      if router != _canonical_router(default):
+        options['router'] = router
     specs.append(Spec(spec.name, tuple(sorted(options.items()))))
   return format_specs(specs, methods)
+
+
+def _canonical_router(router: Spec) -> Spec:
+  options = _unusual(router, options_of(ROUTERS[router.name].module))
+  return Spec(router.name, tuple(sorted(options.items())))
+
+
+def _complete_router(router: Spec, semantics: str) -> Spec:
+  """The router with the options that the semantics decides."""
+  decided = ROUTERS[router.name].defaults.get(semantics, {})
+  return Spec(
+    router.name,
+    tuple(
+      (
+        dict(router.options)
+        | {k: v for k, v in decided.items() if router.get(k) is None}
+      ).items()
+    ),
+  )
 
 
 def _unusual(spec: Spec, options: Mapping[str, Option]) -> dict[str, Any]:
@@ -107,7 +131,9 @@ def expanded_text(
       router = Spec(router.name, tuple((usual | dict(router.options)).items()))
       options['router'] = router
       # Exactly one of them may stand in a method string.
-      count_names = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
+      count_names = dict(spec.options).keys() & EXPERT_COUNTS or {
+        'experts_per_layer' if options['experts_per_layer'] else 'experts'
+      }
       for name in {*EXPERT_COUNTS} - count_names:
         del options[name]
       if 'from_adapters' not in count_names:
@@ -227,7 +253,7 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
   decided = dict(method.defaults.get(semantics, {}))
   options = method.options()
   if 'router' in options:
-    router = user_options.get('router', DEFAULT_ROUTER)
+    router = user_options.get('router', method_string.parse(method.router))
     router = Spec(router) if isinstance(router, str) else router
     if not isinstance(router, Spec):
       raise ValueError(
@@ -238,9 +264,7 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
     router_options = options_of(router_entry.module)
     router_options.pop('experts')
     _check(router, router_options)
-    for option, value in router_entry.defaults.get(semantics, {}).items():
-      if router.get(option) is None:
-        router = router.replace(**{option: value})
+    router = _complete_router(router, semantics)
     decided['router'] = user_options['router'] = router
   extra = {'targets': Option('')} if options else {}
   if method.expert and method is not methods[spec.name]:
@@ -251,15 +275,26 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
     raise ValueError(
       f'{spec.name} takes one of {" and ".join(counts)}; drop the others'
     )
-  _check_from_adapters(spec)
+  _check_combination(spec, method)
   return Spec(
     spec.name, tuple((user_options | (decided | user_options)).items())
   )
 
 
-def _check_from_adapters(spec: Spec) -> None:
-  """Raises a ValueError for options that do not go with `from_adapters`."""
+def _check_combination(spec: Spec, method: Method) -> None:
+  """Raises a ValueError for options that exclude one another."""
   options = dict(spec.options)
+  fixed = [
+    name
+    for name in ('shared_experts', 'identity_experts')
+    if options.get(name, method.values.get(name, 0))
+  ]
+  unlike = {'experts_per_layer', 'from_adapters'} & options.keys()
+  if fixed and unlike:
+    raise ValueError(
+      f'{spec.name}: {fixed[0]} needs layers with the same number of fresh '
+      f'experts; drop it or {sorted(unlike)[0]}'
+    )
   if 'train_experts' in options and 'from_adapters' not in options:
     raise ValueError(
       f'{spec.name}: train_experts is for experts that are given by '
@@ -291,6 +326,8 @@ def _check(spec: Spec, options: Mapping[str, Option]) -> None:
       continue
     expected = type(option.default)
     accepted = (int, float) if expected is float else expected
+    if isinstance(option.allowed, IntegerList) and option.allowed.names:
+      expected, accepted = tuple, (tuple, str)
     if not isinstance(value, accepted) or (
       isinstance(value, bool) and expected is not bool
     ):

@@ -6,22 +6,23 @@ MoLoRA and MoV (Zadouri et al., arXiv:2309.05444) are presets of it; see
 
 An adapter can be an expert where its module has the method
 
-    mix(module, f, x, weights, ctx, share) -> y
+    mix(module, f, x, ctx, mixing) -> y
 
 which makes the stacked parameters [e, ...] in `module` and computes `f` at `x`
-with experts that have the weights [b, t, e], or [b, t, n, e] for each head.
+with experts that have the weights of `mixing`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft.core.ranges import Choices, IntegerList, Texts, option
+from moepeft.core.ranges import Choices, IntegerList, Range, Texts, option
 from moepeft.core.types import Array, Context
+from moepeft.moe import DEFAULT_ROUTER
 from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
@@ -29,9 +30,37 @@ from moepeft.nn.adapter_hook import BaseLayer, flatten_features
 from moepeft.nn.initializers import record_expert_counts
 from moepeft.peft.method import Method
 
-READS = ('input', 'output', 'heads')
+READS = ('input', 'output', 'heads', 'down')
+COMBINE = ('outputs', 'parameters')
+# Counts of experts by quarters of a stack's layers. Source: MoLA (Gao et al.,
+# arXiv:2402.08562), section 3.3.
+COUNTS_BY_QUARTER = {
+  'triangle': (8, 6, 4, 2),
+  'inverted_triangle': (2, 4, 6, 8),
+  'diamond': (2, 8, 8, 2),
+  'hourglass': (8, 2, 2, 8),
+}
 # Options that say how many experts there are; a method string has one of them.
 EXPERT_COUNTS = ('experts', 'experts_per_layer', 'from_adapters')
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+  """How a mixture combines its experts.
+
+  Attributes:
+    experts: e, the number of them in the stacked parameters.
+    weights: () -> [b, t, e], or [b, t, n, e] for each head; where the mixture
+      reads 'down', (the experts' down-projections of x) -> weights. To be
+      called once.
+    share: the parameters that all experts have in common, one letter each.
+    combine: 'outputs' or 'parameters', as in `Mixture`.
+  """
+
+  experts: int
+  weights: Callable[..., Array]
+  share: str = ''
+  combine: str = 'outputs'
 
 
 class Mixture(nn.Module):
@@ -43,13 +72,20 @@ class Mixture(nn.Module):
     expert: the adapter that each expert is, unbound.
     experts: e, the largest where layers have unlike counts.
     experts_per_layer: the counts of a stack's layers, as in MoLA (Gao et al.,
-      arXiv:2402.08562); () where all have e. The arrays of all layers have e
-      experts; those beyond a layer's own are zeros that get no weight.
+      arXiv:2402.08562), or a name of COUNTS_BY_QUARTER; () where all have e.
+      The arrays of all layers have e experts; those beyond a layer's own are
+      zeros that get no weight.
     router: the router module.
     reads: what the router sees. 'input': x; 'output': f(x); 'heads': each
       head of f(x), through one router that the heads share, and 'output'
-      where f(x) has no heads.
-    share: the parameter that all experts have in common, '' for none.
+      where f(x) has no heads; 'down': the experts' down-projections of x,
+      x A of low-rank ones.
+    share: the parameters that all experts have in common, '' for none.
+    combine: 'outputs' weights what the experts compute; 'parameters' weights
+      each of their parameters, and computes one expert of the sums, as in
+      SMEAR (Muqeeth et al., arXiv:2306.03745).
+    shared_experts: experts with a weight of one for every token, beside e.
+    identity_experts: experts of the router that add nothing, beside e.
     from_adapters: paths of the trained adapters that the experts start as, one
       each; empty where they start as fresh ones. The experts then stay as they
       are, and only the router is trained.
@@ -58,36 +94,72 @@ class Mixture(nn.Module):
 
   expert: nn.Module
   experts: int = option(10, EXPERTS)
-  experts_per_layer: tuple[int, ...] = option((), IntegerList(EXPERTS))
+  experts_per_layer: tuple[int, ...] | str = option(
+    (), IntegerList(EXPERTS, tuple(COUNTS_BY_QUARTER))
+  )
   router: nn.Module = Softmax(10)
   reads: str = option('input', Choices(READS))
   share: str = ''
+  combine: str = option('outputs', Choices(COMBINE))
+  shared_experts: int = option(0, Range(0, 65_536))
+  identity_experts: int = option(0, Range(0, 65_536))
   from_adapters: tuple[str, ...] = option((), Texts(), training_only=True)
   train_experts: bool = option(False, None, training_only=True)
 
   @property
-  def freezes_experts(self) -> bool:
-    return bool(self.from_adapters) and not self.train_experts
+  def frozen_arrays(self) -> tuple[str, ...]:
+    """Regular expressions of arrays that stay as they are."""
+    freezes_experts = self.from_adapters and not self.train_experts
+    router_arrays = getattr(self.router, 'frozen_arrays', ())
+    return (
+      *(
+        ('(?!router/)',)
+        if freezes_experts
+        else getattr(self.expert, 'frozen_arrays', ())
+      ),
+      *(f'router/{arrays}' for arrays in router_arrays),
+    )
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     router_input = x
-    if self.reads != 'input':
+    if self.reads in ('output', 'heads'):
       router_input = y = f(x)
       f = dataclasses.replace(f, call=_at(f, x, y))
     if self.reads != 'heads' or router_input.ndim != 4:
       router_input = flatten_features(router_input)
     router_ctx = self._with_expert_mask(ctx)
-    routing = route(self, self.router, router_input, router_ctx)
-    self._check_k(routing.k)
-    weights = routing.combine_weights
-    return self.expert.mix(self, f, x, weights, ctx, self.share)
+
+    def weights(down: Array | None = None) -> Array:
+      features = down if self.reads == 'down' else router_input
+      if features is None:
+        raise ValueError(
+          f"{self.name}: its experts have no down-projection for reads='down'; "
+          "write reads='input'"
+        )
+      routing = route(self, self.router, features, router_ctx)
+      self._check_k(routing.k)
+      return self._with_fixed_experts(routing.combine_weights)
+
+    mixing = Mixing(
+      self.experts + self.shared_experts, weights, self.share, self.combine
+    )
+    return self.expert.mix(self, f, x, ctx, mixing)
+
+  def _with_fixed_experts(self, weights: Array) -> Array:
+    """The router's weights, without identity experts, with shared ones."""
+    if self.identity_experts:
+      weights = weights[..., : self.experts]
+    if self.shared_experts:
+      ones = jnp.ones((*weights.shape[:-1], self.shared_experts))
+      weights = jnp.concatenate([weights, ones], axis=-1)
+    return weights
 
   def _with_expert_mask(self, ctx: Context) -> Context:
     """The context with the mask of the experts that the layer has."""
-    counts = self.experts_per_layer
-    if not counts:
+    if not self.experts_per_layer:
       return ctx
+    counts = layer_counts(self.experts_per_layer, ctx.layer_count)
     if ctx.layer_count != len(counts):
       raise ValueError(
         f'{self.name} has experts_per_layer for {len(counts)} layers, and '
@@ -100,12 +172,35 @@ class Mixture(nn.Module):
     return ctx.replace(expert_mask=jnp.asarray(masks)[ctx.layer])
 
   def _check_k(self, k: int | None) -> None:
-    counts = self.experts_per_layer
-    if counts and k is not None and k > min(counts):
+    if k is None or not self.experts_per_layer:
+      return
+    least = min(_possible_counts(self.experts_per_layer))
+    if k > least:
       raise ValueError(
         f'{self.name}: a router that chooses k={k} experts needs as many in '
-        f'each layer; experts_per_layer has {min(counts)}'
+        f'each layer; experts_per_layer has {least}'
       )
+
+
+def layer_counts(counts: tuple[int, ...] | str, layers: int) -> tuple[int, ...]:
+  """The number of experts in each of a stack's layers.
+
+  Args:
+    counts: the option `experts_per_layer`.
+  """
+  if not isinstance(counts, str):
+    return counts
+  quarters = COUNTS_BY_QUARTER[counts]
+  return tuple(quarters[4 * i // layers] for i in range(layers))
+
+
+def largest_count(counts: tuple[int, ...] | str) -> int:
+  """The largest number of experts that a layer may have; 0 for ()."""
+  return max(_possible_counts(counts), default=0)
+
+
+def _possible_counts(counts: tuple[int, ...] | str) -> tuple[int, ...]:
+  return COUNTS_BY_QUARTER[counts] if isinstance(counts, str) else counts
 
 
 def _at(f: BaseLayer, x: Array, y: Array):
@@ -123,12 +218,14 @@ def mixture_of(
   values: Mapping[str, Any] | None = None,
   roles: Mapping[str, tuple[str, ...]] | None = None,
   defaults: Mapping[str, Mapping[str, Any]] | None = None,
+  router: str = DEFAULT_ROUTER,
 ) -> Method:
   """The entry of a mixture.
 
   Args:
     expert: the entry of the expert's method.
     values: {option of the mixture or the expert: default}.
+    router: of a text that names none.
     roles, defaults: as in `Method`; None takes the expert's roles.
   """
   return Method(
@@ -137,8 +234,10 @@ def mixture_of(
     defaults=defaults or {},
     expert=expert,
     values=values or {},
+    router=router,
     why_not='its experts are weighted anew for every token',
     size_option=expert.size_option,
     exact_identity=expert.additive,
+    scaled_leaves=expert.scaled_leaves,
     not_pooled=expert.not_pooled,
   )

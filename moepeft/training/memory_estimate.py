@@ -74,9 +74,7 @@ def need(config: ConfigDict) -> Need:
   base_shapes = shapes['params']
   if config.model.quantize and built.trainable != 'params':
     base_shapes = quantize.shapes(base_shapes, shape, config.model.quantize)
-  trained, _ = router_state.split(
-    shapes[built.trainable], built.frozen_mixtures
-  )
+  trained, _ = router_state.split(shapes[built.trainable], built.frozen_arrays)
   weights = size(base_shapes) + size(shapes['peft'])
   # The gradient is as large as the weights that it is of.
   state = size(trained)

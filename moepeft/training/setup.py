@@ -160,7 +160,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
   state = state_sharding.place(
     state,
     shardings,
-    router_state.optimizer_init(optimizer, method.frozen_mixtures),
+    router_state.optimizer_init(optimizer, method.frozen_arrays),
   )
   identity = describe_run(base, method, config.seed, expert_files)
   summary.print_summary(
@@ -361,8 +361,8 @@ def _build_state(
       'to measure against where training begins'
     )
   trainable = variables.pop(method.trainable)
-  trained, _ = router_state.split(trainable, method.frozen_mixtures)
-  if method.frozen_mixtures and not jax.tree.leaves(trained):
+  trained, _ = router_state.split(trainable, method.frozen_arrays)
+  if method.frozen_arrays and not jax.tree.leaves(trained):
     raise ValueError(
       f'{method.method} trains nothing: its experts stay as they are and its '
       'router has no parameters; set train_experts=True, or name a router that '
@@ -374,7 +374,7 @@ def _build_state(
     frozen=next(iter(variables.values())),
     # Shapes: the arrays are made on the devices, on each its share.
     opt=jax.eval_shape(
-      router_state.optimizer_init(optimizer, method.frozen_mixtures), trainable
+      router_state.optimizer_init(optimizer, method.frozen_arrays), trainable
     ),
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
     reference=reference_adapters,

@@ -60,7 +60,7 @@ def make_train_step(
       )
 
     weights, untrained = router_state.split(
-      state.trainable, method.frozen_mixtures
+      state.trainable, method.frozen_arrays
     )
 
     def sums_fn(weights, rows, rng):

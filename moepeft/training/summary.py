@@ -32,7 +32,7 @@ def print_summary(
     padded: {path of a trained array: its padded axis}.
   """
   size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
-  learned = router_state.split(state.trainable, method.frozen_mixtures)[0]
+  learned = router_state.split(state.trainable, method.frozen_arrays)[0]
   trained, frozen = size(learned), size(state.frozen)
   shapes = {
     path: leaf.shape for path, leaf in weight_mapping.flatten(learned).items()

@@ -52,6 +52,13 @@ METHODS = (
   "mixture(expert=lora(rank=2), experts=3, share='a')",
   "mixture(expert=lora(rank=2), experts=3, share='b', reads='output')",
   "mixture(expert=ia3(on='input'), experts=3, targets='*/k|*/wo')",
+  'ffn_lora(rank=2)',
+  'mixlora(experts=3, rank=2)',
+  f'mola(rank=2, {_AT})',
+  'hydralora(experts=3, rank=2)',
+  f'adamole(experts=3, rank=2, {_AT})',
+  f'flylora(experts=5, router=magnitude(k=2), {_AT})',
+  f'arrow(experts=3, rank=2, router=arrow(k=2), {_AT})',
   "tokens(new='3|5-7')",
   # The base's function where no placeholders stand; see
   # tests/peft/test_prompt_tuning.py.

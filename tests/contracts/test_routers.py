@@ -9,13 +9,24 @@ import numpy as np
 import pytest
 
 from moepeft.core.types import Context, Routing
-from moepeft.moe import ROUTERS, aux_losses, router_stats
+from moepeft.moe import ROUTERS, aux_losses, router_state, router_stats
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.moe.routers.topk import TopK
 from moepeft.peft.method import options_of
 
-X = jax.random.normal(jax.random.key(0), (2, 5, 7))
+# As many features as 3, 4 and 7 experts can have alike.
+X = jax.random.normal(jax.random.key(0), (2, 5, 84))
 CTX = Context(token_mask=jnp.ones((2, 5), bool))
+
+
+# Options without which an entry's facts do not show.
+OPTIONS = {'magnitude': {'k': 2}}
+
+
+def make(name, experts=3, **options):
+  return ROUTERS[name].module(
+    experts=experts, **OPTIONS.get(name, {}), **options
+  )
 
 
 def run(router, x=X, ctx=CTX, seed=1):
@@ -30,7 +41,7 @@ def compiled(router):
 
 @pytest.mark.parametrize('name', ROUTERS)
 def test_rows_sum_to_one_where_the_entry_says_so(name):
-  routing = run(ROUTERS[name].module(experts=3))
+  routing = run(make(name))
   assert routing.combine_weights.shape == (2, 5, 3)
   total = np.asarray(jnp.sum(routing.combine_weights, -1))
   if ROUTERS[name].normalized:
@@ -50,13 +61,34 @@ def test_topk_sums_to_its_largest_probabilities_or_to_one():
 @pytest.mark.parametrize('name', ROUTERS)
 def test_routers_have_parameters_where_the_entry_says_so(name):
   rngs = {'peft': jax.random.key(1), 'router': jax.random.key(3)}
-  variables = ROUTERS[name].module(experts=3).init(rngs, X, CTX)
-  assert bool(jax.tree.leaves(variables)) == ROUTERS[name].learned
+  router = make(name)
+  frozen = getattr(router, 'frozen_arrays', ())
+  trained, _ = router_state.split(
+    {'router': router.init(rngs, X, CTX).get('peft', {})}, frozen
+  )
+  assert bool(jax.tree.leaves(trained)) == ROUTERS[name].learned
+
+
+@pytest.mark.parametrize('name', [n for n, r in ROUTERS.items() if r.learned])
+def test_every_trained_parameter_has_a_gradient(name):
+  router = make(name)
+  variables = router.init(
+    {'peft': jax.random.key(1), 'router': jax.random.key(3)}, X, CTX
+  )
+
+  def loss(variables):
+    weights = router.apply(
+      variables, X, CTX, rngs={'router': jax.random.key(3)}
+    ).combine_weights
+    return jnp.sum(weights * jnp.arange(3.0))
+
+  for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(variables)):
+    assert np.abs(gradient).max() > 0
 
 
 @pytest.mark.parametrize('name', ROUTERS)
 def test_a_row_is_routed_by_itself_where_the_entry_says_so(name):
-  router = ROUTERS[name].module(experts=3)
+  router = make(name)
   other = run(router, X.at[1].set(9.0)).combine_weights[0]
   equal = np.array_equal(run(router).combine_weights[0], other)
   assert equal == ROUTERS[name].independent_of_batch
@@ -64,14 +96,14 @@ def test_a_row_is_routed_by_itself_where_the_entry_says_so(name):
 
 @pytest.mark.parametrize('name', ROUTERS)
 def test_routers_are_float32_inside(name):
-  routing = run(ROUTERS[name].module(experts=3), X.astype(jnp.bfloat16))
+  routing = run(make(name), X.astype(jnp.bfloat16))
   assert routing.combine_weights.dtype == routing.logits.dtype == jnp.float32
 
 
 @pytest.mark.parametrize('name', ROUTERS)
 def test_routers_are_causal_where_the_entry_says_so(name):
   later = X.at[:, 3:].set(9.0)
-  router = ROUTERS[name].module(experts=3)
+  router = make(name)
   equal = np.array_equal(
     run(router).combine_weights[:, :3],
     run(router, later).combine_weights[:, :3],
@@ -83,7 +115,7 @@ def test_routers_are_causal_where_the_entry_says_so(name):
 def test_padding_never_moves_a_real_token(name):
   mask = jnp.arange(5)[None] < jnp.array([[5], [3]])
   ctx = Context(token_mask=mask)
-  router = ROUTERS[name].module(experts=3)
+  router = make(name)
   other = jnp.where(mask[..., None], X, 100.0)
   expected = run(router, X, ctx).combine_weights[mask]
   np.testing.assert_array_equal(
@@ -97,13 +129,14 @@ def test_padding_never_moves_a_real_token(name):
     (name, option)
     for name, entry in ROUTERS.items()
     for option, declared in options_of(entry.module).items()
-    if declared.training_only
+    # Noise is off by default; other options of training begin elsewhere.
+    if declared.training_only and declared.default == 0.0
   ],
 )
 def test_noise_acts_in_training_only(name, noise):
   quiet, noisy = (
-    ROUTERS[name].module(experts=3),
-    ROUTERS[name].module(experts=3, **{noise: 0.5}),
+    make(name),
+    make(name, **{noise: 0.5}),
   )
   np.testing.assert_array_equal(
     run(quiet).combine_weights, run(noisy).combine_weights
@@ -120,7 +153,7 @@ def test_noise_acts_in_training_only(name, noise):
 @pytest.mark.parametrize('name', ROUTERS)
 def test_experts_that_a_layer_does_not_have_get_no_weight(name):
   ctx = CTX.replace(expert_mask=jnp.array([True, True, False, False]))
-  routing = run(ROUTERS[name].module(experts=4), ctx=ctx)
+  routing = run(make(name, 4), ctx=ctx)
   weights = np.asarray(routing.combine_weights)
   np.testing.assert_array_equal(weights[..., 2:], 0)
   assert (weights[..., :2].sum(-1) > 0).all()
@@ -227,7 +260,7 @@ def direct(weights, logits, mask):
 @pytest.mark.parametrize('name', ROUTERS)
 def test_shares_and_entropies_equal_a_direct_form(name):
   mask = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
-  routing = run(ROUTERS[name].module(experts=7))
+  routing = run(make(name, 7))
   values = statistics(sums_of(routing, jnp.asarray(mask)))
   flat = lambda a: np.asarray(a, np.float64).reshape(-1, 7)  # noqa: E731
   weight, share, nats, before = direct(

@@ -60,7 +60,7 @@ def test_texts_round_trip(text):
   assert build(built.method, SITES) == built
   assert build(canonical_text(text), SITES).adapter_map == built.adapter_map
   full = expanded_text(text)
-  assert expanded_text(full) == full and 'experts=' not in full
+  assert expanded_text(full) == full and ' experts=' not in full
   assert 'experts_per_layer' not in expanded_text('molora')
 
 
@@ -80,7 +80,7 @@ def test_texts_round_trip(text):
       'for 2 layers, and decoder/.* is in a stack of 3; give a count for each',
     ),
     (
-      "experts_per_layer=[2, 4], router=topk(k=3), targets='encoder/*'",
+      "experts_per_layer=[2, 4], router=topk(k=3), targets='encoder/*/q'",
       'k=3 experts needs as many in each layer; experts_per_layer has 2',
     ),
     ("experts_per_layer=[2, 4], targets='head'", 'is in a stack of 0'),

@@ -17,7 +17,7 @@ def test_the_summary_is_a_table_with_a_line_for_what_is_given(capsys):
     method='lora(rank=2)',
     semantics='paper',
     trainable='peft',
-    frozen_mixtures=(),
+    frozen_arrays=(),
   )
   state = State(
     step=jnp.int32(0),

@@ -173,7 +173,9 @@ def scale_of(spec: Spec) -> float:
 
 
 def _value(spec: Spec, option: str) -> Any:
-  return spec.get(option, method_entry(spec).options()[option].default)
+  """The option's value; None for a method without it."""
+  declared = method_entry(spec).options().get(option)
+  return spec.get(option, declared and declared.default)
 
 
 def round_up_rank(rank: int) -> int:

@@ -129,7 +129,7 @@ class _TrainedPart:
         path, dict(router.options), shape
       )
     array = leaves[leaf]
-    if leaf == 'b' and self._part.rank:
+    if leaf in method_entry(self._spec).scaled_leaves and self._part.rank:
       array = array * np.float32(scale_of(self._spec))
     return _pad_rank(array, shape)
 

@@ -12,7 +12,13 @@ import numpy as np
 
 from moepeft.core.ranges import MAX_SEED, Range, option
 from moepeft.core.types import Array, Context, Routing
-from moepeft.moe.gate import EXPERTS, gate_logits, mask_experts, top_mask
+from moepeft.moe.gate import (
+  EXPERTS,
+  check_k,
+  gate_logits,
+  mask_experts,
+  top_mask,
+)
 from moepeft.moe.router import RouterSpec
 from moepeft.nn.initializers import Constant, peft_param
 
@@ -36,10 +42,7 @@ class Random(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:
-    if not 1 <= self.k <= self.experts:
-      raise ValueError(
-        f'random needs 1 <= k <= experts; got k={self.k} of {self.experts}'
-      )
+    check_k('random', self.k, self.experts)
     shape = (x.shape[-1], self.experts)
     kernel = projection(self.path, self.seed, shape, ctx.layer)
     logits = mask_experts(gate_logits(x, kernel), ctx)

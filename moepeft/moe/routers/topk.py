@@ -6,23 +6,12 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import option
 from moepeft.core.types import Array, Context, Routing
-from moepeft.moe.gate import (
-  DROPOUT,
-  EXPERTS,
-  INIT,
-  JITTER,
-  expert_dropout,
-  gate_logits,
-  jittered,
-  mask_experts,
-  top_mask,
-)
+from moepeft.moe.gate import EXPERTS, LinearGate, check_k, top_mask
 from moepeft.moe.router import RouterSpec
-from moepeft.nn.initializers import peft_param
 from moepeft.nn.numerics import softmax
 
 
-class TopK(nn.Module):
+class TopK(LinearGate):
   """weights = softmax(x W) on the k largest, zero elsewhere.
 
   A row sums to one where `renormalize`, else to the k largest probabilities
@@ -30,28 +19,17 @@ class TopK(nn.Module):
   not start at the base model. The semantics decides where it is not given.
 
   Attributes:
-    experts: e; k: how many of them a token uses.
+    k: how many of its experts a token uses.
     renormalize: whether the kept probabilities are scaled to sum to one.
-    jitter, dropout: as in `Softmax`.
   """
 
-  experts: int = option(1, EXPERTS)
   k: int = option(1, EXPERTS)
   renormalize: bool = False
-  jitter: float = option(0.0, JITTER, training_only=True)
-  dropout: float = option(0.0, DROPOUT, training_only=True)
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:
-    if not 1 <= self.k <= self.experts:
-      raise ValueError(
-        f'topk needs 1 <= k <= experts; got k={self.k} of {self.experts}'
-      )
-    shape = (x.shape[-1], self.experts)
-    kernel = peft_param(self, 'kernel', INIT, shape, 'ie')
-    logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
-    logits = mask_experts(logits, ctx)
-    noisy = expert_dropout(self, logits, self.dropout, ctx)
+    check_k('topk', self.k, self.experts)
+    logits, noisy = self.logits(x, ctx)
     probabilities = softmax(noisy)
     weights = jnp.where(top_mask(probabilities, self.k), probabilities, 0)
     if self.renormalize:

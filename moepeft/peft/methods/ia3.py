@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """(IA)^3 (Liu et al., arXiv:2205.05638): one learned scale a feature."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -37,13 +39,7 @@ class Ia3(nn.Module):
 
   @nn.nowrap
   def mix(
-    self,
-    module: nn.Module,
-    f: BaseLayer,
-    x: Array,
-    weights: Array,
-    ctx: Context,
-    share: str,
+    self, module: nn.Module, f: BaseLayer, x: Array, ctx: Context, mixing: Any
   ) -> Array:
     """f(x) * sum_e p_e l_e, or f(x * sum_e p_e l_e).
 
@@ -52,11 +48,12 @@ class Ia3(nn.Module):
 
     Parameters: scale [e, *out] or [e, *in] ones.
     """
-    del ctx, share
+    del ctx
     on_input = self.on == 'input'
     scaled, axes = (x, f.input_axes) if on_input else (f(x), f.output_axes)
-    shape = (weights.shape[-1], *scaled.shape[2:])
+    shape = (mixing.experts, *scaled.shape[2:])
     scale = peft_param(module, 'scale', INIT_SCALE, shape, f'e{axes}')
+    weights = mixing.weights()
     if weights.ndim == 4:
       mixed = jnp.einsum('btne,enh->btnh', weights, scale)
     else:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA (Hu et al., arXiv:2106.09685): y = f(x) + alpha / r (x A) B."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moepeft.core.ranges import Range, option
+from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import (
   BaseLayer,
@@ -15,7 +16,14 @@ from moepeft.nn.adapter_hook import (
   kernel_letters,
   sizes,
 )
-from moepeft.nn.initializers import Constant, Normal, peft_param
+from moepeft.nn.initializers import (
+  Constant,
+  Initializer,
+  Normal,
+  SparseNormal,
+  kaiming,
+  peft_param,
+)
 from moepeft.nn.low_rank_matmul import low_rank_matmul
 from moepeft.nn.numerics import to_f32
 from moepeft.peft.method import Method
@@ -25,6 +33,9 @@ INIT_B = Constant(0)
 RANK = Range(1, 65_536)
 ALPHA = Range(0, 1_000_000)
 DROPOUT = Range(0, 1, below=True)
+A_INITS = ('normal', 'kaiming', 'sparse')
+# FlyLoRA's k / r, 8 of 32 (arXiv:2510.08396).
+_DENSITY = 0.25
 
 
 def down(x: Array, a: Array) -> Array:
@@ -70,12 +81,24 @@ class Lora(nn.Module):
     alpha: the term is scaled by alpha / r (16 in the released code).
     rslora: scale by alpha / sqrt(r) instead (arXiv:2312.03732).
     dropout: of the term's input, in training.
+    a_init: 'normal'; 'kaiming': U(-1/sqrt(in), 1/sqrt(in)), as in peft;
+      'sparse': a quarter of each column from N(0, 1 / columns^2), as in FlyLoRA
+      (arXiv:2510.08396).
+    train_a: whether A is trained; else it stays as it was drawn, as in LoRA-FA
+      (arXiv:2308.03303).
   """
 
   rank: int = option(4, RANK)
   alpha: float = option(16.0, ALPHA)
   rslora: bool = False
   dropout: float = option(0.0, DROPOUT, training_only=True)
+  a_init: str = option('normal', Choices(A_INITS), training_only=True)
+  train_a: bool = option(True, None, training_only=True)
+
+  @property
+  def frozen_arrays(self) -> tuple[str, ...]:
+    """Regular expressions of arrays that stay as they were drawn."""
+    return () if self.train_a else ('a$',)
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
@@ -86,24 +109,19 @@ class Lora(nn.Module):
 
   @nn.nowrap
   def mix(
-    self,
-    module: nn.Module,
-    f: BaseLayer,
-    x: Array,
-    weights: Array,
-    ctx: Context,
-    share: str,
+    self, module: nn.Module, f: BaseLayer, x: Array, ctx: Context, mixing: Any
   ) -> Array:
     """f(x) + scale sum_e p_e (x A_e) B_e.
 
     The weights act in rank space: p weights x A, and (e, r) is contracted with
     B in one product. It equals mixing the experts' outputs, as the released
-    code does, and never builds [b, t, e, out].
+    code does, and never builds [b, t, e, out]. Parameters are combined there
+    too: (sum_e p_e x A_e) (sum_e p_e B_e) without a matrix of each token.
 
     Parameters: a [*in, e, r], b [e, r, *out]; a shared one has no e.
     """
     y = f(x)
-    return y + self.term(module, f, x, y.dtype, ctx, weights, share)
+    return y + self.term(module, f, x, y.dtype, ctx, mixing)
 
   @nn.nowrap
   def term(
@@ -113,40 +131,54 @@ class Lora(nn.Module):
     x: Array,
     dtype: Any,
     ctx: Context,
-    weights: Array | None = None,
-    share: str = '',
+    mixing: Any = None,
   ) -> Array:
     """The low-rank term in `dtype`, of one adapter or of weighted experts.
 
     Args:
       module: owns the parameters.
-      weights: [b, t, e]; None for one adapter.
-      share: 'a' or 'b' where the experts have it in common.
+      mixing: a `Mixing` with 'a' or 'b' in `share` where the experts have it in
+        common; None for one adapter.
     """
     inside, outside = shapes(f, module.name or 'lora')
-    e = () if weights is None else weights.shape[-1:]
-    e_of = {name: () if share == name else e for name in 'ab'}
-    shape_a = (*inside, *e_of['a'], self.rank)
-    shape_b = (*e_of['b'], self.rank, *outside)
-    axes_a, axes_b = ('er' if e_of[name] else 'r' for name in 'ab')
-    a = peft_param(module, 'a', INIT_A, shape_a, f'{f.input_axes}{axes_a}')
+    e = (mixing.experts,) if mixing else ()
+    e_a, e_b = (() if mixing and name in mixing.share else e for name in 'ab')
+    shape_a = (*inside, *e_a, self.rank)
+    shape_b = (*e_b, self.rank, *outside)
+    axes_a, axes_b = ('er' if axis else 'r' for axis in (e_a, e_b))
+    init_a = self.init_a(inside, e_a)
+    a = peft_param(module, 'a', init_a, shape_a, f'{f.input_axes}{axes_a}')
     b = peft_param(module, 'b', INIT_B, shape_b, f'{axes_b}{f.output_axes}')
     drop = nn.Dropout(self.dropout)
     z = down(drop(x, deterministic=not ctx.train).astype(dtype), a)
-    if weights is None:
-      z = z * self.scale
-    else:
-      if share == 'a':
-        z = z[..., None, :]
-      z = z * (weights * self.scale)[..., None].astype(dtype)
-      if share == 'b':
-        z = jnp.sum(z, axis=-2)
+    if mixing is None:
+      return up(z * self.scale, b)
+    weights = mixing.weights(flatten_features(z))
+    if not e_a:
+      z = z[..., None, :]
+    elif e_b and mixing.combine == 'parameters':
+      z = jnp.einsum('bter,bte->btr', z, weights.astype(dtype))[..., None, :]
+    z = z * (weights * self.scale)[..., None].astype(dtype)
+    if not e_b:
+      z = jnp.sum(z, axis=-2)
     return up(z, b)
+
+  @nn.nowrap
+  def init_a(
+    self, inside: tuple[int, ...], experts: tuple[int, ...] = ()
+  ) -> Initializer:
+    """The initializer of A [*in, (e,) r]."""
+    if self.a_init == 'normal':
+      return INIT_A
+    if self.a_init == 'kaiming':
+      return kaiming(math.prod(inside))
+    columns = math.prod(experts) * self.rank
+    return SparseNormal(1 / columns, _DENSITY, len(inside), len(experts) + 1)
 
   def _of_table(self, f: BaseLayer, ids: Array) -> Array:
     """At an embedding: y = table[ids] + alpha / r A[ids] B, a [v, r]."""
     vocab, width = f.shape
-    a = peft_param(self, 'a', INIT_A, (vocab, self.rank), 'vr')
+    a = peft_param(self, 'a', self.init_a((vocab,)), (vocab, self.rank), 'vr')
     b = peft_param(self, 'b', INIT_B, (self.rank, width), 'rd')
     y = f(ids)
     rows = jnp.take(a, ids, axis=0).astype(y.dtype)
@@ -177,6 +209,7 @@ METHOD = Method(
   roles={'official': _PROJECTIONS, 'paper': (*_PROJECTIONS, 'up')},
   additive=True,
   shareable=('a', 'b'),
+  combine=('outputs', 'parameters'),
   merge=merge,
   size_option='rank',
   exact_identity=True,

@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published mixtures: presets of `mixture` with their papers' values."""
+"""Published mixtures: presets of `mixture` with their papers' values.
+
+configs/methods/ has a config of each with the paper's training settings, and
+says where paper and released code differ.
+"""
 
 from moepeft.peft.method import Method
-from moepeft.peft.methods import ia3, lora
+from moepeft.peft.methods import ffn_lora, ia3, lora
 from moepeft.peft.mixture import Mixture, mixture_of
 
 # Its expert, and with that its facts, come from the method string.
 MIXTURE = Method(Mixture, roles={})
+
+_ATTENTION = ('query', 'key', 'value', 'output')
+_FEED_FORWARD = ('gate', 'up', 'down')
+
+
+def _at(*roles: str) -> dict[str, tuple[str, ...]]:
+  return {'official': roles, 'paper': roles}
+
 
 # Zadouri et al., arXiv:2309.05444. The router reads the projection's whole
 # input; the experts' A and B are drawn and scaled as in LoRA.
@@ -19,3 +31,65 @@ MOV = mixture_of(
   values={'reads': 'heads'},
   defaults={'official': {'reads': 'heads'}, 'paper': {'reads': 'output'}},
 )
+
+# Li et al., arXiv:2404.15159: whole feed-forwards as experts. The paper's LoRA
+# on the attention is a second adapter; see configs/methods/mixlora.py.
+MIXLORA = mixture_of(
+  ffn_lora.METHOD,
+  values={'experts': 8, 'rank': 16, 'alpha': 32.0, 'a_init': 'kaiming'},
+  router='topk(k=2, renormalize=True)',
+)
+
+# Gao et al., arXiv:2402.08562: more experts in higher layers.
+MOLA = mixture_of(
+  lora.METHOD,
+  values={
+    'experts_per_layer': 'inverted_triangle',
+    'rank': 8,
+    'alpha': 16.0,
+    'a_init': 'kaiming',
+  },
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
+  router="topk(k=2, renormalize=True, kernel_init='kaiming')",
+)
+
+# Tian et al., arXiv:2404.19245: one A for all experts.
+HYDRALORA = mixture_of(
+  lora.METHOD,
+  values={
+    'experts': 3,
+    'rank': 4,
+    'alpha': 32.0,
+    'share': 'a',
+    'a_init': 'kaiming',
+  },
+  roles=_at(*_FEED_FORWARD),
+  router="softmax(kernel_init='kaiming')",
+)
+
+# Liu and Luo, arXiv:2405.00361: experts above a learned threshold.
+ADAMOLE = mixture_of(
+  lora.METHOD,
+  values={'experts': 8, 'rank': 4, 'alpha': 16.0, 'a_init': 'kaiming'},
+  roles=_at(*_ATTENTION),
+  router="threshold(kernel_init='kaiming')",
+)
+
+# Zou et al., arXiv:2510.08396: 32 experts of rank one, routed by how large the
+# frozen, sparse down-projection of the input is.
+FLYLORA = mixture_of(
+  lora.METHOD,
+  values={
+    'experts': 32,
+    'rank': 1,
+    'alpha': 2.0,
+    'reads': 'down',
+    'a_init': 'sparse',
+    'train_a': False,
+  },
+  router='magnitude(k=8)',
+)
+
+# Ostapenko et al., arXiv:2405.11157: trained adapters, routed by the direction
+# that each of them changes most.
+ARROW = mixture_of(lora.METHOD, router='arrow(k=3)')

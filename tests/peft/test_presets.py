@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes each preset the published method that it is named after."""
+
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepeft.core.types import Context
+from moepeft.models import weight_mapping
+from moepeft.models.t5 import model as t5
+from moepeft.moe import ROUTERS, router_state
+from moepeft.moe.routers import arrow, magnitude
+from moepeft.nn.adapter_hook import SublayerHook
+from moepeft.nn.initializers import param_metadata
+from moepeft.nn.mlp import Mlp
+from moepeft.peft import METHODS, build
+from moepeft.peft.build import routers
+from moepeft.peft.method_text import canonical_text
+from moepeft.peft.mixture import layer_counts
+
+from ..contracts import small
+from .test_semantics import CLOSE, adapter, call, normal, projection, softmax
+
+SITES = t5.sites(small.GATED)
+PRESETS = [name for name, entry in METHODS.items() if entry.expert]
+
+
+def shapes(method):
+  """{path below a site and adapter: shape} of all sites, layers apart."""
+  model, _ = small.make(method)
+  return {
+    path: shape
+    for path, (shape, _) in param_metadata(model, small.batch()).items()
+  }
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_a_preset_is_its_text_and_options_replace_its_values(preset):
+  assert canonical_text(preset) == preset
+  built = build(preset, SITES)
+  assert build(built.method, SITES) == built
+  option = METHODS[preset].expert.size_option
+  if option:
+    other = f'{preset}({option}=7)'
+    assert canonical_text(other) == other
+    (module,) = {a for _, a in build(other, SITES).adapter_map.entries}
+    assert getattr(module.expert, option) == 7
+  (router,) = routers(f'{preset}(router=uniform)').values()
+  assert type(router) is ROUTERS['uniform'].module
+
+
+# alpha / r, the first figure on which comparisons of papers depend.
+@pytest.mark.parametrize(
+  ('preset', 'scale'),
+  [
+    ('molora', 16 / 4),
+    ('mixlora', 32 / 16),
+    ('mola', 16 / 8),
+    ('hydralora', 32 / 4),
+    ('adamole', 16 / 4),
+    ('flylora', 2 / 1),
+  ],
+)
+def test_the_scale_is_the_paper_s(preset, scale):
+  expert = build(preset, SITES).adapter_map.entries[0][1].expert
+  assert expert.alpha / expert.rank == scale
+
+
+def test_mixlora_is_a_mixture_of_feed_forwards_that_share_the_frozen_one():
+  # d 11, f 17, gated with gelu; 3 experts of rank 2, scale 5 / 2.
+  method = 'mixlora(experts=3, rank=2, alpha=5.0)'
+  model, _ = small.make(method)
+  params = small.params()['encoder']['layers']['mlp']
+  kernels = {
+    k: np.asarray(params[k]['kernel'][0]) for k in ('wi_0', 'wi_1', 'wo')
+  }
+  x = normal('x', 2, 7, 11)
+  tree = {
+    'gate_a': normal('ga', 11, 3, 2),
+    'gate_b': normal('gb', 3, 2, 17),
+    'up_a': normal('ua', 11, 3, 2),
+    'up_b': normal('ub', 3, 2, 17),
+    'down_a': normal('da', 17, 3, 2),
+    'down_b': normal('db', 3, 2, 11),
+    'router': {'kernel': normal('kernel', 11, 3)},
+  }
+  p = softmax(x @ tree['router']['kernel'])
+  p = np.where(p > p.min(-1, keepdims=True), p, 0)
+  p /= p.sum(-1, keepdims=True)
+  expected = 0
+  for e in range(3):
+
+    def projected(y, kernel, name, e=e):
+      a, b = tree[f'{name}_a'][:, e], tree[f'{name}_b'][e]
+      return y @ kernels[kernel] + 5 / 2 * (y @ a) @ b
+
+    gate = np.asarray(jax.nn.gelu(projected(x, 'wi_0', 'gate')))
+    hidden = gate * projected(x, 'wi_1', 'up')
+    expected += p[..., e : e + 1] * projected(hidden, 'wo', 'down')
+  actual = feed_forward(model, params, tree, x)
+  np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-3)
+
+
+def feed_forward(model, params, tree, x):
+  """The first layer's feed-forward of a T5 with the adapter around it."""
+
+  class Sublayer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      site = 'encoder/mlp'
+      mlp = Mlp(11, 17, True, 'gelu', site, model.adapter_map, name='mlp')
+      hook = SublayerHook(site, model.adapter_map, name='around_mlp')
+      return hook(mlp, lambda mlp, y: mlp(y, Context()), x, Context())
+
+  layer = jax.tree.map(lambda a: a[0], params)
+  cast = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+  name = model.adapter_map.entries[0][1].name
+  variables = {
+    'params': {'mlp': layer},
+    'peft': {'around_mlp': {name: cast}},
+  }
+  return jax.jit(Sublayer().apply)(variables, jnp.asarray(x, jnp.float32))
+
+
+def test_one_feed_forward_expert_is_lora_at_its_projections():
+  together, _ = small.make('ffn_lora(rank=2)')
+  apart, _ = small.make("lora(rank=2, targets='*/wi_0|*/wi_1|*/wo')")
+  peft = small.variables('ffn_lora(rank=2)', noise=0.1)['peft']
+  names = {'gate': 'wi_0', 'up': 'wi_1', 'down': 'wo'}
+  arrays = {}
+  for path, array in weight_mapping.flatten(peft).items():
+    site, _, leaf = path.partition('/around_mlp/ffn_lora/')
+    name, _, factor = leaf.rpartition('_')
+    arrays[f'{site}/mlp/{names[name]}/lora/{factor}'] = array
+  variables = {'params': small.params()}
+  np.testing.assert_allclose(
+    small.jitted(together)(variables | {'peft': peft}, small.batch()),
+    small.jitted(apart)(
+      variables | {'peft': weight_mapping.unflatten(arrays)}, small.batch()
+    ),
+    rtol=2e-5,
+    atol=2e-5,
+  )
+
+
+def test_an_adapter_of_an_activation_beside_whole_feed_forwards_is_refused():
+  model, _ = small.make("mixlora(experts=3) + ia3(targets='*/act')")
+  with pytest.raises(ValueError, match='an adapter at .*/mlp/act cannot stand'):
+    jax.eval_shape(model.init, small.RNGS, small.batch())
+
+
+def test_mola_has_more_experts_in_higher_layers():
+  # 32 layers in quarters: 2 experts in the first eight, 8 in the last.
+  counts = layer_counts('inverted_triangle', 32)
+  assert counts == (2,) * 8 + (4,) * 8 + (6,) * 8 + (8,) * 8
+  assert layer_counts('triangle', 32) == counts[::-1]
+  assert layer_counts('diamond', 4) == (2, 8, 8, 2)
+  # 5 layers: 4 i // 5 is 0, 0, 1, 2, 3.
+  assert layer_counts('inverted_triangle', 5) == (2, 2, 4, 6, 8)
+  (mixture,) = {a for _, a in build('mola', SITES).adapter_map.entries}
+  assert mixture.experts == 8
+  (even,) = {a for _, a in build('mola(experts=5)', SITES).adapter_map.entries}
+  assert (even.experts, even.experts_per_layer) == (5, ())
+  assert canonical_text('mola(experts=10)') == 'mola(experts=10)'
+
+
+def test_hydralora_shares_a_and_routes_b():
+  by_path = shapes('hydralora(experts=3, rank=2)')
+  layer = 'encoder/layers/mlp/wi_0/hydralora'
+  assert by_path[f'{layer}/a'] == (2, 11, 2)
+  assert by_path[f'{layer}/b'] == (2, 3, 2, 17)
+
+
+def test_adamole_leaves_out_experts_below_the_token_s_threshold():
+  # p = (0.7, 0.2, 0.1); the threshold is 1/3 sigmoid(0) = 1/6, so experts 0 and
+  # 1 are left with 0.7 - 1/6 = 16/30 and 0.2 - 1/6 = 1/30: 16/17 and 1/17.
+  router = ROUTERS['threshold'].module(experts=3)
+  tree = {
+    'kernel': jnp.log(jnp.array([[0.7, 0.2, 0.1]])),
+    'threshold_kernel': jnp.zeros(1),
+    'threshold_bias': jnp.float32(0),
+  }
+  routing = router.apply({'peft': tree}, jnp.ones((1, 1, 1)), Context())
+  np.testing.assert_allclose(
+    routing.combine_weights[0, 0], [16 / 17, 1 / 17, 0], rtol=1e-5
+  )
+
+
+def test_flylora_keeps_a_as_drawn_and_weights_the_largest_projections():
+  built = build('flylora(experts=4, router=magnitude(k=2))', SITES)
+  assert any('flylora/a' in pattern for pattern in built.frozen_arrays)
+  variables = small.variables('flylora(experts=4, router=magnitude(k=2))')
+  trained, rest = router_state.split(variables['peft'], built.frozen_arrays)
+  assert {p.split('/')[-1] for p in weight_mapping.flatten(trained)} == {'b'}
+  leaves = {p.split('/')[-1] for p in weight_mapping.flatten(rest)}
+  assert leaves == {'a', 'state_bias'}
+  # Of d = 11 entries a quarter, 2, is not zero in each column, as large as 1/4.
+  a = np.asarray(rest['encoder']['layers']['self']['q']['flylora']['a'])
+  assert ((a != 0).sum(axis=1) == 2).all()
+  assert 0.1 < a[a != 0].std() < 0.4
+  # f(x) + 2 sum over the two largest |z + d| of z_e B_e.
+  f, x, y, inside, outside = projection('q')
+  a, b, d = (
+    normal('a', *inside, 4, 1),
+    normal('b', 4, 1, *outside),
+    normal('d', 4),
+  )
+  module = adapter('flylora(experts=4, router=magnitude(k=2))')
+  z = x @ a[..., 0]
+  rank = np.argsort(np.argsort(-np.abs(z + d), -1), -1)
+  expected = y + 2 * np.einsum('bte,enh->btnh', z * (rank < 2), b[:, 0])
+  tree = {'a': a, 'b': b, 'router': {'state_bias': d}}
+  np.testing.assert_allclose(call(module, tree, f, x), expected, **CLOSE)
+
+
+def test_flylora_s_bias_moves_towards_even_loads():
+  # 3 tokens that took 2 of 3 experts each: 3, 2, 1 times, 2 on average.
+  sums = types.SimpleNamespace(share=jnp.array([3.0, 2.0, 1.0]))
+  router = magnitude.Magnitude(3, k=2, rate=0.5)
+  state = magnitude.update(router, {'bias': jnp.array([0.25, 0.0, 0.0])}, sums)
+  np.testing.assert_array_equal(state['bias'], [-0.25, 0, 0.5])
+
+
+def test_arrow_s_prototypes_are_the_top_right_singular_vectors():
+  a, b = normal('a', 5, 3, 7, 2), normal('b', 5, 2, 4)
+  kernel = arrow.prototypes({'a': a, 'b': b})['kernel']
+  for e in range(5):
+    # The paper's matrices act on columns: B A here is (A B) transposed.
+    matrix = (a[e].reshape(21, 2) @ b[e]).T
+    top = np.linalg.svd(matrix)[2][0]
+    # Up to the sign.
+    np.testing.assert_allclose(np.abs(top @ kernel[:, e]), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize('share', ['', 'a', 'b'])
+def test_combined_parameters_are_one_adapter_of_the_weighted_sums(share):
+  f, x, y, inside, outside = projection('q')
+  a = normal('a', *inside, *([] if share == 'a' else [13]), 19)
+  b = normal('b', *([] if share == 'b' else [13]), 19, *outside)
+  kernel = normal('kernel', 11, 13)
+  text = (
+    'mixture(expert=lora(rank=19, alpha=3.0), experts=13, '
+    f"combine='parameters', share='{share}')"
+  )
+  p = softmax(x @ kernel)
+  a_x = (
+    np.einsum('bte,der->btdr', p, a)
+    if share != 'a'
+    else np.broadcast_to(a, (2, 7, *a.shape))
+  )
+  b_x = (
+    np.einsum('bte,ernh->btrnh', p, b)
+    if share != 'b'
+    else np.broadcast_to(b, (2, 7, *b.shape))
+  )
+  expected = y + 3 / 19 * np.einsum('btd,btdr,btrnh->btnh', x, a_x, b_x)
+  tree = {'a': a, 'b': b, 'router': {'kernel': kernel}}
+  np.testing.assert_allclose(
+    call(adapter(text), tree, f, x), expected, rtol=1e-3, atol=1e-3
+  )
+
+
+def test_shared_experts_are_always_on_and_identity_experts_add_nothing():
+  f, x, y, inside, outside = projection('q')
+  # The router has 3 experts and 2 identities; one more expert is always on.
+  a, b = normal('a', *inside, 4, 2), normal('b', 4, 2, *outside)
+  kernel = normal('kernel', 11, 5)
+  module = adapter(
+    'molora(experts=3, rank=2, alpha=2.0, shared_experts=1, identity_experts=2)'
+  )
+  p = softmax(x @ kernel)[..., :3]
+  p = np.concatenate([p, np.ones((2, 7, 1))], -1)
+  expected = y + np.einsum('btd,der,bte,ernh->btnh', x, a, p, b)
+  tree = {'a': a, 'b': b, 'router': {'kernel': kernel}}
+  np.testing.assert_allclose(call(module, tree, f, x), expected, **CLOSE)
