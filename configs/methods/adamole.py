@@ -7,8 +7,8 @@ python -m moepeft.train --workdir=DIR \
 
 Without a model it trains the embedded T5 on the embedded tasks.
 
-differs: follows the released code (zefang-liu/AdaMoLE): its balance loss has the
-  mean of p - t, which may be negative, where the text has the mean of p.
+differs: follows the released code (zefang-liu/AdaMoLE): its balance loss has
+  the mean of p - t, which may be negative, where the text has the mean of p.
 scale: alpha / r = 16 / 4 = 4, times weights that sum to one; the paper's LoRA
   baseline of rank 32 has 16 / 32 = 0.5, so the two differ in scale too.
 """

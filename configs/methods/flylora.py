@@ -7,11 +7,11 @@ python -m moepeft.train --workdir=DIR \
 
 Without a model it trains the embedded T5 on the embedded tasks.
 
-differs: follows the text and flylora.py in the released code: experts are chosen
-  by |x A + d|, and d moves towards even loads, by 1e-3 once per optimizer step.
-  flylora.py compares counts with k / r, so that d only falls; the fork of peft
-  beside it takes signed values and moves d in every forward pass, evaluation
-  too.
+differs: follows the text and flylora.py in the released code: experts are
+  chosen by |x A + d|, and d moves towards even loads, by 1e-3 once per
+  optimizer step. flylora.py compares counts with k / r, so that d only falls;
+  the fork of peft beside it takes signed values and moves d in every forward
+  pass, evaluation too.
 scale: alpha / r = 64 / 32 = 2, here written as rank-one experts with alpha 2.
 """
 

@@ -7,8 +7,8 @@ python -m moepeft.train --workdir=DIR \
 
 Without a model it trains the embedded T5 on the embedded tasks.
 
-differs: follows the released code; see docs/methods.md for where the text differs.
-  Its training settings, on T5 and P3, are those of configs/paper/.
+differs: follows the released code; see docs/methods.md for where the text
+  differs. Its training settings, on T5 and P3, are those of configs/paper/.
 scale: alpha / r = 16 / 4 = 4, times weights that sum to one.
 """
 
@@ -16,4 +16,8 @@ from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):
-  return config_lib.finetuning(values, 'molora', learning_rate=0.001)
+  c = config_lib.finetuning(
+    values, 'molora', learning_rate=3e-4, batch_size=32, length=1024
+  )
+  c.optimizer.name, c.optimizer.schedule = 'adafactor', 'constant'
+  return c
