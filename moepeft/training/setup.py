@@ -132,7 +132,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     options.preset, options.model_parallel_size, options.rules
   )
   sharding.check_rows(layout.mesh, config.batch_size)
-  share = sharding.share(layout.mesh)
+  share = sharding.process_shard(layout.mesh)
   # First, as the tokenizer is looked for in the same place.
   family, shape = base_lib.shape(config.model)
   check_decodes(shape)
@@ -198,7 +198,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     train_step=jax.jit(
       build_train_step(config, model, method, optimizer, reference),
       donate_argnums=0,
-      out_shardings=(shardings, layout.whole),
+      out_shardings=(shardings, layout.replicated),
     ),
     batches=make_loader(
       data,
@@ -246,17 +246,17 @@ def start(
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, training.identity, skip_damaged)
     run_progress = checkpoints.run_progress()
-    training.batches.seek(distributed.place_of_process(run_progress.place))
+    training.batches.seek(distributed.position_of_process(run_progress.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   step = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
   distributed.write_json(run.config_file, json.loads(config.to_json()))
   distributed.write_json(run.data_file, data_hashes)
-  if gin and distributed.first():
+  if gin and distributed.is_first():
     files.write_text(run.gin_file, gin)
   # Before any evaluation, which takes minutes: a tracker may be refused.
   trackers: list[Tracker] = []
-  if distributed.first():
+  if distributed.is_first():
     trackers += open_trackers(run, step, config.to_dict())
   history = History(run.metrics())
   trackers.append(history)
@@ -281,7 +281,7 @@ def start(
       trackers,
       optimizers.make_schedule(config.optimizer, config.steps),
       config.router_collapse_threshold,
-      sharding.share(training.layout.mesh)[1],
+      sharding.process_shard(training.layout.mesh)[1],
     ),
   )
 
