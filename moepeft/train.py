@@ -166,9 +166,7 @@ def run_loop(loop: TrainingLoop, callbacks: Sequence[Callback]) -> None:
 
 def _lock(workdir: str) -> contextlib.AbstractContextManager[Workdir | None]:
   return (
-    open_workdir(workdir)
-    if distributed.is_first()
-    else contextlib.nullcontext()
+    open_workdir(workdir) if distributed.first() else contextlib.nullcontext()
   )
 
 

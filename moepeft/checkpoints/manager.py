@@ -353,7 +353,7 @@ class Checkpoints:
       target, number = os.path.join(folder, f'{step}.{number}'), number + 1
     # Nobody moves it while another process still reads it.
     distributed.agree(True, True)
-    if distributed.is_first():
+    if distributed.first():
       os.makedirs(folder, exist_ok=True)
       os.rename(os.path.join(self.path, str(step)), target)
     distributed.agree(True, True)

@@ -87,7 +87,7 @@ def join(cluster: str, timeout: int = 300) -> None:
       f'the processes of --distributed={cluster} cannot connect ({reason})'
     ) from None
   _set_abort_message(_lost_message(timeout))
-  if not is_first():
+  if not first():
     sys.stdout = open(os.devnull, 'w')
 
 
@@ -148,7 +148,7 @@ def exit_on_error(timeout: int) -> Iterator[None]:
     os._exit(_EXIT_CODE)
 
 
-def is_first() -> bool:
+def first() -> bool:
   """Whether this is process 0, which prints and writes for all."""
   return jax.process_index() == 0
 
@@ -189,6 +189,6 @@ def agree(flag: bool, now: bool) -> bool:
 
 def write_json(path: str, value: Any) -> None:
   """Writes a file atomically, in process 0 only."""
-  if not is_first():
+  if not first():
     return
   files.write_text(path, json.dumps(value, indent=2))

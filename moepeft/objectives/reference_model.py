@@ -139,7 +139,7 @@ def precomputed(
       raise _damaged_error(folder, _ARRAY, f'{array.dtype} {list(array.shape)}')
     return array
   array = _compute_logps(preferences, collator, model, variables, mesh, rows)
-  if folder and distributed.is_first():
+  if folder and distributed.first():
     os.makedirs(folder, exist_ok=True)
     with tell_full_disk(folder, lambda: None):
       np.save(os.path.join(folder, _ARRAY), array)

@@ -252,11 +252,11 @@ def start(
   # Not before: a run that is refused must leave the other's config alone.
   distributed.write_json(run.config_file, json.loads(config.to_json()))
   distributed.write_json(run.data_file, data_hashes)
-  if gin and distributed.is_first():
+  if gin and distributed.first():
     files.write_text(run.gin_file, gin)
   # Before any evaluation, which takes minutes: a tracker may be refused.
   trackers: list[Tracker] = []
-  if distributed.is_first():
+  if distributed.first():
     trackers += open_trackers(run, step, config.to_dict())
   history = History(run.metrics())
   trackers.append(history)

@@ -100,7 +100,7 @@ from jax.experimental import multihost_utils
 from moepeft.core import distributed as processes
 how, number, lost, how_lost = sys.argv[1], *map(int, sys.argv[2:])
 processes.join(how, 10)
-with processes.together(10):
+with processes.exit_on_error(10):
   for step in range(1000):
     multihost_utils.process_allgather(np.int32(step))
     if step == 3 and number == lost:
@@ -160,4 +160,4 @@ def test_an_error_of_one_process_does_not_wait_for_the_others():
   told = [process.communicate(timeout=120)[1] for process in run]
   assert [process.returncode for process in run] == [2, 2]
   assert 'error: no data' in told[1] and 'Traceback' not in ''.join(told)
-  assert 'error: process 0 of 2 ends' in told[0]
+  assert 'error: process 0 of 2 exits' in told[0]

@@ -10,7 +10,7 @@ class Plotting(Callback):
   """Draws PNGs once a minute, where metrics are logged, and at the end."""
 
   def on_start(self, loop):
-    self._draws = distributed.is_first()
+    self._draws = distributed.first()
     self._plots = plots.Figures(loop.history, loop.run.plots_dir, self._draws)
 
   def on_step(self, loop, batch, metrics):

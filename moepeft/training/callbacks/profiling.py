@@ -43,7 +43,7 @@ class Profiling(Callback):
     A run that goes on among them traces those that are left.
     """
     is_first = step == max(self._first, loop.first_step + 1)
-    if not is_first or step > self._last or not distributed.is_first():
+    if not is_first or step > self._last or not distributed.first():
       return
     # The steps before are done, so that no work of theirs is in the trace.
     jax.block_until_ready(loop.state)
