@@ -20,7 +20,7 @@ import numpy as np
 
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints.open_adapter import (
-  TrainedAdapter,
+  StoredAdapter,
   check_base,
   load_adapter,
   resolve,
@@ -58,7 +58,7 @@ class _TrainedExpert:
 
   path: str
   sha256: str
-  adapter: TrainedAdapter
+  adapter: StoredAdapter
   spec: Spec
   module: nn.Module
   sites: tuple[str, ...]

@@ -26,7 +26,7 @@ def resolve(path: str) -> str:
   return pip_models.resolve(local_path(path))
 
 
-class TrainedAdapter(NamedTuple):
+class StoredAdapter(NamedTuple):
   """A trained adapter in memory.
 
   Attributes:
@@ -44,7 +44,7 @@ class TrainedAdapter(NamedTuple):
   quantise: str | None = None
 
 
-def load_adapter(path: str, config: Any) -> TrainedAdapter:
+def load_adapter(path: str, config: Any) -> StoredAdapter:
   """Loads the adapter of a run's latest checkpoint or of another format.
 
   Args:
@@ -61,7 +61,7 @@ def load_adapter(path: str, config: Any) -> TrainedAdapter:
   if is_run or form == 'moepeft':
     tree, metadata = restore_adapter(path) if is_run else adapter_lib.load(path)
     base = metadata['base']
-    return TrainedAdapter(
+    return StoredAdapter(
       metadata['method'],
       tree,
       base['sha256'],
@@ -69,16 +69,16 @@ def load_adapter(path: str, config: Any) -> TrainedAdapter:
       base.get('quantise', ''),
     )
   if form == 'peft':
-    return TrainedAdapter(*peft.load(path, config))
+    return StoredAdapter(*peft.load(path, config))
   if form == 't5x' and (adapter := t5x.load(path).adapter):
-    return TrainedAdapter(*adapter)
+    return StoredAdapter(*adapter)
   raise ValueError(
     f'{path} holds no adapter; expected the work directory of a run, an '
     'adapter of moepeft or of peft, or a T5X checkpoint of the released code'
   )
 
 
-def check_base(adapter: TrainedAdapter, path: str, base: Any) -> None:
+def check_base(adapter: StoredAdapter, path: str, base: Any) -> None:
   """
   Args:
     path: where the adapter was read.

@@ -26,7 +26,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints.open_adapter import TrainedAdapter
+from moepeft.checkpoints.open_adapter import StoredAdapter
 from moepeft.data import load_tokenizer
 from moepeft.evaluation.loglikelihood import losses
 from moepeft.peft import build
@@ -107,7 +107,7 @@ class Trainer:
 
   def _of(self, adapter: str):
     """(model, variables)."""
-    trained = TrainedAdapter('full', {}, semantics='official')
+    trained = StoredAdapter('full', {}, semantics='official')
     if adapter:
       path = self._real.adapters[adapter]
       trained = base_lib.load_adapter(path, self._base.config)
