@@ -153,7 +153,7 @@ def _send(client: openai.OpenAI, ask: Callable[[], Any]) -> Any:
 
 def _malformed_reply(client: openai.OpenAI, problem: Exception) -> str:
   return (
-    f'{client.base_url} gave a reply that is not valid in the OpenAI API: '
+    f'{client.base_url} gave no reply in the format of the OpenAI API: '
     f'{_shorten(problem)}'
   )
 
