@@ -67,7 +67,7 @@ from moepeft.peft.merge import merge
 from moepeft.runs.run import Run
 
 # What --to names: GGUF files are read alone.
-_WRITTEN = tuple(form for form in checkpoint_formats.FORMS if form != 'gguf')
+_WRITTEN = tuple(form for form in checkpoint_formats.FORMATS if form != 'gguf')
 _SEMANTICS = 'official'  # what T5X's names and peft's methods mean here
 
 

@@ -157,6 +157,10 @@ def test_beams_are_texts_too(kind):
   assert list(map(len, actual)) == [11] * 3
   one = generation(kind, beams=BeamConfig(1)).generate_texts(rows)
   assert one == generation(kind).generate_texts(rows)
+  stop = actual[1][4:6]
+  stopped = generation(kind, beams=BeamConfig(3), stop_strings=(stop,))
+  cut = [text.split(stop)[0] for text in actual]
+  assert stopped.generate_texts(rows) == cut
 
 
 def test_evaluations_answer_with_decoders_as_with_t5():
