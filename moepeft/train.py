@@ -241,7 +241,7 @@ def main(argv) -> None:
       distributed.join(_DISTRIBUTED.value, _DISTRIBUTED_TIMEOUT.value)
     may_differ, gin = _MAY_DIFFER.value, command_line.gin_text()
     dry_run, skip_damaged = _DRY_RUN.value, _SKIP_DAMAGED.value
-    with distributed.together(_DISTRIBUTED_TIMEOUT.value):
+    with distributed.exit_on_error(_DISTRIBUTED_TIMEOUT.value):
       train(_CONFIG.value, workdir, dry_run, may_differ, gin, skip_damaged)
   except Stopped as e:
     print(f'\n{e}', file=sys.stderr)

@@ -131,7 +131,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     options.preset, options.model_parallel_size, options.rules
   )
   sharding.check_rows(layout.mesh, config.batch_size)
-  share = sharding.share(layout.mesh)
+  share = sharding.process_shard(layout.mesh)
   # Before the tokenizer, which is searched for in the same directory.
   family, shape = base_lib.shape(config.model)
   check_decodes(shape)
@@ -197,7 +197,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     train_step=jax.jit(
       build_train_step(config, model, method, optimizer, reference),
       donate_argnums=0,
-      out_shardings=(shardings, layout.whole),
+      out_shardings=(shardings, layout.replicated),
     ),
     batches=make_loader(
       data,
@@ -245,7 +245,7 @@ def start(
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, training.identity, skip_damaged)
     run_progress = checkpoints.run_progress()
-    training.batches.seek(distributed.place_of_process(run_progress.place))
+    training.batches.seek(distributed.position_of_process(run_progress.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   step = int(state.step)
   # After the restore, so that a refused run does not overwrite the config.
@@ -280,7 +280,7 @@ def start(
       trackers,
       optimizers.make_schedule(config.optimizer, config.steps),
       config.router_collapse_threshold,
-      sharding.share(training.layout.mesh)[1],
+      sharding.process_shard(training.layout.mesh)[1],
     ),
   )
 

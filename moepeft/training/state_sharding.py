@@ -43,12 +43,12 @@ def state_shardings(
   trained, frozen = _by_part(logical_axes, trainable)
   trained = tree_shardings(layout, trained, state.trainable)
   return State(
-    step=layout.whole,
+    step=layout.replicated,
     trainable=trained,
     frozen=tree_shardings(layout, frozen, state.frozen),
     opt=_optimizer_shardings(layout, state.opt, state.trainable, trained),
-    rng=layout.whole,
-    reference=jax.tree.map(lambda _: layout.whole, state.reference),
+    rng=layout.replicated,
+    reference=jax.tree.map(lambda _: layout.replicated, state.reference),
   )
 
 
@@ -75,7 +75,7 @@ def _optimizer_shardings(
       owner = owners.get('/'.join(parts[i:]))
       if owner:
         return NamedSharding(layout.mesh, _remaining_spec(leaf.shape, *owner))
-    return layout.whole
+    return layout.replicated
 
   return jax.tree_util.tree_map_with_path(sharding_of, opt)
 
@@ -90,7 +90,11 @@ def _remaining_spec(
     for axes in itertools.combinations(range(len(full_shape)), len(shape))
     if shape == tuple(full_shape[i] for i in axes)
   }
-  return sharding.trimmed(*specs.pop()) if len(specs) == 1 else PartitionSpec()
+  return (
+    sharding.canonical_spec(*specs.pop())
+    if len(specs) == 1
+    else PartitionSpec()
+  )
 
 
 def place(

@@ -27,7 +27,8 @@ class Checkpointing(Callback):
     loop.flush_metrics()
     with loop.progress.paused('saving'):
       loop.run_progress = dataclasses.replace(
-        loop.run_progress, place=distributed.places(loop.batches.position())
+        loop.run_progress,
+        place=distributed.gather_positions(loop.batches.position()),
       )
       if loop.workdir:
         loop.workdir.check()
