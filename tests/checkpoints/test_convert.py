@@ -283,7 +283,7 @@ def test_a_whole_trained_model_goes_out(run, trained, form):
   [
     ('params', ['--to=peft'], 'trained a whole model'),
     ('params', ['--to=moepeft'], 'trained a whole model'),
-    ('params', ['--to=t5x', '--dtype=float16'], '--dtype casts'),
+    ('params', ['--to=t5x', '--dtype=float16'], '--dtype is for'),
   ],
 )
 def test_a_run_in_a_form_that_cannot_hold_it_is_refused(

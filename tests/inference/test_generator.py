@@ -452,8 +452,8 @@ def test_the_command_answers_from_a_model_and_from_the_terminal():
       ('--model=x', '--num_beams=0'),
       '--num_beams=0: 0 is not an integer in the range',
     ),
-    (('--model=x', '--length_penalty=2'), 'set --num_beams above 1 too'),
-    (('--model=x', '--early_stopping=yes'), 'set --num_beams above 1 too'),
+    (('--model=x', '--length_penalty=2'), 'set --num_beams above 1, too'),
+    (('--model=x', '--early_stopping=yes'), 'set --num_beams above 1, too'),
     (('--model=x', '--stop_strings='), 'a stop string is empty'),
     (('--model=x', '--checkpoint=3'), 'name it with --workdir'),
     (
