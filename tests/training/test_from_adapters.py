@@ -236,7 +236,7 @@ def test_a_run_goes_on_with_the_same_files_alone(places, run, tmp_path):
     (
       ('a', 'b'),
       "expert=lora(rank=2), targets='decoder/self/q|decoder/self/v'",
-      '/a is "lora.*not what the mixture names',
+      r"/a is .lora.*differs from the mixture's expert",
     ),
     (('',), ROUTER, 'from_adapters is a list of paths'),
   ],
