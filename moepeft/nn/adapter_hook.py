@@ -9,6 +9,7 @@ same with and without adapters.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -116,9 +117,14 @@ def apply_adapters(
 
 
 def _wrap(adapter: nn.Module, f: BaseLayer, ctx: Context) -> BaseLayer:
-  return dataclasses.replace(
-    f, call=lambda x: adapter(f, x, ctx), module=None, run=None
-  )
+  f = dataclasses.replace(f, call=functools.partial(_call, adapter, f, ctx))
+  # In a pool at most one adapter of a row is on, and may replace the sublayer.
+  exclusive = getattr(adapter, 'exclusive', False)
+  return f if exclusive else dataclasses.replace(f, module=None, run=None)
+
+
+def _call(adapter: nn.Module, f: BaseLayer, ctx: Context, x: Array) -> Array:
+  return adapter(f, x, ctx)
 
 
 class ActivationHook(nn.Module):
