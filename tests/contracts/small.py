@@ -122,14 +122,24 @@ def variables(method, config=GATED, noise=0.0, semantics='official'):
   model, _ = make(method, config, semantics)
   peft = init_params(model, batch(), 1, params(config))['peft']
   if noise:
-    leaves, tree = jax.tree.flatten(peft)
-    keys = jax.random.split(jax.random.key(2), max(len(leaves), 1))
-    leaves = [
-      a + noise * jax.random.normal(k, a.shape)
-      for a, k in zip(leaves, keys, strict=False)
-    ]
-    peft = jax.tree.unflatten(tree, leaves)
+    peft = moved(peft, noise, 2)
   return {'params': params(config), 'peft': peft}
+
+
+def moved(tree, by, seed):
+  """The tree with normal noise of a standard deviation.
+
+  Drawn and added by NumPy: JAX compiles three programs for each shape.
+  """
+  rng = np.random.default_rng(seed)
+
+  def move(leaf):
+    leaf = np.asarray(leaf)
+    return jnp.asarray(
+      leaf + (by * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+    )
+
+  return jax.tree.map(move, tree)
 
 
 @functools.cache
@@ -139,7 +149,10 @@ def params(config=GATED):
 
 
 def unstack(tree):
-  """layers on axis 0 -> layers_0, layers_1, ...: the form without scan."""
+  """layers on axis 0 -> layers_0, layers_1, ...: the form without scan.
+
+  NumPy slices: JAX would compile a program for each shape.
+  """
   if not isinstance(tree, dict):
     return tree
   out = {}
@@ -147,7 +160,9 @@ def unstack(tree):
     if key == 'layers':
       depth = len(jax.tree.leaves(value)[0])
       for i in range(depth):
-        out[f'layers_{i}'] = jax.tree.map(lambda a, i=i: a[i], value)
+        out[f'layers_{i}'] = jax.tree.map(
+          lambda a, i=i: jnp.asarray(np.asarray(a)[i]), value
+        )
     else:
       out[key] = unstack(value)
   return out

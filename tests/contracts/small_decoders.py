@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +12,8 @@ from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.nn.initializers import init_params
 from moepeft.nn.rope import Rope
 from moepeft.peft import build
+
+from . import small
 
 # Heads times head size (24) unlike d_model (13), 6 heads on 2, 3 layers.
 _LLAMA = DecoderConfig(
@@ -94,17 +95,10 @@ def _variables(config, method, noise, dtype):
   """Weights so large that all of them matter; biases and scales too."""
   advice = build(method, sites(config)).adapter_map
   model = Decoder(config, advice, param_dtype=dtype)
-  rng = np.random.default_rng(1)
-
-  def move(by):
-    return lambda leaf: (
-      leaf + jnp.asarray(by * rng.normal(size=leaf.shape), leaf.dtype)
-    )
-
-  params = jax.tree.map(move(0.2), init_params(model, batch(), 3)['params'])
+  params = small.moved(init_params(model, batch(), 3)['params'], 0.2, 1)
   # After it: some adapters start from the base's weights.
   peft = init_params(model, batch(), 3, params)['peft']
-  return {'params': params, 'peft': jax.tree.map(move(noise), peft)}
+  return {'params': params, 'peft': small.moved(peft, noise, 2)}
 
 
 def place(positions, length):
