@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -80,7 +81,7 @@ def batch(vocab=37, seed=0):
   mask = np.arange(11)[None] < np.array(LENGTHS)[:, None]
   ids = rng.integers(2, vocab, mask.shape) * mask
   rows = {'inputs': ids, 'inputs_mask': mask, 'inputs_tasks': mask * 1}
-  return {key: jnp.asarray(array) for key, array in rows.items()}
+  return jax.device_put(rows)
 
 
 def make(config, method='full', noise=0.0, **options):

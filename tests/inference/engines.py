@@ -141,8 +141,9 @@ def logprobs(ids, model, variables, places=LENGTH):
   row[0, : len(ids)] = ids
   mask = np.arange(places)[None] < len(ids)
   batch = {'inputs': row, 'inputs_mask': mask}
-  logits = _full(model)(variables, batch)[0, : len(ids)]
-  return np.asarray(jax.nn.log_softmax(logits))
+  logits = _full(model)(variables, batch)
+  # All places at once: each length would be a program.
+  return np.asarray(jax.nn.log_softmax(logits))[0, : len(ids)]
 
 
 def expected(ids, adapter=''):

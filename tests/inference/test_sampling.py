@@ -143,7 +143,7 @@ def test_filters_equal_those_of_transformers():
   for reference, actual in pairs:
     expected = reference(torch.tensor(ids), torch.tensor(logits)).numpy()
     # One division or product each.
-    np.testing.assert_allclose(actual(jnp.asarray(logits)), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(actual)(logits), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -174,12 +174,16 @@ def test_filters_stand_in_the_order_of_transformers(values):
   seen = np.zeros(logits.shape, bool)
   np.put_along_axis(seen, ids, True, axis=1)
   expected = chain(torch.tensor(ids), torch.tensor(logits)).numpy()
-  candidate = jnp.asarray(logits)
-  if 'repetition_penalty' in values:
-    candidate = sampling.apply_repetition_penalty(
-      candidate, seen, values['repetition_penalty']
-    )
-  actual = sampling.filter_logits(candidate, Sampling(**values))
+
+  @jax.jit
+  def filtered(candidate):
+    if 'repetition_penalty' in values:
+      candidate = sampling.apply_repetition_penalty(
+        candidate, seen, values['repetition_penalty']
+      )
+    return sampling.filter_logits(candidate, Sampling(**values))
+
+  actual = filtered(logits)
   # A division and a product each.
   np.testing.assert_allclose(actual, expected, rtol=1e-6)
   # Of each row something is left and something taken out.

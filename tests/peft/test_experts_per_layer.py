@@ -107,20 +107,24 @@ def test_a_masked_router_and_its_sums_are_those_of_fewer_experts(name):
   options = {'k': 2} if name == 'topk' else {}
   kernel = jax.random.normal(jax.random.key(5), (7, 5))
   module = ROUTERS[name].module
-  actual = run(module(experts=5, **options), MASK, kernel)
-  expected = run(module(experts=3, **options), None, kernel[:, :3])
-  np.testing.assert_array_equal(actual.combine_weights[..., 3:], 0)
-  np.testing.assert_allclose(
-    actual.combine_weights[..., :3], expected.combine_weights, rtol=1e-6
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def routed(router, mask, kernel):
+    routing = run(router, mask, kernel)
+    sums = router_stats(routing, None, mask)
+    losses = [loss(sums) for loss in aux_losses.LOSSES.values()]
+    return routing.combine_weights, sums.experts, losses, statistics(sums)
+
+  weights, experts, losses, actual = routed(
+    module(experts=5, **options), MASK, kernel
   )
-  actual, expected = (
-    router_stats(actual, None, MASK),
-    router_stats(expected, None),
+  fewer_weights, fewer, fewer_losses, expected = routed(
+    module(experts=3, **options), None, kernel[:, :3]
   )
-  assert float(actual.experts) == expected.experts == 3
-  for loss in aux_losses.LOSSES.values():
-    np.testing.assert_allclose(loss(actual), loss(expected), rtol=1e-6)
-  actual, expected = statistics(actual), statistics(expected)
+  np.testing.assert_array_equal(weights[..., 3:], 0)
+  np.testing.assert_allclose(weights[..., :3], fewer_weights, rtol=1e-6)
+  assert float(experts) == float(fewer) == 3
+  np.testing.assert_allclose(losses, fewer_losses, rtol=1e-6)
   np.testing.assert_allclose(actual.share[:3], expected.share, rtol=1e-6)
   for key in ('entropy', 'weight_entropy', 'variation', 'top'):
     # Of the share of a uniform router, the deviation is float32 rounding.
