@@ -206,15 +206,19 @@ def check_padding_has_no_gradient(slopes, padded):
 def test_the_mask_is_that_of_the_layer():
   model, _ = small.make(MOLA)
   variables = small.variables(MOLA, noise=0.3)
-  collect_all = functools.partial(model.apply, mutable=['routing', 'weights'])
-  _, changed = jax.jit(collect_all)(variables, small.batch())
-  sites = collect(changed['routing'])
+
+  @jax.jit
+  def collected(variables, batch):
+    _, changed = model.apply(variables, batch, mutable=['routing', 'weights'])
+    return collect(changed['routing']), changed['weights']
+
+  sites, weights = collected(variables, small.batch())
   actual = {site: np.asarray(sums.experts) for site, sums in sites.items()}
   encoder = actual['encoder/layers/self/q/molora']
   np.testing.assert_array_equal(encoder, [1, 4])
   decoder = actual['decoder/layers/cross/v/mov']
   np.testing.assert_array_equal(decoder, [3, 2, 4])
-  weights = changed['weights']['decoder']['layers']['mlp']['act']['mov']
+  weights = weights['decoder']['layers']['mlp']['act']['mov']
   used = (np.asarray(weights['weights'][0]) > 0).any(axis=(1, 2))
   np.testing.assert_array_equal(used.sum(-1), [3, 2, 4])
   rows = routing_rows(changed['routing'])

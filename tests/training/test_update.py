@@ -69,7 +69,7 @@ def make_state(variables, optimizer):
     step=jnp.int32(0),
     trainable=variables['peft'],
     frozen=variables['params'],
-    opt=optimizer.init(variables['peft']),
+    opt=jax.jit(optimizer.init)(variables['peft']),
     rng=jax.random.key(0),
   )
 
