@@ -210,15 +210,15 @@ def test_the_mask_is_that_of_the_layer():
   @jax.jit
   def collected(variables, batch):
     _, changed = model.apply(variables, batch, mutable=['routing', 'weights'])
-    return collect(changed['routing']), changed['weights']
+    return collect(changed['routing']), changed
 
-  sites, weights = collected(variables, small.batch())
+  sites, changed = collected(variables, small.batch())
   actual = {site: np.asarray(sums.experts) for site, sums in sites.items()}
   encoder = actual['encoder/layers/self/q/molora']
   np.testing.assert_array_equal(encoder, [1, 4])
   decoder = actual['decoder/layers/cross/v/mov']
   np.testing.assert_array_equal(decoder, [3, 2, 4])
-  weights = weights['decoder']['layers']['mlp']['act']['mov']
+  weights = changed['weights']['decoder']['layers']['mlp']['act']['mov']
   used = (np.asarray(weights['weights'][0]) > 0).any(axis=(1, 2))
   np.testing.assert_array_equal(used.sum(-1), [3, 2, 4])
   rows = routing_rows(changed['routing'])
