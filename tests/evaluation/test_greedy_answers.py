@@ -123,6 +123,8 @@ def test_what_is_cut_and_done_is_told():
   assert actual.cut([]).shape == (0,)
 
 
+# Of a decoder: tests/inference/test_generator.py.
+@pytest.mark.slow
 def test_a_command_answers_as_an_evaluation_does():
   model, _ = made()
   actual = generate.answer(model, ending(), WORDS, TEXTS[:3], LENGTH)
