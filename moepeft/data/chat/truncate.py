@@ -60,17 +60,18 @@ def truncate_chat(
       return None
     max_prompt = max_length // _PROMPT_DIVISOR
     shortened = _shorten(
-      conversation, lambda c: _last_answer_start(render(c)) <= max_prompt
+      conversation,
+      lambda c: last_answer_start(render(c).loss_mask) <= max_prompt,
     )
   truncated = truncate(render(shortened), max_length, 'end')
   return truncated and dataclasses.replace(truncated, cut=True)
 
 
-def _last_answer_start(sample: Sample) -> int:
-  """Index of the first token of the last answer."""
-  trained = np.flatnonzero(sample.loss_mask)
+def last_answer_start(loss_mask: np.ndarray) -> int:
+  """The index of the last answer's first token; 0 without an answer."""
+  trained = np.flatnonzero(loss_mask)
   last = trained[-1] if len(trained) else 0
-  untrained = np.flatnonzero(~sample.loss_mask[:last])
+  untrained = np.flatnonzero(~loss_mask[:last])
   return int(untrained[-1]) + 1 if len(untrained) else 0
 
 

@@ -17,6 +17,7 @@ from moepeft.data.batching.decoder_only import Sample
 from moepeft.data.batching.packing import IdPair
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import Conversation, Turn
+from moepeft.data.chat.truncate import last_answer_start
 from moepeft.data.example import BadRow
 from moepeft.data.tokenizers.tokenizer import (
   HuggingFaceTokenizer,
@@ -111,7 +112,11 @@ def row_encoder(
     for answer in answers:
       turns = (*context, dataclasses.replace(answer, trained=True))
       sample = render(dataclasses.replace(prompt, turns=turns))
-      start = _last_run_start(sample.loss_mask)
+      if not sample.loss_mask.any():
+        raise BadRow(
+          'no token of the answer is trained; mend or remove the row'
+        )
+      start = last_answer_start(sample.loss_mask)
       prompts.append(sample.ids[:start])
       encoded.append((sample.ids[start:], sample.loss_mask[start:]))
     if any(
@@ -124,15 +129,6 @@ def row_encoder(
     return EncodedAnswers(prompts[0], tuple(encoded))
 
   return encode_decoder
-
-
-def _last_run_start(loss_mask: np.ndarray) -> int:
-  """The index at which the last run of True begins."""
-  if not loss_mask.any():
-    raise BadRow('no token of the answer is trained; mend or remove the row')
-  last = int(np.flatnonzero(loss_mask)[-1])
-  unmasked = np.flatnonzero(~loss_mask[:last])
-  return int(unmasked[-1]) + 1 if len(unmasked) else 0
 
 
 def make_renderer(data: ConfigDict, tokenizer: Tokenizer) -> Render:

@@ -12,7 +12,7 @@ from moepeft.moe.gate import (
   JITTER,
   expert_dropout,
   gate_logits,
-  jittered,
+  jitter_input,
   mask_experts,
 )
 from moepeft.moe.router import RouterSpec
@@ -28,8 +28,8 @@ class Softmax(nn.Module):
 
   Attributes:
     experts: e.
-    jitter: of the input, in training; see `gate.jittered`.
-    dropout: of experts, in training; see `gate.expert_dropout`.
+    jitter: the input noise in training; see `gate.jitter_input`.
+    dropout: the rate of expert dropout in training; see `gate.expert_dropout`.
   """
 
   experts: int = option(1, EXPERTS)
@@ -40,7 +40,7 @@ class Softmax(nn.Module):
   def __call__(self, x: Array, ctx: Context) -> Routing:
     shape = (x.shape[-1], self.experts)
     kernel = peft_param(self, 'kernel', INIT, shape, 'ie')
-    logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
+    logits = gate_logits(jitter_input(self, x, self.jitter, ctx), kernel)
     logits = mask_experts(logits, ctx)
     noisy = expert_dropout(self, logits, self.dropout, ctx)
     return Routing(logits, softmax(noisy))

@@ -13,7 +13,7 @@ from moepeft.moe.gate import (
   JITTER,
   expert_dropout,
   gate_logits,
-  jittered,
+  jitter_input,
   mask_experts,
   top_mask,
 )
@@ -25,13 +25,14 @@ from moepeft.nn.numerics import softmax
 class TopK(nn.Module):
   """weights = softmax(x W) on the k largest, zero elsewhere.
 
-  A row sums to one where `renormalize`, else to the k largest probabilities
-  (the released code): about k / e at first, so that a mixture of vectors does
-  not start at the base model. The semantics decides where it is not given.
+  With `renormalize`, a row sums to one. Otherwise it sums to the k largest
+  probabilities (the released code), initially about k / e, so that a mixture of
+  vectors does not start at the base model. The semantics sets the default.
 
   Attributes:
-    experts: e; k: how many of them a token uses.
-    renormalize: whether the kept probabilities are scaled to sum to one.
+    experts: e.
+    k: the number of experts per token.
+    renormalize: whether the k probabilities are scaled to sum to one.
     jitter, dropout: as in `Softmax`.
   """
 
@@ -49,7 +50,7 @@ class TopK(nn.Module):
       )
     shape = (x.shape[-1], self.experts)
     kernel = peft_param(self, 'kernel', INIT, shape, 'ie')
-    logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
+    logits = gate_logits(jitter_input(self, x, self.jitter, ctx), kernel)
     logits = mask_experts(logits, ctx)
     noisy = expert_dropout(self, logits, self.dropout, ctx)
     probabilities = softmax(noisy)

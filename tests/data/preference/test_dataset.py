@@ -3,6 +3,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 
 import numpy as np
@@ -335,6 +336,27 @@ def test_the_hash_is_of_every_id_and_of_what_is_trained(tmp_path):
     )
     changed = dataclasses.replace(actual, items=(other, *actual.items[1:]))
     assert changed.sha256 != actual.sha256
+
+
+def test_the_hash_is_the_one_that_older_references_were_made_for(tmp_path):
+  data = preference_dataset.read_preferences(
+    data_of(tmp_path, rows_of()), samples()
+  )
+  digest = hashlib.sha256()
+  for item in data.items:
+    for side in item.sides:
+      # Before routers read tasks a sample was its ids, mask and cut.
+      for field in (side.ids, side.loss_mask, side.cut):
+        array = np.asarray(field, np.int32)
+        digest.update(np.int64(array.size).tobytes() + array.tobytes())
+  assert data.sha256 == digest.hexdigest()
+  tasks = [
+    dataclasses.replace(
+      item, sides=tuple(dataclasses.replace(s, task=2) for s in item.sides)
+    )
+    for item in data.items
+  ]
+  assert dataclasses.replace(data, items=tuple(tasks)).sha256 == data.sha256
 
 
 @pytest.mark.parametrize('objective', ['dpo', 'kto'])
