@@ -39,6 +39,10 @@ ADAPTERS = {
   'adamole': f'adamole(experts=3, rank=2, {_AT})',
   'flylora': f'flylora(experts=5, router=magnitude(k=2), {_AT})',
   'arrow': f'arrow(experts=3, rank=2, router=arrow(k=2), {_AT})',
+  'bottleneck': 'bottleneck(size=3)',
+  'bottlenecks': "mixture(expert=bottleneck(size=3), experts=3, share='up')",
+  'moslora': f'moslora(rank=3, {_AT})',
+  'comol': f'comol(experts=3, rank=2, {_AT})',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }
 # Gate and up have names of the family's.

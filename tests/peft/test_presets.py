@@ -14,7 +14,7 @@ from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.moe import ROUTERS, router_state
 from moepeft.moe.routers import arrow, magnitude
-from moepeft.nn.adapter_hook import SublayerHook
+from moepeft.nn.adapter_hook import BaseLayer, SublayerHook
 from moepeft.nn.initializers import param_metadata
 from moepeft.nn.mlp import Mlp
 from moepeft.peft import METHODS, build
@@ -63,6 +63,7 @@ def test_a_preset_is_its_text_and_options_replace_its_values(preset):
     ('hydralora', 32 / 4),
     ('adamole', 16 / 4),
     ('flylora', 2 / 1),
+    ('comol', 16 / 16),
   ],
 )
 def test_the_scale_is_the_paper_s(preset, scale):
@@ -256,6 +257,67 @@ def test_arrow_s_prototypes_are_the_top_right_singular_vectors():
     top = np.linalg.svd(matrix)[2][0]
     # Up to the sign.
     np.testing.assert_allclose(np.abs(top @ kernel[:, e]), 1, rtol=1e-6)
+
+
+def test_comol_is_lora_with_a_core_merged_for_each_token():
+  f, x, y, inside, outside = projection('q')
+  a, b = normal('a', *inside, 2), normal('b', 2, *outside)
+  core, kernel = normal('core', 3, 2, 2), normal('kernel', 2, 3)
+  module = adapter('comol(experts=3, rank=2, alpha=5.0)')
+  # The router reads x A.
+  p = softmax(x @ a @ kernel)
+  merged = np.einsum('bte,erq->btrq', p, core)
+  expected = y + 5 / 2 * np.einsum('btd,dr,btrq,qnh->btnh', x, a, merged, b)
+  tree = {'a': a, 'b': b, 'core': core, 'router': {'kernel': kernel}}
+  np.testing.assert_allclose(call(module, tree, f, x), expected, **CLOSE)
+
+
+@pytest.mark.parametrize('combine', ['outputs', 'parameters'])
+@pytest.mark.parametrize('share', ['', 'down', 'up'])
+def test_bottlenecks_mix_outputs_or_parameters(combine, share):
+  # A sublayer of d 11 that doubles its input; 3 experts of size 4.
+  e_down, e_up = (() if share == name else (3,) for name in ('down', 'up'))
+  tree = {
+    'down': normal('down', 11, *e_down, 4),
+    'down_bias': normal('down_bias', *e_down, 4),
+    'up': normal('up', *e_up, 4, 11),
+    'up_bias': normal('up_bias', *e_up, 11),
+    'router': {'kernel': normal('kernel', 11, 3)},
+  }
+  x = normal('x', 2, 7, 11)
+  y = 2 * x
+  p = softmax(x @ tree['router']['kernel'])
+
+  def of(name, e):
+    axis = 1 if name == 'down' else 0
+    shared = name.startswith(share) if share else False
+    return tree[name] if shared else np.take(tree[name], e, axis)
+
+  def bottleneck(down, down_bias, up, up_bias):
+    return np.maximum(y @ down + down_bias, 0) @ up + up_bias
+
+  names = ('down', 'down_bias', 'up', 'up_bias')
+  if combine == 'outputs':
+    expected = y + sum(
+      p[..., e, None] * bottleneck(*(of(name, e) for name in names))
+      for e in range(3)
+    )
+  else:
+    # One bottleneck for each token, of the weighted sums of the parameters.
+    expected = y.copy()
+    for place in np.ndindex(2, 7):
+      merged = [
+        sum(p[place][e] * of(name, e) for e in range(3)) for name in names
+      ]
+      hidden = np.maximum(y[place] @ merged[0] + merged[1], 0)
+      expected[place] += hidden @ merged[2] + merged[3]
+  text = (
+    f"mixture(expert=bottleneck(size=4), experts=3, combine='{combine}', "
+    f"share='{share}')"
+  )
+  module = adapter(text, site='encoder/mlp')
+  layer = BaseLayer(lambda x: 2 * x)
+  np.testing.assert_allclose(call(module, tree, layer, x), expected, **CLOSE)
 
 
 @pytest.mark.parametrize('share', ['', 'a', 'b'])

@@ -35,7 +35,7 @@ from moepeft.peft.method_text import (
 
 _MIN_RANK = 4
 # Options in which the adapters of a bucket may differ.
-_SLOT_OPTIONS = ('targets', 'rslora', 'rank', 'alpha', 'length')
+_SLOT_OPTIONS = ('targets', 'rslora', 'rank', 'alpha', 'length', 'size')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,15 +140,7 @@ class Lora(nn.Module):
       mixing: a `Mixing` with 'a' or 'b' in `share` where the experts have it in
         common; None for one adapter.
     """
-    inside, outside = shapes(f, module.name or 'lora')
-    e = (mixing.experts,) if mixing else ()
-    e_a, e_b = (() if mixing and name in mixing.share else e for name in 'ab')
-    shape_a = (*inside, *e_a, self.rank)
-    shape_b = (*e_b, self.rank, *outside)
-    axes_a, axes_b = ('er' if axis else 'r' for axis in (e_a, e_b))
-    init_a = self.init_a(inside, e_a)
-    a = peft_param(module, 'a', init_a, shape_a, f'{f.input_axes}{axes_a}')
-    b = peft_param(module, 'b', INIT_B, shape_b, f'{axes_b}{f.output_axes}')
+    a, b, e_a, e_b = self.factors(module, f, mixing)
     drop = nn.Dropout(self.dropout)
     z = down(drop(x, deterministic=not ctx.train).astype(dtype), a)
     if mixing is None:
@@ -162,6 +154,22 @@ class Lora(nn.Module):
     if not e_b:
       z = jnp.sum(z, axis=-2)
     return up(z, b)
+
+  @nn.nowrap
+  def factors(
+    self, module: nn.Module, f: BaseLayer, mixing: Any
+  ) -> tuple[Array, Array, tuple[int, ...], tuple[int, ...]]:
+    """(A, B, the experts' axis of A, that of B); a shared one has ()."""
+    inside, outside = shapes(f, module.name or 'lora')
+    e = (mixing.experts,) if mixing else ()
+    e_a, e_b = (() if mixing and name in mixing.share else e for name in 'ab')
+    shape_a = (*inside, *e_a, self.rank)
+    shape_b = (*e_b, self.rank, *outside)
+    axes_a, axes_b = ('er' if axis else 'r' for axis in (e_a, e_b))
+    init_a = self.init_a(inside, e_a)
+    a = peft_param(module, 'a', init_a, shape_a, f'{f.input_axes}{axes_a}')
+    b = peft_param(module, 'b', INIT_B, shape_b, f'{axes_b}{f.output_axes}')
+    return a, b, e_a, e_b
 
   @nn.nowrap
   def init_a(

@@ -6,7 +6,7 @@ says where paper and released code differ.
 """
 
 from moepeft.peft.method import Method
-from moepeft.peft.methods import ffn_lora, ia3, lora
+from moepeft.peft.methods import ffn_lora, ia3, lora, moslora
 from moepeft.peft.mixture import Mixture, mixture_of
 
 # Its expert, and with that its facts, come from the method string.
@@ -93,3 +93,20 @@ FLYLORA = mixture_of(
 # Ostapenko et al., arXiv:2405.11157: trained adapters, routed by the direction
 # that each of them changes most.
 ARROW = mixture_of(lora.METHOD, router='arrow(k=3)')
+
+# arXiv:2603.00573: r x r cores between one A and one B, at LoRA's price. The
+# router reads x A.
+COMOL = mixture_of(
+  moslora.METHOD,
+  values={
+    'experts': 12,
+    'rank': 16,
+    'alpha': 16.0,
+    'dropout': 0.1,
+    'share': 'ab',
+    'reads': 'down',
+    'a_init': 'kaiming',
+  },
+  roles=_at(*_ATTENTION, 'down'),
+  router="softmax(kernel_init='kaiming')",
+)

@@ -101,6 +101,9 @@ ONE_EACH = (
   'flylora(experts=5, router=magnitude(k=2))',
   'arrow(experts=3, rank=2)',
   'ffn_lora(rank=2)',
+  'bottleneck(size=3)',
+  'moslora(rank=3)',
+  'comol(experts=3, rank=2)',
   'prompt(length=3)',
 )
 
