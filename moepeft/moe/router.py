@@ -32,6 +32,7 @@ class RouterSpec:
       one of which is `experts`.
     normalized: whether a token's combine weights sum to one, with the default
       options.
+    covers_tokens: whether every token has an expert, with the default options.
     causal: whether a token's routing depends on no later token of its row,
       outside of the prompt. In a decoder a router has to be.
     pools_prompt: whether it reads the whole prompt (`Context.prompt_mask`) at
@@ -60,6 +61,7 @@ class RouterSpec:
 
   module: Any
   normalized: bool = True
+  covers_tokens: bool = True
   causal: bool = True
   pools_prompt: bool = False
   independent_of_batch: bool = True
