@@ -3,6 +3,7 @@
 
   python -m moepeft.convert --input=PATH --output=DIR --to=hf|t5x|peft|moepeft
   python -m moepeft.convert --workdir=RUN --output=DIR [--to=FORM]
+  python -m moepeft.convert --method=MIXTURE --base=PATH --output=DIR
 
 The N of checkpoint_N is the input's where that is a T5X checkpoint, else 1: T5X
 takes 0 for none.
@@ -33,6 +34,9 @@ as hf (the default) or t5x. There, the checkpoint's step is
 config.optimizer.decay_initial_step plus the run's own steps, as T5X counts. A
 chat template or system turn of the run's config is written as
 chat_template.jinja.
+
+--method makes a mixture of trained adapters that needs no training of its own,
+like "arrow(from_adapters=['adapters/a', 'adapters/b'])".
 """
 
 import os
@@ -44,6 +48,7 @@ import jax
 from absl import flags
 
 from moepeft.checkpoints import adapter as adapter_file
+from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import directory, quantize
 from moepeft.checkpoints import formats as checkpoint_formats
 from moepeft.checkpoints.adapter import AdapterWeights
@@ -52,8 +57,9 @@ from moepeft.checkpoints.directory import LoadedCheckpoint
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
+from moepeft.checkpoints.run_metadata import describe_run
 from moepeft.checkpoints.t5x import model as t5x
-from moepeft.config import command_line, imports
+from moepeft.config import command_line, default, imports
 from moepeft.core import terminal, untrusted
 from moepeft.data.chat import template as chat_template
 from moepeft.data.tokenizers.tokenizer import (
@@ -62,6 +68,7 @@ from moepeft.data.tokenizers.tokenizer import (
 )
 from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
+from moepeft.moe import ROUTERS
 from moepeft.peft import build
 from moepeft.peft.merge import merge
 from moepeft.runs.run import Run
@@ -80,6 +87,7 @@ def define_flags() -> flags.FlagValues:
   text('output', None, 'Directory to write.', **options)
   flags.DEFINE_enum('to', None, _WRITTEN, 'Form to write.', **options)
   text('workdir', None, 'Training run to export the adapter of.', **options)
+  text('method', None, 'Mixture of trained adapters to make.', **options)
   text(
     'base',
     None,
@@ -148,8 +156,12 @@ def convert(values: flags.FlagValues) -> None:
   for name in ('input', 'output', 'workdir', 'base'):
     if values[name].value is not None:
       values[name].value = os.path.expanduser(values[name].value)
-  if values.workdir is not None and values.input is not None:
-    raise CheckpointError('--workdir and --input are both given; keep one')
+  sources = ('workdir', 'input', 'method')
+  given = [name for name in sources if values[name].value is not None]
+  if len(given) > 1:
+    raise CheckpointError(
+      f'{" and ".join(f"--{name}" for name in given)} are given; keep one'
+    )
   _require(values, 'output')
   directory.check_output(Path(values.output), values.overwrite)
   imports.import_modules(values.imports, search_current=True)
@@ -157,6 +169,8 @@ def convert(values: flags.FlagValues) -> None:
     config = Run(values.workdir).read_config()
     imports.import_modules(config.get('imports', ''))
     _convert_run(values)
+  elif values.method is not None:
+    _mix_adapters(values)
   else:
     _require(values, 'input')
     _require(values, 'to')
@@ -188,6 +202,34 @@ def _convert_run(values: flags.FlagValues) -> None:
   if template:
     file = Path(values.output) / 'chat_template.jinja'
     file.write_text(template, encoding='utf-8')
+
+
+def _mix_adapters(values: flags.FlagValues) -> None:
+  """The mixture of adapters that --method names, as moepeft's own form."""
+  _require(values, 'base')
+  values.to = values.to or 'moepeft'
+  config = default()
+  config.method, config.model.path = values.method, values.base
+  base = base_lib.load(config.model)
+  model, built = base_lib.module(base, config)
+  fresh = base_lib.initialise(base, model, config.seed)
+  variables, experts = base_lib.with_experts(fresh, model, built, base)
+  if not experts or any(map(_has_trained_router, built.adapter_map.entries)):
+    raise CheckpointError(
+      f'{built.method} has parameters that are trained; train it with python '
+      '-m moepeft.train, or name a mixture like '
+      "arrow(from_adapters=['a', 'b'])"
+    )
+  metadata = describe_run(base, built, config.seed, experts)
+  _write_own(values, variables['peft'], metadata)
+
+
+def _has_trained_router(entry) -> bool:
+  _, adapter = entry
+  router = getattr(adapter, 'router', None)
+  if router is None or not adapter.from_adapters or adapter.train_experts:
+    return True
+  return next(r for r in ROUTERS.values() if r.module is type(router)).learned
 
 
 def _template(values: flags.FlagValues, metadata) -> str:

@@ -99,20 +99,10 @@ class Mlp(nn.Module):
     return self.wo(self.hidden(y, ctx), ctx)
 
   def feed_forward(self, ctx: Context) -> FeedForward:
-    """The layers, each with the adapters at its own site.
+    """The projections, with the adapters at their sites, and the activation.
 
-    Raises:
-      ValueError: an adapter is at one of the activations, which are those of
-        the caller.
+    The adapters at `act` and `hidden` are left out.
     """
-    for name in ('act', 'hidden'):
-      site = f'{self.site}/{name}'
-      if self.adapter_map.at(site):
-        raise ValueError(
-          f'an adapter at {site} cannot stand beside experts of the whole '
-          f'{self.site}, which have activations of their own; drop one of them '
-          'or name other sites with `targets`'
-        )
     gate = self.wi_0 if self.gated else self.wi
     return FeedForward(
       gate=lambda x: gate(x, ctx),

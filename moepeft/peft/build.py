@@ -80,7 +80,7 @@ def build(
     if len(specs) > 1:
       raise ValueError(f'{method!r}: full trains alone; drop the others')
     return Built(text, semantics, AdapterMap(), 'params')
-  entries, names = [], set()
+  entries, names, replaced = [], set(), {}
   for spec in specs:
     if methods[spec.name].once and [s.name for s in specs].count(spec.name) > 1:
       raise ValueError(
@@ -91,6 +91,14 @@ def build(
     paths = _paths(spec, method, sites, semantics)
     _check_causal(spec, paths)
     entries += [(path, adapter) for path in paths]
+    replaced |= {f'{p}/{s}': spec.name for p in paths for s in method.replaces}
+  for path, adapter in entries:
+    if path in replaced:
+      raise ValueError(
+        f'{replaced[path]} has an activation of its own in place of the one at '
+        f'{path}, where {adapter.name} is; drop one of them, or name other '
+        'sites with `targets`'
+      )
   return Built(text, semantics, AdapterMap(tuple(entries)), 'peft')
 
 

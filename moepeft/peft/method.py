@@ -59,6 +59,8 @@ class Method:
     merge: (variables, kernel, adapter=..., eqn=...) -> kernel, or None.
     merge_bias: (variables, bias, adapter=...) -> bias; None leaves it alone.
     innermost: whether the merge holds only where no adapter is inside of it.
+    replaces: sites below its own that it computes itself, so that no adapter
+      can be there.
     once: whether it can stand only once in a method's text.
     why_not: why there is no merge, as the end of a sentence.
     size_option: the option that a pool of served adapters rounds up, so that
@@ -89,6 +91,7 @@ class Method:
   merge: Callable | None = None
   merge_bias: Callable | None = None
   innermost: bool = False
+  replaces: tuple[str, ...] = ()
   once: bool = False
   why_not: str = ''
   size_option: str = ''

@@ -238,6 +238,7 @@ def mixture_of(
     why_not='its experts are weighted anew for every token',
     size_option=expert.size_option,
     exact_identity=expert.additive,
+    replaces=expert.replaces,
     scaled_leaves=expert.scaled_leaves,
     not_pooled=expert.not_pooled,
   )

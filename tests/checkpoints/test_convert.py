@@ -338,6 +338,46 @@ def test_bad_input_is_one_sentence_and_code_2(
   assert 'Traceback' not in error
 
 
+def test_trained_adapters_become_a_mixture_without_training(run):
+  code, error = run(
+    "--method=arrow(from_adapters=['moepeft', 'peft'], router=arrow(k=1))",
+    '--base=hf',
+    '--output=out',
+  )
+  assert (code, error) == (0, '')
+  tree, metadata = adapter_lib.load('out')
+  assert [e['path'] for e in metadata['experts']] == ['moepeft', 'peft']
+  assert 'from_adapters' not in metadata['method']
+  arrays = weight_mapping.flatten(tree)
+  experts = weight_mapping.flatten(LORA.tree)
+  for path, kernel in arrays.items():
+    site, _, leaf = path.rpartition('/arrow/router/')
+    if leaf != 'kernel':
+      continue
+    a, b = (np.asarray(experts[f'{site}/lora/{name}']) for name in 'ab')
+    for layer in range(len(kernel)):
+      rank = a.shape[-1]
+      term = a[layer].reshape(-1, rank) @ b[layer].reshape(rank, -1)
+      # The left singular vector here is the paper's right one; up to its sign.
+      top = np.linalg.svd(term)[0][:, 0]
+      np.testing.assert_allclose(np.abs(top @ kernel[layer]), [1, 1], rtol=1e-5)
+  assert any(path.endswith('/router/kernel') for path in arrays)
+
+
+@pytest.mark.parametrize(
+  ('method', 'message'),
+  [
+    ("mixture(from_adapters=['moepeft'], router=softmax)", 'are trained; tr'),
+    ('arrow(expert=3)', 'arrow has no option expert'),
+    ('lora', 'are trained; train it with'),
+  ],
+)
+def test_a_mixture_that_needs_training_is_not_converted(run, method, message):
+  code, error = run(f'--method={method}', '--base=hf', '--output=out')
+  assert code == 2
+  assert message in error and len(error.splitlines()) == 1
+
+
 def test_another_base_than_the_trained_one_is_refused(run):
   hf.save('other', CONFIG, random_params(CONFIG, seed=9))
   code, error = run(

@@ -32,6 +32,13 @@ ADAPTERS = {
   'shared': f"mixture(expert=lora(rank=2), experts=3, share='a', {_AT})",
   'uniform': f'molora(experts=3, rank=2, router=uniform, {_AT})',
   'random': f'molora(experts=3, rank=2, router=random(k=2, seed=7), {_AT})',
+  'ffn_lora': 'ffn_lora(rank=2, alpha=3.0)',
+  'mixlora': 'mixlora(experts=3, rank=2)',
+  'mola': f'mola(rank=2, {_AT})',
+  'hydralora': 'hydralora(experts=3, rank=2)',
+  'adamole': f'adamole(experts=3, rank=2, {_AT})',
+  'flylora': f'flylora(experts=5, router=magnitude(k=2), {_AT})',
+  'arrow': f'arrow(experts=3, rank=2, router=arrow(k=2), {_AT})',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }
 # Gate and up have names of the family's.

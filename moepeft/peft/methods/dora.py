@@ -90,8 +90,7 @@ class ServedDora(nn.Module):
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     inside, outside = lora.shapes(f, 'dora')
     shape_a, shape_b = (*inside, self.rank), (self.rank, *outside)
-    init_a = self.init_a(inside)
-    a = peft_param(self, 'a', init_a, shape_a, f'{f.input_axes}r')
+    a = peft_param(self, 'a', lora.INIT_A, shape_a, f'{f.input_axes}r')
     b = peft_param(self, 'b', lora.INIT_B, shape_b, f'r{f.output_axes}')
     ratio = peft_param(self, 'ratio', Constant(1), outside, f.output_axes)
     y = f(x)

@@ -139,6 +139,7 @@ def _first(array: Array, axis: int = 2) -> Array:
 METHOD = Method(
   module=FfnLora,
   roles={'official': ('mlp',), 'paper': ('mlp',)},
+  replaces=('act', 'hidden'),
   size_option='rank',
   scaled_leaves=('gate_b', 'up_b', 'down_b'),
   why_not=(

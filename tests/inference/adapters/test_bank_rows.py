@@ -94,6 +94,13 @@ ONE_EACH = (
   'ia3',
   'molora(experts=3, rank=2)',
   "mixture(expert=lora(rank=2), experts=3, share='a')",
+  'mixlora(experts=3, rank=2)',
+  'mola(rank=2)',
+  'hydralora(experts=3, rank=2)',
+  'adamole(experts=3, rank=2)',
+  'flylora(experts=5, router=magnitude(k=2))',
+  'arrow(experts=3, rank=2)',
+  'ffn_lora(rank=2)',
   'prompt(length=3)',
 )
 

@@ -22,7 +22,7 @@ from ..engines import ask, paused, prompt, running
 CLOSE = 1e-5
 PLACES = 16
 SIZES = (7, 3, 11, 5)
-FEW = ('dora', 'ia3', 'large', 'mov', 'molora', 'shared', 'two')
+FEW = ('dora', 'ia3', 'large', 'mov', 'mixlora', 'shared', 'two')
 LLAMA, QWEN2 = (small_decoders.CONFIGS[name] for name in ('llama', 'qwen2'))
 ALL = tuple(banked.ADAPTERS)
 # Base, adapters, and whether all layers are one program.
@@ -38,12 +38,23 @@ CONFIGS = {
 QUICK = ('decoder',)
 
 
-def test_every_kind_of_adapter_is_tried():
-  tried = {banked.ADAPTERS[name].partition('(')[0] for name in FEW}
+def methods_of(names):
+  return {banked.ADAPTERS[name].partition('(')[0] for name in names}
+
+
+def test_every_method_is_tried_and_every_module_in_the_fast_suite():
   # Soft prompts are tried in test_engine_prompt.
-  assert tried | {'prompt'} == {
-    name for name, method in METHODS.items() if not method.not_pooled
+  served = {
+    n: m for n, m in METHODS.items() if not m.not_pooled and n != 'prompt'
   }
+  assert methods_of(ALL) == served.keys()
+
+  def modules(names):
+    return {(m.expert or m).module for m in (METHODS[name] for name in names)}
+
+  assert modules(methods_of(FEW) - {'mixture'}) == modules(
+    served.keys() - {'mixture'}
+  )
 
 
 @pytest.fixture(
