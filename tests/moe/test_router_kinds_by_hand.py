@@ -182,8 +182,8 @@ def test_tsallis_entropy_is_that_of_the_experts_that_a_layer_has():
   p, has = jnp.array([0.5, 0.5, 0.0]), jnp.array([True, True, False])
   np.testing.assert_allclose(tsallis_entropy(p, 2.0, has), 1, atol=1e-4)
   # Of three: (1 - 1/2) / (1 - 1/3).
-  everyone = jnp.ones(3, bool)
-  np.testing.assert_allclose(tsallis_entropy(p, 2.0, everyone), 0.75, atol=1e-4)
+  every = jnp.ones(3, bool)
+  np.testing.assert_allclose(tsallis_entropy(p, 2.0, every), 0.75, atol=1e-4)
 
 
 def routing_of(*weights):
