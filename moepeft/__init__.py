@@ -6,8 +6,8 @@
   model = moepeft.load('smollm2', adapter='workdirs/sft')
   model.generate(['What is LoRA?'], routing=True)
 
-Names are imported when they are first used, so that `import moepeft` and the
-commands start at once. docs/api.md is the guide.
+Names are imported at their first use, so that `import moepeft` and the commands
+start fast. docs/api.md is the guide.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 
 __version__ = '0.1.0'
 
-# {name: module that has it}; no name is that of a submodule.
+# {name: its module}; no name equals that of a submodule.
 _EXPORTS = {
   'Answer': 'moepeft.library',
   'Model': 'moepeft.library',

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program moepeft: its subcommands are the commands.
+"""The program moepeft, which runs the commands as subcommands.
 
-`moepeft train --config=FILE` and `python -m moepeft train --config=FILE` are
-`python -m moepeft.train --config=FILE`. Alone it lists the commands.
+`moepeft train --config=FILE` and `python -m moepeft train --config=FILE` equal
+`python -m moepeft.train --config=FILE`. Without a command, it lists them.
 """
 
 import runpy
@@ -37,13 +37,13 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs a command; lists them where none is named.
+  """Runs a command; without a name, lists the commands.
 
   Args:
-    argv: the arguments, by default those of the process.
+    argv: the arguments; by default those of the process.
 
   Returns:
-    The exit code, 2 where there is no such command.
+    The exit code, 2 for an unknown command.
   """
   name, *arguments = (sys.argv[1:] if argv is None else argv) or ['--help']
   if name in ('-h', '--help'):

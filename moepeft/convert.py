@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts base models and adapters between forms.
+"""Converts base models and adapters between formats.
 
   python -m moepeft.convert --input=PATH --output=DIR --to=hf|t5x|peft|moepeft
-  python -m moepeft.convert --workdir=RUN --output=DIR [--to=FORM]
+  python -m moepeft.convert --workdir=RUN --output=DIR [--to=FORMAT]
   python -m moepeft.convert --method=MIXTURE --base=PATH --output=DIR
 
-The N of checkpoint_N is the input's where that is a T5X checkpoint, else 1: T5X
-takes 0 for none.
-
-The form of the input is found out: a Hugging Face model (a directory, or a
-name on the hub), a GGUF file, a T5X checkpoint, an adapter of Hugging Face's
-peft, or one of moepeft's own.
+The format of the input is detected: a Hugging Face model (a directory, or a
+name on the hub), a GGUF file, a T5X checkpoint, or an adapter of peft or
+moepeft.
 
   input           --to=hf          --to=t5x           --to=peft, moepeft
   hf, t5x         DIR              DIR/checkpoint_N   refused: no adapter
@@ -18,25 +15,27 @@ peft, or one of moepeft's own.
   t5x + adapter   base/, adapter/  both in one        base/, adapter/
   peft, moepeft   DIR, merged      both in one        DIR
 
-"Merged" is a model that computes alone what base and adapter do together, for
-methods whose change does not depend on the token (LoRA, DoRA, (IA)^3). Its
-directory has the run's or the base's tokenizer and chat template, so that
-transformers and llama.cpp's convert_hf_to_gguf (and Ollama with it) read it.
-It has the base's dtype; --dtype=float32 keeps every digit.
+N is the step of the input if that is a T5X checkpoint, else 1, as T5X ignores a
+checkpoint of step 0.
 
-base/ is the model in the hf form; adapter/ is in the form that --to names, or
-moepeft's own with --to=hf. "Both in one" is a T5X checkpoint of the base and
-the adapter under the released code's names.
+"Merged" is a base model with the adapter merged into its weights, for methods
+that do not depend on the token (LoRA, DoRA, (IA)^3). Its directory has the
+run's or the base's tokenizer and chat template, so that transformers and
+llama.cpp's convert_hf_to_gguf (and Ollama with it) read it. It has the base's
+dtype; use --dtype=float32 to avoid rounding.
 
---workdir takes what a training run trained: an adapter as moepeft (the
-default), peft, hf (merged) or t5x, which is "both in one", or a whole model
-as hf (the default) or t5x. There, the checkpoint's step is
-config.optimizer.decay_initial_step plus the run's own steps, as T5X counts. A
-chat template or system turn of the run's config is written as
-chat_template.jinja.
+base/ is the model in the hf format; adapter/ has the format of --to, or with
+--to=hf that of moepeft. "Both in one" is a T5X checkpoint of the base and the
+adapter with the released code's names.
 
---method makes a mixture of trained adapters that needs no training of its own,
-like "arrow(from_adapters=['adapters/a', 'adapters/b'])".
+--workdir exports a training run: an adapter as moepeft (the default), peft, hf
+(merged) or t5x (both in one), or a fully trained model as hf (the default) or
+t5x. The step of its T5X checkpoint is config.optimizer.decay_initial_step plus
+the run's steps, as in T5X. A chat template or system prompt of the run's config
+is written as chat_template.jinja.
+
+--method combines trained adapters in a mixture without trained parameters, such
+as "arrow(from_adapters=['adapters/a', 'adapters/b'])".
 """
 
 import os
@@ -73,40 +72,42 @@ from moepeft.peft import build
 from moepeft.peft.merge import merge
 from moepeft.runs.run import Run
 
-# What --to names: GGUF files are read alone.
-_WRITTEN = tuple(form for form in checkpoint_formats.FORMS if form != 'gguf')
-_SEMANTICS = 'official'  # what T5X's names and peft's methods mean here
+# The formats of --to; GGUF files are only read.
+_OUTPUT_FORMATS = tuple(
+  name for name in checkpoint_formats.FORMATS if name != 'gguf'
+)
+_SEMANTICS = 'official'  # of adapters in the formats of T5X and peft
 
 
 def define_flags() -> flags.FlagValues:
-  """The command's flags, apart from those of other commands."""
+  """The command's flags, without the global flags of absl."""
   values = flags.FlagValues()
   options = {'flag_values': values}
   text, switch = flags.DEFINE_string, flags.DEFINE_boolean
   text('input', None, 'Model or adapter to convert.', **options)
   text('output', None, 'Directory to write.', **options)
-  flags.DEFINE_enum('to', None, _WRITTEN, 'Form to write.', **options)
-  text('workdir', None, 'Training run to export the adapter of.', **options)
-  text('method', None, 'Mixture of trained adapters to make.', **options)
+  flags.DEFINE_enum('to', None, _OUTPUT_FORMATS, 'Format to write.', **options)
+  text('workdir', None, 'Training run to export.', **options)
+  text('method', None, 'Mixture of trained adapters to write.', **options)
   text(
     'base',
     None,
-    'Base model (hf or t5x) of an adapter; by default the one that the '
-    'adapter names.',
+    'Base model (hf or t5x) of an adapter; default: the one that the adapter '
+    'names.',
     **options,
   )
   flags.DEFINE_enum(
     'dtype',
     None,
     ['float32', 'bfloat16', 'float16'],
-    "Cast base models to it; by default the input's.",
+    "The dtype of base models; default: the input's.",
     **options,
   )
   flags.DEFINE_integer(
     'top_k',
     None,
-    'Experts a token uses, for adapters in T5X checkpoints, which do not say; '
-    'by default all.',
+    'Experts per token of adapters in T5X checkpoints, which do not store it; '
+    'default: all.',
     lower_bound=1,
     upper_bound=65_536,
     **options,
@@ -114,7 +115,7 @@ def define_flags() -> flags.FlagValues:
   text(
     'imports',
     '',
-    'Modules to import first, my_module,other, whose methods an adapter has.',
+    'Modules to import first, my_module,other, with methods of an adapter.',
     **options,
   )
   switch('overwrite', False, 'Replace an earlier output.', **options)
@@ -123,16 +124,18 @@ def define_flags() -> flags.FlagValues:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs the command; 0, or 2 with one sentence where the input is bad."""
+  """Runs the command; returns 0, or 2 after an error message."""
   values = define_flags()
   try:
-    extra = values(argv)[1:]
+    unexpected = values(argv)[1:]
     if values.help:
       print(__doc__)
       print(values.get_help())
       return 0
-    if extra:
-      raise CheckpointError(f'unexpected argument {extra[0]!r}: use --input=')
+    if unexpected:
+      raise CheckpointError(
+        f'unexpected argument {unexpected[0]!r}: use --input='
+      )
     convert(values)
   except (ValueError, flags.Error, OSError) as error:
     terminal.show(f'error: {error}', file=sys.stderr)
@@ -147,11 +150,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def convert(values: flags.FlagValues) -> None:
-  """Does what the flags say.
+  """Converts as the flags say.
 
   Raises:
-    CheckpointError: a flag is missing, the input is not what it should be,
-      or the form asked for cannot hold it.
+    CheckpointError: a flag is missing, the input is damaged or unsupported, or
+      the output format cannot represent it.
   """
   for name in ('input', 'output', 'workdir', 'base'):
     if values[name].value is not None:
@@ -174,31 +177,31 @@ def convert(values: flags.FlagValues) -> None:
   else:
     _require(values, 'input')
     _require(values, 'to')
-    form = checkpoint_formats.detect(resolve(values.input))
-    print(f'reading {values.input} as {form}')
-    if form in ('hf', 'gguf', 't5x'):
+    input_format = checkpoint_formats.detect(resolve(values.input))
+    print(f'reading {values.input} as {input_format}')
+    if input_format in ('hf', 'gguf', 't5x'):
       _convert_base(values)
-    elif form == 'peft':
+    elif input_format == 'peft':
       _convert_peft(values)
     else:
-      _convert_own(values)
+      _convert_moepeft(values)
   print(f'wrote {values.output}')
 
 
 def _convert_run(values: flags.FlagValues) -> None:
-  """A run's adapter, or the base that a full run trained."""
-  # Imported here: it brings Orbax, and only this branch needs it.
+  """Exports a run's adapter, or its base after full fine-tuning."""
+  # Imported here, as it imports Orbax, which the other branches do not need.
   from moepeft.checkpoints.restore import restore_trained
 
   tree, metadata = restore_trained(values.workdir)
-  whole = metadata['trainable'] == 'params'
-  values.to = values.to or ('hf' if whole else 'moepeft')
+  is_full = metadata['trainable'] == 'params'
+  values.to = values.to or ('hf' if is_full else 'moepeft')
   template = '' if values.to == 't5x' else _template(values, metadata)
-  if whole:
+  if is_full:
     _write_trained_base(values, tree, metadata)
   else:
     step = _t5x_step(values, metadata) if values.to == 't5x' else 1
-    _write_own(values, tree, metadata, step)
+    _write_adapter(values, tree, metadata, step)
   if template:
     file = Path(values.output) / 'chat_template.jinja'
     file.write_text(template, encoding='utf-8')
@@ -221,7 +224,7 @@ def _mix_adapters(values: flags.FlagValues) -> None:
       "arrow(from_adapters=['a', 'b'])"
     )
   metadata = describe_run(base, built, config.seed, experts)
-  _write_own(values, variables['peft'], metadata)
+  _write_adapter(values, variables['peft'], metadata)
 
 
 def _has_trained_router(entry) -> bool:
@@ -233,38 +236,40 @@ def _has_trained_router(entry) -> bool:
 
 
 def _template(values: flags.FlagValues, metadata) -> str:
-  """The chat template that a run was trained by, '' for its tokenizer's own.
+  """The chat template of a run's config; '' for that of the tokenizer.
 
   Raises:
-    ValueError: the file that its config names is gone.
+    ValueError: the file in the config does not exist.
   """
   data = Run(values.workdir).read_config().get('data', {})
   path, system = data.get('chat_template', ''), data.get('system_prompt', '')
   if not path and not system:
     return ''
   base = values.base or metadata['base']['path']
-  words = load_tokenizer(untrusted.field(data, 'tokenizer', str, ''), base)
-  chat_template.set_chat_template(words, path, system)
+  tokenizer = load_tokenizer(untrusted.field(data, 'tokenizer', str, ''), base)
+  chat_template.set_chat_template(tokenizer, path, system)
   template = (
-    words.tokenizer.chat_template
-    if isinstance(words, HuggingFaceTokenizer)
+    tokenizer.tokenizer.chat_template
+    if isinstance(tokenizer, HuggingFaceTokenizer)
     else ''
   )
   return template if isinstance(template, str) else ''
 
 
 def _write_trained_base(values: flags.FlagValues, tree, metadata) -> None:
-  config, over = adapter_file.config_of(metadata), values.overwrite
+  config, overwrite = adapter_file.config_of(metadata), values.overwrite
   if values.to == 'hf':
-    words = _tokenizer(values, metadata['base']['path'])
-    hf.save(values.output, config, tree, values.dtype, words, overwrite=over)
+    tokenizer = _tokenizer(values, metadata['base']['path'])
+    hf.save(
+      values.output, config, tree, values.dtype, tokenizer, overwrite=overwrite
+    )
   elif values.to == 't5x':
     if values.dtype is not None:
       raise CheckpointError(
-        '--dtype casts what is written as hf: leave it out with --to=t5x'
+        '--dtype is for --to=hf: leave it out with --to=t5x'
       )
     step = _t5x_step(values, metadata)
-    t5x.save(values.output, config, tree, step=step, overwrite=over)
+    t5x.save(values.output, config, tree, step=step, overwrite=overwrite)
   else:
     raise CheckpointError(
       f'{values.workdir} trained a whole model and --to={values.to} writes '
@@ -273,15 +278,15 @@ def _write_trained_base(values: flags.FlagValues, tree, metadata) -> None:
 
 
 def _t5x_step(values: flags.FlagValues, metadata) -> int:
-  """The run's step on T5X's clock, which counts from the pretraining's start.
+  """The run's step in T5X, which counts from the start of pretraining.
 
-  Adafactor's decay goes by it, so config.optimizer.decay_initial_step has it.
+  Adafactor's decay depends on it; config.optimizer.decay_initial_step has it.
   """
   config = Run(values.workdir).read_config()
-  before = int(config.get('optimizer', {}).get('decay_initial_step', 0))
-  step = before + metadata['step']
+  initial_step = int(config.get('optimizer', {}).get('decay_initial_step', 0))
+  step = initial_step + metadata['step']
   print(
-    f'checkpoint_{step}: {before} steps before the run, '
+    f'checkpoint_{step}: {initial_step} steps before the run, '
     f'{metadata["step"]} of it'
   )
   return step
@@ -295,23 +300,23 @@ def _require(values: flags.FlagValues, name: str) -> None:
 def _load_base(
   values: flags.FlagValues, path: str, dtype: str | None = None
 ) -> LoadedCheckpoint:
-  """A base; `dtype` instead of the one that --dtype names."""
+  """Loads a base; `dtype` overrides --dtype."""
   dtype = dtype or values.dtype
   if not path:
     raise CheckpointError(
-      f'{values.input or values.workdir} names no base model: give it with '
-      '--base'
+      f'{values.input or values.workdir} names no base model: set --base'
     )
   path = resolve(path)
-  form = checkpoint_formats.detect(path)
-  if form == 'hf':
+  base_format = checkpoint_formats.detect(path)
+  if base_format == 'hf':
     return hf.load(path, dtype)
-  if form == 'gguf':
+  if base_format == 'gguf':
     return gguf.load(path, dtype)
-  if form == 't5x':
+  if base_format == 't5x':
     return t5x.load(path, dtype, values.top_k)
   raise CheckpointError(
-    f'{path} is an adapter ({form}), expected a base model (hf, gguf or t5x)'
+    f'{path} is an adapter ({base_format}), expected a base model (hf, gguf '
+    'or t5x)'
   )
 
 
@@ -323,7 +328,7 @@ def _convert_base(values: flags.FlagValues) -> None:
   if values.to == 't5x':
     _write_t5x(values, loaded, adapter, max(getattr(loaded, 'step', 0), 1))
   elif adapter is not None:
-    _write_apart(values, loaded, adapter)
+    _write_base_and_adapter(values, loaded, adapter)
   elif values.to == 'hf':
     _write_hf(values, values.output, loaded)
   else:
@@ -336,55 +341,57 @@ def _convert_base(values: flags.FlagValues) -> None:
 def _convert_peft(values: flags.FlagValues) -> None:
   fields = peft_config.read(values.input)
   path = values.base or fields.get('base_model_name_or_path') or ''
-  base = _load_base(values, path, _wide(values))
+  base = _load_base(values, path, _merge_dtype(values))
   adapter = peft.load(values.input, base.config)
   if values.to == 'hf':
     _write_merged(values, base, adapter, _SEMANTICS)
   elif values.to == 't5x':
     _write_t5x(values, base, adapter)
   elif values.to == 'peft':
-    over = values.overwrite
-    peft.save(values.output, base.config, adapter, path, fields, over)
+    overwrite = values.overwrite
+    peft.save(values.output, base.config, adapter, path, fields, overwrite)
   elif values.to == 'moepeft':
     metadata = _describe(adapter, path, base.sha256, base.config)
     adapter_file.save(values.output, adapter.tree, metadata, values.overwrite)
   else:
-    raise _unknown(values)
+    raise _unknown_format(values)
 
 
-def _wide(values: flags.FlagValues) -> str | None:
-  """The dtype in which a base is read to merge; --dtype casts the result.
+def _merge_dtype(values: flags.FlagValues) -> str | None:
+  """The dtype of a base before merging; --dtype casts the result.
 
-  A cast before would quantise other weights than training did, and round the
+  An earlier cast would quantize other weights than in training, and round the
   base twice.
   """
   return 'float32' if values.dtype and values.to == 'hf' else None
 
 
-def _unknown(values: flags.FlagValues) -> CheckpointError:
+def _unknown_format(values: flags.FlagValues) -> CheckpointError:
   return CheckpointError(
-    f'--to={values.to} is no form of an adapter: expected one of '
-    f'{", ".join(_WRITTEN)}'
+    f'--to={values.to} is not a format of adapters: expected one of '
+    f'{", ".join(_OUTPUT_FORMATS)}'
   )
 
 
-def _convert_own(values: flags.FlagValues) -> None:
-  _write_own(values, *adapter_file.load(values.input))
+def _convert_moepeft(values: flags.FlagValues) -> None:
+  _write_adapter(values, *adapter_file.load(values.input))
 
 
-def _write_own(values: flags.FlagValues, tree, metadata, step: int = 1) -> None:
-  """An adapter with its metadata, in the form that --to names."""
+def _write_adapter(
+  values: flags.FlagValues, tree, metadata, step: int = 1
+) -> None:
+  """Writes an adapter in the format of --to."""
   adapter = AdapterWeights(metadata['method'], tree)
   path = values.base or metadata['base']['path']
   if values.to == 'moepeft':
     adapter_file.save(values.output, tree, metadata, values.overwrite)
   elif values.to == 'peft':
-    config, over = adapter_file.config_of(metadata), values.overwrite
-    peft.save(values.output, config, adapter, path, overwrite=over)
-  elif values.to not in _WRITTEN:
-    raise _unknown(values)
+    config, overwrite = adapter_file.config_of(metadata), values.overwrite
+    peft.save(values.output, config, adapter, path, overwrite=overwrite)
+  elif values.to not in _OUTPUT_FORMATS:
+    raise _unknown_format(values)
   else:
-    base = _load_base(values, path, _wide(values))
+    base = _load_base(values, path, _merge_dtype(values))
     if base.sha256 != metadata['base']['sha256']:
       raise CheckpointError(
         f'{path} is not the base that the adapter was trained on (content '
@@ -401,51 +408,58 @@ def _write_own(values: flags.FlagValues, tree, metadata, step: int = 1) -> None:
 def _write_merged(
   values, base, adapter: AdapterWeights, semantics: str, kind: str = ''
 ) -> None:
-  """A base with an adapter merged into it, as hf.
+  """Writes a base with a merged adapter as hf.
 
   Args:
-    kind: what the adapter was trained on the base in, so what it is merged
-      into: only that gives the trained model's logits.
+    kind: the quantization of the base in training. The adapter is merged into
+      the dequantized base, which gives the logits of training.
   """
   sites = FAMILIES[base.config.family].sites(base.config)
   built = build(adapter.method, sites, semantics)
   params = base.params
   if kind:
-    print(f'merging into what the base decodes to from {kind}')
+    print(f'merging into the base dequantized from {kind}')
     packed = quantize.pack(params, base.config, kind)
     params = quantize.unpack(packed, base.config)
   try:
     merged = merge(built, {'params': params, 'peft': adapter.tree})
   except ValueError as error:
-    forms = ' or '.join(f'--to={f}' for f in _kept_by(base.config, adapter))
+    formats = ' or '.join(
+      f'--to={f}' for f in _adapter_formats(base.config, adapter)
+    )
     raise CheckpointError(
-      f'{error}; {forms} keeps the adapter as it is'
+      f'{error}; {formats} keeps the adapter as it is'
     ) from None
   if values.dtype is None:
     merged = jax.tree.map(lambda a, b: a.astype(b.dtype), merged, base.params)
-  words, over = _tokenizer(values, base.path), values.overwrite
+  tokenizer, overwrite = _tokenizer(values, base.path), values.overwrite
   hf.save(
-    values.output, base.config, merged, values.dtype, words, overwrite=over
+    values.output,
+    base.config,
+    merged,
+    values.dtype,
+    tokenizer,
+    overwrite=overwrite,
   )
 
 
-def _kept_by(config, adapter: AdapterWeights) -> list[str]:
-  """The forms that an adapter can be written in without its base."""
-  forms = ['moepeft']
+def _adapter_formats(config, adapter: AdapterWeights) -> list[str]:
+  """The formats that can represent an adapter without its base."""
+  formats = ['moepeft']
   for name, check in (('peft', peft.check), ('t5x', t5x.check)):
     try:
       check(config, adapter)
-      forms.append(name)
+      formats.append(name)
     except ValueError:
       continue
-  return forms
+  return formats
 
 
 def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
   """The path of the tokenizer of a run, or else of its base.
 
   Args:
-    base: where the base is, or ''.
+    base: the path of the base, or ''.
   """
   path = base
   if values.workdir is not None:
@@ -464,21 +478,25 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
 def _write_t5x(
   values, base, adapter: AdapterWeights | None, step: int = 1
 ) -> None:
-  over = values.overwrite
-  t5x.save(values.output, base.config, base.params, adapter, step, over)
+  overwrite = values.overwrite
+  t5x.save(values.output, base.config, base.params, adapter, step, overwrite)
 
 
 def _write_hf(values, path: str, base) -> None:
-  over = values.overwrite
+  overwrite = values.overwrite
   # base.path, as the input may be a name on the hub.
-  hf.save(path, base.config, base.params, tokenizer=base.path, overwrite=over)
+  hf.save(
+    path, base.config, base.params, tokenizer=base.path, overwrite=overwrite
+  )
 
 
-def _write_apart(values, base: t5x.LoadedT5X, adapter: AdapterWeights) -> None:
-  """base/ and adapter/, as one output: both or nothing."""
-  # The hash is of what base/ holds, so of the cast weights if they were cast.
-  cast = values.dtype is not None
-  sha256 = weight_mapping.content_hash(base.params) if cast else base.sha256
+def _write_base_and_adapter(
+  values, base: t5x.LoadedT5X, adapter: AdapterWeights
+) -> None:
+  """Writes base/ and adapter/ atomically."""
+  # The hash is that of base/, whose weights may be cast.
+  is_cast = values.dtype is not None
+  sha256 = weight_mapping.content_hash(base.params) if is_cast else base.sha256
   path = str(Path(values.output) / 'base')
   with directory.atomic_directory(values.output, values.overwrite) as staging:
     _write_hf(values, str(staging / 'base'), base)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m moepeft.count --config=FILE: parameters, from shapes alone."""
+"""python -m moepeft.count --config=FILE: counts parameters from shapes."""
 
 import json
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m moepeft.evaluate --workdir=DIR [--data=ROWS]: measures a run.
+"""python -m moepeft.evaluate --workdir=DIR [--data=ROWS]: evaluates a run.
 
-Accuracy by rank classification as in the paper, likelihood, and metrics of
-generated texts, with a result of each for every prompt.
-On a run's held-out rows the validation loss of training is reported too, with
-the margins, accuracies and rewards of a preference objective. Results stand in
-a file .part until all are there: the same command goes on from it.
+The command reports accuracy by rank classification as in the paper, likelihood,
+and metrics of generated texts, with a result for each prompt. For a run's
+held-out rows, it also reports the validation metrics of training. Partial
+results are in a file .part, from which the same command continues.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ from moepeft.evaluation.run_validation import make_run_collator, run_validation
 from moepeft.inference.loaded_model import LoadedModel, load_run
 from moepeft.runs.run import Run
 
-# Names of data that a run's held-out rows have in tables.
+# Names in tables that are reserved for a run's held-out rows.
 _RESERVED = (HELD_OUT, 'after')
 
 
@@ -59,23 +58,23 @@ def evaluate(
   part: str = '',
   loaded: LoadedModel | None = None,
 ) -> tuple[dict[str, Any], list[Result]]:
-  """(summary, results) of a run on a file or directory of rows, or its own.
+  """Evaluates a run on rows or its held-out rows: (summary, results).
 
   Args:
     workdir: the run; with `loaded` and `data`, the model's name in results.
     checkpoint: see `load_run`.
-    data: '' for the rows that the run holds out.
-    metrics: names; none for accuracy of rows with choices and loss of others.
-    max_examples: of a prompt.
-    inputs_length, targets_length: tokens that texts are cut to, EOS included.
-    batch_size: rows of the longest batches. It and the other numbers are those
-      of the run's config by default.
-    part: a file that gets results once they are measured; those that it has of
-      the same evaluation are not measured again. '' for none.
-    loaded: the model, where it is in memory already.
+    data: a file or directory of rows; '' for the run's held-out rows.
+    metrics: names of metrics; by default accuracy for rows with choices, loss
+      for others.
+    max_examples: the maximum number of examples per prompt.
+    inputs_length, targets_length: maximum tokens of texts, including EOS.
+    batch_size: rows of the longest batches. All numbers default to the run's
+      config.
+    part: a file for partial results, which are reused; '' for none.
+    loaded: the model, if it is in memory already.
 
   Raises:
-    ValueError: no run or no rows there, or not of the form they should be.
+    ValueError: there is no run or there are no rows, or they are invalid.
   """
   check_metrics(metrics)
   if loaded is None:
@@ -105,7 +104,7 @@ def evaluate(
       training_data.held_out,
       plan_from_run(run, training_data, metrics),
     )
-    # As training reports it, whatever metrics are named.
+    # As in training, independent of `metrics`.
     validation = run_validation(
       loaded, training_data, os.path.expanduser(workdir)
     )
@@ -131,7 +130,7 @@ def evaluate(
 def _with_config(
   run: LoadedModel, changes: Mapping[str, int | None]
 ) -> LoadedModel:
-  """A run with some numbers of its config changed, None for as they are."""
+  """Changes values of a run's config; None keeps a value."""
   config = run.config.copy_and_resolve_references()
   config.update_from_flattened_dict(
     {key: value for key, value in changes.items() if value is not None}
@@ -143,7 +142,7 @@ def _with_config(
 def eval_info(
   run: LoadedModel, workdir: str, checkpoint: str, data: str, sha: str | None
 ) -> EvalInfo:
-  """The facts that all results of one evaluation share."""
+  """The fields that all results of an evaluation share."""
   return EvalInfo(
     run=workdir,
     method=run.method,
@@ -165,15 +164,15 @@ def name_of(data: str) -> str:
   """'somewhere/cb.v2.jsonl.gz' -> 'cb.v2', '.' -> the directory's name.
 
   Raises:
-    ValueError: the name is that of a run's own rows, or there is none.
+    ValueError: the name is empty or reserved for a run's held-out rows.
   """
   name = os.path.basename(os.path.abspath(os.path.expanduser(data)))
   for end in ('.gz', '.jsonl'):
     name = name.removesuffix(end)
   if name in ('', *_RESERVED):
     raise ValueError(
-      f'rows are told apart by the name of their file or directory, and '
-      f"{name!r} is none or stands for a run's own rows; rename {data!r}"
+      'the file or directory of --data names the results, but '
+      f"{name!r} is empty or reserved for a run's own rows; rename {data!r}"
     )
   return name
 
@@ -182,7 +181,7 @@ def output_of(output: str | None, default: str) -> str:
   """The checked path of the summary.
 
   Raises:
-    ValueError: it does not end in .json, or is in no directory.
+    ValueError: it does not end in .json, or its directory does not exist.
   """
   path = os.path.expanduser(output or default)
   if not path.endswith('.json'):
@@ -190,7 +189,7 @@ def output_of(output: str | None, default: str) -> str:
       f'--output is a file that ends in .json, with the rows beside it as '
       f'.jsonl; got {output!r}'
     )
-  # A work directory that is not there is told by what reads it.
+  # Loading the run reports a missing work directory.
   if output and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
     raise ValueError(
       f'the directory of {path!r} does not exist; make it, or name another '
@@ -204,10 +203,10 @@ def main(argv) -> None:
   if not _WORKDIR.value:
     raise ValueError('--workdir is missing: name a run of moepeft.train')
   data = os.path.expanduser(_DATA.value or '')
-  # The base's rows must not take the place of the run's.
+  # Results of the base must not overwrite those of the run.
   of_base = _CHECKPOINT.value == 'base'
   default = Run(_WORKDIR.value).evaluation_file(data and name_of(data), of_base)
-  # Before minutes of evaluation.
+  # Checked before the evaluation, which takes minutes.
   output = output_of(_OUTPUT.value, default)
   rows_path = os.path.splitext(output)[0] + '.jsonl'
   entries, results = evaluate(

@@ -4,7 +4,7 @@
   python -m moepeft.generate --workdir=workdirs/x --prompt='Some text'
   python -m moepeft.generate --model=DIR --adapter=DIR --chat --temperature=0.7
 
-Without --prompt and --file, prompts are read from the terminal, a line each.
+Without --prompt and --file, prompts are read from the terminal, one per line.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from moepeft.models import decoder_only
 from moepeft.peft.prefix import model_prefix_ids
 from moepeft.training import memory_estimate
 
-# Old flags, and the names that they have now.
+# {old flag: new flag}.
 RENAMED = {
   'length': 'max_new_tokens',
   'min_tokens': 'min_new_tokens',
@@ -56,13 +56,13 @@ def answer(
 ) -> list[str]:
   """The greedy continuation of each prompt, as text."""
   causal = decoder_only(model)
-  longest = max(
+  max_length = max(
     len(prompts.encode_example_prompt(tokenizer, text, causal))
     for text in texts
   )
-  longest += len(model_prefix_ids(model))
+  max_length += len(model_prefix_ids(model))
   generator = BatchGenerator(
-    model, tokenizer, longest, max_new_tokens, len(texts)
+    model, tokenizer, max_length, max_new_tokens, len(texts)
   )
   return generator.texts(variables, texts)
 
@@ -70,7 +70,7 @@ def answer(
 def refuse_renamed(arguments: Sequence[str]) -> None:
   """
   Raises:
-    ValueError: a flag has another name now.
+    ValueError: a flag was renamed.
   """
   for argument in arguments:
     name = argument.lstrip('-').partition('=')[0]
@@ -82,10 +82,10 @@ def refuse_renamed(arguments: Sequence[str]) -> None:
 
 
 def generation_config() -> GenerationConfig:
-  """The flags of generation, but for the ids that end an answer.
+  """The generation config of the flags, without the EOS ids.
 
   Raises:
-    ValueError: one of them cannot be, or does nothing.
+    ValueError: a flag is invalid or has no effect.
   """
   settings = Sampling(
     _TEMPERATURE.value,
@@ -106,17 +106,19 @@ def generation_config() -> GenerationConfig:
 
 
 def beam_config() -> BeamConfig | None:
-  """The flags of a beam search; None where there is none."""
+  """The beam search config of the flags; None without beam search."""
   if _NUM_BEAMS.value == 1:
     for flag in (_LENGTH_PENALTY, _EARLY):
       if flag.value != flag.default:
         raise ValueError(
-          f'--{flag.name}={flag.value} is of a search; set --num_beams above 1 '
-          'too'
+          f'--{flag.name}={flag.value} needs beam search; set --num_beams '
+          'above 1, too'
         )
     return None
-  early = _EARLY.value if _EARLY.value == 'never' else _EARLY.value == 'yes'
-  return BeamConfig(_NUM_BEAMS.value, _LENGTH_PENALTY.value, early)
+  early_stopping = (
+    _EARLY.value if _EARLY.value == 'never' else _EARLY.value == 'yes'
+  )
+  return BeamConfig(_NUM_BEAMS.value, _LENGTH_PENALTY.value, early_stopping)
 
 
 def check_flags() -> None:
@@ -139,10 +141,10 @@ def check_flags() -> None:
 
 
 def read_prompts() -> list[str] | None:
-  """The prompts of --prompt or --file; None for those of the terminal.
+  """The prompts of --prompt or --file; None to read the terminal.
 
   Raises:
-    ValueError: the file cannot be read, or holds none.
+    ValueError: the file cannot be read, or has no prompts.
   """
   if not _FILE.value:
     return _PROMPT.value
@@ -213,7 +215,7 @@ def main(argv) -> None:
     else:
       repl.answer_all(texts)
   except KeyboardInterrupt:
-    # How a conversation ends at a terminal: no bug, so no traceback.
+    # The usual end of a chat, so no traceback.
     print(f'\n{repl.speed}', file=sys.stderr)
     sys.exit(130)
   print(repl.speed, file=sys.stderr)

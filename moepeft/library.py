@@ -7,7 +7,7 @@
   answer = model.generate(['What is LoRA?'], routing=True)[0]
   answer.text, answer.experts
 
-It is a thin layer over the functions that the commands use.
+This module wraps functions of the commands.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ class Answer:
   """The answer to one prompt.
 
   Attributes:
-    text: without the tokens that end it.
-    token_ids: its tokens, the end included.
+    text: the text without EOS tokens.
+    token_ids: the tokens with EOS.
     finish_reason: 'stop' at an end token, 'length' at `max_new_tokens`.
     experts: for each token {site: weight of each expert, averaged over
-      layers}; () where `routing` was not asked for or nothing routes.
+      layers}; () without `routing` or without routers.
   """
 
   text: str
@@ -53,7 +53,7 @@ class Answer:
 
 
 class Model:
-  """A model in memory, with its adapter or without one.
+  """A model in memory, with or without an adapter.
 
   Attributes:
     loaded: the config, Flax module, variables and tokenizer.
@@ -80,17 +80,17 @@ class Model:
     chat: bool = False,
     routing: bool = False,
   ) -> list[Answer]:
-    """Answers prompts.
+    """Generates an answer to each prompt.
 
     Args:
-      temperature: 0 is greedy.
-      top_p: the fewest tokens whose probabilities sum to it are kept.
-      seed: of the draws.
-      chat: puts each prompt into the tokenizer's chat template.
-      routing: reports the experts' weights of each token.
+      temperature: the sampling temperature; 0 for greedy decoding.
+      top_p: sample from the fewest tokens with this total probability.
+      seed: the sampling seed.
+      chat: whether to apply the tokenizer's chat template.
+      routing: whether to return the experts' weights of each token.
 
     Raises:
-      ValueError: a prompt and its answer are too long, or a number cannot be.
+      ValueError: a prompt and its answer are too long, or a value is invalid.
     """
     token_choice = Sampling(temperature=temperature or None, top_p=top_p)
     sampling.check(token_choice)
@@ -138,18 +138,18 @@ class Model:
   def evaluate(
     self, data: str, metrics: Sequence[str] = (), max_examples: int = 100
   ) -> dict[str, Any]:
-    """Measures the model on a file of rows, or a directory of such files.
+    """Evaluates the model on a file or directory of rows.
 
     Args:
-      data: rows as `python -m moepeft.evaluate --data` takes them.
-      metrics: names of metrics; those that the rows allow by default.
-      max_examples: of a prompt.
+      data: rows in the format of `python -m moepeft.evaluate --data`.
+      metrics: names of metrics; by default those that the rows allow.
+      max_examples: the maximum number of examples per prompt.
 
     Returns:
       The summary that the command writes.
 
     Raises:
-      ValueError: no rows are there, or not of the form they should be.
+      ValueError: there are no rows, or they are invalid.
     """
     summary, _ = evaluate_command.evaluate(
       self.loaded.workdir or self.loaded.base,
@@ -161,11 +161,11 @@ class Model:
     return summary
 
   def merge(self) -> 'Model':
-    """A model without adapter that computes the same.
+    """Merges the adapter into the base's weights.
 
     Raises:
-      ValueError: there is no adapter, or its change depends on the token, as
-        that of a routed mixture does.
+      ValueError: there is no adapter, or its function depends on the token, as
+        in a routed mixture.
     """
     loaded = self.loaded
     if loaded.method == 'none':
@@ -195,7 +195,7 @@ class Model:
 
   @functools.cached_property
   def _engine(self) -> Engine:
-    """Compiles each program when it is first needed."""
+    """The engine, which compiles programs at their first use."""
     model, variables = self.loaded.model, self.loaded.variables
     adapter = FixedAdapter(model, variables.get('peft') or None)
     config = EngineConfig(routing=True, compile_ahead=False)
@@ -203,14 +203,15 @@ class Model:
 
 
 def load(model: str, adapter: str = '', checkpoint: str = '') -> Model:
-  """Reads a model.
+  """Loads a model.
 
   Args:
-    model: the work directory of a run, with its base and its adapter; or a
-      base: a directory in Hugging Face's or T5X's form, a GGUF file, a name on
-      the hub, 'package:t5_tiny', which ships, or 'smollm2'.
-    adapter: of a base: the work directory of a run, or an exported adapter.
-    checkpoint: of a run: 'best', 'base' or a step; the latest by default.
+    model: the work directory of a run, for its base with its adapter; or a
+      base: a directory of Hugging Face or T5X, a GGUF file, a name on the hub,
+      'package:t5_tiny' or 'smollm2'.
+    adapter: an adapter of a base: the work directory of a run, or an export.
+    checkpoint: a checkpoint of a run: 'best', 'base' or a step; default: the
+      latest.
 
   Raises:
     ValueError: there is no model or adapter, or they do not belong together.
@@ -223,23 +224,23 @@ def load(model: str, adapter: str = '', checkpoint: str = '') -> Model:
   if not Run(model).has_checkpoints_dir:
     if checkpoint:
       raise ValueError(
-        f'checkpoint={checkpoint!r} is of a run, and {model!r} is none; leave '
-        'it out'
+        f'checkpoint={checkpoint!r} is for runs, but {model!r} is not a run; '
+        'leave it out'
       )
     return Model(load_model(model, adapter))
   if adapter:
     raise ValueError(
-      f'{model!r} is a run, which has an adapter of its own; load its base '
+      f'{model!r} is a run, which has its own adapter; load its base '
       f'with adapter={adapter!r}'
     )
   return Model(load_run(model, checkpoint))
 
 
 def load_config(path: str) -> ConfigDict:
-  """The config of a file, 'configs/molora_t5.py:experts=4,rank=2'.
+  """Loads the config of a file, 'configs/molora_t5.py:experts=4,rank=2'.
 
   Raises:
-    ValueError: there is no such file, or it takes no such value.
+    ValueError: the file does not exist, or has no such value.
 
   >>> import moepeft
   >>> moepeft.load_config('configs/molora_t5.py:experts=4,rank=2').method

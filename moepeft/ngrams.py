@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m moepeft.ngrams --config=FILE: n-grams on a config's held-out text.
 
-The least loss of an n-gram language model, in nats a target: the baseline of a
-model that is trained from nothing on the same text.
+The command prints the loss of n-gram language models in nats per target, a
+baseline for models that are trained from scratch on the same text.
 """
 
 import json

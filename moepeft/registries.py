@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registries whose entries a config names, by the key that names them."""
+"""The registries of names in a config, by config key."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m moepeft.tables RUN...: runs side by side, and beside the paper.
+"""python -m moepeft.tables RUN...: compares runs with each other and the paper.
 
-A RUN is a work directory of moepeft.train that moepeft.evaluate has measured.
-Markdown is printed; --output=PREFIX writes PREFIX.md, .tex and .png.
+A RUN is a work directory of moepeft.train with results of moepeft.evaluate. The
+command prints Markdown; --output=PREFIX writes PREFIX.md, .tex and .png.
 """
 
 import os
@@ -29,26 +29,26 @@ def write(table: Table, prefix: str) -> list[str]:
 
 
 def put_into(path: str, name: str, text: str) -> None:
-  """Replaces what stands between a document's markers of a table.
+  """Replaces the text between a document's markers of a table.
 
-  They are `<!-- table: NAME -->` and `<!-- /table -->`, each alone in a line.
+  The markers are the lines `<!-- table: NAME -->` and `<!-- /table -->`.
 
   Raises:
-    ValueError: the document or its markers are not there, or are there twice.
+    ValueError: the document or its markers are missing, or exist twice.
   """
   new = replaced(path, name, text)
   files.write_text(path, new)
 
 
 def replaced(path: str, name: str, text: str) -> str:
-  """The document with the table in it; raises as `put_into`."""
+  """The document with the replaced table; raises as `put_into`."""
   if not os.path.exists(path):
     raise ValueError(f'--into={path}: there is no such document')
   document = files.read_text(path)
   start, end = f'<!-- table: {name} -->', '<!-- /table -->'
-  # Nothing but this table lies between: no other one begins there.
-  between = r'((?!<!-- table: ).)*?'
-  pattern = f'^{re.escape(start)}\n{between}^{re.escape(end)}$'
+  # The content must not contain the start of another table.
+  content = r'((?!<!-- table: ).)*?'
+  pattern = f'^{re.escape(start)}\n{content}^{re.escape(end)}$'
   matches = re.findall(pattern, document, re.S | re.M)
   if not name or len(matches) != 1:
     raise ValueError(
@@ -65,18 +65,18 @@ def main(argv) -> None:
     raise ValueError('--into=DOCUMENT and --name=TABLE go together; give both')
   if _OUTPUT.value and not os.path.basename(_OUTPUT.value):
     raise ValueError(
-      f'--output={_OUTPUT.value} is a directory; expected a path that .md, '
-      f'.tex and .png are put behind, as {_OUTPUT.value}table'
+      f'--output={_OUTPUT.value} is a directory; expected a prefix of file '
+      f'names, such as {_OUTPUT.value}table'
     )
   if _ROUTING.value and not argv[1:]:
-    raise ValueError('--routing is of runs; name their work directories')
+    raise ValueError('--routing is for runs; name their work directories')
   runs = [os.path.expanduser(path) for path in argv[1:]]
   table = compare.table(
     runs, _PAPER.value, _BASELINE.value, _TITLE.value, _ROUTING.value
   )
   text = table_render.markdown(table)
   if _INTO.value:
-    # Before anything is written.
+    # Checked before anything is written.
     replaced(os.path.expanduser(_INTO.value), _NAME.value, text)
   terminal.show(text, end='')
   if _OUTPUT.value:
@@ -97,14 +97,16 @@ if __name__ == '__main__':
     'baseline', '', 'A method or a RUN: the others are compared with it.'
   )
   _ROUTING = flags.DEFINE_bool(
-    'routing', False, 'Columns that say how routers ended up.'
+    'routing', False, 'Add columns about the final routers.'
   )
-  _TITLE = flags.DEFINE_string('title', '', 'What stands above the table.')
+  _TITLE = flags.DEFINE_string('title', '', 'The title of the table.')
   _OUTPUT = flags.DEFINE_string(
-    'output', '', 'A path; .md, .tex and .png are written there.'
+    'output', '', 'A prefix of paths; .md, .tex and .png are written.'
   )
   _INTO = flags.DEFINE_string(
-    'into', '', 'A document that holds the markers of the table --name.'
+    'into', '', 'A document with the markers of the table --name.'
   )
-  _NAME = flags.DEFINE_string('name', '', 'Of the table in that document.')
+  _NAME = flags.DEFINE_string(
+    'name', '', 'The name of the table in that document.'
+  )
   command_line.run(main, takes_arguments=True)

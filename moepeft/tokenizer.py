@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m moepeft.tokenizer --text=PATH --output=DIR: trains a tokenizer.
 
-BPE (arXiv:1508.07909), the same over bytes, WordPiece, or Unigram
-(arXiv:1804.10959), from plain text, into a directory that Hugging Face's
-AutoTokenizer reads and that config.data.tokenizer names.
+The tokenizer is BPE (arXiv:1508.07909), byte-level BPE, WordPiece or Unigram
+(arXiv:1804.10959), trained on plain text. Hugging Face's AutoTokenizer and
+config.data.tokenizer read the output directory.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from moepeft.data.tokenizers.train_tokenizer import (
 
 
 def passage_texts(texts: Sequence[Document]) -> Iterator[str]:
-  """Each with what separates it from the next."""
+  """Yields the passages of documents, with their separators."""
   for document in texts:
     for passage in document.passages:
       yield passage + document.separator
@@ -33,7 +33,7 @@ def passage_texts(texts: Sequence[Document]) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFit:
-  """Tokens per word and per byte of texts, and the unknown tokens' share."""
+  """Tokens per word and per byte of texts, and the share of unknown tokens."""
 
   per_word: float
   per_byte: float
@@ -47,7 +47,7 @@ class TokenizerFit:
 
 
 def measure_fit(tokenizer: Any, texts: Sequence[str]) -> TokenizerFit:
-  """The fit of a tokenizer to texts that it was not trained on."""
+  """Measures the fit of a tokenizer to held-out texts."""
   ids = tokenizer(list(texts), add_special_tokens=False)['input_ids']
   tokens = sum(map(len, ids))
   unknown = sum(row.count(tokenizer.unk_token_id) for row in ids)
@@ -59,55 +59,57 @@ def measure_fit(tokenizer: Any, texts: Sequence[str]) -> TokenizerFit:
 
 
 def train_and_save(
-  form: TokenizerSpec, path: str, output: str, held_out: float
+  spec: TokenizerSpec, path: str, output: str, held_out: float
 ) -> list[str]:
-  """Trains, writes a directory and says how it fits what it did not see.
+  """Trains and saves a tokenizer; returns lines about its fit.
 
   Raises:
-    ValueError: no text, more letters than pieces, or the directory holds
-      something or cannot be made.
+    ValueError: there is no text, it has more letters than pieces, or the
+      directory is not empty or cannot be made.
   """
   if not 0 < held_out < 1:
     raise ValueError(
       f'--held_out is a share above 0 and below 1; got {held_out}'
     )
-  output = _made(output)
-  tokenizer, bad = documents.read_documents(path)
-  texts = list(passage_texts(tokenizer))
-  cut = len(texts) - max(1, round(len(texts) * held_out))
-  if not cut:
+  output = _make_empty_directory(output)
+  passages, skipped_lines = documents.read_documents(path)
+  texts = list(passage_texts(passages))
+  train_count = len(texts) - max(1, round(len(texts) * held_out))
+  if not train_count:
     raise ValueError(
-      f'{path} holds one passage; expected at least two, one to train on and '
-      'one to look at'
+      f'{path} holds one passage; expected at least two, one for training and '
+      'one held out'
     )
-  tokenizer = train(form, texts[:cut])
+  tokenizer = train(spec, texts[:train_count])
   tokenizer.save_pretrained(output)
-  lines = [f'{cut:,} passages read; {len(texts) - cut:,} held out']
-  lines += bad.notes(path)
-  if len(tokenizer) < form.size:
+  lines = [
+    f'{train_count:,} passages read; {len(texts) - train_count:,} held out'
+  ]
+  lines += skipped_lines.notes(path)
+  if len(tokenizer) < spec.size:
     lines.append(
       f'the text has no more than {len(tokenizer):,} of '
-      f'--size={form.size:,} pieces'
+      f'--size={spec.size:,} pieces'
     )
-  lines.append(f'{form.kind}, {len(tokenizer):,} pieces, on held-out text:')
-  lines.append(f'  {measure_fit(tokenizer, texts[cut:])}')
+  lines.append(f'{spec.kind}, {len(tokenizer):,} pieces, on held-out text:')
+  lines.append(f'  {measure_fit(tokenizer, texts[train_count:])}')
   lines.append(f'wrote {output}: --config.data.tokenizer={output}')
   return lines
 
 
-def _made(output: str) -> str:
-  """An empty directory, made before any time is spent."""
+def _make_empty_directory(output: str) -> str:
+  """Makes the output directory, which must be empty; returns its path."""
   output = os.path.expanduser(output)
   if os.path.isfile(output):
     raise ValueError(f'{output!r} is a file; name a directory with --output')
   try:
     os.makedirs(output, exist_ok=True)
-    full = bool(os.listdir(output))
+    has_files = bool(os.listdir(output))
   except OSError as e:
     raise ValueError(
       f'{output!r} cannot be made ({e.strerror}); name another with --output'
     ) from None
-  if full:
+  if has_files:
     raise ValueError(f'{output!r} is not empty; name another with --output')
   return output
 
@@ -119,10 +121,10 @@ def main(argv) -> None:
       '--text names a file or directory of plain text, --output the directory '
       'to write; give both'
     )
-  form = TokenizerSpec(
+  spec = TokenizerSpec(
     _KIND.value, _SIZE.value, _EXTRA_IDS.value, _CHAT.value, _LIBRARY.value
   )
-  lines = train_and_save(form, _TEXT.value, _OUTPUT.value, _HELD_OUT.value)
+  lines = train_and_save(spec, _TEXT.value, _OUTPUT.value, _HELD_OUT.value)
   print('\n'.join(lines))
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m moepeft.train --config=configs/molora_t5.py --workdir=DIR
 
-The one training loop: pretraining, fine-tuning, preference tuning and adapters
-differ by config, objective and callbacks only. `moepeft.training.setup` builds
-the parts, `moepeft.training.step` is the step, and everything between steps
-(logging, validation, checkpoints, ...) is in `moepeft.training.callbacks`.
+Pretraining, fine-tuning, preference tuning and adapters share this training
+loop and differ in config, objective and callbacks. `moepeft.training.setup`
+builds the parts, `moepeft.training.step` is the training step, and
+`moepeft.training.callbacks` has logging, validation, checkpoints and others.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from moepeft.training.optimizers import SCHEDULES
 _WORKDIR = flags.DEFINE_string(
   'workdir',
   None,
-  'Where the run keeps everything; a run that is there goes on. Default: '
+  'The directory of the run; an existing run is resumed. Default: '
   'workdirs/<name of the config>.',
 )
 _DRY_RUN = flags.DEFINE_bool(
@@ -52,12 +52,12 @@ _DRY_RUN = flags.DEFINE_bool(
 _MAY_DIFFER = flags.DEFINE_list(
   'may_differ',
   [],
-  'Keys, like data.path, in which a run that goes on may differ from before.',
+  'Config keys, like data.path, that may change when a run is resumed.',
 )
 _SKIP_DAMAGED = flags.DEFINE_bool(
   'skip_damaged',
   False,
-  'Go on from the checkpoint before one that is damaged, which is moved to '
+  'Resume from the checkpoint before a damaged one, which is moved to '
   '<workdir>/damaged.',
 )
 _DISTRIBUTED = flags.DEFINE_string(
@@ -70,8 +70,8 @@ _DISTRIBUTED = flags.DEFINE_string(
 _DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
   'distributed_timeout',
   300,
-  'Seconds that processes wait for each other to come, and after which one '
-  'that does not answer counts as lost.',
+  'Seconds that processes wait for each other at the start, and after which a '
+  'process that does not answer counts as lost.',
   lower_bound=distributed.SHORTEST,
   upper_bound=distributed.LONGEST,
 )
@@ -85,16 +85,16 @@ def train(
   gin: str = '',
   skip_damaged: bool = False,
 ) -> dict:
-  """Trains, evaluates and writes; returns the closing summary.
+  """Trains and evaluates; returns the final summary.
 
   Args:
-    config: of `moepeft.config.defaults.default`.
-    workdir: created if need be; a run in it goes on from its checkpoint.
-    dry_run: one step, no evaluation, no file.
-    may_differ: keys in which the config may differ from that of the run that
-      goes on; see `runs.resume.check_unchanged`.
-    gin: the gin files that the config is from as one, kept as config.gin.
-    skip_damaged: goes on from the checkpoint before one that is damaged.
+    config: a config in the form of `moepeft.config.defaults.default`.
+    workdir: created if needed; an existing run is resumed.
+    dry_run: whether to do one step only, without evaluation and files.
+    may_differ: config keys that may differ from those of the resumed run; see
+      `runs.resume.check_unchanged`.
+    gin: the gin files of the config, joined; saved as config.gin.
+    skip_damaged: whether to resume from the checkpoint before a damaged one.
 
   Raises:
     ValueError: the config, the data or the work directory is not usable.
@@ -110,11 +110,11 @@ def train(
     return _dry_run(setup.build(config, workdir, dry_run=True))
   run = Run(workdir)
   with (
-    # The first of several processes alone holds the directory and writes to
-    # it, checkpoints aside, which they write together.
+    # Only the first process locks the directory and writes to it, except for
+    # checkpoints, which all processes write.
     _lock(workdir) as lock,
     tell_full_disk(workdir, run.latest_step),
-    contextlib.ExitStack() as closing,
+    contextlib.ExitStack() as exit_stack,
   ):
     config = with_start_date(run, config)
     schedule = SCHEDULES.lookup(config.optimizer.schedule)
@@ -125,7 +125,7 @@ def train(
     training = setup.build(config, workdir)
     loop = setup.start(training, run, lock, data_hashes, gin, skip_damaged)
     for callback in callbacks:
-      closing.callback(callback.close)
+      exit_stack.callback(callback.close)
     run_loop(loop, callbacks)
     for tracker in loop.trackers:
       tracker.close()
@@ -135,10 +135,10 @@ def train(
 
 
 def run_loop(loop: TrainingLoop, callbacks: Sequence[Callback]) -> None:
-  """Runs the steps that are left, and the callbacks between them."""
+  """Runs the remaining steps, with callbacks after each of them."""
   for callback in callbacks:
     callback.on_start(loop)
-  # Memory that loading and evaluating took is of no use to a step.
+  # Release the memory of loading and evaluation.
   host_memory.trim()
   memory_bound = host_memory.Bound()
   if loop.step < loop.steps and not loop.stop_requested:
@@ -182,7 +182,7 @@ def _dry_run(training: setup.Training) -> dict:
 def _summarize(
   training: setup.Training, loop: TrainingLoop, seconds: float
 ) -> dict:
-  """Writes and prints the end of a run: changes, places, what to do next."""
+  """Writes and prints the summary of a run, with paths and next commands."""
   config, method, run = training.config, training.method, loop.run
   summary = {'method': method.method, 'semantics': method.semantics}
   changes: list[str] = []
@@ -216,10 +216,10 @@ def _summarize(
 
 
 def fit(config: ConfigDict, workdir: str) -> library.Model:
-  """`moepeft.fit`: trains as a config says and returns the trained model.
+  """Trains with a config, `moepeft.fit`, and returns the trained model.
 
   Args:
-    workdir: the directory of the run; a run that is there goes on.
+    workdir: the directory of the run; an existing run is resumed.
 
   Raises:
     ValueError: the config, the data or the work directory is not usable.
@@ -241,7 +241,7 @@ def main(argv) -> None:
       distributed.join(_DISTRIBUTED.value, _DISTRIBUTED_TIMEOUT.value)
     may_differ, gin = _MAY_DIFFER.value, command_line.gin_text()
     dry_run, skip_damaged = _DRY_RUN.value, _SKIP_DAMAGED.value
-    with distributed.together(_DISTRIBUTED_TIMEOUT.value):
+    with distributed.exit_on_error(_DISTRIBUTED_TIMEOUT.value):
       train(_CONFIG.value, workdir, dry_run, may_differ, gin, skip_damaged)
   except Stopped as e:
     print(f'\n{e}', file=sys.stderr)

@@ -63,7 +63,7 @@ def test_a_base_has_nothing_to_merge(model):
 
 
 def test_a_base_takes_no_checkpoint():
-  with pytest.raises(ValueError, match='of a run'):
+  with pytest.raises(ValueError, match='is for runs'):
     moepeft.load('package:t5_tiny', checkpoint='best')
 
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thin agent layer: tools, a loop and skills over a chat server's API.
+"""An agent: tools, a loop and skills for servers with OpenAI's API.
 
-tools, tool_calls   typed functions with strict schemas; how calls are run
+tools, tool_calls   typed functions with strict schemas, and their execution
 chat_model          a model behind an OpenAI-compatible server
-agent, loop         asks, calls tools, plans and reflects in a budget; events
-react               tools by text, for models without tool calls
-memory              the conversation, kept within a number of tokens
-structured_output   a pydantic model in, an instance out
-traces              events written to a file, and replayed
-skills              SKILL.md directories, loaded in three steps
+agent, loop         requests, tool calls, planning and reflection in a budget
+react               tool calls as text, for models without tool calls
+memory              the conversation, limited to a number of tokens
+structured_output   answers as instances of a pydantic model
+traces              event logs and their replay
+skills              SKILL.md directories, loaded on demand
 config_file         config files that a model may write, as data
-chat_markers        markers of chat templates, escaped in tools' outputs
-sandbox             Python and shell programs in bubblewrap
+chat_markers        escapes markers of chat templates in tool outputs
+sandbox             runs Python and shell programs in bubblewrap
 """
 
 from moepeft.core.extras import require

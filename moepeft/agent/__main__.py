@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m moepeft.agent: a model with tools and skills, asked at a terminal.
+"""python -m moepeft.agent: chat with a model that has tools and skills.
 
   python -m moepeft.agent --list_skills
   python -m moepeft.agent 'Has the run in workdirs/x diverged?'
   python -m moepeft.agent --skills=DIR --tools=python --trace=FILE
 
-Without a question, questions are read from the terminal, a line each; Ctrl-C
-ends an answer, Ctrl-D the program. The server is any with OpenAI's API, as
-python -m moepeft.serve. Scripts of skills, and code that the model writes
-(--tools), run in bubblewrap or not at all; scripts read the workspace, and may
-write a config file into it. Instructions of skills are followed: name those
-that you trust.
+Without a question, the program reads one question per line from the terminal;
+Ctrl-C ends an answer, Ctrl-D the program. The server can be any server with
+OpenAI's API, such as python -m moepeft.serve. Scripts of skills, and code that
+the model writes (--tools), only run in bubblewrap. Scripts can read the
+workspace and write a config file into it. The model follows the instructions of
+skills: use only skills that you trust.
 """
 
 import argparse
@@ -31,8 +31,10 @@ from moepeft.core.untrusted import Malformed, check_encodable
 _LINE_WIDTH = 100
 
 
-def number_type(kind: type, low: float, high: float) -> Callable[[str], float]:
-  """Reads a flag's number and holds it to a range."""
+def number_in_range(
+  kind: type, low: float, high: float
+) -> Callable[[str], float]:
+  """Makes an argparse type: a number in a range."""
 
   def read(text: str) -> float:
     try:
@@ -50,43 +52,53 @@ def number_type(kind: type, low: float, high: float) -> Callable[[str], float]:
   return read
 
 
-_COUNT = number_type(int, 1, 1_000_000_000)
-_SECONDS = number_type(float, 0.001, 1_000_000)
-_TEMPERATURE = number_type(float, 0, 1_000)
-_SEED = number_type(int, 0, 2**63 - 1)
+_COUNT = number_in_range(int, 1, 1_000_000_000)
+_SECONDS = number_in_range(float, 0.001, 1_000_000)
+_TEMPERATURE = number_in_range(float, 0, 1_000)
+_SEED = number_in_range(int, 0, 2**63 - 1)
 _FLAGS = (
   ('base_url', str, 'http://127.0.0.1:8000/v1', "The server's address."),
-  ('model', str, '', 'Its name; by default the first that the server has.'),
-  ('api_key_file', str, '', 'With the key; by default OPENAI_API_KEY.'),
-  ('system', str, 'You are a careful assistant.', 'The prompt begins so.'),
-  ('workspace', str, '.', 'What scripts may read; config files go there.'),
-  ('max_steps', _COUNT, 10, 'Requests to the model, a question.'),
+  ('model', str, '', "The model's name; default: the server's first model."),
+  ('api_key_file', str, '', 'A file with the key; default: OPENAI_API_KEY.'),
+  (
+    'system',
+    str,
+    'You are a careful assistant.',
+    'The start of the system prompt.',
+  ),
+  ('workspace', str, '.', 'Directory that scripts read; for config files.'),
+  ('max_steps', _COUNT, 10, 'Requests to the model per question.'),
   (
     'max_calls',
-    number_type(int, 0, 1_000_000_000),
+    number_in_range(int, 0, 1_000_000_000),
     30,
-    'Tool calls, a question.',
+    'Tool calls per question.',
   ),
   (
     'max_all_tokens',
     _COUNT,
     None,
-    'Tokens of prompts and replies, a question.',
+    'Tokens of prompts and replies per question.',
   ),
-  ('max_seconds', _SECONDS, None, 'Time, a question.'),
-  ('memory_tokens', _COUNT, None, 'Tokens of the conversation that are sent.'),
-  ('tool_output', _COUNT, 8000, 'Characters of an output that are shown.'),
-  ('tool_choice', str, None, "required, or a tool: a question's first call."),
-  ('max_tokens', _COUNT, None, 'Tokens of a reply.'),
-  ('temperature', _TEMPERATURE, None, 'Of sampling.'),
-  ('seed', _SEED, None, 'Of sampling.'),
-  ('trace', str, '', 'A file that all that happens is written to.'),
-  ('replay', str, '', 'A trace to show again, without a server.'),
+  ('max_seconds', _SECONDS, None, 'Time per question.'),
+  ('memory_tokens', _COUNT, None, 'Maximum tokens of the conversation.'),
+  ('tool_output', _COUNT, 8000, 'Maximum characters of a tool output.'),
+  (
+    'tool_choice',
+    str,
+    None,
+    "required, or the name of a question's first tool.",
+  ),
+  ('max_tokens', _COUNT, None, 'Maximum tokens of a reply.'),
+  ('temperature', _TEMPERATURE, None, 'The sampling temperature.'),
+  ('seed', _SEED, None, 'The sampling seed.'),
+  ('trace', str, '', 'A file to which all events are written.'),
+  ('replay', str, '', 'A trace to replay, without a server.'),
 )
 
 
 def parser() -> argparse.ArgumentParser:
-  """The flags."""
+  """Makes the argument parser."""
   arguments = argparse.ArgumentParser(
     'python -m moepeft.agent',
     '%(prog)s [--flag=value ...] ["question"]',
@@ -96,15 +108,17 @@ def parser() -> argparse.ArgumentParser:
   )
   add, code = arguments.add_argument, ('python', 'shell')
   add('question', nargs='?')
-  add('--list_skills', action='store_true', help='Print the skills and end.')
-  add('--show_prompt', action='store_true', help='Print the prompt and end.')
+  add('--list_skills', action='store_true', help='Print the skills and exit.')
+  add('--show_prompt', action='store_true', help='Print the prompt and exit.')
   help_text = "A directory of skills, or a skill; repeatable, '' for none."
   add('--skills', action='append', help=help_text)
   help_text = 'Code that the model may run; repeatable.'
   add('--tools', action='append', choices=code, default=[], help=help_text)
-  help_text = 'Run that code and scripts as you, without bubblewrap.'
+  help_text = 'Run code and scripts as your user, without bubblewrap.'
   add('--unsafe_no_sandbox', action='store_true', help=help_text)
-  add('--form', choices=FORMS, default='native', help='react: tools by text.')
+  add(
+    '--form', choices=FORMS, default='native', help='react: tool calls as text.'
+  )
   add('--mode', choices=MODES, default='act', help='plan: plan, act, reflect.')
   for name, kind, default, help_text in _FLAGS:
     add(f'--{name}', type=kind, default=default, help=help_text)
@@ -112,14 +126,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 class TerminalPrinter:
-  """Prints events: the model's text to stdout, what it does to stderr.
+  """Prints events: the model's text to stdout, tool calls to stderr.
 
-  Without `stream` only the answer is printed, once it is there. Control
-  characters are made visible, also where the output is no terminal.
+  Without `stream`, only the final answer is printed. Control characters are
+  made visible.
   """
 
   def __init__(self, stream: bool):
-    """Prints nothing yet."""
     self.stream, self._open = stream, False
 
   def __call__(self, event: Event) -> None:
@@ -141,39 +154,40 @@ class TerminalPrinter:
         self.end_line()
 
   def end_line(self) -> None:
-    """Whatever comes next begins a line."""
+    """Ends an incomplete line."""
     if self._open:
       print(flush=True)
     self._open = False
 
-  def print_note(self, text: str, wide: int = _LINE_WIDTH) -> None:
-    """A line of what is done."""
+  def print_note(self, text: str, max_length: int = _LINE_WIDTH) -> None:
+    """Prints a line to stderr, truncated."""
     self.end_line()
     text = ' '.join(text.split())
-    text = text if len(text) <= wide else f'{text[: wide - 3]}...'
+    text = text if len(text) <= max_length else f'{text[: max_length - 3]}...'
     terminal.show(text, file=sys.stderr)
 
 
 def api_key(path: str) -> str:
-  """The key of a file, else of OPENAI_API_KEY, or '' for none.
+  """The key in a file, or else in OPENAI_API_KEY; '' without a key.
 
   Raises:
-    ValueError: the file holds no single line. OSError: it cannot be read.
+    ValueError: the file does not have exactly one word.
+    OSError: the file cannot be read.
   """
   if not path:
     return os.environ.get('OPENAI_API_KEY', '')
   words = files.read_text(os.path.expanduser(path)).split()
   if len(words) != 1:
-    raise ValueError(f'--api_key_file={path!r} is to hold one key and no more')
+    raise ValueError(f'--api_key_file={path!r} must have exactly one key')
   return words[0]
 
 
 def make_agent(flags: argparse.Namespace, skill_set: dict, on_event) -> Agent:
-  """The agent that the flags describe, without a model yet."""
+  """Makes the agent that the flags describe, without its model."""
   if flags.tool_choice and flags.form == 'react':
     raise ValueError(
-      "--tool_choice is the server's to keep, which --form=react asks for no "
-      'calls; leave one of them out'
+      '--tool_choice needs tool calls of the server, which --form=react does '
+      'not use; omit one of them'
     )
   if not os.path.isdir(flags.workspace):
     raise ValueError(f'--workspace={flags.workspace!r} is no directory')
@@ -189,7 +203,7 @@ def make_agent(flags: argparse.Namespace, skill_set: dict, on_event) -> Agent:
       )
     except ValueError as e:
       skills.print_warning(
-        f'run_skill_script is left out, as scripts run in bubblewrap alone: {e}'
+        f'run_skill_script is left out, as scripts need bubblewrap: {e}'
       )
   tools = skills.skill_tools(skill_set, script_sandbox, flags.workspace)
   if flags.tools:
@@ -226,7 +240,7 @@ def make_agent(flags: argparse.Namespace, skill_set: dict, on_event) -> Agent:
 
 
 def connect(agent: Agent, flags: argparse.Namespace, key: str, stream: bool):
-  """Gives an agent its model, and what counts its memory's tokens.
+  """Sets an agent's model and memory.
 
   Raises:
     ValueError: the server does not answer, or has no model.
@@ -236,8 +250,8 @@ def connect(agent: Agent, flags: argparse.Namespace, key: str, stream: bool):
     names = [flags.model] if flags.model else chat_model.list_models(client)
   except ReplyError as e:
     raise ValueError(
-      f'the server at {flags.base_url} does not tell its models ({e}); start '
-      'it, as with python -m moepeft.serve, or name another by --base_url'
+      f'the server at {flags.base_url} does not list its models ({e}); start '
+      'it, for example with python -m moepeft.serve, or set --base_url'
     ) from None
   if not names:
     raise ValueError(f'the server at {flags.base_url} has no model')
@@ -250,14 +264,14 @@ def connect(agent: Agent, flags: argparse.Namespace, key: str, stream: bool):
     count({'messages': [{'role': 'user', 'content': 'a'}]})
     if not count.exact:
       skills.print_warning(
-        'the server has no /tokenize: --memory_tokens goes by an estimate'
+        'the server has no /tokenize: --memory_tokens is estimated'
       )
 
 
 def read_questions() -> Iterator[str]:
-  """Lines of the terminal until its end; Ctrl-C there begins a new one."""
+  """Yields lines of the terminal until its end; Ctrl-C discards a line."""
   with contextlib.suppress(ImportError):
-    # Gives input() a history and keys to edit with.
+    # Adds history and editing to input().
     import readline  # noqa: F401
   while True:
     try:
@@ -272,13 +286,13 @@ def read_questions() -> Iterator[str]:
 
 
 def main(flags: argparse.Namespace) -> int:
-  """Does what the flags say; the exit status.
+  """Runs the command; returns the exit status.
 
   Raises:
-    ValueError, OSError: it cannot be done, a sentence.
+    ValueError, OSError: an error with a message for the user.
   """
   printer = TerminalPrinter(sys.stdout.isatty())
-  # Of bytes in arguments that are no UTF-8, Python makes half surrogates.
+  # Python decodes invalid UTF-8 in arguments to unpaired surrogates.
   check_encodable(vars(flags))
   if flags.replay:
     traces.replay_trace(flags.replay, printer)
@@ -316,13 +330,15 @@ def main(flags: argparse.Namespace) -> int:
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-  """`main`, with bad input answered by one sentence."""
-  parser_ = parser()
-  arguments = parser_.parse_args(argv)
+  """Runs `main`; prints errors as one line."""
+  argument_parser = parser()
+  arguments = argument_parser.parse_args(argv)
   try:
     sys.exit(main(arguments))
   except (ValueError, OSError) as e:
-    parser_.exit(2, f'error: {terminal.visible(secrets.redact(str(e)))}\n')
+    argument_parser.exit(
+      2, f'error: {terminal.visible(secrets.redact(str(e)))}\n'
+    )
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An agent: a model, its tools and its memory, asked one question at a time."""
+"""An agent: a model with tools and a memory that answers questions."""
 
 import collections
 import dataclasses
@@ -25,24 +25,25 @@ FORMS, MODES = ('native', 'react'), ('act', 'plan')
 
 @dataclasses.dataclass
 class Agent:
-  """Answers questions; the conversation so far is in its memory.
+  """Answers questions; its memory has the conversation so far.
 
   Attributes:
-    model: as `model.Served`.
-    tools: what it may call.
+    model: the model, for example a `chat_model.ServerModel`.
+    tools: the tools that the model may call.
     system: the system prompt; a rule on tools is added to it.
-    memory: of the conversation; without a limit by default.
+    memory: the conversation; unlimited by default.
     form: 'native', or 'react' for models without tool calls.
     mode: 'act', or 'plan' for plan, act and reflect.
-    budget: of each question.
-    options: of each request: temperature, seed, max_tokens ...; tool_choice
-      is of a question's first call alone, or it would call for ever.
-    on_event: called with each event, from the thread that asks.
-    clock: seconds, for the budget.
-    run_calls: how tools are run; another one in a replay.
+    budget: the limits of each question.
+    options: options of each request: temperature, seed, max_tokens, ...;
+      tool_choice applies to a question's first call only, as it would otherwise
+      force calls forever.
+    on_event: called with each event, in the thread of `ask`.
+    clock: returns seconds, for the budget.
+    run_calls: runs tool calls; a replay replaces it.
 
   Raises:
-    ValueError: two tools have one name, or there is no such form or mode.
+    ValueError: two tools have the same name, or form or mode is unknown.
   """
 
   model: ChatModel
@@ -69,11 +70,14 @@ class Agent:
         raise ValueError(f'two tools are named {name!r}; rename one')
 
   def request(self, tools: Sequence[Tool], options: Mapping) -> Request:
-    """The request that the model is sent next."""
+    """Makes the next request to the model."""
     parts = [self.system, tool_calls.SYSTEM_RULE if self.tools else '']
     system = '\n\n'.join(filter(None, parts))
-    first = [{'role': 'system', 'content': system}] if system else []
-    request: Request = {**options, 'messages': [*first, *self.memory.messages]}
+    system_messages = [{'role': 'system', 'content': system}] if system else []
+    request: Request = {
+      **options,
+      'messages': [*system_messages, *self.memory.messages],
+    }
     if tools:
       request = {**request, 'tools': [tool.declared() for tool in tools]}
     request = (
@@ -87,9 +91,9 @@ class Agent:
     return messages[0]['content'] if messages else ''
 
   def ask(self, question: str) -> Outcome:
-    """Answers; never raises for what a model, tool or server does.
+    """Answers a question; errors of model, tools and server do not raise.
 
-    A question that is interrupted (Ctrl-C) leaves no trace in memory.
+    After an interrupt (Ctrl-C), the memory is as before the question.
     """
     memory = self.memory
     snapshot = list(memory.messages), memory.question_start
@@ -116,9 +120,9 @@ class Agent:
     return outcome
 
   def _settings(self) -> dict[str, Any]:
-    copied = ('system', 'form', 'mode', 'options')
+    keys = ('system', 'form', 'mode', 'options')
     return {
-      **{key: getattr(self, key) for key in copied},
+      **{key: getattr(self, key) for key in keys},
       'memory': self.memory.limit,
       'budget': dataclasses.asdict(self.budget),
       'tools': [[t.name, t.description, t.schema] for t in self.tools],

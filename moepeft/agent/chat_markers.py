@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Marks of prompts, made plain text where a tool's output has them.
+"""Escapes markers of chat templates in tool outputs.
 
-Chat templates write roles and turns as tokens of their own: `<|im_start|>`,
-`[INST]`, `<<SYS>>`, `</s>`. A tokenizer takes the same characters of a tool's
-output for them, and a model takes what looks like them. The rule goes by shape,
-since each tokenizer has other names: whatever could begin a mark is escaped, as
-in HTML, and only elements of HTML and comparisons stay.
+Chat templates write roles and turns as special tokens: `<|im_start|>`,
+`[INST]`, `<<SYS>>`, `</s>`. A tokenizer would convert the same characters of a
+tool output to special tokens, and a model may follow similar text. As each
+tokenizer has other names, everything with the form of a marker is escaped, as
+in HTML. Only HTML elements and comparisons are kept.
 """
 
 import re
 import unicodedata
 
-# Elements that carry a page's text; `<s>` is a mark of many tokenizers.
+# HTML elements, without `<s>`, which is a marker of many tokenizers.
 _HTML = frozenset(
   'a abbr address article aside b blockquote body br button caption cite code '
   'col dd del details div dl dt em fieldset figcaption figure footer form h1 '
@@ -21,20 +21,20 @@ _HTML = frozenset(
   'ul'.split()
 )
 _ELEMENT = re.compile(r'</?([a-z][a-z0-9]*)(?:\s[^<>]*)?/?>')
-# Angles, brackets and slashes that are no compatibility form of the ASCII ones.
-# Quotation marks («, 《) are left as they are: whole languages use them.
+# Lookalikes of ASCII brackets and slashes that NFKC does not convert. Quotation
+# marks («, 《) are not included, as languages use them.
 _LOOKALIKES = str.maketrans(
   '‹〈⟨❮❬❰≺⧼ᐸ˂⦑⟦〔【〖⁅⦋⟧〕】〗⁆⦌∕⁄⧸', '<<<<<<<<<<<[[[[[[]]]]]]///'
 )
-# An angle before a letter, a bar, a slash: anything but what follows a
-# comparison, a shift or an arrow. Before a number where it is closed: <2en>.
+# `<` before a letter, bar or slash, but not before what follows a comparison, a
+# shift or an arrow. Before a digit only if it is closed: <2en>.
 _ANGLE = re.compile(r'<(?!$|[\s\d<=.,;()\'"-])|<(?=\w{1,60}>|\s*[/|])')
-# The mark of this program, however it is spaced.
+# The marker <tool_output> of this package, with any spacing.
 _OUTPUT = re.compile(r'<(?=\W{0,40}tool[\W_]{0,40}output)', re.IGNORECASE)
-# [INST], [/TOOL_CALLS], [gMASK]; those of known names in small letters too;
-# [|user|], [e~[, ]~b] and ]~!b[ by their first two characters.
-_UPPER = re.compile(r'\[(?=[\s/_]{0,40}\w{0,40}[A-Z]{2}[\w ]{0,40}\s*\])')
-_NAMED = re.compile(
+# [INST], [/TOOL_CALLS], [gMASK]; known names in lower case, too; [|user|],
+# [e~[, ]~b] and ]~!b[ by their first two characters.
+_UPPER_CASE = re.compile(r'\[(?=[\s/_]{0,40}\w{0,40}[A-Z]{2}[\w ]{0,40}\s*\])')
+_KNOWN_NAMES = re.compile(
   r'\[(?=[\s/_]{0,40}(?:b_inst|e_inst|inst|tool\w*|available_\w*|system\w*|'
   r'sys|unused\w*|[gs]?mask|cls|sep|bos|eos|pad|unk|im_\w+|start_\w+|'
   r'end_\w+|think\w*|user|assistant|human|bot|args|call_id|model_settings)'
@@ -45,30 +45,30 @@ _ESCAPED = {'<': '&lt;', '[': '&#91;', ']': '&#93;'}
 
 
 def escape_markers(text: str) -> str:
-  """A text in which no mark of a prompt is left: `<` is `&lt;`, `[` is `&#91;`.
+  """Escapes all markers: `<` becomes `&lt;`, `[` becomes `&#91;`.
 
-  `a < b`, `x[0]`, `<b>` and `<div class="x">` stay.
+  `a < b`, `x[0]`, `<b>` and `<div class="x">` are kept.
   """
-  folded = _normalize(text)
-  places = {match.start() for match in _OUTPUT.finditer(folded)}
-  for pattern in (_UPPER, _NAMED):
-    places |= {match.start() for match in pattern.finditer(folded)}
-  for match in _ANGLE.finditer(folded):
+  normalized = _normalize(text)
+  positions = {match.start() for match in _OUTPUT.finditer(normalized)}
+  for pattern in (_UPPER_CASE, _KNOWN_NAMES):
+    positions |= {match.start() for match in pattern.finditer(normalized)}
+  for match in _ANGLE.finditer(normalized):
     element = _ELEMENT.match(text, match.start())
     if not element or element[1] not in _HTML:
-      places.add(match.start())
-  pieces, at = [], 0
-  for place in sorted(places):
-    pieces += [text[at:place], _ESCAPED[folded[place]]]
-    at = place + 1
-  return ''.join([*pieces, text[at:]])
+      positions.add(match.start())
+  pieces, end = [], 0
+  for position in sorted(positions):
+    pieces += [text[end:position], _ESCAPED[normalized[position]]]
+    end = position + 1
+  return ''.join([*pieces, text[end:]])
 
 
 def _normalize(text: str) -> str:
-  """A text of the same length in which lookalikes are what they look like.
+  """Replaces lookalikes by ASCII characters; the length does not change.
 
-  A character that is not seen (a joiner, a mark of direction, a control
-  character) becomes a `_`, so that a mark with one inside is a mark.
+  Invisible characters (joiners, direction marks, control characters) become
+  `_`, so that they cannot hide a marker.
   """
   if text.isascii() and text.isprintable():
     return text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model as the agent asks it: a request's JSON in, a reply out."""
+"""A client of chat models: a request's JSON in, a reply out."""
 
 import dataclasses
 import importlib
@@ -25,10 +25,10 @@ class ChatReply:
   """The reply of a model.
 
   Attributes:
-    message: as the conversation keeps it: role, content, tool_calls.
-    reason: why it ended: 'stop', 'length', 'tool_calls' ...
-    tokens: of the prompt and the answer together.
-    estimated: whether `tokens` is a guess, as the server did not say.
+    message: role, content and tool_calls.
+    reason: the finish reason: 'stop', 'length', 'tool_calls', ...
+    tokens: the number of tokens of prompt and answer together.
+    estimated: whether `tokens` is an estimate, as the server did not count.
   """
 
   message: Message
@@ -37,42 +37,42 @@ class ChatReply:
   estimated: bool = False
 
 
-# (request, called with each piece of text, seconds that it may take) -> reply;
-# raises Failed where there is none.
+# (request, callback for pieces of text, time limit in seconds) -> reply; raises
+# a ReplyError if there is none.
 ChatModel = Callable[[Request, Callable[[str], None], float | None], ChatReply]
 
 
 class ReplyError(ValueError):
-  """A request without a reply; the sentence says what happened."""
+  """The server gave no valid reply."""
 
 
 class ReplyTimeout(ReplyError):
-  """A reply that was not whole in time."""
+  """The reply was not complete in time."""
 
 
-# Of a server's reply: bytes, seconds, calls, and characters of its error.
-_LARGEST, _LONGEST = 64 << 20, 3600.0
-_CALLS, _SENTENCE = 128, 500
-# Seconds for the body of an error, which no one waits for.
+# Limits of a reply: bytes, seconds, tool calls, and characters of its error.
+_MAX_BYTES, _MAX_SECONDS = 64 << 20, 3600.0
+_MAX_CALLS, _MAX_ERROR_LENGTH = 128, 500
+# A shorter time limit for the body of an error.
 _ERROR_SECONDS = 60.0
 
 
 class _BoundedStream(httpx.SyncByteStream):
-  """A body that ends with an error after so many bytes or seconds."""
+  """A response body that raises beyond the limits of bytes or seconds."""
 
   def __init__(self, response: httpx.Response):
     self._stream, self._request = response.stream, response.request
     self._end = time.monotonic() + (
-      _ERROR_SECONDS if response.is_error else _LONGEST
+      _ERROR_SECONDS if response.is_error else _MAX_SECONDS
     )
 
   def __iter__(self) -> Iterator[bytes]:
-    left = _LARGEST
+    remaining = _MAX_BYTES
     for data in self._stream:
-      left -= len(data)
-      if left < 0:
-        fault = f'its reply is longer than {_LARGEST >> 20} MB'
-        raise httpx.ReadError(fault, request=self._request)
+      remaining -= len(data)
+      if remaining < 0:
+        problem = f'its reply is longer than {_MAX_BYTES >> 20} MB'
+        raise httpx.ReadError(problem, request=self._request)
       if time.monotonic() > self._end:
         raise httpx.ReadTimeout('its reply has no end', request=self._request)
       yield data
@@ -83,7 +83,7 @@ class _BoundedStream(httpx.SyncByteStream):
 
 def _bound_stream(response: httpx.Response) -> None:
   if response.headers.get('content-encoding', 'identity') != 'identity':
-    # A megabyte may unpack to a thousand; none was asked for.
+    # A compressed megabyte may expand to gigabytes.
     raise httpx.DecodingError(
       'its reply is compressed, which was not asked for',
       request=response.request,
@@ -92,31 +92,33 @@ def _bound_stream(response: httpx.Response) -> None:
 
 
 def make_client(base_url: str, key: str = '') -> openai.OpenAI:
-  """A client of a server that is not trusted: replies of any kind are bounded.
+  """Makes a client of an untrusted server; all replies have limits.
 
   Raises:
-    ValueError: the address is none.
+    ValueError: the address is invalid.
   """
-  http = openai.DefaultHttpxClient(
+  http_client = openai.DefaultHttpxClient(
     event_hooks={'response': [_bound_stream]},
     headers={'Accept-Encoding': 'identity'},
-    # The conversation is for the server that was named, and for no other.
+    # A redirect would send the conversation to another server.
     follow_redirects=False,
   )
   try:
-    # Where a server asks for no key the client still wants one.
+    # The client requires a key, even if the server does not.
     return openai.OpenAI(
-      base_url=base_url, api_key=key or 'none', http_client=http
+      base_url=base_url, api_key=key or 'none', http_client=http_client
     )
   except httpx.InvalidURL as e:
-    raise ValueError(f'{base_url!r} is no address of a server: {e}') from None
+    raise ValueError(
+      f'{base_url!r} is not the address of a server: {e}'
+    ) from None
 
 
 def list_models(client: openai.OpenAI) -> list[str]:
   """The names of a server's models.
 
   Raises:
-    Failed: it does not say.
+    ReplyError: the server does not list them.
   """
   answer = _send(client, lambda: client.get('/models', cast_to=httpx.Response))
   try:
@@ -127,7 +129,7 @@ def list_models(client: openai.OpenAI) -> list[str]:
 
 
 def _send(client: openai.OpenAI, ask: Callable[[], Any]) -> Any:
-  """The result of a request; its errors are sentences."""
+  """Sends a request; converts errors to ReplyErrors."""
   try:
     return ask()
   except (openai.APITimeoutError, httpx.TimeoutException):
@@ -143,29 +145,31 @@ def _send(client: openai.OpenAI, ask: Callable[[], Any]) -> Any:
   except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
     raise ReplyError(
       f'{client.base_url} gave no reply ({_shorten(e)}); is a server running '
-      'there, as of python -m moepeft.serve?'
+      'there, for example python -m moepeft.serve?'
     ) from None
   except Malformed as e:
     raise ReplyError(_malformed_reply(client, e)) from None
 
 
-def _malformed_reply(client: openai.OpenAI, fault: Exception) -> str:
+def _malformed_reply(client: openai.OpenAI, problem: Exception) -> str:
   return (
-    f'{client.base_url} gave no reply of the form of the OpenAI API: '
-    f'{_shorten(fault)}'
+    f'{client.base_url} gave no reply in the format of the OpenAI API: '
+    f'{_shorten(problem)}'
   )
 
 
 def _shorten(text: Any) -> str:
   text = ' '.join(str(text).split())
-  return text if len(text) <= _SENTENCE else f'{text[:_SENTENCE]}...'
+  return (
+    text if len(text) <= _MAX_ERROR_LENGTH else f'{text[:_MAX_ERROR_LENGTH]}...'
+  )
 
 
 class ServerModel:
   """A model behind an OpenAI-compatible server."""
 
   def __init__(self, client: openai.OpenAI, name: str, stream: bool = True):
-    """A model by its name; `stream` asks for the text piece by piece."""
+    """`stream`: whether to request the text in pieces."""
     self.client, self.name, self.stream = client, name, stream
 
   def __call__(
@@ -174,7 +178,7 @@ class ServerModel:
     on_text: Callable[[str], None],
     seconds: float | None = None,
   ) -> ChatReply:
-    """Implements `Model`."""
+    """Implements `ChatModel`."""
     try:
       return _send(self.client, lambda: self._ask(request, on_text, seconds))
     except ReplyTimeout:
@@ -187,34 +191,34 @@ class ServerModel:
   def _ask(self, request, on_text, seconds) -> ChatReply:
     client = self.client
     if seconds is not None:
-      # A late request is not asked again.
+      # No retries, as they would exceed the time limit.
       client = client.with_options(timeout=seconds, max_retries=0)
     create = client.chat.completions.with_streaming_response.create
     usage = {'stream_options': {'include_usage': True}} if self.stream else {}
-    end = time.monotonic() + min(_LONGEST, seconds or math.inf)
+    end = time.monotonic() + min(_MAX_SECONDS, seconds or math.inf)
     with create(
       **request, model=self.name, stream=self.stream, **usage
     ) as response:
-      data = _until(response.iter_bytes(), end)
+      data = _limit_bytes(response.iter_bytes(), end)
       if not self.stream:
         return _parse_reply(parse_json(b''.join(data)), request)
       return _parse_reply(_merge_chunks(_events(data), on_text), request)
 
 
-def _until(pieces: Iterable[bytes], end: float) -> Iterator[bytes]:
-  """Bytes until a time; the client's own limit is of the time between two."""
-  left = _LARGEST
+def _limit_bytes(pieces: Iterable[bytes], end: float) -> Iterator[bytes]:
+  """Limits bytes and total time; the client only limits time between pieces."""
+  remaining = _MAX_BYTES
   for data in pieces:
     if time.monotonic() > end:
       raise ReplyTimeout('the reply did not end in time')
-    left -= len(data)
-    if left < 0:
-      raise Malformed(f'it is longer than {_LARGEST >> 20} MB')
+    remaining -= len(data)
+    if remaining < 0:
+      raise Malformed(f'it is longer than {_MAX_BYTES >> 20} MB')
     yield data
 
 
 def _events(pieces: Iterable[bytes]) -> Iterator[Any]:
-  """The JSON values of a stream of server-sent events."""
+  """Yields the JSON values of a stream of server-sent events."""
   line_parts: list[bytes] = []
   for data in pieces:
     *lines, rest = data.split(b'\n')
@@ -230,15 +234,15 @@ def _events(pieces: Iterable[bytes]) -> Iterator[Any]:
 def _merge_chunks(
   chunks: Iterable[Any], on_text: Callable[[str], None]
 ) -> Mapping:
-  """The pieces of a reply as the whole that they are of."""
+  """Merges the chunks of a streamed reply."""
   texts, calls = [], {}
-  reason, usage, started = None, None, False
+  reason, usage, has_choice = None, None, False
   for chunk in chunks:
     if error := field(chunk, 'error', dict, {}):
       raise Malformed(field(error, 'message', str, 'an error'))
     usage = field(chunk, 'usage', dict, usage)
     for choice in field(chunk, 'choices', list, [])[:1]:
-      started = True
+      has_choice = True
       reason = field(choice, 'finish_reason', str, reason)
       delta = field(choice, 'delta', dict, {})
       if text := field(delta, 'content', str, ''):
@@ -258,16 +262,16 @@ def _merge_chunks(
   ]
   message = {'content': ''.join(texts), 'tool_calls': merged}
   choice = {'message': message, 'finish_reason': reason}
-  return {'choices': [choice] if started else [], 'usage': usage}
+  return {'choices': [choice] if has_choice else [], 'usage': usage}
 
 
 def _merge_tool_call(calls: dict[int, dict], part: Any) -> None:
   index = field(part, 'index', int, 0)
-  if not 0 <= index < _CALLS:
-    raise Malformed(f"expected 'index' of 0 to {_CALLS - 1}, got {index}")
+  if not 0 <= index < _MAX_CALLS:
+    raise Malformed(f"expected 'index' of 0 to {_MAX_CALLS - 1}, got {index}")
   call = calls.setdefault(index, {'id': '', 'name': '', 'arguments': []})
   function = field(part, 'function', dict, {})
-  # A name comes at once; some servers say it again with each piece.
+  # A name is never split; some servers repeat it in each chunk.
   call['id'] = call['id'] or field(part, 'id', str, '')
   call['name'] = call['name'] or field(function, 'name', str, '')
   call['arguments'].append(field(function, 'arguments', str, ''))
@@ -279,10 +283,10 @@ def _parse_reply(answer: Any, request: Request) -> ChatReply:
     raise ReplyError('the server gave no reply: it has no choices')
   message = field(choices[0], 'message', dict)
   reason = field(choices[0], 'finish_reason', str, '') or 'stop'
-  requested = field(message, 'tool_calls', list, [])
-  if len(requested) > _CALLS:
+  stored_calls = field(message, 'tool_calls', list, [])
+  if len(stored_calls) > _MAX_CALLS:
     raise Malformed(
-      f'it calls {len(requested):,} tools, {_CALLS} at most are run'
+      f'it has {len(stored_calls):,} tool calls, the maximum is {_MAX_CALLS}'
     )
   calls = [
     {
@@ -293,7 +297,7 @@ def _parse_reply(answer: Any, request: Request) -> ChatReply:
         'arguments': field(call, 'function.arguments', str, ''),
       },
     }
-    for i, call in enumerate(requested)
+    for i, call in enumerate(stored_calls)
   ]
   message_dict: Message = {
     'role': 'assistant',
@@ -314,11 +318,10 @@ def _parse_reply(answer: Any, request: Request) -> ChatReply:
 
 
 def estimate_tokens(request: Request) -> int:
-  """About how many tokens a request's messages and tools are.
+  """Estimates the number of tokens of a request's messages and tools.
 
-  A token for each 3 bytes of UTF-8: English has about 4 letters a token, other
-  scripts fewer. A guess that is too large keeps a budget, one that is too
-  small breaks it.
+  One token per 3 bytes of UTF-8: English has about 4 letters per token, other
+  scripts fewer. A high estimate keeps a budget, a low one exceeds it.
   """
   return sum(
     map(_estimate_part, [*request['messages'], *request.get('tools', ())])
@@ -326,5 +329,5 @@ def estimate_tokens(request: Request) -> int:
 
 
 def _estimate_part(part: Message) -> int:
-  # With what a chat template puts around a message, about.
+  # 8 tokens are for the chat template.
   return 8 + math.ceil(len(str(part).encode()) / 3)

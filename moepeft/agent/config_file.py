@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Config files as data: written from a syntax tree, read without being run.
+"""Config files as data: written from a syntax tree, parsed without execution.
 
-A config file is the Python file that `--config=` takes. A model's text enters
-it only as a constant of the syntax tree, so that it cannot become code. Reading
-means parsing; a text that this module would not have written is refused.
+A config file is the Python file of `--config=`. A model's text becomes only
+constants of the syntax tree, never code. A file that this module would not have
+written is refused.
 """
 
 import ast
@@ -25,21 +25,21 @@ def get_config(values: str=''):
   c = config_lib.default()
   return c
 """
-# A name without directories, that is no option.
+# A file name without directories that does not start with '-'.
 _NAME = re.compile(r'[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}\.py')
 _KEY = re.compile(r'[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)*', re.ASCII)
-# Bytes of a config file; those that are written by hand have about 2,000.
+# The maximum size of a config file in bytes; typical files have 2,000.
 MAX_BYTES = 1 << 16
 
 
 def check_name(name: str) -> None:
   """
   Raises:
-    ValueError: it is not the plain name of a file of Python.
+    ValueError: it is not the name of a Python file without a directory.
   """
   if not _NAME.fullmatch(name):
     raise ValueError(
-      f'expected a file name as my_config.py, of letters, digits, - and _ and '
+      f'expected a file name like my_config.py, of letters, digits, - and _, '
       f'without a directory; got {name!r}'
     )
 
@@ -48,8 +48,8 @@ def render_config(docstring: str, values: Mapping[str, Constant]) -> str:
   """The text of a config file.
 
   Args:
-    about: its docstring, any text.
-    values: what it sets, by key: 'optimizer.learning_rate'.
+    docstring: any text.
+    values: {key: value}, for example of 'optimizer.learning_rate'.
 
   Raises:
     ValueError: a key or a value cannot be in a config file.
@@ -75,7 +75,7 @@ def _target(key: str) -> ast.expr:
 def _constant(key: str, value: Constant) -> ast.expr:
   if type(value) not in (bool, int, float, str, type(None)):
     raise ValueError(
-      f'{key} is a number, a text, True, False or None; got '
+      f'{key} is a number, a string, True, False or None; got '
       f'{type(value).__name__}'
     )
   if isinstance(value, float) and not math.isfinite(value):
@@ -84,10 +84,10 @@ def _constant(key: str, value: Constant) -> ast.expr:
 
 
 def parse_config(text: str) -> dict[str, Constant]:
-  """The values that a config file sets, by key. Nothing of it is run.
+  """Parses the values that a config file sets, without executing it.
 
   Raises:
-    ValueError: the text is not one that `render` gives.
+    ValueError: the text is not a result of `render_config`.
   """
   try:
     if len(text.encode()) > MAX_BYTES:
@@ -102,7 +102,7 @@ def parse_config(text: str) -> dict[str, Constant]:
           values[key.removeprefix('c.')] = ast.literal_eval(node.value)
     if render_config(docstring, values) == text:
       return values
-  # Whatever the text is; a parser runs out of stack or memory in deep ones.
+  # Arbitrary text; deep nesting exhausts the parser's stack or memory.
   except (
     AttributeError,
     LookupError,
@@ -120,14 +120,14 @@ def parse_config(text: str) -> dict[str, Constant]:
 
 
 def save_config(data: bytes, folder: str | os.PathLike) -> str:
-  """Writes a config file that a script handed over, into a directory; its name.
+  """Writes the config file of a script into a directory; returns its name.
 
   Args:
-    data: the file's file name, a newline, and its text.
-    folder: where it is written; no file there is overwritten or followed.
+    data: the file's name, a newline, and its text.
+    folder: the directory; existing files and links are not overwritten.
 
   Raises:
-    ValueError: it is no config file, or a file of its name is there.
+    ValueError: it is not a config file, or the file exists.
   """
   if len(data) > MAX_BYTES:
     raise ValueError(f'a config file has at most {MAX_BYTES:,} bytes')
@@ -137,7 +137,7 @@ def save_config(data: bytes, folder: str | os.PathLike) -> str:
     raise ValueError('a config file is UTF-8') from None
   check_name(name)
   parse_config(text)
-  # 'x' creates a file, or fails: also where a link of that name is.
+  # Mode 'x' also fails if a link has that name.
   try:
     with open(Path(folder) / name, 'x', encoding='utf-8') as file:
       file.write(text)

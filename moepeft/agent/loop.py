@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: asks the model, runs its tools, returns their results to it.
+"""The agent loop: sends requests, runs tool calls, returns their results.
 
-Events are dicts of JSON with the key 'event':
+Events are JSON dicts with the key 'event':
 
   started   question, settings (what a replay needs), earlier messages
-  counted   tokens of a request, where memory has a limit
-  forgotten messages that memory lost
+  counted   tokens of a request, if memory has a limit
+  forgotten messages that memory dropped
   asked     request, seconds since the question
-  piece     text, as it streams
+  piece     text of a stream
   replied   message, reason, tokens, estimated; or error, late
-  called    calls that are about to run, at once
+  called    calls that will run in parallel
   returned  a call's id, name, arguments, text, failed, trusted
   ended     outcome
 """
@@ -55,19 +55,18 @@ def ignore_event(event: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """The budget of a question; None is no limit.
+  """The limits of a question; None for no limit.
 
   Attributes:
     steps: requests to the model.
-    calls: of tools; after the last one it may still answer.
-    tokens: of all prompts and answers, counted after each reply: the last one
-      may go over.
-    seconds: of the clock on the wall; a reply is broken off then, tools that
-      run are waited for.
-    repeats: times that a call may give the same output.
-    malformed: replies in a row that may break the protocol.
-    call_seconds: that a call may take, where its tool does not say.
-    output: characters of a tool's output that the model is shown.
+    calls: tool calls; the model can still answer after the last one.
+    tokens: tokens of all prompts and answers, counted after each reply, so that
+      the last one may exceed it.
+    seconds: wall-clock time; it interrupts replies, but not running tools.
+    repeats: how often a call may have the same output.
+    malformed: consecutive replies that break the protocol.
+    call_seconds: time limit of a call, if its tool has none.
+    output: characters of a tool output that the model receives.
   """
 
   steps: int = 10
@@ -90,13 +89,13 @@ class Outcome:
   """The result of a question.
 
   Attributes:
-    state: 'answered'; 'unsure' (its own check objects), 'cut' (the server
-      ended it at its length), 'budget', 'loop' (the same calls again and
-      again), 'malformed' (not in the protocol) or 'failed' (no reply).
-    text: the answer, or what there was of one.
-    why: a sentence where it is not 'answered'.
-    steps, calls, tokens, seconds: that were used.
-    estimated: whether `tokens` is in part a guess.
+    state: 'answered', 'unsure' (the model's check objects), 'cut' (the reply
+      reached its maximum length), 'budget', 'loop' (repeated calls),
+      'malformed' (protocol errors) or 'failed' (no reply).
+    text: the answer, maybe a partial one.
+    why: the reason of any state but 'answered'.
+    steps, calls, tokens, seconds: the used budget.
+    estimated: whether `tokens` is partly an estimate.
   """
 
   state: str
@@ -121,7 +120,7 @@ class AgentRun:
     self.call_counts: collections.Counter = collections.Counter()
 
   def end(self, state: str, text: str = '', why: str = '') -> Outcome:
-    """The outcome, with what was used so far."""
+    """The outcome with the budget used so far."""
     counters = ('steps', 'calls', 'tokens', 'seconds', 'estimated')
     return Outcome(
       state, text, why, *(getattr(self, name) for name in counters)
@@ -131,40 +130,40 @@ class AgentRun:
     self.memory.messages.append({'role': role, 'content': content})
 
   def ask(self, tools: Sequence[Tool]) -> ChatReply | Outcome:
-    """One request; an outcome where there is no budget or no reply."""
+    """Sends a request; returns an outcome if there is no budget or no reply."""
     agent, budget = self.agent, self.budget
     self.seconds = round(agent.clock() - self.start, 3)
     for name in ('steps', 'tokens', 'seconds'):
-      limit, spent = getattr(budget, name), getattr(self, name)
-      if limit is not None and spent >= limit:
-        why = f'the budget of {limit:,} {name} is spent ({spent:,} used)'
+      limit, used = getattr(budget, name), getattr(self, name)
+      if limit is not None and used >= limit:
+        why = f'the budget of {limit:,} {name} is spent ({used:,} used)'
         return self.end('budget', why=why)
     try:
-      request = self._fitted(tools)
+      request = self._fit_memory(tools)
     except MemoryFullError as e:
       return self.end('budget', why=str(e))
     agent.on_event(
       {'event': 'asked', 'request': request, 'seconds': self.seconds}
     )
     self.steps += 1
-    left = budget.seconds and budget.seconds - self.seconds
+    remaining = budget.seconds and budget.seconds - self.seconds
     try:
       reply = agent.model(
         request,
         lambda text: agent.on_event({'event': 'piece', 'text': text}),
-        left,
+        remaining,
       )
     except ReplyError as e:
-      late = isinstance(e, ReplyTimeout)
-      agent.on_event({'event': 'replied', 'error': str(e), 'late': late})
-      return self.end('budget' if late else 'failed', why=str(e))
+      timed_out = isinstance(e, ReplyTimeout)
+      agent.on_event({'event': 'replied', 'error': str(e), 'late': timed_out})
+      return self.end('budget' if timed_out else 'failed', why=str(e))
     agent.on_event({'event': 'replied', **dataclasses.asdict(reply)})
     self.tokens += reply.tokens
     self.estimated |= reply.estimated
     return reply
 
-  def _fitted(self, tools: Sequence[Tool]) -> Request:
-    """The request, with so much forgotten that memory holds it."""
+  def _fit_memory(self, tools: Sequence[Tool]) -> Request:
+    """Makes the next request; drops messages until it fits into memory."""
     memory, options = self.memory, dict(self.agent.options)
     if not tools or self.calls:
       options.pop('tool_choice', None)
@@ -180,19 +179,20 @@ class AgentRun:
         return request
       if not (forgotten := memory.forget()):
         raise MemoryFullError(
-          f'the question and its latest step have {tokens:,} tokens, memory '
-          f'holds {memory.limit:,}; give it more, or show less of tool outputs'
+          f'the question and its latest step have {tokens:,} tokens, but '
+          f'memory holds {memory.limit:,}; raise its limit, or shorten tool '
+          'outputs'
         )
       self.agent.on_event({'event': 'forgotten', 'messages': forgotten})
 
   def act(self) -> Outcome:
-    """Steps until one ends it."""
+    """Takes steps until there is an outcome."""
     while (outcome := self.step()) is None:
       pass
     return outcome
 
   def step(self) -> Outcome | None:
-    """Asks once and runs what is called for; the outcome where that ends it."""
+    """Sends a request and runs its tool calls; the outcome if it is final."""
     reply = self.ask(self.agent.tools)
     if isinstance(reply, Outcome):
       return reply
@@ -218,25 +218,25 @@ class AgentRun:
       return self.end('failed', why='the model answered nothing')
     return self.end('answered', text)
 
-  def _call(self, requested: Sequence[Message]) -> Outcome | None:
-    """Runs calls; each has its answer, or there would be no conversation."""
+  def _call(self, calls: Sequence[Message]) -> Outcome | None:
+    """Runs calls; refused calls also get a result, as the API requires one."""
     agent, limits = self.agent, self.budget
-    left = limits.calls - self.calls
-    accepted, refused = requested[:left], requested[left:]
-    agent.on_event({'event': 'called', 'calls': accepted})
+    remaining = limits.calls - self.calls
+    allowed, refused = calls[:remaining], calls[remaining:]
+    agent.on_event({'event': 'called', 'calls': allowed})
     tools = {tool.name: tool for tool in agent.tools}
     results = list(
-      agent.run_calls(tools, accepted, limits.call_seconds, limits.output)
+      agent.run_calls(tools, allowed, limits.call_seconds, limits.output)
     )
     for result in results:
       agent.on_event({'event': 'returned', **dataclasses.asdict(result)})
-    self.calls += len(accepted)
-    spent = f'the budget of {limits.calls} calls is spent'
+    self.calls += len(allowed)
+    used = f'the budget of {limits.calls} calls is spent'
     results += [
-      ToolResult(call['id'], *call['function'].values(), spent, True)
+      ToolResult(call['id'], *call['function'].values(), used, True)
       for call in refused
     ]
-    # Twice in one reply is no loop: its output was not seen between.
+    # Equal calls in one reply are no loop, as the model saw no output.
     keys = [tool_calls.result_key(result) for result in results]
     self.call_counts.update(set(keys))
     counts = [self.call_counts[key] for key in keys]
@@ -249,11 +249,11 @@ class AgentRun:
           'content': tool_calls.quote_output(result) + note,
         }
       )
-    if (most := max(counts)) >= limits.repeats:
-      name = results[counts.index(most)].name
-      why = f'{name} was called {most} times with the same arguments and '
+    if (max_count := max(counts)) >= limits.repeats:
+      name = results[counts.index(max_count)].name
+      why = f'{name} was called {max_count} times with the same arguments and '
       return self.end('loop', why=f'{why}the same output')
-    return self.end('budget', why=spent) if refused else None
+    return self.end('budget', why=used) if refused else None
 
   def instruct(self, instruction: str) -> str | Outcome:
     """The model's reply to an instruction, without tools."""
@@ -266,15 +266,14 @@ class AgentRun:
     return text.strip()
 
   def plan_act_reflect(self, rounds: int = 2) -> Outcome:
-    """A plan, an answer, and a check of it; answers anew so many times at most.
+    """Plans, answers and checks the answer; `rounds` is the maximum of answers.
 
-    An answer that the last check objects to is 'unsure', never 'answered'; one
-    that could not be checked is too.
+    An answer is 'unsure' if the last check objects or fails.
     """
-    if isinstance(ended := self.instruct(_PLAN_PROMPT), Outcome):
-      return ended
+    if isinstance(plan := self.instruct(_PLAN_PROMPT), Outcome):
+      return plan
     self.add_message('user', _ACT_PROMPT)
-    for left in range(rounds - 1, -1, -1):
+    for remaining in range(rounds - 1, -1, -1):
       outcome = self.act()
       if outcome.state != 'answered':
         return outcome
@@ -285,7 +284,7 @@ class AgentRun:
       first = verdict.splitlines()[0] if verdict else ''
       if first.strip('."\'*').lower() == 'ok':
         return self.end('answered', outcome.text)
-      if left:
+      if remaining:
         self.add_message('user', _RETRY_PROMPT)
     why = f'its own check objects: {verdict or "it did not say"}'
     return self.end('unsure', outcome.text, why)

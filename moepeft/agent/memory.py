@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation that is kept within a number of tokens."""
+"""A conversation that is limited to a number of tokens."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from moepeft.core.untrusted import Malformed, field, parse_json
 
 
 class MemoryFullError(ValueError):
-  """The part that cannot be dropped is longer than the memory."""
+  """The messages that cannot be dropped exceed the memory's limit."""
 
 
 class Memory:
@@ -21,9 +21,9 @@ class Memory:
   step. The current question's text and its latest step stay.
 
   Attributes:
-    limit: tokens of a request's messages and tools; None for no limit.
-    count: the tokens of a request; asked only where there is a limit.
-    messages: in order.
+    limit: maximum tokens of a request's messages and tools; None for no limit.
+    count: request -> number of tokens; called only if there is a limit.
+    messages: the messages in order.
     question_start: index of the current question in `messages`.
   """
 
@@ -32,7 +32,6 @@ class Memory:
     limit: int | None = None,
     count: Callable[[Request], int] = estimate_tokens,
   ):
-    """An empty memory."""
     self.limit, self.count = limit, count
     self.messages: list[Message] = []
     self.question_start = 0
@@ -44,45 +43,44 @@ class Memory:
 
   def forget(self) -> list[Message]:
     """Drops the oldest messages that may be dropped, and returns them."""
-    first, kind = (0, 'user') if self.question_start else (1, 'step')
+    first, unit = (0, 'user') if self.question_start else (1, 'step')
     end = first + 1
-    while end < len(self.messages) and not self._begins(end, kind):
+    while end < len(self.messages) and not self._starts_unit(end, unit):
       end += 1
     if end == len(self.messages):
       return []
-    lost = self.messages[first:end]
+    dropped = self.messages[first:end]
     del self.messages[first:end]
     self.question_start = max(0, self.question_start - end)
-    return lost
+    return dropped
 
-  def _begins(self, i: int, kind: str) -> bool:
+  def _starts_unit(self, i: int, unit: str) -> bool:
     role = self.messages[i]['role']
-    return role == 'user' or (kind == 'step' and role != 'tool')
+    return role == 'user' or (unit == 'step' and role != 'tool')
 
 
 def merge_user_turns(messages: Sequence[Message]) -> list[Message]:
-  """The user's messages in a row as one: templates want roles in turns."""
+  """Merges consecutive user messages: templates require alternating roles."""
   merged: list[Message] = []
   for message in messages:
     if merged and message['role'] == merged[-1]['role'] == 'user':
-      joined = f'{merged[-1]["content"]}\n\n{message["content"]}'
-      merged[-1] = {**merged[-1], 'content': joined}
+      content = f'{merged[-1]["content"]}\n\n{message["content"]}'
+      merged[-1] = {**merged[-1], 'content': content}
     else:
       merged.append(message)
   return merged
 
 
 class TokenCounter:
-  """Counts a request's tokens: by the server's /tokenize, else by a guess.
+  """Counts a request's tokens with the server's /tokenize, or estimates them.
 
   Attributes:
-    exact: whether the server counted the last one.
+    exact: whether the server counted the last request.
   """
 
   def __init__(self, client: openai.OpenAI, model: str):
-    """A server that is asked with each request."""
     self.exact, self._client, self._model = False, client, model
-    # /tokenize stands beside /v1, not below it.
+    # The path is /tokenize, not /v1/tokenize.
     self._url = str(client.base_url).rstrip('/').removesuffix('/v1')
 
   def __call__(self, request: Request) -> int:

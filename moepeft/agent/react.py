@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ReAct: tools by text, for models that know no calls.
+"""ReAct: tool calls as text, for models without tool calls.
 
-A request with tools becomes one of text, and the text that comes back a
-message with calls. Yao et al., arXiv:2210.03629, with JSON as actions' input.
+Requests with tools are converted to text, and text replies to messages with
+calls. Yao et al., arXiv:2210.03629, with JSON as input of actions.
 """
 
 import json
@@ -39,7 +39,7 @@ _ACTION = re.compile(
 
 
 def to_text_request(request: Request) -> Request:
-  """A request with tools as one without."""
+  """Converts a request with tools to one without."""
   messages = [_to_text_message(message) for message in request['messages']]
   tools = [item['function'] for item in request.get('tools', ())]
   other_fields = {
@@ -59,7 +59,7 @@ def to_text_request(request: Request) -> Request:
   )
   if messages and messages[0]['role'] == 'system':
     rules = f'{messages.pop(0)["content"]}\n\n{rules}'
-  # What a tool returns is for us to say.
+  # Stops before the model invents the output of a tool.
   messages.insert(0, {'role': 'system', 'content': rules})
   return {**other_fields, 'messages': messages, 'stop': [_OBSERVATION]}
 
@@ -71,7 +71,7 @@ def _to_text_message(message: Message) -> Message:
 
 
 def parse_reply(message: Message, number: int) -> tuple[Message, str, str]:
-  """A reply, the question's `number`-th: (message, answer, what is wrong)."""
+  """Parses reply `number` of a question: (message, answer, format error)."""
   text = message['content'].partition(_OBSERVATION)[0].rstrip()
   message = {'role': 'assistant', 'content': text}
   final, action = _FINAL.search(text), _ACTION.search(text)
@@ -88,7 +88,7 @@ def parse_reply(message: Message, number: int) -> tuple[Message, str, str]:
 
 
 def _first_object(text: str) -> str:
-  """The JSON object that a text begins with; the text where there is none."""
+  """The JSON object at the start of a text, or else the text."""
   text = re.sub(r'^```\w*\s*', '', text.strip())
   try:
     return text[: json.JSONDecoder().raw_decode(text)[1]]

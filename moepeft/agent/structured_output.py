@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structured answers: a pydantic model in, an instance of it out."""
+"""Structured answers: instances of a pydantic model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ from moepeft.agent.chat_model import ChatModel, Message
 from moepeft.agent.loop import EventSink, ignore_event
 from moepeft.agent.tools import strict_schema, validation_message
 
-ModelType = TypeVar('Form', bound=pydantic.BaseModel)
+ModelType = TypeVar('ModelType', bound=pydantic.BaseModel)
 
 
 def ask_structured(
@@ -24,17 +24,17 @@ def ask_structured(
   """Asks for an instance of a pydantic model.
 
   Args:
-    model: whose server knows `response_format` json_schema; one that does not
-      hold to it is told what was wrong.
+    model: a chat model whose server supports `response_format` json_schema. If
+      it ignores the schema, a correction is requested.
     model_type: the pydantic model.
-    messages: the conversation, the last one the question.
-    retries: times that it is asked again after an answer that does not fit.
-    options: of each request: temperature, seed, max_tokens ...
+    messages: the conversation, which ends with the question.
+    retries: the number of further requests after an invalid answer.
+    options: options of each request: temperature, seed, max_tokens, ...
     on_event: called with each request and reply.
 
   Raises:
-    ValueError: no answer fits, or `form` has no strict schema.
-    Failed: there is no reply.
+    ValueError: no answer is valid, or `model_type` has no strict schema.
+    ReplyError: there is no reply.
   """
   name = model_type.__name__
   schema = {
@@ -43,7 +43,7 @@ def ask_structured(
     'strict': True,
   }
   response = {'type': 'json_schema', 'json_schema': schema}
-  conversation, fault = list(messages), ''
+  conversation, problem = list(messages), ''
   for _ in range(retries + 1):
     request = {
       'messages': conversation,
@@ -56,12 +56,12 @@ def ask_structured(
     try:
       return model_type.model_validate_json(reply.message['content'])
     except pydantic.ValidationError as e:
-      fault = validation_message(e)
+      problem = validation_message(e)
     correction = {
       'role': 'user',
-      'content': f'That does not fit: {fault}. Again.',
+      'content': f'That does not fit: {problem}. Again.',
     }
     conversation = [*conversation, reply.message, correction]
   raise ValueError(
-    f'no answer in {retries + 1} fits {name}; the last one: {fault}'
+    f'no answer in {retries + 1} fits {name}; the last one: {problem}'
   )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tools: typed Python functions as a model calls them, with strict schemas.
+"""Tools: typed Python functions with strict schemas that a model can call.
 
-A schema is strict in the sense of OpenAI's API: of every object all properties
-are required and no others are allowed.
+In a strict schema of OpenAI's API, all properties of an object are required,
+and no others are allowed.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import openai
 import pydantic
 import pydantic_core
 
-# What the API allows as a function's name.
+# Function names that the API allows.
 _NAME = re.compile(r'[a-zA-Z0-9_-]{1,64}')
-_KINDS = {'type', 'enum', 'const', '$ref', 'anyOf', 'oneOf', 'allOf'}
+_TYPE_KEYWORDS = {'type', 'enum', 'const', '$ref', 'anyOf', 'oneOf', 'allOf'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Tool:
   """A function that a model may call.
 
   Attributes:
-    name, description: what the model is told.
-    schema: strict JSON schema of its arguments.
-    run: takes the arguments as JSON text, answers with text for the model.
-    seconds: that a call may take; None for the limit of all tools.
-    trusted: whether what it returns are instructions (of the user's own
-      skills); of any other it is data.
+    name, description: for the model.
+    schema: the strict JSON schema of the arguments.
+    run: arguments as JSON text -> text for the model.
+    seconds: the time limit of a call; None for the default limit.
+    trusted: whether the output may have instructions, as of the user's skills;
+      other outputs are data.
   """
 
   name: str
@@ -42,7 +42,7 @@ class Tool:
   trusted: bool = False
 
   def declared(self) -> dict[str, Any]:
-    """The tool as a request to chat completions names it."""
+    """The tool in the form of a chat completion request."""
     function = {
       'name': self.name,
       'description': self.description,
@@ -53,7 +53,7 @@ class Tool:
 
 
 class InvalidArguments(ValueError):
-  """Arguments that do not fit; the sentence is for the model."""
+  """The arguments of a call are invalid; the message is for the model."""
 
 
 def make_tool(
@@ -61,20 +61,20 @@ def make_tool(
   seconds: float | None = None,
   trusted: bool = False,
 ) -> Tool:
-  """A tool from a function with a type for each argument.
+  """Makes a tool from a function with typed arguments.
 
   Args:
-    function: its docstring's beginning and `Args:` are what the model reads.
-    seconds: that a call may take, where it is not the limit of all tools.
-    trusted: whether the model may follow what it returns.
+    function: the model sees the start and the `Args:` of its docstring.
+    seconds: the time limit of a call; None for the default limit.
+    trusted: whether the output may have instructions for the model.
 
   Raises:
-    ValueError: no strict schema can be made of its signature.
+    ValueError: the signature has no strict schema.
   """
   name = function.__name__
   if not _NAME.fullmatch(name):
     raise ValueError(
-      f'a tool is named by up to 64 letters, digits, _ or -; got {name!r}'
+      f'the name of a tool has up to 64 letters, digits, _ or -; got {name!r}'
     )
   description, notes = _parse_docstring(inspect.getdoc(function) or '')
   arguments_model = _arguments_model(function, name, notes)
@@ -104,7 +104,7 @@ def make_tool(
 
 
 def _parse_docstring(text: str) -> tuple[str, dict[str, str]]:
-  """A docstring's beginning, and {argument: what} of its `Args:`."""
+  """(description, {argument: description}) of a docstring."""
   description, _, rest = text.partition('\nArgs:\n')
   description = re.split(r'\n(?:Returns?|Raises?):\n', description)[0].strip()
   rest = re.split(r'\n(?=\S)', rest)[0]
@@ -155,10 +155,13 @@ def _arguments_model(
 def strict_schema(
   model: type[pydantic.BaseModel], subject: str
 ) -> dict[str, Any]:
-  """A pydantic model's strict JSON schema; `what` it is of, for the error.
+  """The strict JSON schema of a pydantic model.
+
+  Args:
+    subject: the name of the model in errors.
 
   Raises:
-    ValueError: it has an object with any keys, or a value of any type.
+    ValueError: an object has arbitrary keys, or a value an arbitrary type.
   """
   schema = openai.pydantic_function_tool(model)['function']['parameters']
   _check_strict(schema, subject)
@@ -166,11 +169,11 @@ def strict_schema(
 
 
 def _check_strict(node: dict[str, Any], subject: str) -> None:
-  # The client leaves defaults in, the API refuses them.
+  # The API refuses defaults, which the client does not remove.
   node.pop('default', None)
-  free = node.get('additionalProperties', False) is not False
-  untyped = node.get('type') == 'array' and 'items' not in node
-  if free or untyped or not _KINDS & set(node):
+  has_free_keys = node.get('additionalProperties', False) is not False
+  is_untyped = node.get('type') == 'array' and 'items' not in node
+  if has_free_keys or is_untyped or not _TYPE_KEYWORDS & set(node):
     raise ValueError(
       f'{subject} has a value without one type (Any, a tuple or a dict); a '
       'strict schema needs lists, dataclasses or pydantic models'
@@ -184,7 +187,7 @@ def _check_strict(node: dict[str, Any], subject: str) -> None:
 
 def validation_message(error: pydantic.ValidationError) -> str:
   """A pydantic validation error as one line."""
-  # Keys are the model's, of any length and number.
+  # The keys are from the model, so their length and number are limited.
   items = error.errors(include_url=False)
   parts = [
     f'{".".join(map(str, item["loc"]))[:200] or "it"}: {item["msg"]}'

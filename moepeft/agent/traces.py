@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces: all that an agent did, a JSON object a line, and its replay."""
+"""Traces: JSON lines of an agent's events, and their replay."""
 
 import dataclasses
 import datetime
@@ -19,13 +19,12 @@ from moepeft.agent.tools import Tool, validation_message
 from moepeft.core import files, terminal
 from moepeft.core.untrusted import Malformed, field, parse_json
 
-# The fields that a replay reads, of each event. Their values are as they were
-# written: nothing is converted.
+# Models of the fields that a replay reads from each event, without conversion.
 _STRICT = pydantic.ConfigDict(strict=True)
 
 
 def _dataclass_model(dataclass: type) -> type[pydantic.BaseModel]:
-  """The fields of a dataclass, all of them and no others."""
+  """A strict pydantic model of exactly the fields of a dataclass."""
   fields = {
     field.name: (field.type, ...) for field in dataclasses.fields(dataclass)
   }
@@ -101,12 +100,12 @@ _EVENTS = {
 def _check_event(row: Any) -> None:
   """
   Raises:
-    Malformed: a row is no event, or lacks what a replay reads.
+    Malformed: a row is not an event, or lacks a field for a replay.
   """
   kind = field(row, 'event', str)
   if kind == 'replied' and 'error' in row:
     kind = 'failed'
-  # Other events, as 'forgotten', are of no use to a replay.
+  # A replay ignores other events, such as 'forgotten'.
   if kind in _EVENTS:
     try:
       _EVENTS[kind].model_validate(row)
@@ -115,49 +114,50 @@ def _check_event(row: Any) -> None:
 
 
 class TraceWriter:
-  """Writes events as they come; give it to an agent as `on_event`.
+  """Appends events to a file; pass it to an agent as `on_event`.
 
-  Pieces of text are left out, as the reply has them all. A request's headers,
-  where a key is, are in no event; keys that a tool or a server might say are
-  given as `secrets` and hidden.
+  Pieces of text are omitted, as the reply has the whole text. Events have no
+  HTTP headers, which contain the key. `secrets` in outputs of tools or servers
+  are hidden.
   """
 
   def __init__(self, path: str, secrets: Sequence[str] = ()):
-    """Opens a file to append to.
+    """Opens the file.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file cannot be written.
     """
     files.check_file(path)
     self._file = open(path, 'a', encoding='utf-8')
-    # As they stand inside a JSON string.
+    # In the form of a JSON string.
     self._secrets = [_json(text)[1:-1] for text in secrets if text]
 
   def __call__(self, event: Event) -> None:
     if event['event'] == 'piece':
       return
-    now = datetime.datetime.now(datetime.UTC)
-    line = _json({'at': now.isoformat(timespec='milliseconds'), **event})
+    actual = datetime.datetime.now(datetime.UTC)
+    line = _json({'at': actual.isoformat(timespec='milliseconds'), **event})
     for secret in self._secrets:
       line = line.replace(secret, '[hidden]')
     print(line, file=self._file, flush=True)
 
   def close(self) -> None:
-    """No more events."""
+    """Closes the file."""
     self._file.close()
 
 
 def _json(value: Any) -> str:
-  # So that a trace can be looked at in a terminal.
+  # Safe to print in a terminal.
   text = json.dumps(value, ensure_ascii=False, default=str)
   return terminal.json_safe(text)
 
 
 def read_trace(path: str) -> list[dict[str, Any]]:
-  """The rows of a trace; a torn last line, which a kill left, is passed over.
+  """Reads the rows of a trace; ignores an incomplete last line of a killed run.
 
   Raises:
-    ValueError: another line is no event. OSError: it cannot be read.
+    ValueError: another line is not an event.
+    OSError: the file cannot be read.
   """
   rows = []
   with files.open_file(path) as lines:
@@ -178,33 +178,33 @@ def read_trace(path: str) -> list[dict[str, Any]]:
 def replay_trace(
   path: str, on_event: EventSink = ignore_event
 ) -> list[Outcome]:
-  """Runs a trace's questions again with what was recorded.
+  """Replays the questions of a trace without a server.
 
-  The loop is the real one; the model, the tools, the clock and the counts of
-  tokens come from the trace. `on_event` receives the events without a server,
-  and today's loop is checked against the recorded one. Returns the outcome of
-  each question
-  that ended.
+  The replay runs the real loop. Model, tools, clock and token counts come from
+  the trace, and requests must equal the recorded ones.
+
+  Returns:
+    The outcome of each complete question.
 
   Raises:
-    ValueError: the trace is broken, or the loop asks for something else than
-      it did; the message says where.
+    ValueError: the trace is damaged, or a request differs from the recorded
+      one; the message says where.
   """
   outcomes, memory = [], Memory()
   for rows in _split_questions(read_trace(path)):
     first, recorded = rows[0], Outcome(**rows[-1]['outcome'])
-    settings, tape = dict(first['settings']), _Recording(rows)
+    settings, recording = dict(first['settings']), _Recording(rows)
     limit = settings.pop('memory')
     memory = memory if first['earlier'] else Memory(limit)
-    memory.count = tape.count
+    memory.count = recording.count
     agent = Agent(
-      tape.model,
+      recording.model,
       [Tool(*parts, run=str) for parts in settings.pop('tools')],
       memory=memory,
       budget=Budget(**settings.pop('budget')),
       on_event=on_event,
-      clock=tape.clock,
-      run_calls=tape.results,
+      clock=recording.clock,
+      run_calls=recording.results,
       **settings,
     )
     outcome = agent.ask(first['question'])
@@ -218,7 +218,7 @@ def replay_trace(
 
 
 def _split_questions(rows: Sequence[Mapping]) -> list[list[Mapping]]:
-  """The rows of each question that ended; one that broke off is left out."""
+  """The rows of each complete question."""
   questions: list[list[Mapping]] = []
   for row in rows:
     if row['event'] == 'started':
@@ -232,7 +232,7 @@ def _split_questions(rows: Sequence[Mapping]) -> list[list[Mapping]]:
 
 
 class _Recording:
-  """The rows of a question, each kind in order, as the parts of an agent."""
+  """Replaces the parts of an agent by the recorded rows of a question."""
 
   def __init__(self, rows: Sequence[Mapping[str, Any]]):
     self._rows: dict[str, deque] = {}
@@ -241,7 +241,7 @@ class _Recording:
     times = [row['seconds'] for row in self._rows.get('asked', ())]
     self._times = deque([0.0, *times, rows[-1]['outcome']['seconds']])
 
-  def _take(self, kind: str) -> Mapping[str, Any]:
+  def _next(self, kind: str) -> Mapping[str, Any]:
     if not self._rows.get(kind):
       raise ValueError(
         f'the replay does more than the trace: there is no further {kind!r}'
@@ -252,13 +252,13 @@ class _Recording:
     return self._times.popleft() if len(self._times) > 1 else self._times[0]
 
   def count(self, request) -> int:
-    return self._take('counted')['tokens']
+    return self._next('counted')['tokens']
 
   def model(self, request, piece, seconds) -> ChatReply:
-    recorded = self._take('asked')['request']
-    if where := _difference(recorded, json.loads(_json(request)), 'request'):
-      raise ValueError(f'the replay does not ask what the trace did: {where}')
-    row = self._take('replied')
+    recorded = self._next('asked')['request']
+    if path := _difference(recorded, json.loads(_json(request)), 'request'):
+      raise ValueError(f'the replay does not ask what the trace did: {path}')
+    row = self._next('replied')
     if 'error' in row:
       raise (ReplyTimeout if row['late'] else ReplyError)(row['error'])
     piece(row['message']['content'])
@@ -266,21 +266,23 @@ class _Recording:
     return ChatReply(**{key: row[key] for key in keys})
 
   def results(self, tools, calls, seconds, output) -> list[ToolResult]:
-    rows = [dict(self._take('returned')) for _ in calls]
+    rows = [dict(self._next('returned')) for _ in calls]
     keys = ('id', 'name', 'arguments', 'text', 'failed', 'trusted')
     return [ToolResult(**{key: row[key] for key in keys}) for row in rows]
 
 
-def _difference(recorded: Any, now: Any, where: str) -> str:
+def _difference(recorded: Any, actual: Any, path: str) -> str:
   """The first difference of two JSON values, with its path; '' for none."""
-  if isinstance(recorded, list) and isinstance(now, list):
-    recorded, now = dict(enumerate(recorded)), dict(enumerate(now))
-  if not (isinstance(recorded, dict) and isinstance(now, dict)):
+  if isinstance(recorded, list) and isinstance(actual, list):
+    recorded, actual = dict(enumerate(recorded)), dict(enumerate(actual))
+  if not (isinstance(recorded, dict) and isinstance(actual, dict)):
     return (
-      '' if recorded == now else f'{where} was {recorded!r:.80}, is {now!r:.80}'
+      ''
+      if recorded == actual
+      else f'{path} was {recorded!r:.80}, is {actual!r:.80}'
     )
   parts = (
-    _difference(recorded.get(key), now.get(key), f'{where}[{key!r}]')
-    for key in {**recorded, **now}
+    _difference(recorded.get(key), actual.get(key), f'{path}[{key!r}]')
+    for key in {**recorded, **actual}
   )
   return next(filter(None, parts), '')

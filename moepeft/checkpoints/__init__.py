@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base models and adapters on disk: formats, in and out, and checkpoints."""
+"""Base models, adapters and checkpoints on disk, in several formats."""

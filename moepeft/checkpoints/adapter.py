@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter of moepeft: adapter.safetensors, and metadata in adapter.json.
+"""moepeft's adapter format: adapter.safetensors, metadata in adapter.json.
 
-The keys are the paths of the 'peft' tree as training holds it, layers stacked
-on axis 0: it is read back with neither a model nor a table of names. Both
-files are a function of the trained adapter alone: no dates, no work
-directories, sorted keys, float32. Any method has this form, mixtures too:
+The keys are the paths of the 'peft' tree in training, with layers stacked on
+axis 0, so that reading needs neither a model nor a name table. Both files
+depend on the trained adapter only: no dates, no work directories, sorted keys,
+float32. The format holds any method, also mixtures:
 
   adapter.safetensors  decoder/layers/self/q/molora/a  [l, d, e, r]
                        decoder/layers/self/q/molora/router/kernel  [l, d, e]
@@ -12,15 +12,15 @@ directories, sorted keys, float32. Any method has this form, mixtures too:
                 method       'molora(experts=10, rank=4, ...)'
                 semantics    'official' or 'paper'
                 base         path; sha256, the content hash of its weights;
-                             quantise, where it was trained on 'int8' or 'nf4'
+                             quantise, if it was trained on 'int8' or 'nf4'
                 model        family, and its config, field by field
                 parameters   of the adapter
-                experts      of a mixture that began with trained adapters:
+                experts      of a mixture that started with trained adapters:
                              path and sha256 of each file
-                arrays       {key: shape, sha256}; where layers have unlike
-                             counts of experts, an array for each layer under
+                arrays       {key: shape, sha256}; if the layers differ in
+                             their number of experts, an array per layer under
                              'layers_0', 'layers_1', ..., without padding
-                file_sha256, card_sha256: of both files, checked in reading
+                file_sha256, card_sha256: of both files, checked on load
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ _OPTIONAL_KEYS = ('experts',)
 
 
 class AdapterWeights(NamedTuple):
-  """A method's text and the 'peft' tree that goes with it."""
+  """A method string and its 'peft' tree."""
 
   method: str
   tree: Tree
@@ -68,12 +68,13 @@ def describe(
   """The metadata of an adapter, for `save`.
 
   Args:
-    method: its text, which `moepeft.peft.build` reads.
+    method: the method string, which `moepeft.peft.build` reads.
     semantics: 'official' or 'paper'.
     base_path, base_sha256: the frozen model and its content hash.
-    family: of the model, e.g. 't5'; config: its dataclass.
-    quantise: what the base's projections were kept in; the hash is of the
-      base before.
+    family: the model's family, e.g. 't5'.
+    config: the model's config, a dataclass.
+    quantise: the format of the base's projections; the hash is that of the
+      unquantized base.
   """
   quantization = {'quantise': quantise} if quantise else {}
   return {
@@ -87,19 +88,20 @@ def describe(
 def save(
   path: str, tree: Tree, metadata: Mapping[str, Any], overwrite: bool = False
 ) -> None:
-  """Writes the directory, all of it or nothing.
+  """Writes the directory atomically.
 
   Args:
     tree: the 'peft' tree; arrays become float32.
-    metadata: what `describe` makes; what follows from `tree` is added.
+    metadata: from `describe`; entries derived from `tree` are added.
 
   Raises:
-    CheckpointError: the metadata lack something or `path` is not empty.
+    CheckpointError: the metadata lack a key or `path` is not empty.
   """
-  absent = [key for key in _DESCRIBED_KEYS if key not in metadata]
-  if absent:
+  missing_keys = [key for key in _DESCRIBED_KEYS if key not in metadata]
+  if missing_keys:
     raise CheckpointError(
-      f'the metadata lack {", ".join(absent)}: make it with adapter.describe'
+      f'the metadata lack {", ".join(missing_keys)}: make them with '
+      'adapter.describe'
     )
   arrays = {
     name: np.ascontiguousarray(np.asarray(leaf, np.float32))
@@ -110,7 +112,7 @@ def save(
   with directory.atomic_directory(path, overwrite) as output_dir:
     save_file(arrays, output_dir / ARRAYS)
     keys = (*_DESCRIBED_KEYS, *_OPTIONAL_KEYS)
-    full = {key: metadata[key] for key in keys if key in metadata} | {
+    fields = {key: metadata[key] for key in keys if key in metadata} | {
       'format': FORMAT,
       'parameters': sum(array.size for array in arrays.values()),
       'arrays': {
@@ -120,15 +122,16 @@ def save(
       'file_sha256': _file_hash(output_dir / ARRAYS),
     }
     directory.write_json(
-      output_dir / METADATA_FILE, full | {'card_sha256': _metadata_hash(full)}
+      output_dir / METADATA_FILE,
+      fields | {'card_sha256': _metadata_hash(fields)},
     )
 
 
 def load(path: str) -> tuple[Tree, dict[str, Any]]:
-  """Reads what `save` wrote, every byte verified: (tree, metadata).
+  """Reads and verifies what `save` wrote: (tree, metadata).
 
   Raises:
-    CheckpointError: a file is absent, truncated or altered, or of a newer
+    CheckpointError: a file is missing, truncated or altered, or of a newer
       format.
   """
   metadata = directory.read_json(Path(path) / METADATA_FILE)
@@ -140,7 +143,7 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
     )
   if metadata.get('card_sha256') != _metadata_hash(metadata):
     raise CheckpointError(
-      f'{path}/{METADATA_FILE} was altered after it was written (its own hash '
+      f'{path}/{METADATA_FILE} was altered after it was written (its hash '
       'differs): copy it again or export the adapter again'
     )
   try:
@@ -176,7 +179,7 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
 
 
 def _padded_axes(metadata: Mapping[str, Any]) -> dict[str, PaddedAxis]:
-  """The padded arrays of an adapter; traces its model if there are any."""
+  """The padded axes of an adapter's arrays; traces the model if needed."""
   if 'experts_per_layer' not in metadata['method']:
     return {}
   config = config_of(metadata)
@@ -192,7 +195,7 @@ def _padded_axes(metadata: Mapping[str, Any]) -> dict[str, PaddedAxis]:
 def _check_types(metadata: Mapping[str, Any]) -> None:
   """
   Raises:
-    ValueError: a field of the metadata is absent or of another type.
+    ValueError: a metadata field is missing or has another type.
   """
   for name in ('method', 'semantics', 'base.path', 'base.sha256'):
     untrusted.field(metadata, name, str)
@@ -211,7 +214,7 @@ def config_of(metadata: Mapping[str, Any]) -> Any:
   """The model config that the metadata describe, as its family's dataclass.
 
   Raises:
-    ValueError: the family or a field is unknown or cannot be.
+    ValueError: the family or a field is unknown, or a field is invalid.
   """
   family = metadata['model']['family']
   if family not in FAMILIES:
@@ -223,7 +226,7 @@ def config_of(metadata: Mapping[str, Any]) -> Any:
 
 
 def instances(method: str) -> dict[str, Spec]:
-  """Each adapter's name in the tree and its spec: lora, then lora_2."""
+  """{name in the tree: spec} of each adapter; names are lora, then lora_2."""
   specs: dict[str, Spec] = {}
   for spec in method_string.parse_method(method):
     name, i = spec.name, 2
@@ -234,7 +237,7 @@ def instances(method: str) -> dict[str, Spec]:
 
 
 def sites_in(tree: Tree, instance: str) -> dict[str, Tree]:
-  """{site: {'a': ..., 'router/kernel': ...}} of one adapter in a tree."""
+  """{site: {'a': ..., 'router/kernel': ...}} of an adapter in a tree."""
   leaves_by_site: dict[str, Tree] = {}
   for path, leaf in weight_mapping.flatten(tree).items():
     place, separator, leaf_name = path.partition(f'/{instance}/')
@@ -246,16 +249,16 @@ def sites_in(tree: Tree, instance: str) -> dict[str, Tree]:
 
 
 def site_patterns(sites: Collection[str], model_sites: Collection[str]) -> str:
-  """The option `targets` for some of a model's sites, shortened with '*'.
+  """The option `targets` that selects some of a model's sites, with '*'.
 
   'encoder/self/q' and 'decoder/self/q' become '*/self/q'.
   """
   patterns = []
   for site in model_sites:
     suffix = site.split('/', 1)[1]
-    alike = [s for s in model_sites if s.split('/', 1)[1] == suffix]
-    whole = len(alike) > 1 and all(s in sites for s in alike)
-    pattern = f'*/{suffix}' if whole else site
+    same_suffix = [s for s in model_sites if s.split('/', 1)[1] == suffix]
+    all_adapted = len(same_suffix) > 1 and all(s in sites for s in same_suffix)
+    pattern = f'*/{suffix}' if all_adapted else site
     if site in sites and pattern not in patterns:
       patterns.append(pattern)
   return '|'.join(patterns)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base model and the starting adapter that a config names."""
+"""Loads the base model and the initial adapter that a config names."""
 
 import dataclasses
 from types import ModuleType
@@ -29,16 +29,17 @@ from moepeft.peft.build import function_of
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-  """A base model before any method.
+  """A base model without adapters.
 
   Attributes:
     family: its entry in moepeft.models.FAMILIES.
     config: the family's config.
     params: host arrays, or None for random weights.
-    path: as the config named it; '' for random weights.
+    path: the path in the config; '' for random weights.
     sha256: the content hash of `params` as stored, '' for random weights.
-    quantise: what projections are kept in, 'int8' or 'nf4'; '' as they were.
-    folder: the directory or file that was read, of a hub's name too.
+    quantise: the format of the projections, 'int8' or 'nf4'; '' if they are not
+      quantized.
+    folder: the directory or file that was read, also for a name on the hub.
   """
 
   family: ModelFamily
@@ -51,42 +52,42 @@ class Base:
 
 
 def shape(model: ConfigDict) -> tuple[ModelFamily, Any]:
-  """The family and the model's config, without its weights.
+  """(family, config) of a model, without reading its weights.
 
-  Where a head and an embedding are stored, these two are read: whether they
-  are one is part of the config.
+  If both a head and an embedding are stored, they are compared, as the config
+  says whether they are tied.
 
   Raises:
-    ValueError: nothing is known by the names, or a shape cannot be.
+    ValueError: a name is unknown, or a shape is invalid.
   """
   if model.path:
     if model.shape:
       raise ValueError(
-        f'config.model.shape is for random weights, and {model.path} has a '
-        "shape of its own; set config.model.path to '', or leave "
+        f'config.model.shape is for random weights, but {model.path} defines '
+        "its shape; set config.model.path to '', or leave "
         f'{", ".join(model.shape)} out'
       )
     path = resolve(model.path)
-    config = _form(path).load_config(path)
+    config = _format_module(path).load_config(path)
     return _family(model, config), _with_dropout(config, model)
   if model.family not in FAMILIES:
     raise ValueError(
-      f'config.model.family is one of {", ".join(FAMILIES)} where '
-      f'config.model.path is empty; got {model.family!r}'
+      'without config.model.path, config.model.family is one of '
+      f'{", ".join(FAMILIES)}; got {model.family!r}'
     )
   family = FAMILIES[model.family]
   config = family.config(model.size, model.version)
-  return family, _with_dropout(_shaped(family, config, model.shape), model)
+  return family, _with_dropout(_with_shape(family, config, model.shape), model)
 
 
-def _shaped(family: ModelFamily, config: Any, changes: ConfigDict) -> Any:
+def _with_shape(family: ModelFamily, config: Any, changes: ConfigDict) -> Any:
   """The config with the fields that config.model.shape changes."""
   fields = dataclasses.asdict(config)
   for key, value in changes.to_dict().items():
-    # It would be lost.
+    # The model config would ignore it.
     if key in ('dropout', 'family'):
       raise ValueError(
-        f'config.model.shape.{key} is not looked at; set config.model.{key}'
+        f'config.model.shape.{key} has no effect; set config.model.{key}'
       )
     is_nested = isinstance(value, dict) and isinstance(fields.get(key), dict)
     fields[key] = {**fields[key], **value} if is_nested else value
@@ -96,8 +97,8 @@ def _shaped(family: ModelFamily, config: Any, changes: ConfigDict) -> Any:
     raise ValueError(f'config.model.shape.{e}') from e
 
 
-def _form(path: str) -> ModuleType:
-  """The module that reads the form of the base at a path."""
+def _format_module(path: str) -> ModuleType:
+  """The module that reads the format of the base at a path."""
   return {'t5x': t5x, 'gguf': gguf}.get(checkpoint_formats.detect(path), hf)
 
 
@@ -106,7 +107,7 @@ def _with_dropout(config: Any, model: ConfigDict) -> Any:
 
 
 def _family(model: ConfigDict, config: Any) -> ModelFamily:
-  """The family of a config that was read; config.model.family must agree."""
+  """The family of a loaded config; config.model.family must agree."""
   if model.family not in ('', config.family):
     raise ValueError(
       f'{model.path} is of the family {config.family!r}, config.model.family '
@@ -116,48 +117,48 @@ def _family(model: ConfigDict, config: Any) -> ModelFamily:
 
 
 def load(model: ConfigDict) -> Base:
-  """Reads the base that `config.model` names, and quantises it if it says so.
+  """Reads the base that `config.model` names, and quantizes it if configured.
 
   Raises:
-    ValueError: nothing there, or not of the form it should be.
+    ValueError: there is no base, or it is damaged or unsupported.
   """
   if model.quantize:
     quantize.check(model.quantize)
   if not model.path:
     if model.quantize:
       raise ValueError(
-        f'config.model.quantize={model.quantize!r} is for weights that are '
-        "read; set config.model.path, or quantise to ''"
+        f'config.model.quantize={model.quantize!r} is for pretrained weights; '
+        "set config.model.path, or set quantize to ''"
       )
     family, config = shape(model)
     return Base(family, config, None, '', '')
   path = resolve(model.path)
   kind, dtype = model.quantize, jnp.dtype(model.param_dtype)
-  # Codes are of what is stored, whatever the rest is cast to.
-  loaded = _form(path).load(path, dtype='float32' if kind else dtype)
+  # The stored weights are quantized; only the rest is cast to param_dtype.
+  loaded = _format_module(path).load(path, dtype='float32' if kind else dtype)
   family = _family(model, loaded.config)
   config = _with_dropout(loaded.config, model)
   params = loaded.params
   if kind:
     params = quantize.pack(params, config, kind, dtype)
-  where = loaded.path
-  return Base(family, config, params, model.path, loaded.sha256, kind, where)
+  folder = loaded.path
+  return Base(family, config, params, model.path, loaded.sha256, kind, folder)
 
 
 def with_resolved_method(config: ConfigDict) -> ConfigDict:
-  """The config with a method that names its experts' form and sites.
+  """The config with the options that `from_adapters` reads from its files.
 
-  Only a method with `from_adapters` changes: it can then be built without the
-  adapters' files.
+  The method can then be built without the files; methods without
+  `from_adapters` are not changed.
 
   Raises:
-    ValueError: as `from_adapters.resolved`.
+    ValueError: as `from_adapters.resolve_method`.
   """
   if not from_adapters.reads_files(config.method):
     return config
   config = config.copy_and_resolve_references()
   family, model = shape(config.model)
-  config.method = from_adapters.resolved(
+  config.method = from_adapters.resolve_method(
     config.method, family.sites(model), model
   )
   return config
@@ -165,14 +166,14 @@ def with_resolved_method(config: ConfigDict) -> ConfigDict:
 
 def _build(config: ConfigDict, family: ModelFamily, shape: Any) -> Built:
   sites = family.sites(shape)
-  method = from_adapters.resolved(config.method, sites, shape)
+  method = from_adapters.resolve_method(config.method, sites, shape)
   return build(method, sites, config.semantics)
 
 
 def with_experts(
   variables: dict[str, Tree], model: Any, built: Built, base: Base
 ) -> tuple[dict[str, Tree], list[dict[str, str]]]:
-  """The variables with the experts of `from_adapters`, and their files.
+  """(variables with the experts of `from_adapters`, their files).
 
   Raises:
     ValueError: as `from_adapters.load_experts`.
@@ -187,7 +188,7 @@ def with_experts(
 
 
 def module(base: Base, config: ConfigDict) -> tuple[Any, Built]:
-  """The Flax module of a config with its method's adapters."""
+  """(Flax module with the config's adapters, built method)."""
   built = _build(config, base.family, base.config)
   model = config.model
   return base.family.module(
@@ -207,25 +208,25 @@ def adapter_map(
   """The adapters of a config's method.
 
   Args:
-    family, shape: of `shape`.
+    family, shape: from `shape`.
   """
   return _build(config, family, shape).adapter_map
 
 
 def example_batch(rows: int = 1) -> Batch:
-  """The smallest batch that a model of any family can be initialised with."""
+  """A minimal batch to initialize a model of any family."""
   ids = jnp.zeros((rows, 2), jnp.int32)
   tasks = {f'{side}_tasks': ids for side in ('inputs', 'targets')}
   return {'inputs': ids, 'decoder_inputs': ids} | tasks
 
 
 def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
-  """{'params': ..., 'peft': ...}: the base's weights and a fresh adapter."""
+  """{'params': ..., 'peft': ...}: the base's weights and an initial adapter."""
   return initializers.init_params(model, example_batch(), seed, base.params)
 
 
 def logical_axes(model: Any, base: Base) -> dict[str, Tree]:
-  """{'params': ..., 'peft': ...}: the names of every array's axes."""
+  """{'params': ..., 'peft': ...}: the logical axes of each array."""
   return initializers.logical_axes(model, example_batch(), base.params)
 
 
@@ -237,16 +238,15 @@ def padded_axes(model: Any, base: Base) -> dict[str, PaddedAxis]:
 def with_adapter(
   variables: dict[str, Tree], built: Built, path: str, base: Base
 ) -> dict[str, Tree]:
-  """The variables, with an adapter read from a path in place of the fresh one.
+  """The variables with a trained adapter instead of the initial one.
 
   Raises:
-    ValueError: it computes something else than the method, was trained on
-      another base or on one kept in other bits, or its arrays are not those
-      of the method.
+    ValueError: the adapter computes another function than the method, its
+      arrays differ, or it was trained on another base or quantization.
   """
-  start = load_adapter(path, base.config)
-  check_base(start, path, base)
-  method, tree, semantics = start.method, start.tree, start.semantics
+  loaded = load_adapter(path, base.config)
+  check_base(loaded, path, base)
+  method, tree, semantics = loaded.method, loaded.tree, loaded.semantics
   semantics = semantics or built.semantics
   adapter_build = build(method, base.family.sites(base.config), semantics)
   advice = (

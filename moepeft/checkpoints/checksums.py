@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checksums of arrays on devices that do not depend on how they are sharded.
+"""Checksums of device arrays, independent of their sharding.
 
-A checksum is the wrapping sum of one uint32 for each element, in two lanes: a
-bijective mix of the element's bits and its index in the global array. Integer
-sums do not depend on their order, so every mesh gives the same, each device
-sums its own shard, and nothing is gathered. One changed element, whatever it
-is, always changes both lanes.
+A checksum is a wrapping uint32 sum over elements, in two lanes. The summand is
+a bijective mix of an element's bits and its index in the global array. Integer
+sums do not depend on their order, so each device sums its shard, nothing is
+gathered, and every mesh gives the same checksum. A change of one element always
+changes both lanes.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 
 from moepeft.core.types import Array, Tree
 
-# Odd constants of the golden ratio; one a lane.
+# An odd constant for each lane.
 _LANES = (0x9E3779B9, 0x85EBCA6B)
 
 
@@ -26,7 +26,7 @@ def checksums(tree: Tree) -> dict[str, str]:
   All processes of a run must call it.
   """
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  # All are started before the first is waited for.
+  # All sums are dispatched before the first one is fetched.
   lanes = [_lane_sums(jnp.asarray(leaf)) for _, leaf in flat]
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): _text(leaf, sums)
@@ -48,8 +48,8 @@ def _lane_sums(array: Array) -> tuple[Array, ...]:
   index = jnp.zeros(bits.shape, jnp.uint32)
   for axis in range(bits.ndim):
     stride = math.prod(bits.shape[axis + 1 :]) % 2**32
-    places = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    index += places * jnp.uint32(stride)
+    positions = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    index += positions * jnp.uint32(stride)
   return tuple(
     jnp.sum(_mix(bits ^ _mix(index + jnp.uint32(lane))), dtype=jnp.uint32)
     for lane in _LANES
@@ -57,7 +57,7 @@ def _lane_sums(array: Array) -> tuple[Array, ...]:
 
 
 def _bits(array: Array) -> Array:
-  """Elements as uint32; those of 64 bits as two on a further axis."""
+  """Elements as uint32; 64-bit elements become two, on a new last axis."""
   if array.dtype == jnp.bool_:
     return array.astype(jnp.uint32)
   size = array.dtype.itemsize

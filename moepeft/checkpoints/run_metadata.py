@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metadata of a checkpoint: its run, a checksum of each array, its own hash."""
+"""Metadata of a checkpoint: run identity, array checksums, a hash of itself."""
 
 import hashlib
 import json
@@ -27,8 +27,15 @@ _TYPES = (
   ('course', dict),
 )
 
-# Entries that a run must share with the checkpoint that it resumes.
-_SAME = ('method', 'semantics', 'trainable', 'seed', 'model', 'experts')
+# Entries that must be equal in a run and the checkpoint that it resumes.
+_IDENTITY_KEYS = (
+  'method',
+  'semantics',
+  'trainable',
+  'seed',
+  'model',
+  'experts',
+)
 
 
 def describe_run(
@@ -40,9 +47,9 @@ def describe_run(
   """A run's identity as JSON: method, semantics, base and seed.
 
   Args:
-    experts: {'path', 'sha256'} of each file that an expert was read from.
+    experts: {'path', 'sha256'} of each file of a pretrained expert.
   """
-  described = adapter_lib.describe(
+  identity = adapter_lib.describe(
     portable_text(built.method),
     built.semantics,
     base.path,
@@ -52,26 +59,28 @@ def describe_run(
     base.quantise,
   )
   if experts:
-    described['experts'] = list(experts)
-  named = described | {'trainable': built.trainable, 'seed': seed}
-  # Fields that are tuples are lists in the metadata that are read back.
-  return json.loads(json.dumps(named))
+    identity['experts'] = list(experts)
+  identity |= {'trainable': built.trainable, 'seed': seed}
+  # Through JSON, which turns tuples into lists as in restored metadata.
+  return json.loads(json.dumps(identity))
 
 
-def seal(metadata: Mapping[str, Any]) -> str:
+def metadata_hash(metadata: Mapping[str, Any]) -> str:
   """The SHA-256 of metadata without its own entry 'sha256'."""
-  bare = {key: value for key, value in metadata.items() if key != 'sha256'}
-  return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
+  content = {key: value for key, value in metadata.items() if key != 'sha256'}
+  return hashlib.sha256(
+    json.dumps(content, sort_keys=True).encode()
+  ).hexdigest()
 
 
 def check(metadata: Any) -> None:
   """
   Raises:
-    Malformed: the metadata differ from their hash, or an entry is of another
-      type than a run writes.
+    Malformed: the metadata differ from their hash, or an entry has a wrong
+      type.
   """
   sha256 = field(metadata, 'sha256', str, '')
-  if sha256 != seal(metadata):
+  if sha256 != metadata_hash(metadata):
     raise Malformed('its metadata differ from their hash')
   for key, kind in _TYPES:
     field(metadata, key, kind)
@@ -83,10 +92,10 @@ def check(metadata: Any) -> None:
 
 
 def run_progress(metadata: Mapping[str, Any]) -> RunProgress:
-  """The progress of a run up to its checkpoint.
+  """The progress of a run at its checkpoint.
 
   Raises:
-    Malformed: an entry is of another type than a run writes.
+    Malformed: an entry has a wrong type.
   """
   value = metadata['course']
   place = []
@@ -103,37 +112,36 @@ def run_progress(metadata: Mapping[str, Any]) -> RunProgress:
 
 
 def check_same_run(
-  path: str, read: Mapping[str, Any], described: Mapping[str, Any]
+  path: str, metadata: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
   """Compares a checkpoint's metadata with those of the run that resumes it.
 
   Args:
     path: the run's directory of checkpoints, for messages.
-    read: of the checkpoint; described: of the run, from `describe_run`.
+    metadata: of the checkpoint.
+    identity: of the run, from `describe_run`.
 
   Raises:
     ValueError: the checkpoint belongs to another run.
   """
-  for key in _SAME:
-    if read.get(key) != described.get(key):
+  for key in _IDENTITY_KEYS:
+    if metadata.get(key) != identity.get(key):
       raise ValueError(
         f'{path} belongs to another run: its {key} is '
-        f'{read.get(key)!r}, this run has {described.get(key)!r}; choose '
+        f'{metadata.get(key)!r}, this run has {identity.get(key)!r}; choose '
         'another --workdir, or set the config back'
       )
-  if read['base'].get('sha256') != described['base']['sha256']:
+  if metadata['base'].get('sha256') != identity['base']['sha256']:
     raise ValueError(
       f'{path} belongs to a run on another base than '
-      f'{described["base"]["path"]!r} (their content hashes differ); set '
-      'config.model.path to its own, or choose another --workdir'
+      f'{identity["base"]["path"]!r} (their content hashes differ); set '
+      'config.model.path to that base, or choose another --workdir'
     )
-  before, now = (
-    metadata['base'].get('quantise', '') for metadata in (read, described)
-  )
-  if before != now:
+  old, new = (m['base'].get('quantise', '') for m in (metadata, identity))
+  if old != new:
     raise ValueError(
-      f'{path} belongs to a run with config.model.quantize={before!r}, '
-      f'this run has {now!r}; set it back, or choose another --workdir'
+      f'{path} belongs to a run with config.model.quantize={old!r}, '
+      f'this run has {new!r}; set it back, or choose another --workdir'
     )
 
 
@@ -142,18 +150,18 @@ def verify(parts: Mapping[str, Tree], metadata: Mapping[str, Any]) -> None:
 
   Args:
     parts: {'trainable': tree, 'rest': tree}, or one of them.
-    metadata: of the checkpoint; its checksums are of all parts.
+    metadata: of the checkpoint, with the checksums of all parts.
 
   Raises:
-    Malformed: an array differs from its checksum, has none, or is absent.
+    Malformed: an array differs from its checksum, has none, or is missing.
   """
   expected = _digests(metadata)
-  read = checksums(parts) if 'checksums' in metadata else _hashes(parts)
-  for name, digest in read.items():
+  actual = checksums(parts) if 'checksums' in metadata else _hashes(parts)
+  for name, digest in actual.items():
     if digest != expected.get(name):
       raise Malformed(f'{name} differs from its checksum')
   for name in expected:
-    if name.partition('/')[0] in parts and name not in read:
+    if name.partition('/')[0] in parts and name not in actual:
       raise Malformed(f'{name} is absent')
 
 
@@ -165,7 +173,7 @@ def _digests(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _hashes(parts: Tree) -> dict[str, str]:
-  """{path: SHA-256}, as version 0.1 wrote them."""
+  """{path: SHA-256}, as version 0.1 wrote it."""
   return {
     jax.tree_util.keystr(
       path, simple=True, separator='/'

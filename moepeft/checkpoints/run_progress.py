@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's place in its data and its best validation, kept in checkpoints."""
+"""A run's position in its data and its best validation loss."""
 
 import dataclasses
 import math
@@ -10,10 +10,10 @@ class RunProgress:
   """Progress of a run, saved in each checkpoint beside its arrays.
 
   Attributes:
-    place: for each host, where its next batch begins (`Loader.place`).
-    best: the least validation loss so far, None before the first.
-    best_step: the step that it was of.
-    waited: validations since.
+    place: for each host, the position of its next batch; see `Loader`.
+    best: the lowest validation loss so far, None before the first.
+    best_step: the step of the lowest validation loss.
+    waited: the number of validations since.
   """
 
   place: tuple[tuple[int, int], ...] = ()
@@ -28,5 +28,5 @@ class RunProgress:
     return dataclasses.replace(self, waited=self.waited + 1)
 
   def is_patience_exhausted(self, patience: int) -> bool:
-    """Whether `patience` validations in a row brought nothing; 0: never."""
+    """Whether the last `patience` validations did not improve; 0: never."""
     return 0 < patience <= self.waited

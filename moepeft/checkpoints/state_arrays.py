@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arrays of a training state that a checkpoint holds."""
+"""The arrays of a training state that are saved in a checkpoint."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from moepeft.core.types import State, Tree
 
 
 def state_parts(state: State) -> dict[str, Tree]:
-  """The arrays that a checkpoint holds."""
+  """{'trainable': tree, 'rest': optimizer state, step and rng}."""
   return {
     'trainable': state.trainable,
     'rest': {
@@ -23,7 +23,7 @@ def state_parts(state: State) -> dict[str, Tree]:
 
 
 def array_shapes(parts: Tree) -> dict[str, tuple]:
-  """{path: (shape, dtype)}; optimizer states may be plain dicts or not."""
+  """{path: (shape, dtype)}, for trees of dicts or of optimizer states."""
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): (
       tuple(leaf.shape),
@@ -38,10 +38,10 @@ def abstract_arrays(tree: Tree) -> Tree:
 
 
 def without_alias(array: Any) -> Any:
-  """An array that shares no buffer with the given one on the host.
+  """Copies an array if Orbax would share its buffer.
 
-  Orbax reads arrays of CPU devices where they lie, while it writes them. From
-  other devices it has copied them when its `save` returns.
+  Orbax does not copy arrays of CPU devices before it writes them. It copies
+  arrays of other devices before its `save` returns.
   """
   if not isinstance(array, jax.Array):
     return np.array(array)
@@ -51,5 +51,5 @@ def without_alias(array: Any) -> Any:
 
 
 def host_template(metadata: Any) -> np.ndarray:
-  """An array of the shape and dtype that takes no memory."""
+  """A NumPy array of the shape and dtype that allocates no memory."""
   return np.broadcast_to(np.zeros((), metadata.dtype), metadata.shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of a config before anything is built."""
+"""Checks a config before a run builds anything."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,8 +13,7 @@ from moepeft.core.ranges import Choices, nearest, shortened
 
 # Sections of keys that the config does not list.
 _OPEN_SECTIONS = ('router_losses',)
-# With data.replay, which mixes plain text in, these are read with any
-# data.source.
+# data.replay mixes plain text in, so any data.source reads these with it.
 _REPLAY_KEYS = tuple(
   f'data.{key}'
   for key in (
@@ -30,7 +29,7 @@ _REPLAY_KEYS = tuple(
 def check(
   config: ConfigDict, registries: Mapping[str, Mapping[str, Any]]
 ) -> None:
-  """Checks a config before anything is built.
+  """Checks a config's keys and values, and which keys have no effect.
 
   Args:
     registries: config key that names an entry -> registry;
@@ -50,7 +49,7 @@ def check(
     config.early_stopping_patience or config.checkpoint.keep_best
   ) and not config.evaluation.every_steps:
     raise ValueError(
-      'config.early_stopping_patience and config.checkpoint.keep_best go by '
+      'config.early_stopping_patience and config.checkpoint.keep_best need '
       'validation losses; set config.evaluation.every_steps too'
     )
 

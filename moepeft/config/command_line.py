@@ -142,7 +142,7 @@ def find_config(path: str) -> str:
 def run(
   main: Callable[[Sequence[str]], None], takes_arguments: bool = False
 ) -> None:
-  """Runs a command as `absl.app.run` does, and reports errors of its user.
+  """Runs a command with `absl.app.run`, and reports errors of the user.
 
   Args:
     main: called with the program's name and the positional arguments.
@@ -194,7 +194,7 @@ def report_errors(
 
 
 def error_message(error: Exception) -> str | None:
-  """The message for an error that a user can mend; None for a bug."""
+  """The message for an error that the user can correct; None for a bug."""
   first_line = (str(error).splitlines() or [''])[0]
   detail = f' ({first_line})' if first_line else ''
   if is_out_of_memory(error):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every key of a config with its default, and helpers of config files.
+"""Every key of a config with its default, and helpers for config files.
 
 A config file, as in `configs/`, has `get_config(values='')`, which changes some
-keys of `default()`. `values` is what stands after a colon on the command line:
+keys of `default()`. `values` is the text after a colon on the command line:
 `--config=configs/paper/t5_xl_mov.py:experts=20`.
 """
 
@@ -15,27 +15,28 @@ from moepeft.core.untrusted import parse_literal
 
 
 def default() -> ConfigDict:
-  """Returns the whole config; its keys are all that there are."""
+  """Returns a config with every key."""
   c = ConfigDict()
   c.seed = 0
-  # Modules to import first, 'my_module,other': they register entries of their
-  # own. --imports adds to them.
+  # Modules to import first, 'my_module,other', which register entries;
+  # --imports adds to them.
   c.imports = ''
   c.steps = 300
   c.batch_size = 32
-  # A batch is computed in so many parts, one after the other, to save memory.
+  # Microbatches per batch, computed one after the other to save memory.
   c.gradient_accumulation_steps = 1
-  # The form is that of moepeft.config.method_string; 'full' trains the base.
+  # The syntax is in moepeft.config.method_string; 'full' trains the base model.
   c.method = 'molora(experts=10, rank=4)'
-  # Where the method's text leaves it open: 'official' (released code), 'paper'.
+  # For options that the method leaves out: 'official' (released code) or
+  # 'paper'.
   c.semantics = 'official'
-  # Weights of router losses, those of moepeft.moe.aux_losses and those of
-  # routers of your own, by name; the paper's are 0.
+  # Weights of router losses by name, from moepeft.moe.aux_losses or from your
+  # routers; the paper's are 0.
   c.router_losses = ConfigDict(dict(load_balance=0.0, z=0.0, entropy=0.0))
-  # A line is printed when a router is collapsed in three logs in a row: one
-  # expert has more than this share of the weight (softmax: every expert has
-  # weight) or gets more than this share of the tokens (top-k), and the mean
-  # entropy of a token's weights is below 0.75 of ln e.
+  # A warning is printed when a router is collapsed in three consecutive logs:
+  # one expert has more than this fraction of the weight (softmax) or of the
+  # tokens (top-k), and the mean entropy of a token's weights is below 0.75 of
+  # ln e.
   c.router_collapse_threshold = 0.9
   # The loss: an entry of moepeft.objectives.
   c.objective = 'seq2seq'
@@ -47,26 +48,25 @@ def default() -> ConfigDict:
   c.sharding = _sharding()
   c.evaluation = _evaluation()
   c.checkpoint = _checkpoint()
-  # A run ends when its validation loss has not fallen for so many validations;
-  # 0 for never.
+  # Training stops after so many validations without a lower loss; 0 for never.
   c.early_stopping_patience = 0
   c.log = _log()
-  # 'FIRST:LAST', as in '5:8': steps that JAX's profiler traces, both included,
-  # into <workdir>/profile, which TensorBoard and Perfetto open; '' for none.
+  # 'FIRST:LAST', as in '5:8': JAX's profiler traces these steps, both included,
+  # to <workdir>/profile, for TensorBoard and Perfetto; '' for none.
   c.profile = ConfigDict(dict(steps=''))
-  # Further callbacks of moepeft.training.callbacks, 'mine,another'.
+  # More callbacks of moepeft.training.callbacks, 'my_callback,other'.
   c.callbacks = ''
   return c
 
 
 def _loss() -> ConfigDict:
-  """Keys of objectives that are a cross-entropy."""
+  """Keys of cross-entropy objectives."""
   return ConfigDict(
     dict(
-      # The loss is a mean over 'tokens', or over 'sequences' (of each example's
-      # own mean, packed or not; T5X's AVERAGE_PER_SEQUENCE).
+      # The loss is a mean over 'tokens', or over 'sequences' (the mean of each
+      # example's mean, packed or not; T5X's AVERAGE_PER_SEQUENCE).
       average_over='tokens',
-      # Weight of a token's squared log-partition.
+      # Weight of each token's squared log-partition function.
       z_loss=0.0,
       label_smoothing=0.0,
     )
@@ -81,15 +81,15 @@ def _preference() -> ConfigDict:
       loss='sigmoid',
       beta=0.1,
       label_smoothing=0.0,
-      # Weight of the chosen answer's own likelihood.
+      # Weight of the chosen answer's negative log-likelihood.
       sft_weight=0.0,
       # simpo's target margin, over beta.
       margin=0.5,
       # kto's weights of good and of bad answers.
       desirable_weight=1.0,
       undesirable_weight=1.0,
-      # Rewards are relative to 'base' (without adapter), to a run or adapter
-      # that stays as it is, or to 'precomputed' (before training).
+      # The reference model: 'base' (without adapter), the path of a run or of
+      # an adapter, or 'precomputed' (its log-probabilities before training).
       reference='base',
     )
   )
@@ -98,8 +98,8 @@ def _preference() -> ConfigDict:
 def _model() -> ConfigDict:
   return ConfigDict(
     dict(
-      # An entry of moepeft.models; '' for that of `path`. Needed for random
-      # weights.
+      # An entry of moepeft.models; '' for the one of `path`. Random weights
+      # need it.
       family='',
       # 'package:NAME' (ships with moepeft), a directory or hub name in Hugging
       # Face's form, or a T5X checkpoint; '' for random weights of `size`.
@@ -114,19 +114,19 @@ def _model() -> ConfigDict:
       # --config.model.shape.positions=alibi.
       shape=ConfigDict(),
       dropout=0.1,
-      # The dtype of activations; then of the base's weights in memory.
+      # The dtype of activations, and that of the base's weights in memory.
       dtype='float32',
       param_dtype='float32',
-      # '' as stored; 'int8' or 'nf4': the base's projections in so many bits.
+      # '' as stored, or 'int8' or 'nf4' for the base's projections.
       quantize='',
-      # 'naive', 'chunked' (no array of queries x keys) or 'fused': JAX's own,
-      # which is cuDNN's on NVIDIA devices where that can, else XLA's, which
-      # has such an array.
+      # 'naive', 'chunked' (no array of queries x keys) or 'fused', JAX's: cuDNN
+      # on NVIDIA devices if it supports the shapes, else XLA, with such an
+      # array.
       attention='naive',
       # 'none', 'dots' or 'full'.
       remat='none',
-      # Layers in one step of the scan: more is faster on CPU and compiles
-      # longer. With remat it is one.
+      # Layers in one step of the scan; more are faster on CPU and compile for
+      # longer. With remat it is 1.
       scan_unroll=1,
     )
   )
@@ -135,9 +135,9 @@ def _model() -> ConfigDict:
 def _data() -> ConfigDict:
   c = ConfigDict(
     dict(
-      # 'tasks' (embedded, generated), 'jsonl' (P3's form), 'datasets' (Hugging
-      # Face's: a hub name or local files), 'seqio', 'chat' (conversations),
-      # 'preference' (answers compared or judged) or 'text' (plain).
+      # 'tasks' (generated), 'jsonl' (P3's form), 'datasets' (Hugging Face's: a
+      # hub name or local files), 'seqio', 'chat' (conversations), 'preference'
+      # (answers in pairs or with labels) or 'text' (plain).
       source='tasks',
       # Families of moepeft.tasks: groups and names, 'B' or 'A,copy'.
       tasks='B',
@@ -147,27 +147,28 @@ def _data() -> ConfigDict:
       path='',
       # The split of a dataset or a SeqIO task.
       split='train',
-      # promptsource's templates of raw rows: a templates.yaml, or a directory
-      # of them; '' where rows have inputs and targets.
+      # promptsource's templates for raw rows: a templates.yaml, or a directory
+      # of them; '' if rows have inputs and targets.
       templates='',
       # Rates by dataset: one of moepeft.data.t0_mixtures ('t0_train', ...), or
       # a SeqIO task or mixture that a module of --imports registers; '' for the
       # rates below.
       mixture='',
       # A dataset's rate is min(rows, max_examples_per_task) **
-      # (1 / temperature), 0 for no maximum: temperature 1 draws every row as
-      # often, 'inf' every dataset.
+      # (1 / temperature), 0 for no maximum. With temperature 1 all rows are
+      # equally frequent, with 'inf' all datasets.
       max_examples_per_task=0,
       temperature=1.0,
-      # Fields of rows and turns that are left unused, 'images,name'. Others
-      # that change what a row means are used or refused.
+      # Fields of rows and turns to ignore, 'images,name'. Any other field that
+      # changes the meaning of a row is used, or is an error.
       ignore_fields='',
-      # 'error', or 'skip': counted and told.
+      # 'error', or 'skip', which prints the number of bad rows.
       on_bad_row='error',
-      # The share of each dataset's last `idx` kept for validation: of the last
-      # rows of chat and preference, where rows of one prompt stay together.
+      # The fraction of each dataset held out for validation: its last `idx`, or
+      # the last rows of chat and preference, where rows of one prompt stay
+      # together.
       validation_fraction=0.05,
-      # Processes that read and tokenize ahead; 0 for threads.
+      # Processes that prefetch and tokenize; 0 for threads.
       num_workers=0,
     )
   )
@@ -178,18 +179,18 @@ def _data() -> ConfigDict:
 
 
 def _batches() -> dict[str, Any]:
-  """Keys of config.data that say how texts become batches."""
+  """Keys of config.data for tokenization and batches."""
   return dict(
-    # '' for the model's own, 'bytes', a tokenizer's directory or hub name.
+    # '' for the model's, 'bytes', or a tokenizer's directory or hub name.
     tokenizer='',
     inputs_length=160,
     targets_length=20,
-    # Tokens of a row of a decoder-only model, prompt and answer together.
+    # Tokens in a row of a decoder-only model, prompt and answer together.
     length=512,
-    # Too long an example: 'prompt' (its prompt loses its beginning; chat: its
-    # oldest turns before), 'end' (cut there) or 'drop'.
+    # For examples that are too long: 'prompt' (removes the beginning of the
+    # prompt; chat: first the oldest turns), 'end' (removes the end) or 'drop'.
     truncation='prompt',
-    # Whether a row of a batch holds as many examples as fit.
+    # Whether to pack as many examples into a row as fit.
     packing=False,
   )
 
@@ -197,37 +198,38 @@ def _batches() -> dict[str, Any]:
 def _chat() -> dict[str, Any]:
   """Keys of config.data for the sources chat and preference."""
   return dict(
-    # 'alpaca', 'sharegpt' or 'messages'; '' finds out.
+    # 'alpaca', 'sharegpt' or 'messages'; '' detects it.
     format='',
-    # A Jinja file instead of the tokenizer's own chat template.
+    # A Jinja file that replaces the tokenizer's chat template.
     chat_template='',
-    # The date of chat templates that ask for one, '2024-07-26'; '' for the day
-    # of the run's first start, which is kept.
+    # The date for chat templates that use one, '2024-07-26'; '' for the day of
+    # the run's first start, which the run stores.
     date='',
-    # Put before conversations that have no system turn.
+    # The system turn of conversations that have none.
     system_prompt='',
-    # The loss is on 'answers' (the assistant's turns but those of `weight` 0)
-    # or on 'all'.
+    # The tokens in the loss: 'answers' (the assistant's turns, except those
+    # with `weight` 0) or 'all'.
     train_on='answers',
   )
 
 
 def _text() -> dict[str, Any]:
-  """Keys of config.data for plain text, the source's or replayed."""
+  """Keys of config.data for plain text, as the source or for replay."""
   return dict(
-    # 'next' (causal), 'spans' (T5's corruption) or 'prefix' (the continuation
-    # from a drawn place; a decoder reads the prefix causally too, unlike the
-    # prefix LM of arXiv:1910.10683, section 3.2.1, which sees all of it).
+    # 'next' (causal), 'spans' (T5's span corruption) or 'prefix' (predicts the
+    # text after a random position; a decoder attends to the prefix causally,
+    # unlike the prefix LM of arXiv:1910.10683, section 3.2.1).
     pretraining_objective='next',
-    # The share of tokens that 'spans' hides, and a span's mean length.
+    # For 'spans': the fraction of noise tokens, and a span's mean length.
     noise_density=0.15,
     mean_noise_span_length=3.0,
-    # Near duplicates from this Jaccard similarity on are left out; 0 for none.
-    # Then rules of moepeft.data.text.quality, 'length,repetition'.
+    # The least Jaccard similarity of near duplicates, which are removed; 0
+    # keeps all.
     dedup_threshold=0.0,
+    # Rules of moepeft.data.text.quality, 'length,repetition'.
     quality_filters='',
-    # Plain text mixed in, so that less is forgotten, and its share of the
-    # examples; python -m moepeft.data tells its share of the trained tokens.
+    # Plain text to mix in against forgetting, and its fraction of the examples;
+    # python -m moepeft.data prints its fraction of the trained tokens.
     replay='',
     replay_rate=0.0,
   )
@@ -242,18 +244,18 @@ def _optimizer() -> ConfigDict:
       # 'constant', 'linear' or 'cosine' (both fall to zero at `steps`).
       schedule='constant',
       warmup_steps=0,
-      # A step's share of the weights: for adamw times the rate, for adafactor
-      # (as in T5X) by itself.
+      # The fraction of the weights that a step subtracts, for adamw times the
+      # learning rate, for adafactor (as in T5X) not.
       weight_decay=0.0,
       b1=0.9,
       b2=0.999,
       # Maximum of the gradient's global norm; 0 for none.
       max_grad_norm=1.0,
-      # Steps that Adafactor's decay counts as done before the first; released
-      # as 1,100,000, the steps of the base's pretraining.
+      # Steps that Adafactor's decay schedule counts as done before training;
+      # 1,100,000 in the released code, the steps of pretraining.
       decay_initial_step=0,
-      # Rates and decay by parameter, '*/router/*: learning_rate=1e-4,
-      # weight_decay=0; ...': patterns of paths, of which the first decides.
+      # Learning rate and weight decay by parameter path; the first pattern that
+      # matches counts: '*/router/*: learning_rate=1e-4, weight_decay=0; ...'.
       groups='',
     )
   )
@@ -262,13 +264,13 @@ def _optimizer() -> ConfigDict:
 def _sharding() -> ConfigDict:
   return ConfigDict(
     dict(
-      # 'dp' (every device holds all weights), 'fsdp' (weights are spread over
-      # the axis 'data') or 'tp' (over the axis 'model').
+      # 'dp' (every device holds all weights), 'fsdp' (weights are sharded along
+      # the axis 'data') or 'tp' (along the axis 'model').
       preset='dp',
-      # Devices along the axis 'model'; the rest are along 'data'.
+      # Devices along the axis 'model'; the others are along 'data'.
       model_parallel_size=1,
-      # (array's axis, mesh axis) pairs like ('mlp', 'model') before those of
-      # the preset; see moepeft.core.sharding.
+      # (array axis, mesh axis) pairs like ('mlp', 'model') that precede those
+      # of the preset; see moepeft.core.sharding.
       rules=(),
     )
   )
@@ -280,17 +282,16 @@ def _evaluation() -> ConfigDict:
       # Whether to evaluate before and after training.
       before=True,
       after=True,
-      # Steps between validation losses while training; 0 for none.
+      # Steps between validation losses in training; 0 for none.
       every_steps=0,
-      # Families evaluated where the source is 'tasks'.
+      # Families to evaluate if the source is 'tasks'.
       tasks='A,B,C',
       # Rows with choices to rank, in the form of data.path; '' for none.
       path='',
-      # At most this many examples of a task (and split of templates).
+      # The maximum number of examples of a task (and split of templates).
       max_examples=100,
       batch_size=32,
-      # The validation loss is of so many times batch_size held-out examples,
-      # evenly spread, or of all where there are fewer.
+      # The maximum number of batches, evenly spaced, in the validation loss.
       max_batches=8,
     )
   )
@@ -300,8 +301,8 @@ def _checkpoint() -> ConfigDict:
   return ConfigDict(
     dict(
       every_steps=100,
-      # The newest so many are kept, and the one of the least validation loss
-      # too where `keep_best` (needs evaluation.every_steps).
+      # The number of latest checkpoints to keep. `keep_best` also keeps the one
+      # with the lowest validation loss (needs evaluation.every_steps).
       max_to_keep=2,
       keep_best=False,
     )
@@ -312,27 +313,28 @@ def _log() -> ConfigDict:
   return ConfigDict(
     dict(
       every_steps=10,
-      # Pictures in <workdir>/plots, drawn once a minute and at the end.
+      # Plots in <workdir>/plots, drawn once a minute and at the end.
       plots=True,
       # Names of moepeft.runs.trackers, 'tensorboard,wandb'; '' for none.
       trackers='tensorboard',
-      # The project of Weights & Biases.
+      # The project in Weights & Biases.
       wandb_project='',
     )
   )
 
 
 def paper(size: str, model: str = '', data: str = '') -> ConfigDict:
-  """The settings that the paper's runs on T5 1.1 of a size share.
+  """The common settings of the paper's runs on T5 1.1 of a size.
 
   Source: the released code's run files: Adafactor at a constant 3e-4 whose
-  clock goes on from the base's 1,100,000 steps, batches of 32 packed rows,
+  decay continues from 1,100,000 pretraining steps, batches of 32 packed rows,
   500,000 steps, 1024 and 256 tokens, dropout 0.1, z-loss 1e-4, the loss
   averaged per sequence.
 
   Args:
     size: 'large', 'xl' or 'xxl'.
-    model: a copy of the base, t5_1_1_lm100k_<size>; '' suffices to count.
+    model: the path of the base, t5_1_1_lm100k_<size>; '' suffices to count
+      parameters.
     data: a directory of cached tasks of P3.
   """
   c = default()
@@ -391,15 +393,15 @@ def finetuning(text: str, method: str, **paper: float) -> ConfigDict:
 
 
 def values(text: str, /, **defaults: Any) -> ConfigDict:
-  """Reads a config file's values: 'experts=20,rank=4' over its defaults.
+  """Parses a config file's values, 'experts=20,rank=4', over its defaults.
 
-  Commas within parentheses are a value's own: 'method=lora(rank=8, alpha=1)'.
+  Commas in parentheses are part of a value: 'method=lora(rank=8, alpha=1)'.
 
   Raises:
-    ValueError: the text is not of that form, or the file has no such value.
+    ValueError: the text has another syntax, or the file has no such value.
   """
   result = dict(defaults)
-  for part in _parts(text or ''):
+  for part in _split_values(text or ''):
     key, equals, value = part.partition('=')
     if not equals:
       raise ValueError(
@@ -410,34 +412,34 @@ def values(text: str, /, **defaults: Any) -> ConfigDict:
         f'this config has no value {shortened(key)}; it has '
         f'{", ".join(defaults) or "none"}{suggestion(key, defaults)}'
       )
-    result[key] = _typed(value, defaults[key], key)
+    result[key] = _parse_value(value, defaults[key], key)
   return ConfigDict(result)
 
 
-def _parts(text: str) -> list[str]:
-  """The parts between commas, those within parentheses aside; none is empty."""
+def _split_values(text: str) -> list[str]:
+  """Splits at commas outside of parentheses, without empty parts."""
   parts, depth = [''], 0
-  for letter in text:
-    depth += (letter == '(') - (letter == ')')
-    if letter == ',' and depth == 0:
+  for char in text:
+    depth += (char == '(') - (char == ')')
+    if char == ',' and depth == 0:
       parts.append('')
     else:
-      parts[-1] += letter
+      parts[-1] += char
   return [part for part in parts if part]
 
 
-def _typed(value: str, like: Any, key: str) -> Any:
-  if isinstance(like, str):
-    return value
+def _parse_value(text: str, default: Any, key: str) -> Any:
+  if isinstance(default, str):
+    return text
   try:
-    typed = parse_literal(value)
+    value = parse_literal(text)
   except ValueError:
-    typed = value
-  if type(typed) is int and isinstance(like, float):
-    return float(typed)
-  if type(typed) is not type(like):
+    value = text
+  if type(value) is int and isinstance(default, float):
+    return float(value)
+  if type(value) is not type(default):
     raise ValueError(
-      f'the value {key} is of type {type(like).__name__}; got '
-      f'{shortened(value)}'
+      f'the value {key} is of type {type(default).__name__}; got '
+      f'{shortened(text)}'
     )
-  return typed
+  return value

@@ -26,7 +26,7 @@ ALLOWED: dict[str, Range | Choices] = {
   'preference.loss': Choices(('sigmoid', 'hinge', 'ipo', 'robust')),
   'preference.beta': Range(0, 1_000, above=True),
   'preference.label_smoothing': Range(
-    0, 0.5, below=True, note='at 0.5 labels say nothing'
+    0, 0.5, below=True, note='at 0.5 labels have no information'
   ),
   'preference.sft_weight': _WEIGHT,
   'preference.margin': _WEIGHT,

@@ -77,7 +77,7 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
       continue
     value = old_section.pop(old_name)
     section, name = _parent(new, new_key)
-    # Two old keys, of --imports and of SeqIO, became config.imports.
+    # Two old keys became config.imports: --imports and SeqIO's.
     if not section.get(name):
       section[name] = value
     elif value and new_key == 'imports':

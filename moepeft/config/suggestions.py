@@ -106,10 +106,10 @@ def similar_keys(key: str, known_keys: Sequence[str]) -> list[str]:
 
 
 def unknown_flag(name: str, flags: Iterable[str], has_config: bool) -> str:
-  """The message for a flag that a command lacks.
+  """The message for a flag that a command does not have.
 
   Args:
-    flags: the names of its flags.
+    flags: the names of the command's flags.
     has_config: whether config keys are flags of the command.
   """
   similar_flag = nearest(name, flags)

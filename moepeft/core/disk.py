@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognition of a full disk in an error, and the sentence that replaces it."""
+"""Detects a full disk in an error, and reports it in one sentence."""
 
 import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-# The texts of the same errors in exceptions of C++ libraries.
-_WORDS = tuple(os.strerror(code) for code in _FULL)
+_FULL_CODES = (errno.ENOSPC, errno.EDQUOT)
+# The texts of these errors in exceptions of C++ libraries.
+_WORDS = tuple(os.strerror(code) for code in _FULL_CODES)
 
 
 class FullDisk(ValueError):
-  """A full disk, reported by a sentence that says what to do."""
+  """A full disk, with a message that says what to do."""
 
 
 def is_full(error: BaseException | None) -> bool:
-  """Whether an error, or what it was raised from, says that a disk is full."""
+  """Whether an error or one of its causes is a full disk."""
   while error is not None:
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in _FULL_CODES:
       return True
     if any(word in str(error) for word in _WORDS):
       return True
@@ -30,14 +30,14 @@ def is_full(error: BaseException | None) -> bool:
 def tell_full_disk(
   path: str, latest: Callable[[], int | None]
 ) -> Iterator[None]:
-  """Turns a full disk, met inside, into a sentence that says what to do.
+  """Replaces the error of a full disk by a `FullDisk` that says what to do.
 
   Args:
-    path: what is written to.
-    latest: gives the step of the latest whole checkpoint, if there is one.
+    path: the path that the block writes to.
+    latest: returns the step of the latest complete checkpoint, if any.
 
   Raises:
-    ValueError: the disk is full; other errors pass.
+    FullDisk: the disk is full; other errors propagate.
   """
   try:
     yield
@@ -51,7 +51,7 @@ def tell_full_disk(
 
 
 def next_start(step: int | None) -> str:
-  """The step that the same command starts from, in words."""
+  """The step that the same command starts from, as the end of a sentence."""
   if step is None:
     return 'begins anew, as there is no whole checkpoint yet'
   return f'goes on from the checkpoint of step {step}'

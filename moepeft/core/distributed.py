@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes as one run: they come together, and the first writes."""
+"""Runs on several processes: initialization, exit and output."""
 
 import contextlib
 import ctypes
@@ -16,11 +16,11 @@ from jax.experimental import multihost_utils
 
 from moepeft.core import files, process_barrier
 
-# Seconds that --distributed_timeout may be.
+# The range of --distributed_timeout, in seconds.
 SHORTEST, LONGEST = 10, 86_400
-# As collectives of CPUs and GPUs, and JAX's coordination, say that a peer is
-# gone.
-_LOST = (
+# Words in the errors of collectives and of JAX's coordination service after a
+# process was lost.
+_LOST_PEER = (
   'Gloo',
   'NCCL',
   'UNAVAILABLE',
@@ -31,26 +31,26 @@ _LOST = (
   'Connection reset by peer',
   'Connection closed by peer',
 )
-_CODE = 2
+_EXIT_CODE = 2
 
 
 def join(cluster: str, timeout: int = 300) -> None:
-  """Makes this process one of several; only the first goes on to print.
+  """Joins the processes of a run; only the first one prints after that.
 
   Args:
-    cluster: 'auto' on a cluster that JAX knows, else
-      'HOST:PORT,PROCESSES,NUMBER', the address being of the first process.
-    timeout: seconds to wait for all to come, and after which one that is
-      silent counts as lost.
+    cluster: 'auto' on a cluster that JAX detects, else
+      'HOST:PORT,PROCESSES,NUMBER' with the address of process 0.
+    timeout: seconds to wait for all processes, and after which a process that
+      does not answer counts as lost.
 
   Raises:
-    ValueError: `cluster` is not of the form, or they do not come together.
+    ValueError: `cluster` has another syntax, or a process is missing.
   """
   address, *numbers = cluster.split(',')
-  counted = len(numbers) == 2 and all(map(str.isdecimal, numbers))
+  has_numbers = len(numbers) == 2 and all(map(str.isdecimal, numbers))
   port = address.rpartition(':')[2]
   if cluster != 'auto' and not (
-    counted and port.isdecimal() and 0 < int(port) < 65_536
+    has_numbers and port.isdecimal() and 0 < int(port) < 65_536
   ):
     raise ValueError(
       f"--distributed is 'auto' or HOST:PORT,PROCESSES,NUMBER; got {cluster!r}"
@@ -58,21 +58,20 @@ def join(cluster: str, timeout: int = 300) -> None:
   arguments: tuple = ()
   if cluster == 'auto':
     print(
-      f'waiting for the other processes of the cluster, for {timeout} s at '
-      'most',
+      f'waiting for the other processes, for at most {timeout} s',
       file=sys.stderr,
     )
   else:
     count, number = map(int, numbers)
     if not number < count:
       raise ValueError(
-        f'--distributed={cluster} is number {number} of {count}; they are '
-        f'numbered from 0 to {count - 1}'
+        f'--distributed={cluster} is number {number} of {count}; the numbers '
+        f'are 0 to {count - 1}'
       )
     process_barrier.wait_for_all(address, count, number, timeout)
     arguments = (address, count, number)
-  _say_at_abort(
-    f'the processes of --distributed={cluster} did not come together in '
+  _set_abort_message(
+    f'the processes of --distributed={cluster} did not connect within '
     f'{timeout} s (--distributed_timeout), or one was lost; start all of them '
     'again'
   )
@@ -85,41 +84,40 @@ def join(cluster: str, timeout: int = 300) -> None:
   except (ValueError, RuntimeError) as e:
     reason = str(e).splitlines()[0]
     raise ValueError(
-      f'the processes of --distributed={cluster} do not come together '
-      f'({reason})'
+      f'the processes of --distributed={cluster} cannot connect ({reason})'
     ) from None
-  _say_at_abort(_lost(timeout))
+  _set_abort_message(_lost_message(timeout))
   if not first():
     sys.stdout = open(os.devnull, 'w')
 
 
-def _lost(timeout: int) -> str:
+def _lost_message(timeout: int) -> str:
   return (
-    f'process {jax.process_index()} of {jax.process_count()} ends, as another '
+    f'process {jax.process_index()} of {jax.process_count()} exits, as another '
     f'one was lost or did not answer for {timeout} s (--distributed_timeout); '
-    'start all of them again, and the run goes on from its latest checkpoint'
+    'start all of them again, and the run resumes from its latest checkpoint'
   )
 
 
-# Kept, as the C library has the address of the last one only.
+# The C library has only the address of a handler, so this keeps them alive.
 _handlers: list[Any] = []
 
 
-def _say_at_abort(sentence: str) -> None:
-  """Lets `abort` end the process with a sentence and exit code 2.
+def _set_abort_message(message: str) -> None:
+  """Sets a message and exit code 2 for `abort`.
 
-  JAX's coordination ends a process by `abort`, from a thread of its own, as
-  soon as it knows that another one was lost. Handlers of Python's `signal`
-  would never run then, so the handler is the C library's.
+  JAX's coordination service calls `abort` in a thread of its own as soon as
+  another process is lost. A handler of Python's `signal` would never run, so
+  this one is registered with the C library.
   """
-  line = f'error: {sentence}\n'.encode()
+  line = f'error: {message}\n'.encode()
 
-  def end(number: int) -> None:
+  def exit_process(number: int) -> None:
     del number
     os.write(2, line)
-    os._exit(_CODE)
+    os._exit(_EXIT_CODE)
 
-  handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+  handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(exit_process)
   _handlers.append(handler)
   libc = ctypes.CDLL(None)
   libc.signal.restype = ctypes.c_void_p
@@ -128,10 +126,10 @@ def _say_at_abort(sentence: str) -> None:
 
 
 @contextlib.contextmanager
-def together(timeout: int) -> Iterator[None]:
-  """Within it an error of one of several processes ends this one at once.
+def exit_on_error(timeout: int) -> Iterator[None]:
+  """Exits at once after an error inside, if there are several processes.
 
-  An exit by `sys.exit` would wait for the others, which wait for this one.
+  `sys.exit` would wait for the other processes, which wait for this one.
   """
   try:
     yield
@@ -139,52 +137,58 @@ def together(timeout: int) -> Iterator[None]:
     if jax.process_count() == 1:
       raise
     text = str(e)
-    lost = any(word in text for word in _LOST)
-    if not lost and not isinstance(e, (ValueError, OSError)):
-      # A fault of the program keeps its traceback.
+    is_lost = any(word in text for word in _LOST_PEER)
+    if not is_lost and not isinstance(e, (ValueError, OSError)):
+      # A bug is shown with its traceback.
       sys.excepthook(type(e), e, e.__traceback__)
     else:
-      sentence = _lost(timeout) if lost else text
-      print(f'error: {sentence}', file=sys.stderr)
+      message = _lost_message(timeout) if is_lost else text
+      print(f'error: {message}', file=sys.stderr)
     sys.stderr.flush()
-    os._exit(_CODE)
+    os._exit(_EXIT_CODE)
 
 
 def first() -> bool:
-  """Whether this process is the one that prints and writes."""
+  """Whether this is process 0, which prints and writes for all."""
   return jax.process_index() == 0
 
 
-def places(place: np.ndarray) -> tuple[tuple[int, int], ...]:
-  """Every process's place in its data: int [2] -> a pair for each."""
-  gathered = multihost_utils.process_allgather(place).reshape(-1, 2)
-  return tuple((int(window), int(row)) for window, row in gathered)
+def gather_positions(position: np.ndarray) -> tuple[tuple[int, int], ...]:
+  """The position of every process in its data; `position` is int [2]."""
+  positions = multihost_utils.process_allgather(position).reshape(-1, 2)
+  return tuple((int(window), int(row)) for window, row in positions)
 
 
-def place_of_process(places: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-  """This process's of the places that a checkpoint holds.
+def position_of_process(
+  positions: tuple[tuple[int, int], ...],
+) -> tuple[int, int]:
+  """This process's position among those in a checkpoint.
 
   Raises:
-    ValueError: there were more processes then, or fewer.
+    ValueError: the checkpoint has another number of processes.
   """
-  if len(places) != jax.process_count():
+  if len(positions) != jax.process_count():
     raise ValueError(
-      f'the checkpoint is of {len(places)} processes, here are '
-      f'{jax.process_count()}, which would read other examples; go on with as '
-      'many'
+      f'the checkpoint is of {len(positions)} processes, and '
+      f'{jax.process_count()} would read other examples; resume with as many '
+      'processes'
     )
-  return places[jax.process_index()]
+  return positions[jax.process_index()]
 
 
 def agree(flag: bool, now: bool) -> bool:
-  """Whether any process said it; of several they ask each other `now` only."""
+  """Whether the flag is set in any process.
+
+  Args:
+    now: whether several processes communicate at this call; else False.
+  """
   if jax.process_count() == 1:
     return flag
   return now and bool(np.any(multihost_utils.process_allgather(flag)))
 
 
 def write_json(path: str, value: Any) -> None:
-  """Writes a file, all of it or nothing, from the first process."""
+  """Writes a file atomically, in process 0 only."""
   if not first():
     return
   files.write_text(path, json.dumps(value, indent=2))

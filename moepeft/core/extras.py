@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of packages that only an extra of ours brings."""
+"""Checks that the packages of an extra are installed."""
 
 import importlib.util
 import os
@@ -11,21 +11,21 @@ def require(module: str, extra: str, packages: Sequence[str]) -> None:
   """Checks that packages can be imported.
 
   Args:
-    module: the module of ours that needs them.
-    extra: brings them, by pip install 'moepeft[extra]'.
+    module: the module of moepeft that needs the packages.
+    extra: the extra that installs them, by pip install 'moepeft[extra]'.
 
   Raises:
-    ImportError: one is not installed.
-    SystemExit: the same where `python -m` is importing the module, so that a
-      command ends with the sentence instead of a traceback.
+    ImportError: a package is not installed.
+    SystemExit: instead, if `python -m` imports the module, so that a command
+      ends with the message and without a traceback.
   """
   for name in packages:
     if importlib.util.find_spec(name) is None:
-      sentence = (
+      message = (
         f"{module} needs the package {name}: pip install 'moepeft[{extra}]'"
       )
-      # `python -m` sets '-m' while it looks a module up, then the file's path.
+      # `python -m` sets '-m' while it finds the module, then the file's path.
       file = os.path.join(*module.split('.'), '__main__.py')
       if sys.argv[0] == '-m' or sys.argv[0].endswith(file):
-        raise SystemExit(sentence)
-      raise ImportError(sentence)
+        raise SystemExit(message)
+      raise ImportError(message)

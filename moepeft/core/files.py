@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files opened for reading, regular ones only, and files replaced whole.
+"""Opens regular files only, and replaces files atomically.
 
-Opening a named pipe blocks until somebody writes to it, and reading a device
-may never end, so everything that reads a path that a user or a request named
+Opening a named pipe blocks until another process writes to it, and reading a
+device may never end. So all code that reads a path from a user or a request
 opens it here, or calls `check_file` before a library opens it.
 """
 
@@ -29,14 +29,14 @@ _KINDS = (
 
 
 def local_path(path: str) -> str:
-  """The path as the file system has it.
+  """Expands 'package:NAME' and '~'.
 
   Args:
     path: 'package:NAME' for a directory that ships with moepeft, '~/...' for
-      one in the home directory; any other is returned unchanged.
+      one in the home directory; any other path is returned unchanged.
 
   Raises:
-    ValueError: nothing of that name ships.
+    ValueError: no directory with that name ships.
   """
   if not path.startswith(_PACKAGE):
     return os.path.expanduser(path)
@@ -69,12 +69,12 @@ def open_file(
   Args:
     path: the file; a symbolic link is followed.
     mode: 'rb' or 'r'.
-    encoding: of a text file; 'utf-8-sig' by default, which leaves a byte order
-      mark out of the text.
+    encoding: the encoding of a text file; by default 'utf-8-sig', which
+      removes a byte order mark.
 
   Raises:
-    NotAFile: the path is a pipe, a socket or a device. It is not opened.
-    OSError: it does not exist, is a directory, or may not be read.
+    NotAFile: the path is a pipe, a socket or a device; it is not opened.
+    OSError: the path does not exist, is a directory, or may not be read.
   """
   if mode not in ('r', 'rb'):
     raise ValueError(f"expected mode 'r' or 'rb', got {mode!r}")
@@ -85,8 +85,8 @@ def open_file(
 
 
 def _open_regular(path: str, flags: int) -> int:
-  # The path may have been replaced since it was checked: O_NONBLOCK keeps the
-  # opening of a pipe from blocking, and the descriptor is checked again.
+  # The path may have changed since the check, so O_NONBLOCK prevents a pipe
+  # from blocking, and the descriptor is checked again.
   descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
   try:
     _check_mode(path, os.fstat(descriptor).st_mode)
@@ -110,10 +110,10 @@ def check_file(path: str | os.PathLike) -> None:
 
 
 def check_files(folder: str | os.PathLike) -> None:
-  """Checks a path and, of a directory, what lies directly in it.
+  """Checks a path, or a directory and its entries (not recursively).
 
   Raises:
-    NotAFile: as `check_file`; for libraries that open a directory's files.
+    NotAFile: as `check_file`. For libraries that open a directory's files.
   """
   check_file(folder)
   if os.path.isdir(folder):
@@ -132,7 +132,7 @@ def read_text(path: str | os.PathLike) -> str:
 
   Raises:
     OSError: as `open_file`.
-    UnicodeDecodeError: it is not UTF-8.
+    UnicodeDecodeError: the text is not UTF-8.
   """
   with open_file(path, 'r') as file:
     return file.read()
@@ -146,12 +146,12 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-  """A temporary path beside a file, which replaces it when the block ends.
+  """Yields a temporary path; its file replaces `path` when the block ends.
 
-  At any moment the file is the old one or the new one, whole.
+  The replacement is atomic.
 
   Raises:
-    OSError: it cannot be written; the old file is as it was.
+    OSError: the file cannot be written; the old file is unchanged.
   """
   folder, name = os.path.split(os.path.abspath(path))
   descriptor, temporary = tempfile.mkstemp(prefix=f'.{name}.', dir=folder)
@@ -169,13 +169,16 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a UTF-8 file, all of it or nothing; raises as `replacing`."""
-  with replacing(path) as new, open(new, 'w', encoding='utf-8') as file:
+  """Writes a UTF-8 file atomically; raises as `replacing`."""
+  with (
+    replacing(path) as temporary,
+    open(temporary, 'w', encoding='utf-8') as file,
+  ):
     file.write(text)
 
 
 def umask() -> int:
-  """The process's mask of permissions; the one way to ask is to set it."""
+  """The process's umask, which can be read only by setting it."""
   mask = os.umask(0)
   os.umask(mask)
   return mask

@@ -1,34 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a process that computes on CPU: what is kept, what goes back.
+"""Tunes malloc for computation on CPU, and bounds the memory that it keeps.
 
-XLA takes a program's temporary buffer from malloc at every call. glibc maps a
-block of that size anew and unmaps it after, so every step faults in all of its
-pages: 1.3 times the time (benchmarks/keep_pages.py). One arena that is never
-trimmed keeps them. But whatever else is taken out of a freed buffer leaves too
-little of it for the next, which then lies beside it: in a while the process
-holds several buffers, of which one is in use.
+XLA allocates a program's temporary buffer with malloc at every call. glibc maps
+a block of that size and unmaps it afterwards, so every step faults in all of
+its pages: 1.3 times the time (benchmarks/keep_pages.py). One arena that is
+never trimmed keeps the pages. But a smaller allocation inside a freed buffer
+leaves too little room for the next buffer, which gets new pages. So the heap
+fragments, and in time the process keeps several buffers and uses one.
 """
 
 import ctypes
 import os
 from collections.abc import Callable
 
-# Of glibc's malloc.h.
+# Constants of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _NEVER = -1
 _ACCELERATORS = ('/dev/nvidiactl', '/dev/kfd', '/dev/accel0', '/dev/vfio/0')
-# What a process may hold over what it held after its first step. With 1.5, DPO
-# on a model of 135 M parameters went from 8.6 GB to 15.
-_MOST = 1.25
+# The maximum of resident memory, relative to that after the first step. With
+# 1.5, DPO on a model of 135 M parameters grew from 8.6 GB to 15 GB.
+_MAX_GROWTH = 1.25
 
 
 def tune_malloc() -> bool:
   """Sets glibc's malloc to keep the memory that a step on CPU frees.
 
-  Call it before JAX starts its threads, which would get arenas of their own.
+  Call it before JAX starts its threads, because each would get an arena.
 
   Returns:
-    Whether the options are set: not without glibc or with an accelerator.
+    Whether the options are set: False without glibc or with an accelerator.
   """
   if any(map(os.path.exists, _ACCELERATORS)):
     return False
@@ -45,7 +45,7 @@ def trim() -> None:
 
 
 def resident() -> int:
-  """Bytes of memory that the process holds; 0 where the system tells none."""
+  """The resident set of the process in bytes; 0 if unknown (not Linux)."""
   try:
     with open('/proc/self/statm') as f:
       return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
@@ -54,9 +54,9 @@ def resident() -> int:
 
 
 class Bound:
-  """Gives memory back whenever a process holds much more than it needs.
+  """Returns memory to the system when the resident set has grown too far.
 
-  A step after that is slower by the pages that it faults in.
+  The next step is slower, because it faults its pages in again.
   """
 
   def __init__(
@@ -65,15 +65,15 @@ class Bound:
     trim: Callable[[], None] = trim,
   ):
     self._resident_bytes, self._trim = resident_bytes, trim
-    self._most: float | None = None
+    self._max_bytes: float | None = None
 
   def begin(self) -> None:
-    """To be called when the first step is done: it holds what a step needs."""
-    self._most = _MOST * self._resident_bytes()
+    """Sets the bound; call it after the first step."""
+    self._max_bytes = _MAX_GROWTH * self._resident_bytes()
 
   def check(self) -> bool:
-    """To be called after every step; whether memory was given back."""
-    if self._most is None or self._resident_bytes() <= self._most:
+    """Call it after every step; returns whether it released memory."""
+    if self._max_bytes is None or self._resident_bytes() <= self._max_bytes:
       return False
     self._trim()
     return True

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 
 import jax
 
-# As XLA says it. TensorStore gives a full disk the same code.
+# Texts of XLA's errors. TensorStore uses the same code for a full disk.
 _WORDS = ('Out of memory', 'out of memory', 'Failed to allocate')
 _CODE = 'RESOURCE_EXHAUSTED'
 _DISK = 'No space left on device'
-# Where Linux tells of a machine's and of a control group's memory.
+# The memory of a machine and of a control group on Linux.
 _MEMINFO = '/proc/meminfo'
 _GROUP = '/sys/fs/cgroup'
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-  """Whether an error says that memory of the host or a device ran out."""
+  """Whether an error is out-of-memory on the host or a device."""
   if isinstance(error, MemoryError):
     return True
   if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -29,15 +29,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def check_arrays(size: int, name: str, advice: str) -> None:
-  """Checks that arrays fit before they are made.
+  """Checks that arrays fit into memory before they are allocated.
 
   Args:
-    size: bytes of them.
-    name: of the arrays, a plural.
+    size: the size of the arrays in bytes.
+    name: the arrays' name, in the plural.
     advice: the flags to lower.
 
   Raises:
-    ValueError: there are fewer bytes, with both figures.
+    ValueError: less memory is available; the message has both numbers.
   """
   free, owner = available()
   if free and size > free:
@@ -48,17 +48,17 @@ def check_arrays(size: int, name: str, advice: str) -> None:
 
 
 def available() -> tuple[int, str]:
-  """(bytes that can be allocated, whose they are); 0 where nothing tells."""
+  """(free bytes, the name of their device); 0 bytes if unknown."""
   device = jax.local_devices()[0]
   if device.platform == 'cpu':
-    return _host(), 'this machine'
+    return _available_on_host(), 'this machine'
   stats: Mapping[str, int] = device.memory_stats() or {}
   free = stats.get('bytes_limit', 0) - stats.get('bytes_in_use', 0)
   return max(free, 0), f'the device {device.device_kind}'
 
 
-def _host(meminfo: str = _MEMINFO, group: str = _GROUP) -> int:
-  """Available memory and swap, or less where a control group says so."""
+def _available_on_host(meminfo: str = _MEMINFO, group: str = _GROUP) -> int:
+  """Available memory and swap, or the limit of a control group if lower."""
   limits = []
   try:
     with open(meminfo) as f:
@@ -67,28 +67,29 @@ def _host(meminfo: str = _MEMINFO, group: str = _GROUP) -> int:
     limits.append(sum(map(int, kilobytes)) * 1024)
   except (OSError, KeyError, ValueError):
     pass
-  for most, used in (
+  for max_file, used_file in (
     ('memory.max', 'memory.current'),
     ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes'),
   ):
     try:
       limit, used_bytes = (
-        int(_line(os.path.join(group, name))) for name in (most, used)
+        int(_read(os.path.join(group, name))) for name in (max_file, used_file)
       )
-      # Pages of files that the group holds count as used and can be dropped.
-      limits.append(max(limit - used_bytes, 0) + _cache(group, most))
+      # The group's page cache counts as used and can be dropped.
+      folder = os.path.dirname(os.path.join(group, max_file))
+      limits.append(max(limit - used_bytes, 0) + _page_cache(folder))
     except (OSError, ValueError):  # no such group, or 'max'
       continue
   return min(limits, default=0)
 
 
-def _cache(group: str, most: str) -> int:
-  with open(os.path.join(group, os.path.dirname(most), 'memory.stat')) as f:
+def _page_cache(folder: str) -> int:
+  with open(os.path.join(folder, 'memory.stat')) as f:
     fields = dict(line.split() for line in f)
   return int(fields.get('file', fields.get('total_cache', 0)))
 
 
-def _line(path: str) -> str:
+def _read(path: str) -> str:
   with open(path) as f:
     return f.read().strip()
 

@@ -1,33 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of one run wait for each other at an address, and say so.
+"""A barrier for the processes of one run, with messages.
 
-JAX's own waiting is silent and ends in `abort`. Before it begins, process 0
-listens at the address that JAX will use; the others connect, send a line with
-their number, and wait for the line that all have come.
+JAX waits silently and then calls `abort`. So before JAX starts, process 0
+listens at the address that JAX will use. The other processes connect, send a
+line with their number, and wait for a line that says that all are present.
 """
 
 import socket
 import sys
 import time
-from collections.abc import Callable
 
 _MAGIC = 'moepeft'
 _GO = b'go\n'
-# Seconds between two lines that tell of waiting, and of a connection's silence.
-_TELL_S, _LINE_S = 10.0, 2.0
+# Seconds between two status lines, and seconds to wait for a connection's line.
+_STATUS_INTERVAL, _READ_TIMEOUT = 10.0, 2.0
 
 
 def wait_for_all(address: str, count: int, number: int, timeout: float) -> None:
-  """Returns when all processes of a run have come.
+  """Returns when all processes of a run have connected.
 
   Args:
     address: HOST:PORT of process 0.
-    count: of processes; number: of this one.
+    count: the number of processes.
+    number: the number of this process.
     timeout: in seconds.
 
   Raises:
-    ValueError: they did not come in time, the address cannot be used, or two
-      are of one number or of other counts.
+    ValueError: a process did not connect in time, the address cannot be used,
+      or two processes have the same number.
   """
   if count == 1:
     return
@@ -37,7 +37,7 @@ def wait_for_all(address: str, count: int, number: int, timeout: float) -> None:
   if number == 0:
     _listen(address, int(port), count, timeout, deadline)
   else:
-    _call(address, (host, int(port)), count, number, timeout, deadline)
+    _connect(address, (host, int(port)), count, number, timeout, deadline)
 
 
 def _listen(
@@ -46,7 +46,7 @@ def _listen(
   connections: dict[int, socket.socket] = {}
   print_status = _StatusPrinter()
   try:
-    server = _server(port)
+    server = _create_server(port)
   except OSError as e:
     raise ValueError(
       f'process 0 cannot listen at {address} ({e.strerror}); name another port '
@@ -57,21 +57,21 @@ def _listen(
       while len(connections) < count - 1:
         absent = [n for n in range(1, count) if n not in connections]
         names = ', '.join(map(str, absent[:8])) + ', ...' * (len(absent) > 8)
-        words = (
+        text = (
           f'{len(absent)} of {count} processes at {address} (number {names})'
         )
-        print_status(f'waiting for {words}, for {timeout:g} s at most')
+        print_status(f'waiting for {text}, for at most {timeout:g} s')
         if time.monotonic() > deadline:
           raise ValueError(
-            f'{words} did not come in {timeout:g} s (--distributed_timeout); '
-            'start all of them again'
+            f'{text} did not connect within {timeout:g} s '
+            '(--distributed_timeout); start all of them again'
           )
         server.settimeout(0.5)
         try:
           connection, _ = server.accept()
         except TimeoutError:
           continue
-        number = _greeted(connection, count)
+        number = _read_number(connection, count)
         if number is None:
           connection.close()
         elif number in connections:
@@ -84,43 +84,43 @@ def _listen(
       for connection in connections.values():
         connection.sendall(_GO)
       for connection in connections.values():
-        # They close first: a port that closes first stays in use for a while.
-        connection.settimeout(_LINE_S)
-        _until(connection.recv, 1)
+        # The peer closes first: the port of the side that closes first stays in
+        # use for a while.
+        connection.settimeout(_READ_TIMEOUT)
+        _receive(connection, 1)
     finally:
       for connection in connections.values():
         connection.close()
 
 
-def _server(port: int) -> socket.socket:
-  # As JAX, which listens on all interfaces.
+def _create_server(port: int) -> socket.socket:
+  # JAX listens on all interfaces too.
   if socket.has_dualstack_ipv6():
     family = {'family': socket.AF_INET6, 'dualstack_ipv6': True}
     return socket.create_server(('', port), **family)
   return socket.create_server(('', port))
 
 
-def _greeted(connection: socket.socket, count: int) -> int | None:
-  """The number of who has connected; None for somebody else."""
-  connection.settimeout(_LINE_S)
-  words = (_until(connection.recv, 64) or b'').decode('ascii', 'replace')
-  match words.split():
-    case [magic, others, number] if magic == _MAGIC and number.isdecimal():
-      if others == str(count) and 0 < int(number) < count:
+def _read_number(connection: socket.socket, count: int) -> int | None:
+  """The number of the process that connected; None for any other program."""
+  connection.settimeout(_READ_TIMEOUT)
+  match _receive(connection, 64).decode('ascii', 'replace').split():
+    case [magic, peer_count, number] if magic == _MAGIC and number.isdecimal():
+      if peer_count == str(count) and 0 < int(number) < count:
         return int(number)
   return None
 
 
-def _until(read: Callable[[int], bytes], size: int) -> bytes | None:
+def _receive(connection: socket.socket, size: int) -> bytes:
   try:
-    return read(size)
+    return connection.recv(size)
   except OSError:
-    return None
+    return b''
 
 
-def _call(
+def _connect(
   address: str,
-  place: tuple[str, int],
+  host_port: tuple[str, int],
   count: int,
   number: int,
   timeout: float,
@@ -128,35 +128,37 @@ def _call(
 ) -> None:
   print_status = _StatusPrinter()
   line = f'{_MAGIC} {count} {number}\n'.encode()
-  while (left := deadline - time.monotonic()) > 0:
+  while (seconds_left := deadline - time.monotonic()) > 0:
     print_status(
       f'process {number} of {count} is waiting for the others at {address}, '
-      f'for {timeout:g} s at most'
+      f'for at most {timeout:g} s'
     )
     try:
-      with socket.create_connection(place, timeout=min(left, _TELL_S)) as peer:
+      with socket.create_connection(
+        host_port, timeout=min(seconds_left, _STATUS_INTERVAL)
+      ) as peer:
         peer.sendall(line)
-        peer.settimeout(left)
+        peer.settimeout(seconds_left)
         if peer.recv(len(_GO)) == _GO:
           return
     except OSError:
       pass
-    time.sleep(min(0.5, max(left, 0)))
+    time.sleep(min(0.5, max(seconds_left, 0)))
   raise ValueError(
-    f'process 0 of {count} did not let process {number} begin at {address} in '
+    f'process 0 of {count} did not answer process {number} at {address} within '
     f'{timeout:g} s (--distributed_timeout); start all of them again, with the '
     'same address and number of processes'
   )
 
 
 class _StatusPrinter:
-  """Prints a line when it is new, and now and then again."""
+  """Prints a line when it changes, and again after an interval."""
 
   def __init__(self):
-    self._last, self._at = '', 0.0
+    self._last_line, self._last_time = '', 0.0
 
   def __call__(self, line: str) -> None:
     now = time.monotonic()
-    if line != self._last or now - self._at > _TELL_S:
+    if line != self._last_line or now - self._last_time > _STATUS_INTERVAL:
       print(line, file=sys.stderr, flush=True)
-      self._last, self._at = line, now
+      self._last_line, self._last_time = line, now

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranges of numbers and sets of names that options may take.
+"""Ranges of numbers and sets of names for options.
 
-Every number and every enumerated text that a user gives has one of these beside
-its default: keys of a config in `moepeft.config.ranges`, options of methods and
-routers in the fields of their modules.
+Every number and every enumerated text that a user sets has one of these: config
+keys in `moepeft.config.ranges`, options of methods and routers in the fields of
+their modules, with the default.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-# Seeds of jax.random.key: larger ones lose their upper bits without a word.
+# Of jax.random.key, which silently drops the upper bits of larger seeds.
 MAX_SEED = 2**32 - 1
 
 
@@ -22,9 +22,9 @@ class Range:
   """Numbers from `low` to `high`.
 
   Attributes:
-    low, high: the ends, allowed themselves unless `above` or `below` is set.
-    above: whether `low` itself is excluded.
-    below: whether `high` itself is excluded.
+    low, high: the bounds, included unless `above` or `below` is set.
+    above: whether `low` is excluded.
+    below: whether `high` is excluded.
     infinite: whether infinity is allowed too.
     note: the reason, as the end of a sentence.
   """
@@ -54,7 +54,7 @@ class Range:
   def check(self, name: str, value: Any) -> None:
     """
     Raises:
-      ValueError: the value is outside; the message begins with `name`.
+      ValueError: the value is out of range; the message begins with `name`.
     """
     if value not in self:
       raise ValueError(f'{name} is {self}; got {shortened(value)}')
@@ -62,7 +62,7 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-  """The names that a text may be; '' is one where it is listed."""
+  """The allowed values of an enumerated text."""
 
   names: tuple[str, ...]
 
@@ -85,7 +85,7 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True)
 class IntegerList:
-  """Lists of integers, one at least, each of a range; or names of lists."""
+  """Lists of at least one integer, each in a range, or names of such lists."""
 
   each: Range
   names: tuple[str, ...] = ()
@@ -114,10 +114,11 @@ class IntegerList:
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-  """Lists of texts, one at least.
+  """Lists of at least one text.
 
   Attributes:
-    kind, example: for messages, what the texts are, and such a list.
+    kind: the noun for the texts in messages.
+    example: a list, for messages.
   """
 
   kind: str = 'paths'
@@ -141,19 +142,19 @@ def option(
   allowed: Range | Choices | IntegerList | Texts | None,
   training_only: bool = False,
 ) -> Any:
-  """A field of a module with the values that it may take beside its default.
+  """A dataclass field with its default and its allowed values.
 
   Args:
-    training_only: whether it changes training alone, not the function that is
-      trained: noise, where a parameter starts and whether it is trained.
+    training_only: whether the option changes training only, not the function
+      of the trained parameters: noise, initialization, whether to train.
   """
   metadata = {'allowed': allowed, 'training_only': training_only}
   return dataclasses.field(default=default, metadata=metadata)
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
-  """The known name that is most like a wrong one, or ''."""
-  # Long texts take time to compare and are like nothing.
+  """The known name that is most similar to a wrong one, or ''."""
+  # Long texts are slow to compare and similar to no name.
   close = difflib.get_close_matches(str(name)[:100], list(names), 1, 0.6)
   return close[0] if close else ''
 
@@ -164,13 +165,13 @@ def suggestion(name: Any, names: Iterable[str]) -> str:
   return f'; did you mean {close!r}?' if close else ''
 
 
-def shortened(value: Any, most: int = 80) -> str:
-  """A value as a message shows it: its repr, cut where it is long."""
+def shortened(value: Any, max_length: int = 80) -> str:
+  """The repr of a value for a message, truncated if it is long."""
   try:
     text = repr(value)
   except ValueError:  # an integer of more than 4,300 digits
     return 'a number of more than 4,300 digits'
-  return text if len(text) <= most else f'{text[:most]}...'
+  return text if len(text) <= max_length else f'{text[:max_length]}...'
 
 
 def _number(value: float) -> str:

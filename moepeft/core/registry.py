@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One registry class for routers, methods, objectives, readers, metrics, ...
 
-A registry maps names to entries. An entry is an implementation together with
-the facts that other code needs to know of it, so that no code branches on an
-entry's name.
+A registry maps names to entries. An entry is an implementation with the facts
+that other code needs to know about it, so that no code branches on an entry's
+name.
 
   # moepeft/moe/__init__.py
   ROUTERS = Registry(
@@ -24,7 +24,7 @@ class Registry(Mapping[str, Any]):
   """Entries by name; a built-in entry's module is imported at first use.
 
   Attributes:
-    kind: what an entry is, as error messages call it: 'router'.
+    kind: the noun for an entry in error messages, such as 'router'.
   """
 
   def __init__(self, kind: str, package: str, locations: Mapping[str, str]):
@@ -42,7 +42,7 @@ class Registry(Mapping[str, Any]):
     """Adds an entry.
 
     Raises:
-      ValueError: the name is taken by another entry.
+      ValueError: another entry has the name.
     """
     if name in self and self[name] is not entry:
       raise ValueError(
@@ -52,10 +52,10 @@ class Registry(Mapping[str, Any]):
     self._entries[name] = entry
 
   def lookup(self, name: str) -> Any:
-    """The entry that a user named.
+    """Returns the entry with a name that a user wrote.
 
     Raises:
-      ValueError: there is none; the message lists the names.
+      ValueError: there is no such entry; the message lists the names.
     """
     if name not in self:
       raise ValueError(

@@ -6,12 +6,12 @@ import re
 
 _MASK = '***'
 # Names of variables whose values are secret.
-_NAMES = re.compile('KEY|TOKEN|SECRET|PASSW|CREDENTIAL', re.IGNORECASE)
-# A shorter value may be a word of the message.
-_LEAST = 8
-# user:password@ of a URL; what signs one; keys of Hugging Face, OpenAI, GitHub
+_SECRET_NAMES = re.compile('KEY|TOKEN|SECRET|PASSW|CREDENTIAL', re.IGNORECASE)
+# A shorter value may be a word in the message.
+_MIN_LENGTH = 8
+# user:password@ in a URL; its signatures; keys of Hugging Face, OpenAI, GitHub
 # and Amazon.
-_FORMS = (
+_PATTERNS = (
   (re.compile(r'(?<=://)[^/\s@]+@'), f'{_MASK}@'),
   (
     re.compile(
@@ -28,8 +28,8 @@ _FORMS = (
 def redact(text: str) -> str:
   """Replaces the secrets in a text by '***'."""
   for name, value in os.environ.items():
-    if len(value) >= _LEAST and _NAMES.search(name):
+    if len(value) >= _MIN_LENGTH and _SECRET_NAMES.search(name):
       text = text.replace(value, _MASK)
-  for form, mask in _FORMS:
-    text = form.sub(mask, text)
+  for pattern, mask in _PATTERNS:
+    text = pattern.sub(mask, text)
   return text

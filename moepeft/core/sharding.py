@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One mesh, and rules as data by which arrays are spread over it.
+"""The device mesh, and the rules that shard arrays over it.
 
-The mesh has the axes 'data', which a batch's rows are spread over, and
-'model'. A rule is a pair of the name of arrays' axes (a value of
-`moepeft.core.types.AXIS_NAMES`) and the mesh axis that they are spread over.
+The mesh has the axes 'data', along which batches are sharded, and 'model'. A
+rule is a pair of an array axis (a value of `moepeft.core.types.AXIS_NAMES`) and
+the mesh axis that it is sharded along.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ Rules = tuple[tuple[str, str], ...]
 PRESETS: dict[str, Rules] = {
   # Every device holds all weights.
   'dp': (),
-  # The wide axes first. Not the layers: a scan takes one after the other, so
-  # each would be fetched from one device.
+  # The wide axes first. Not the layers: the scan reads one layer at a time, so
+  # one device would send each.
   'fsdp': tuple(
     (axis, 'data')
     for axis in ('vocab', 'mlp', 'embed', 'heads', 'head_dim', 'router_input')
   ),
-  # As T5X's rules: vocabulary, feed-forward and heads, also those of keys and
-  # values where there are fewer.
+  # T5X's rules: vocabulary, feed-forward and heads, also those of grouped keys
+  # and values.
   'tp': tuple(
     (axis, 'model') for axis in ('vocab', 'mlp', 'heads', 'kv_heads')
   ),
@@ -39,44 +39,43 @@ PRESETS: dict[str, Rules] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The devices, and the rules by which arrays are spread over them.
+  """The devices, and the rules that shard arrays over them.
 
   Attributes:
-    mesh: with the axes 'data' and 'model'.
-    rules: (array's axis, mesh axis), tried in order.
+    mesh: a mesh with the axes 'data' and 'model'.
+    rules: (array axis, mesh axis), tried in order.
   """
 
   mesh: Mesh
   rules: Rules
 
   @property
-  def whole(self) -> NamedSharding:
-    """The sharding of an array that every device holds all of."""
+  def replicated(self) -> NamedSharding:
+    """The sharding of an array that every device has a full copy of."""
     return NamedSharding(self.mesh, PartitionSpec())
 
 
 def layout(
   preset: str = 'dp', model: int = 1, rules: Sequence = (), devices=None
 ) -> Layout:
-  """The layout that `config.sharding` names, for the devices at hand.
+  """The layout of `config.sharding` for the available devices.
 
   Args:
-    preset: of PRESETS.
-    model: devices along the axis 'model'.
-    rules: (array's axis, mesh axis) pairs that come before the preset's; the
-      mesh axis None keeps an array's axis whole, whatever the rules after it
-      are.
+    preset: a key of PRESETS.
+    model: the number of devices along the axis 'model'.
+    rules: (array axis, mesh axis) pairs that precede those of the preset. The
+      mesh axis None excludes an array axis from all later rules.
 
   Raises:
-    ValueError: there is no such preset or axis, or `model` does
-      not divide the devices.
+    ValueError: there is no such preset or axis, or `model` does not divide the
+      number of devices.
   """
   if preset not in PRESETS:
     raise ValueError(
       f'config.sharding.preset is one of {", ".join(PRESETS)}; got {preset!r}'
     )
   unsharded, ordered_rules = set(), []
-  for axis, mesh_axis in (*map(_rule, rules), *PRESETS[preset]):
+  for axis, mesh_axis in (*map(_parse_rule, rules), *PRESETS[preset]):
     if mesh_axis is None:
       unsharded.add(axis)
     elif axis not in unsharded:
@@ -84,7 +83,7 @@ def layout(
   return Layout(make_mesh(model, devices), tuple(ordered_rules))
 
 
-def _rule(pair: Any) -> tuple[str, str | None]:
+def _parse_rule(pair: Any) -> tuple[str, str | None]:
   if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
     raise ValueError(
       "config.sharding.rules are (array's axis, mesh axis) pairs like "
@@ -103,14 +102,14 @@ def _rule(pair: Any) -> tuple[str, str | None]:
     )
   if mesh_axis not in (*AXES, None):
     raise ValueError(
-      f'config.sharding.rules: {axis!r} is spread over one of '
+      f'config.sharding.rules: {axis!r} is sharded along one of '
       f'{", ".join(AXES)}, or None; got {mesh_axis!r}'
     )
   return axis, mesh_axis
 
 
 def make_mesh(model: int = 1, devices=None) -> Mesh:
-  """All devices, `model` of them along 'model', the rest along 'data'.
+  """A mesh of all devices, `model` of them along 'model'.
 
   Raises:
     ValueError: `model` does not divide the devices.
@@ -119,8 +118,7 @@ def make_mesh(model: int = 1, devices=None) -> Mesh:
   if model < 1 or len(devices) % model:
     raise ValueError(
       f'config.sharding.model_parallel_size={model} does not divide '
-      f'{len(devices)} devices; '
-      'set it to a divisor'
+      f'{len(devices)} devices; set it to a divisor'
     )
   shape = (len(devices) // model, model)
   types = (AxisType.Auto,) * 2
@@ -130,10 +128,10 @@ def make_mesh(model: int = 1, devices=None) -> Mesh:
 def spec(
   layout: Layout, axes: Sequence[str], shape: tuple[int, ...]
 ) -> PartitionSpec:
-  """The mesh axis that each axis of an array is spread over.
+  """The mesh axis for each axis of an array.
 
-  The first rule that fits takes its mesh axis; it fits where the array has
-  the axis and its size divides by the devices along that mesh axis.
+  The rules apply in order, and a mesh axis is used once. A rule applies to an
+  axis with its name whose size is divisible by the devices along the mesh axis.
 
   Args:
     axes: the names of the array's axes.
@@ -142,38 +140,38 @@ def spec(
   for rule_axis, mesh_axis in layout.rules:
     devices = layout.mesh.shape[mesh_axis]
     for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
-      free = mesh_axes[i] is None and mesh_axis not in mesh_axes
-      if axis == rule_axis and free and devices > 1 and size % devices == 0:
+      is_free = mesh_axes[i] is None and mesh_axis not in mesh_axes
+      if axis == rule_axis and is_free and devices > 1 and size % devices == 0:
         mesh_axes[i] = mesh_axis
-  return trimmed(*mesh_axes)
+  return canonical_spec(*mesh_axes)
 
 
-def trimmed(*entries: str | None) -> PartitionSpec:
-  """The one way to write a spec: without None at its end."""
+def canonical_spec(*entries: str | None) -> PartitionSpec:
+  """A PartitionSpec without None at its end, so that equal specs are `==`."""
   while entries and entries[-1] is None:
     entries = entries[:-1]
   return PartitionSpec(*entries)
 
 
-def put(tree: Tree, where: Tree) -> Tree:
-  """Arrays that are the same in every process, to where they shall lie."""
+def put(tree: Tree, shardings: Tree) -> Tree:
+  """`jax.device_put` of arrays that are the same in every process."""
   if jax.process_count() == 1:
-    return jax.device_put(tree, where)
-  return jax.tree.map(_put, tree, where)
+    return jax.device_put(tree, shardings)
+  return jax.tree.map(_put, tree, shardings)
 
 
-def _put(array, where: NamedSharding) -> jax.Array:
+def _put(array, sharding: NamedSharding) -> jax.Array:
   if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-    data = _put(jax.random.key_data(array), where)
+    data = _put(jax.random.key_data(array), sharding)
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
   host = np.asarray(array)
   return jax.make_array_from_callback(
-    host.shape, where, lambda index: host[index]
+    host.shape, sharding, lambda index: host[index]
   )
 
 
 def gather(tree: Tree) -> Tree:
-  """Host arrays, whole, in every process; all processes must call it."""
+  """Full host arrays in every process; all processes must call this."""
 
   def gather_array(array) -> np.ndarray:
     if getattr(array, 'is_fully_addressable', True):
@@ -186,38 +184,37 @@ def gather(tree: Tree) -> Tree:
 
 
 def round_up(mesh: Mesh, rows: int) -> int:
-  """The least number of rows, not below `rows`, that the devices share."""
+  """Rounds up to a multiple of the devices along 'data'."""
   return -(-rows // mesh.shape['data']) * mesh.shape['data']
 
 
-def share(mesh: Mesh) -> tuple[int, int]:
-  """(which, of how many): the share of every batch that this process reads.
+def process_shard(mesh: Mesh) -> tuple[int, int]:
+  """(index, count) of the shard of every batch that this process reads.
 
-  Processes whose devices lie at the same places of 'data' read the same rows.
+  Processes with devices at the same positions along 'data' read the same rows.
 
   Raises:
-    ValueError: the processes do not share the places evenly.
+    ValueError: the processes do not divide the axis 'data' evenly.
   """
-  places = [
+  processes_by_row = [
     frozenset(device.process_index for device in row) for row in mesh.devices
   ]
-  shares = list(dict.fromkeys(places))
+  shards = list(dict.fromkeys(processes_by_row))
   indices = [
-    i for i, processes in enumerate(shares) if jax.process_index() in processes
+    i for i, processes in enumerate(shards) if jax.process_index() in processes
   ]
-  sizes = {places.count(processes) for processes in shares}
+  sizes = {processes_by_row.count(processes) for processes in shards}
   if len(indices) != 1 or len(sizes) != 1:
     raise ValueError(
-      f'config.sharding.model_parallel_size={mesh.shape["model"]} cuts across '
-      'the '
+      f'config.sharding.model_parallel_size={mesh.shape["model"]} does not fit '
       f'{jax.process_count()} processes; set it to a divisor or a multiple of '
-      f'the {jax.local_device_count()} devices of one'
+      f'the {jax.local_device_count()} devices of one process'
     )
-  return indices[0], len(shares)
+  return indices[0], len(shards)
 
 
 def check_rows(mesh: Mesh, rows: int) -> None:
-  """Raises ValueError where a batch's rows do not divide by the devices."""
+  """Raises ValueError if the devices do not divide a batch's rows."""
   count = mesh.shape['data']
   if rows % count:
     raise ValueError(
@@ -227,31 +224,29 @@ def check_rows(mesh: Mesh, rows: int) -> None:
 
 
 def shard_whole_batch(mesh: Mesh, batch: Batch) -> Batch:
-  """`shard_batch` of rows that every process holds all of."""
+  """Shards a batch that is the same in every process; see `shard_batch`."""
   check_rows(mesh, len(next(iter(batch.values()))))
-  where = NamedSharding(mesh, PartitionSpec('data'))
-  return put(batch, dict.fromkeys(batch, where))
+  sharding = NamedSharding(mesh, PartitionSpec('data'))
+  return put(batch, dict.fromkeys(batch, sharding))
 
 
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
-  """The batch with its rows spread over the axis 'data'.
+  """Shards a batch's rows along the axis 'data'.
 
   Args:
-    batch: host arrays; where there are several processes, this one's share
-      of the rows (see `share`).
+    batch: host arrays; with several processes, the rows of this process (see
+      `process_shard`).
 
   Raises:
-    ValueError: the rows do not divide by the devices.
+    ValueError: the devices do not divide the rows.
   """
   row_count = len(next(iter(batch.values())))
-  shares = 1 if jax.process_count() == 1 else share(mesh)[1]
-  check_rows(mesh, row_count * shares)
-  where = NamedSharding(mesh, PartitionSpec('data'))
+  shards = 1 if jax.process_count() == 1 else process_shard(mesh)[1]
+  check_rows(mesh, row_count * shards)
+  sharding = NamedSharding(mesh, PartitionSpec('data'))
   if jax.process_count() == 1:
-    return jax.device_put(batch, where)
+    return jax.device_put(batch, sharding)
   return {
-    key: jax.make_array_from_process_local_data(
-      where, np.asarray(rows_of_process)
-    )
-    for key, rows_of_process in batch.items()
+    key: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
+    for key, rows in batch.items()
   }

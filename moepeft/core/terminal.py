@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text of models, files and requests, made safe to print at a terminal.
+"""Escapes text of models, files and requests for printing at a terminal.
 
 Control characters move the cursor, retitle the window, write the clipboard or
-reorder a line. Whatever text moepeft did not write itself is printed through
-`visible`, to terminals and to pipes alike: `| less -R` and `| tee` lead to a
-terminal too. Exact text is in what the API and `--trace` give.
+reorder a line. All text from outside moepeft is printed through `visible`, to
+terminals and to pipes alike: `| less -R` and `| tee` lead to a terminal too.
+The API and `--trace` have the exact text.
 """
 
 import re
@@ -21,8 +21,8 @@ _CONTROL = re.compile(
 def visible(value: Any) -> str:
   r"""A value's text with control characters written as `\x1b` or `\u202e`.
 
-  Newlines and tabs stay. Each character is looked at by itself, so a text may
-  come in pieces of any size; only a `\r\n` that is split is not one newline.
+  Newlines and tabs stay. A text may be escaped in parts of any size, except
+  that a split `\r\n` is not one newline.
   """
   text = str(value).replace('\r\n', '\n')
   return _CONTROL.sub(lambda match: escaped(match[0]), text)
@@ -35,10 +35,10 @@ def escaped(char: str) -> str:
 
 
 def json_safe(text: str) -> str:
-  r"""A JSON text whose strings have `\u009b` for each control character.
+  r"""Escapes the control characters in a JSON text as `\u009b`.
 
-  The value of the text is the same: `json.dumps(ensure_ascii=False)` leaves
-  C1, DEL, overrides and halves of surrogates as they are.
+  The text keeps its value. `json.dumps(ensure_ascii=False)` does not escape C1,
+  DEL, overrides and halves of surrogate pairs.
   """
   return _CONTROL.sub(lambda match: f'\\u{ord(match[0]):04x}', text)
 

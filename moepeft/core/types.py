@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Types that every folder shares: AXIS_NAMES, Context, Routing, Batch, State.
 
-One letter stands for an axis in einsums, comments and shapes of docstrings:
+Einsums, comments and the shapes in docstrings use one letter for an axis:
 b batch, t query or target length, s key or source length, d model, n heads,
-k heads of keys and values where they are fewer, h head size, f ffn,
-v vocabulary, e experts, r rank, l layers, i what a router reads (a site's
-features in one axis), p positions or buckets of them, y token types, c what a
-projection makes of d where that is d once more.
+k key-value heads if they are fewer, h head size, f ffn, v vocabulary,
+e experts, r rank, l layers, i the input of a router (a site's features in one
+axis), p positions or buckets of them, y token types, c the output of a square
+projection of d.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import jax
 from flax import struct
 
-# Names of the axes of stored arrays, which partition rules name, by the letters
-# of einsums.
+# Einsum letter -> the name of an axis of stored arrays, for partition rules.
 AXIS_NAMES = {
   'd': 'embed',
   'n': 'heads',
@@ -37,39 +36,39 @@ AXIS_NAMES = {
 Array = jax.Array
 Tree = Any  # a nested dict of arrays
 Batch = dict[str, Array]
-# Prefixes of a batch's keys: of the two answers of a pair; of a judged answer
-# and the same answer to another prompt.
+# Prefixes of a batch's keys: for the two answers of a pair; for a labeled
+# answer and the same answer with another prompt.
 PAIR = ('chosen_', 'rejected_')
 JUDGED = ('', 'kl_')
 
 
 @struct.dataclass
 class Context:
-  """The inputs of adapters and routers beside `x`; None where absent.
+  """The inputs of adapters and routers beside `x`; None if absent.
 
   Attributes:
-    token_mask: bool [b, t], True where `x` holds a real token.
-    prompt_mask: bool [b, t], True on the tokens before the first trained one
-      of their segment, the prompt; of an encoder on all real tokens. None
-      where the batch does not say what is trained.
-    task_ids: int32 [b, t], 1.. for each of the tasks that the method's routers
-      name, 0 on padding; of batches that say which task each example is of.
+    token_mask: bool [b, t], True on real tokens.
+    prompt_mask: bool [b, t], True on the prompt, that is the tokens before the
+      first trained token of their segment; in an encoder, on all real tokens.
+      None if the batch has no loss mask.
+    task_ids: int32 [b, t], 1.. for the tasks that the method's routers name, 0
+      on padding. None if the batch has no tasks.
     segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
     positions: int32 [b, t], position within the segment; in a cached decoder
-      with right-padded prompts, also where each token is written.
-    routing: a Routing [l, b, t, e] that an earlier pass has made, used by the
-      sites of a stack instead of their own routers, each layer its own part.
-    layer: int32 scalar, the layer's number within its stack.
-    layer_count: how many layers that stack has, 0 outside of it; static.
-    expert_mask: bool [e], set for a router alone: the experts that its layer
-      has; None where it has all. A router gives the others no weight; see
+      with right-padded prompts, also each token's position in the cache.
+    routing: a Routing [l, b, t, e] from an earlier pass, which the sites of a
+      stack use instead of their routers, each layer with its own slice.
+    layer: int32 scalar, the layer's index within its stack.
+    layer_count: the number of layers in that stack, 0 outside of it; static.
+    expert_mask: bool [e], only for a router: the experts that its layer has;
+      None for all. A router gives no weight to any other expert; see
       `moepeft.moe.gate.mask_experts`.
-    index: int32 scalar, the position that a cached decoder writes next.
+    index: int32 scalar, the next position in the cache of a decoder.
     train: whether dropout and router noise are on; static.
     decode: whether attention reads and writes its cache; static.
     cache_length: the cache's length in tokens; static.
-    run_layers: replaces `nn.scan_layers.scan_layers`, whose arguments it
-      takes: (block, length, x, ctx, args) -> x; static.
+    run_layers: replaces `nn.scan_layers.scan_layers` and has its arguments,
+      (block, length, x, ctx, args) -> x; static.
   """
 
   token_mask: Array | None = None
@@ -93,14 +92,14 @@ class Routing:
   """A router's decision for each token.
 
   Attributes:
-    logits: float32 [..., e], before expert dropout and selection; -inf of
+    logits: float32 [..., e], before expert dropout and selection; -inf for
       experts that the layer does not have.
-    combine_weights: float32 [..., e], what the experts are mixed with.
-    k: how many experts have weight, the same for every token; None where their
-      number differs or all of them have some. Static.
-    selects: whether a token has weights of zero, their number differing from
-      token to token. Static.
-    aux: the router's own figures by name, float32 [..., *any]: a loss or a
+    combine_weights: float32 [..., e], the weights of the experts' outputs.
+    k: the number of experts with weight, the same for every token; None if it
+      differs or all of them have weight. Static.
+    selects: whether tokens have zero weights, and unlike numbers of them.
+      Static.
+    aux: the router's metrics by name, float32 [..., *any]: a loss or a
       statistic of its entry reads their sums over the real tokens.
   """
 
@@ -112,7 +111,7 @@ class Routing:
 
   @property
   def sparse(self) -> bool:
-    """Whether a token is sent to some of the experts and no others."""
+    """Whether each token is routed to fewer than all experts."""
     experts = self.combine_weights.shape[-1]
     return self.selects or (self.k is not None and self.k < experts)
 
@@ -122,13 +121,13 @@ class State:
   """The training state.
 
   Attributes:
-    step: int32 scalar, updates done.
-    trainable: what `jax.grad` sees: 'peft', or 'params' for `full`.
-    frozen: the other collection; no gradient, no optimizer state.
-    opt: the optimizer's state over `trainable`.
+    step: int32 scalar, the number of updates.
+    trainable: the collection to differentiate: 'peft', or 'params' for `full`.
+    frozen: the other collection, without gradient and optimizer state.
+    opt: the optimizer's state for `trainable`.
     rng: the key that every step folds its number into.
-    reference: adapters that stay as they are, which an objective measures
-      against; {} for none. Read anew by a run that goes on, never saved.
+    reference: frozen adapters of an objective's reference model; {} for none.
+      A resumed run reads them again; checkpoints do not have them.
   """
 
   step: Array

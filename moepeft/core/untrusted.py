@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON and YAML from files, requests and model servers, read within limits.
+"""Parses JSON and YAML from files, requests and model servers, within limits.
 
 `json.loads` raises RecursionError on deep nesting, accepts half of a surrogate
-pair, which no tokenizer and no terminal can encode, and says nothing of types.
-Whatever moepeft did not write itself a moment ago is read here; every fault is
-a `Malformed`, a ValueError whose message is one sentence.
+pair, which no tokenizer and no terminal can encode, and checks no types. All
+JSON and YAML from outside the process is parsed here. Every fault is a
+`Malformed`, a ValueError whose message is one sentence.
 """
 
 import ast
@@ -21,18 +21,18 @@ from moepeft.core import files
 
 Kind = TypeVar('Kind')
 
-# Nesting beyond which a text is refused. Configs, schemas and tool calls of
-# real use stay under 30 levels.
+# The maximum nesting. Configs, schemas and tool calls in practice have fewer
+# than 30 levels.
 MAX_DEPTH = 100
-# Nodes that a YAML text may have after its aliases are expanded.
+# The maximum number of nodes in a YAML text after its aliases are expanded.
 _MAX_NODES = 1_000_000
-# Characters of a literal.
+# In characters.
 _MAX_LITERAL = 10_000
-# Integers of JSON have no bound, arrays of NumPy and JAX do.
+# JSON's integers have no bound, but NumPy's and JAX's arrays do.
 _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 _SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 _REQUIRED = object()
-_NAMES = {
+_TYPE_NAMES = {
   bool: 'true or false',
   dict: 'an object',
   float: 'a number',
@@ -43,7 +43,7 @@ _NAMES = {
 
 
 class Malformed(ValueError):
-  """A text is not JSON or YAML, or a value in it is not of its type."""
+  """A text is not JSON or YAML, or a value in it has the wrong type."""
 
 
 def parse_json(
@@ -53,24 +53,24 @@ def parse_json(
   check_text: bool = True,
   unique_keys: bool = False,
 ) -> Any:
-  """The value of a JSON text.
+  """Parses a JSON text.
 
   Args:
-    text: UTF-8 where it is bytes; a byte order mark at its start is ignored.
-    max_depth: levels of lists and objects.
+    text: bytes are UTF-8; a byte order mark at the start is ignored.
+    max_depth: the maximum nesting of lists and objects.
     allow_nan: whether NaN and Infinity, which Python writes, are numbers.
-    check_text: whether strings are looked at for halves of surrogate pairs;
-      False where the caller does so and names the field.
-    unique_keys: whether an object may have a key once alone; else the last of
-      its values counts, as elsewhere in Python.
+    check_text: whether to check strings for halves of surrogate pairs; False
+      if the caller does so and names the field.
+    unique_keys: whether a repeated key in an object is an error; else the last
+      value counts, as in `json.loads`.
 
   Raises:
-    Malformed: not JSON, nested too deeply, or a string holds half a surrogate
-      pair. The message has no name of a source: 'not JSON (...)'.
+    Malformed: the text is not JSON, is nested too deeply, or has half a
+      surrogate pair. The message does not name the source: 'not JSON (...)'.
   """
   options = {} if allow_nan else {'parse_constant': _refuse_constant}
   if unique_keys:
-    options['object_pairs_hook'] = _object_of
+    options['object_pairs_hook'] = _unique_object
   try:
     if isinstance(text, bytes):
       text = text.decode('utf-8-sig')
@@ -78,13 +78,13 @@ def parse_json(
   except UnicodeDecodeError:
     raise Malformed('not UTF-8') from None
   except json.JSONDecodeError as error:
-    where = f'line {error.lineno}, column {error.colno}'
-    raise Malformed(f'not JSON ({error.msg}: {where})') from None
+    location = f'line {error.lineno}, column {error.colno}'
+    raise Malformed(f'not JSON ({error.msg}: {location})') from None
   except RecursionError:
     raise Malformed(_too_deep(max_depth)) from None
   except ValueError as error:  # an integer of more than 4,300 digits; NaN
     raise Malformed(f'not JSON ({str(error).partition(";")[0]})') from None
-  # Most texts have fewer brackets in all than levels are allowed.
+  # Most texts have fewer brackets than the maximum depth.
   if text.count('[') + text.count('{') > max_depth:
     _check_depth(value, max_depth)
   if check_text and _SURROGATE.search(text):
@@ -93,10 +93,10 @@ def parse_json(
 
 
 def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader):
-  """The value of a YAML text; raises Malformed as `parse_json` does.
+  """Parses a YAML text; raises Malformed as `parse_json` does.
 
   Args:
-    loader: a safe loader, which makes plain values only.
+    loader: a safe loader, which constructs plain values only.
   """
   try:
     value = yaml.load(text.removeprefix('\ufeff'), loader)  # noqa: S506
@@ -105,7 +105,7 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader):
   except RecursionError:
     raise Malformed(_too_deep(MAX_DEPTH)) from None
   except (ValueError, TypeError) as error:
-    # A date of month 13; a list as a mapping's key.
+    # For example a date with month 13, or a list as a mapping's key.
     raise Malformed(f'not YAML ({error})') from None
   _check_depth(value, MAX_DEPTH, _MAX_NODES)
   check_encodable(value)
@@ -113,25 +113,25 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader):
 
 
 def parse_literal(text: str) -> Any:
-  """The value of a Python literal, such as a command line has.
+  """Parses a Python literal, for example from a command line.
 
   Raises:
-    Malformed: it is no literal, or is longer than 10,000 characters.
+    Malformed: the text is no literal, or is longer than 10,000 characters.
   """
   try:
     if len(text) > _MAX_LITERAL:
       raise ValueError
     return ast.literal_eval(text.strip())
   except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-    # A MemoryError is how the parser refuses a text that is nested too deeply.
+    # The parser raises MemoryError if a text is nested too deeply.
     raise Malformed('no literal of Python') from None
 
 
 def read_json(path: str | os.PathLike) -> Any:
-  """The value of a JSON file.
+  """Parses a JSON file.
 
   Raises:
-    Malformed: as `parse_json`, and the message names the file.
+    Malformed: as `parse_json`; the message names the file.
     OSError: the file cannot be opened, or is no regular file.
   """
   raw = files.read_bytes(path)
@@ -142,11 +142,11 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
-  """The object of a JSON file; raises as `read_json`."""
+  """Parses a JSON file with an object; raises as `read_json`."""
   value = read_json(path)
   if not isinstance(value, dict):
     raise Malformed(
-      f'{os.fspath(path)} holds {_name_of(value)}, expected a JSON object'
+      f'{os.fspath(path)} has {_type_name(value)}, expected a JSON object'
     )
   return value
 
@@ -154,32 +154,34 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
 def field(
   source: Any, key: str, kind: type[Kind], default: Any = _REQUIRED
 ) -> Kind:
-  """A field of a parsed object, of the type that is expected.
+  """Returns a field of a parsed object, and checks its type.
 
   Args:
-    source: the object, or whatever stands in its place.
-    key: the field's name; 'message.content' goes down two levels.
-    kind: bool, int (of 64 bits), float (integers too), str, list or dict.
-    default: the value where the field is absent or null; without a default
-      such a field is an error.
+    source: the object; any other value is an error.
+    key: the field's name; 'message.content' is a field of a field.
+    kind: bool, int (64 bits), float (integers too), str, list or dict.
+    default: the value if the field is absent or null; without a default, such
+      a field is an error.
 
   Raises:
     Malformed: 'expected an integer in 'n', got a text'.
   """
   *parents, name = key.split('.')
-  absent = _REQUIRED if default is _REQUIRED else {}
+  parent_default = _REQUIRED if default is _REQUIRED else {}
   for parent in parents:
-    source = field(source, parent, dict, absent)
+    source = field(source, parent, dict, parent_default)
   if not isinstance(source, Mapping):
-    raise Malformed(f'expected an object with {key!r}, got {_name_of(source)}')
+    raise Malformed(
+      f'expected an object with {key!r}, got {_type_name(source)}'
+    )
   value = source.get(name)
   if value is None:
     if default is _REQUIRED:
-      raise Malformed(f'expected {_NAMES[kind]} in {key!r}, got none')
+      raise Malformed(f'expected {_TYPE_NAMES[kind]} in {key!r}, got none')
     return default
-  if not _is(value, kind):
+  if not _has_type(value, kind):
     raise Malformed(
-      f'expected {_NAMES[kind]} in {key!r}, got {_name_of(value)}'
+      f'expected {_TYPE_NAMES[kind]} in {key!r}, got {_type_name(value)}'
     )
   if kind in (int, float) and not _MIN_INT <= value <= _MAX_INT:
     if isinstance(value, int):
@@ -190,15 +192,15 @@ def field(
 def check_shape(
   value: Any, shape: Any, path: str = '', finite: bool = True
 ) -> None:
-  """Compares a parsed value with the shape that its reader expects.
+  """Checks a parsed value against the shape that the caller expects.
 
   Args:
-    shape: a type (float takes integers, and only finite numbers); None for
+    shape: a type (float allows integers, and finite numbers only); None for
       null; a tuple of alternatives; [shape] for a list; {str: shape} for an
-      object of any keys; {'key': shape} for an object that has the keys,
-      those that end in '?' if need be, and whatever else.
-    path: where the value lies, for the message.
-    finite: whether numbers have to be.
+      object with any keys; {'key': shape} for an object with at least these
+      keys, where a key that ends in '?' is optional.
+    path: the path of the value, for the message.
+    finite: whether numbers must be finite.
 
   Raises:
     Malformed: "expected a number in 'rows[2].accuracy', got a text".
@@ -217,20 +219,20 @@ def check_shape(
       check_shape(item, shape[0], f'{path}[{i}]', finite)
   elif isinstance(shape, dict):
     _check_kind(value, dict, path)
-    beginning = path and f'{path}.'
+    prefix = path and f'{path}.'
     for key, inner in shape.items():
       if key is str:
         for name, item in value.items():
-          check_shape(item, inner, f'{beginning}{name}', finite)
+          check_shape(item, inner, f'{prefix}{name}', finite)
         continue
       name = key.removesuffix('?')
       if name in value:
-        check_shape(value[name], inner, f'{beginning}{name}', finite)
+        check_shape(value[name], inner, f'{prefix}{name}', finite)
       elif name == key:
-        raise Malformed(f'{beginning + name!r} is absent')
+        raise Malformed(f'{prefix + name!r} is absent')
   elif shape is None:
     if value is not None:
-      raise Malformed(f'expected null{_at(path)}, got {_name_of(value)}')
+      raise Malformed(f'expected null{_at(path)}, got {_type_name(value)}')
   else:
     _check_kind(value, shape, path)
     if shape in (int, float) and not _MIN_INT <= value <= _MAX_INT:
@@ -241,9 +243,9 @@ def check_shape(
 
 
 def _check_kind(value: Any, kind: type, path: str) -> None:
-  if not _is(value, kind):
+  if not _has_type(value, kind):
     raise Malformed(
-      f'expected {_NAMES[kind]}{_at(path)}, got {_name_of(value)}'
+      f'expected {_TYPE_NAMES[kind]}{_at(path)}, got {_type_name(value)}'
     )
 
 
@@ -254,7 +256,7 @@ def _at(path: str) -> str:
 def check_encodable(value: Any) -> None:
   """
   Raises:
-    Malformed: a string in the value, or a key, holds half a surrogate pair.
+    Malformed: a string in the value, or a key, has half a surrogate pair.
   """
   for node, _ in _walk(value):
     if isinstance(node, str):
@@ -266,7 +268,7 @@ def check_encodable(value: Any) -> None:
         ) from None
 
 
-def _is(value: Any, kind: type) -> bool:
+def _has_type(value: Any, kind: type) -> bool:
   if kind is float:
     kind = (int, float)
   return isinstance(value, kind) and (
@@ -274,10 +276,10 @@ def _is(value: Any, kind: type) -> bool:
   )
 
 
-def _name_of(value: Any) -> str:
+def _type_name(value: Any) -> str:
   if value is None:
     return 'null'
-  for kind, name in _NAMES.items():
+  for kind, name in _TYPE_NAMES.items():
     if isinstance(value, kind):
       return name
   return type(value).__name__
@@ -294,7 +296,7 @@ def _check_depth(
 
 
 def _walk(value: Any):
-  """(node, level) of a value, from 1, and of all in it, keys included."""
+  """Yields (node, depth) of a value and all that it contains, with the keys."""
   stack = [(value, 1)]
   while stack:
     node, depth = stack.pop()
@@ -306,12 +308,12 @@ def _walk(value: Any):
       stack.extend((child, depth + 1) for child in node)
 
 
-def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   value = dict(pairs)
   if len(value) < len(pairs):
     keys = [key for key, _ in pairs]
-    twice = next(key for key in value if keys.count(key) > 1)
-    raise ValueError(f'an object has the key {twice!a} twice')
+    duplicate = next(key for key in value if keys.count(key) > 1)
+    raise ValueError(f'an object has the key {duplicate!a} twice')
   return value
 
 

@@ -316,7 +316,9 @@ class Generator:
     )
 
   def _beam_search(
-    self, prompts: Sequence[Sequence[int]], progress: Callable[[int], None]
+    self,
+    prompts: Sequence[Sequence[int]],
+    progress: Callable[[int], None] = lambda answers: None,
   ) -> list[list[int]]:
     """Returns the best answer to each prompt by beam search."""
     requests = self._make_requests(prompts)

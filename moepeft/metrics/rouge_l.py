@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """ROUGE-L: the longest common subsequence of words of two texts.
 
-Source: Lin, ROUGE: A package for automatic evaluation of summaries, 2004, as
-Google's `rouge-score` has it, but for Chinese, Japanese and Korean, of which
-rouge-score sees nothing.
+Source: Lin, ROUGE: A package for automatic evaluation of summaries, 2004, with
+Google's `rouge-score`, extended to Chinese, Japanese and Korean, which
+rouge-score ignores.
 """
 
 import re
@@ -18,18 +18,17 @@ _CJK = (
   '\U00020000-\U0003ffff'
 )
 _CHARACTER = re.compile(f'([{_CJK}])')
-_COUNTED = re.compile(f'[a-z0-9{_CJK}]')
+_WORD_CHARACTER = re.compile(f'[a-z0-9{_CJK}]')
 
 
 def rouge_l(predictions: Sequence[str], targets: Sequence[str]) -> list[float]:
   """The F-measure of ROUGE-L of each prediction, in [0, 1].
 
-  It is `rougeL` of rouge-score with Porter's stemmer: the longest common
-  subsequence of the whole texts, line breaks being white space. T5 reports
-  another one, `rougeLsum`: sentence by sentence, without a stemmer. Words are
-  runs of a-z and 0-9; rouge-score knows no others. A Chinese character, kana or
-  Korean syllable is here a word too, which changes no score of texts without
-  them.
+  This is `rougeL` of rouge-score with Porter's stemmer: the longest common
+  subsequence of the whole texts, with line breaks as white space. T5 reports
+  `rougeLsum` instead, by sentence and without a stemmer. In rouge-score, words
+  are runs of a-z and 0-9. Here, a Chinese character, kana or Korean syllable is
+  a word too; the scores of texts without them are those of rouge-score.
 
   Raises:
     ImportError: rouge-score is not installed.
@@ -48,10 +47,12 @@ def rouge_l(predictions: Sequence[str], targets: Sequence[str]) -> list[float]:
 def check_targets(targets: Sequence[str]) -> None:
   """
   Raises:
-    ValueError: a target has letters, and none of them counts.
+    ValueError: a target has letters, but no word that ROUGE-L counts.
   """
   for target in targets:
-    if any(map(str.isalpha, target)) and not _COUNTED.search(target.lower()):
+    if any(map(str.isalpha, target)) and not _WORD_CHARACTER.search(
+      target.lower()
+    ):
       raise ValueError(
         'ROUGE-L counts words of a-z and 0-9 and characters of Chinese, '
         f'Japanese and Korean; the target {target!r} has none of them, so '

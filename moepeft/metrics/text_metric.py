@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry of a metric of generated texts, and the facts of any metric."""
+"""The registry entry of a text metric, and the display facts of any metric."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,15 +9,15 @@ Texts = Sequence[str]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricInfo:
-  """Facts that tables and plots need of a metric.
+  """Facts about a metric for tables and plots.
 
   Attributes:
     label: the metric's name in a sentence.
-    unit: of the numbers that are shown: '%', 'nats a token', '0 to 100'.
-    factor: from a score to the number that is shown; 100 for fractions in %.
-    bounds: the least and the largest number that can be shown.
-    decimals: of a number in a terminal.
-    larger_is_better: whether a larger score is a better one.
+    unit: the unit of displayed numbers: '%', 'nats a token', '0 to 100'.
+    factor: displayed number / score; 100 for fractions in %.
+    bounds: the smallest and the largest possible displayed number.
+    decimals: the number of decimals in a terminal.
+    larger_is_better: whether larger scores are better.
   """
 
   label: str
@@ -30,20 +30,20 @@ class MetricInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextMetric(MetricInfo):
-  """A metric of predicted texts beside their targets.
+  """A metric of predicted texts and their targets.
 
-  Either `scores` or `corpus_score` is given. Both are called with equally
-  many predictions and targets, at least one.
+  A metric has either `scores` or `corpus_score`. The numbers of predictions and
+  targets are equal, and at least one.
 
   Attributes:
-    scores: (predictions, targets) -> a score of each prediction. Its mean is
-      the metric, and it gets a bootstrap interval.
-    corpus_score: (predictions, targets) -> a score of all of them together,
-      for a metric that is no mean over examples; it has no interval.
-    extra: the extra of moepeft that brings the metric's library, '' for none.
-    check_targets: raises a ValueError where the metric sees nothing of a
-      target. Called before predictions are generated, which takes minutes.
-    signature: the library's version and settings, to be published with scores.
+    scores: (predictions, targets) -> a score for each prediction. The metric is
+      their mean, with a bootstrap interval.
+    corpus_score: (predictions, targets) -> one score for all, for a metric that
+      is no mean over examples; it has no interval.
+    extra: the extra of moepeft with the metric's library, '' for none.
+    check_targets: raises a ValueError if the metric ignores a whole target.
+      Called before predictions are generated, which takes minutes.
+    signature: returns the library's version and settings, for publication.
   """
 
   scores: Callable[[Texts, Texts], list[float]] | None = None
@@ -61,11 +61,11 @@ class TextMetric(MetricInfo):
   def evaluate(
     self, predictions: Texts, targets: Texts
   ) -> tuple[list[float] | None, float | None]:
-    """(a score of each example or None, the score of the corpus or None).
+    """(the score of each example or None, the score of the corpus or None).
 
     Raises:
-      ValueError: there are no texts, not as many predictions as targets, the
-        metric sees nothing of a target, or its library is not installed.
+      ValueError: there are no texts, the numbers of predictions and targets
+        differ, the metric ignores a target, or its library is not installed.
     """
     if len(predictions) != len(targets) or not targets:
       raise ValueError(

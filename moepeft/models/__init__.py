@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The families of base models.
+"""Registry of base model families.
 
-A new one is a file and a line in FAMILIES; docs/extending/model_family.md has
-a worked example. `moepeft.models.family` has the facts of an entry.
+A new family is a file and a line in FAMILIES; docs/extending/model_family.md
+has a worked example. `moepeft.models.family` defines an entry.
 """
 
 from typing import Any
@@ -51,14 +51,14 @@ def _architecture(model: Any) -> str:
 
 
 def check_decodes(model: Any) -> None:
-  """Refuses a model, or a config of one, that has no decoder.
+  """Checks that a model, or a config of one, has a decoder.
 
   Raises:
     ValueError: it has none.
   """
   if encoder_only(model):
     raise ValueError(
-      'the model is an encoder alone, which is neither trained nor generates '
-      'here: expected a family with a decoder; set config.model to one, or '
-      'ask moepeft.serve.embeddings.encoder for vectors'
+      'the model is an encoder without a decoder, which cannot be trained or '
+      'generate text: set config.model to a family with a decoder, or compute '
+      'embeddings with moepeft.serve.embeddings.encoder'
     )

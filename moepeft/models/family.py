@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An entry of FAMILIES: a family's Flax module and the facts about it."""
+"""The entry of a family in FAMILIES: its Flax module and formats."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,29 +9,29 @@ from moepeft.models.hf_fields import FieldType
 from moepeft.models.hf_tensor_names import TensorNames
 from moepeft.models.weight_mapping import Rule
 
-# {site: (input axes, output axes)}, a letter an axis.
+# {site: (input axes, output axes)}, one letter per axis.
 SiteAxes = dict[str, tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceFormat:
-  """A family in Hugging Face's directories: config.json and tensors.
+  """The Hugging Face format of a family: config.json and tensors.
 
   Attributes:
     model_types: the values of `model_type` in config.json.
-    from_fields: (config.json, tied) -> config. `tied` is whether the files
-      hold no head of their own.
+    from_fields: (config.json, tied) -> config; `tied` is whether the files
+      have no separate head.
     to_fields: config -> config.json.
-    tensor_names: config.json -> names that are no rule's.
+    tensor_names: config.json -> names that differ from those of the rules.
     rules: config -> a rule for every array.
     module_name: (site, config) -> 'model.layers.{l}.self_attn.q_proj'.
     module_names: config -> every module with a weight, as peft names it.
-    peft_task: the `task_type` that peft has for the model.
-    peft_ends: config -> the embedding and the head where peft may adapt them.
-    field_types: types of fields that no other family reads; see `hf_fields`.
-    aliases: {other name of a field of config.json: its name}.
-    special_ids: whether ids of special tokens in config.json are those of the
-      tokenizer; else `to_fields` has them.
+    peft_task: the `task_type` of the model in peft.
+    peft_ends: config -> the sites of embedding and head that peft can adapt.
+    field_types: types of fields that only this family reads; see `hf_fields`.
+    aliases: {alternative name of a field of config.json: its name}.
+    special_ids: whether config.json has the tokenizer's ids of special tokens;
+      else `to_fields` sets them.
   """
 
   model_types: tuple[str, ...]
@@ -50,17 +50,17 @@ class HuggingFaceFormat:
 
 @dataclasses.dataclass(frozen=True)
 class GgufFormat:
-  """A family in GGUF files.
+  """The GGUF format of a family.
 
   Attributes:
     model_types: {`general.architecture`: `model_type` in config.json}.
     fields: (architecture, metadata, factors of RoPE or None) -> config.json.
     rules: config -> a rule for every tensor.
     accepts: metadata -> whether a file of the architecture is of this family.
-    bias_from_tensors: whether the tensors, and not config.json, say which
-      projections have a bias.
+    bias_from_tensors: whether the tensors determine which projections have a
+      bias.
     interleaved_rope: whether rows of queries and keys are in the order of
-      llama.cpp's own RoPE, which rotates features 2i and 2i + 1.
+      llama.cpp's RoPE, which rotates features 2i and 2i + 1.
   """
 
   model_types: Mapping[str, str]
@@ -80,14 +80,14 @@ class ModelFamily:
       the field `family`, the entry's name.
     architecture: 'encoder-decoder', 'decoder' or 'encoder'.
     sizes: {size: config} of released models.
-    config: (size, version) -> config; a ValueError where there is none.
-    from_fields: a config's `dataclasses.asdict`, perhaps after JSON -> config.
-    sites: config -> {path: role} of every place that takes an adapter.
+    config: (size, version) -> config; raises a ValueError if it is unknown.
+    from_fields: `dataclasses.asdict` of a config, maybe from JSON -> config.
+    sites: config -> {path: role} of all adapter sites.
     axis_sizes: config -> {axis letter: size}.
     depths: config -> {stack: layers}.
     projections: config -> the projections' sites and axes, in model order.
     hf: the format in Hugging Face's directories.
-    gguf: the format in GGUF files, None for none.
+    gguf: the format in GGUF files, or None.
   """
 
   module: Any
@@ -103,7 +103,7 @@ class ModelFamily:
   gguf: GgufFormat | None = None
 
   def activations(self, config: Any) -> SiteAxes:
-    """The sites inside feed-forwards that have no weight."""
+    """The sites of activations inside feed-forwards."""
     return {
       site: ('f', 'f')
       for site, role in self.sites(config).items()

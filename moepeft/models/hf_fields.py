@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The content of a Hugging Face `config.json`, its types and ranges checked.
+"""Checks the types and ranges of the fields of Hugging Face's `config.json`.
 
-The families compute with these fields, so a text in the place of a number, or
-a size of zero, is refused here, before them.
+The families compute with these fields, so that wrong types and zero sizes are
+refused first.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ class FieldType:
   """The type and range of a field.
 
   Attributes:
-    minimum: the least value, None for any; exclusive: whether it is too small.
+    minimum: the minimum value, None for any.
+    exclusive: whether the minimum itself is refused.
   """
 
   type: type
@@ -30,8 +31,8 @@ SIZE, INTEGER = FieldType(int, 1), FieldType(int, 0)
 POSITIVE, NUMBER = FieldType(float, 0, exclusive=True), FieldType(float, 0)
 TEXT, SWITCH = FieldType(str), FieldType(bool)
 
-# Fields that several families read, or that are read for all; a family has
-# those that are its alone.
+# Fields that several families read. Those of one family are in
+# `HuggingFaceFormat.field_types`.
 _TYPES = {
   SIZE: """
     vocab_size hidden_size intermediate_size num_hidden_layers
@@ -69,10 +70,10 @@ FIELD_TYPES: Mapping[str, FieldType] = {
 def with_aliases(
   fields: Mapping[str, Any], aliases: Mapping[str, str]
 ) -> dict[str, Any]:
-  """The fields with each size under the name that its family reads.
+  """Renames aliases of fields to the names that the family reads.
 
   Args:
-    aliases: {a name that transformers' class accepts too: the field's name}.
+    aliases: {name that transformers' class also accepts: the field's name}.
   """
   renamed = {
     name: fields[alias]
@@ -85,14 +86,14 @@ def with_aliases(
 def check(
   fields: Mapping[str, Any], family_types: Mapping[str, FieldType]
 ) -> None:
-  """Checks the fields whose types are stated; others may be anything.
+  """Checks the fields that have a type; other fields are ignored.
 
   Args:
-    family_types: of the fields that one family reads alone.
+    family_types: types of the fields that only the model's family reads.
 
   Raises:
-    ValueError: a field is of another type or outside of its range; the
-      message names it.
+    ValueError: a field has a wrong type or is out of range; the message names
+      it.
   """
   for name, field_type in {**FIELD_TYPES, **family_types}.items():
     value = untrusted.field(fields, name, field_type.type, None)

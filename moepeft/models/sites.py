@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sites within a layer, below its path, and their roles."""
+"""Adapter sites within a layer, and contexts of batches."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from moepeft.core.types import Array, Batch, Context
 
 
 def context(batch: Batch, side: str, ids: Array, train: bool) -> Context:
-  """The context of one side of a batch; without a mask every token is real."""
+  """The context of the inputs or targets of a batch; no mask: no padding."""
   mask = batch.get(f'{side}_mask')
   segments = batch.get(f'{side}_segments')
   return Context(
@@ -24,13 +24,13 @@ def context(batch: Batch, side: str, ids: Array, train: bool) -> Context:
 def _prompt_mask(
   batch: Batch, ids: Array, segments: Array | None
 ) -> Array | None:
-  """The tokens that no trained one comes before, in their segment."""
+  """The tokens before the first trained target of their segment."""
   if ids is batch['inputs'] and 'decoder_inputs' in batch:
     return batch.get('inputs_mask', jnp.ones(ids.shape, bool))
   trained = batch.get('targets_mask')
   if trained is None:
     return None
-  # Trained targets before each token: a target is the token after its place.
+  # The number of trained targets before each token.
   count = jnp.cumsum(trained, axis=1) - trained
   if segments is not None:
     begins = segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fields that models share with their stacks and blocks."""
+"""A base class with the fields that models, stacks and blocks share."""
 
 import dataclasses
 from typing import Any
@@ -13,17 +13,17 @@ from moepeft.nn.scan_layers import scan_layers
 
 
 class Transformer(nn.Module):
-  """A model, or a stack or block of one.
+  """A model, or one of its stacks or blocks.
 
   Attributes:
-    config: its family's.
-    adapter_map: the adapters of its sites; see `moepeft.peft.build`.
-    scan: layers in one scanned body (True) or written out one by one.
+    config: the config of the model family.
+    adapter_map: the adapters by site; see `moepeft.peft.build`.
+    scan: whether layers are scanned (True) or unrolled.
     remat: 'none', 'dots' or 'full'.
-    unroll: layers in one step of the scan.
-    dtype: of activations; logits are float32.
-    param_dtype: of weights at initialization.
-    attention: of `nn.attention.IMPLEMENTATIONS`.
+    unroll: the number of layers in one step of the scan.
+    dtype: the dtype of activations; logits are float32.
+    param_dtype: the dtype of weights at initialization.
+    attention: a key of `nn.attention.IMPLEMENTATIONS`.
   """
 
   config: Any

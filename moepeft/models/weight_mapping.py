@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that map the names and axes of a model's arrays; any family.
+"""Rules that map the names and axes of arrays between formats.
 
-A canonical name is a path with the layer's number in it,
-'encoder/layers/3/self/q/kernel'. The trees that the model uses hold the same
-arrays stacked: 'encoder/layers/self/q/kernel', layers on axis 0. `sizes` give
-each letter's size and `depths` each stack's number of layers; see
-`family.ModelFamily`.
+A canonical name is a path with the number of the layer,
+'encoder/layers/3/self/q/kernel'. In the model's tree, layers are stacked on
+axis 0: 'encoder/layers/self/q/kernel'. `sizes` is the size of each axis letter,
+`depths` the number of layers of each stack; see `family.ModelFamily`.
 """
 
 import collections
@@ -16,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes  # noqa: F401  makes np.dtype('bfloat16') known
+import ml_dtypes  # noqa: F401  registers np.dtype('bfloat16')
 import numpy as np
 
 Tree = Any
@@ -24,22 +23,22 @@ Shape = tuple[int, ...]
 
 
 class CheckpointError(ValueError):
-  """A file or directory does not hold what it should; says what to do."""
+  """A checkpoint is missing, damaged or unsupported; the text has a remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """One array of the model and its place in another format.
+  """An array of the model and its name and axes in another format.
 
   Attributes:
-    name: canonical name, `{l}` for the layer's number.
-    stored_name: the name in the other format, `{l}` likewise.
-    axes: the model's axes, a letter each: 'dnh'; '(nh)e' joins n and h into one
-      axis, and '1' is an axis of size one.
-    stored_axes: the same letters in the other order: '(nh)d'; '*' stands for
-      the axis of the parts: 'd(*nh)'.
-    part: (i, count): the array is the i-th of so many equal parts of the stored
-      one, each of which has a rule of its own.
+    name: canonical name, with `{l}` for the number of the layer.
+    stored_name: the name in the other format, also with `{l}`.
+    axes: the model's axes, one letter each: 'dnh'; '(nh)e' merges n and h into
+      one axis, and '1' is an axis of size one.
+    stored_axes: the same letters in the order of the other format: '(nh)d'; '*'
+      is the axis of the parts: 'd(*nh)'.
+    part: (i, count): the array is part i of `count` equal parts of the stored
+      array; each part has its own rule.
   """
 
   name: str
@@ -75,13 +74,13 @@ def in_layers(site: str) -> str:
 def entries(
   rules: Sequence[Rule], sizes: Mapping[str, int], depths: Mapping[str, int]
 ) -> tuple[Entry, ...]:
-  """Every expected array, rule by rule, its layers in order.
+  """The entries of all rules, in order of rules and layers.
 
   Args:
-    sizes: each axis letter's size.
-    depths: layers of each stack, keyed by what stands before '/layers/'.
+    sizes: {axis letter: size}.
+    depths: {path before '/layers/': number of layers}.
   """
-  result = []
+  layer_entries = []
   for rule in rules:
     shape = axes_shape(rule.axes, sizes)
     stored_shape = axes_shape(rule.stored_axes, {**sizes, '*': rule.part[1]})
@@ -91,8 +90,10 @@ def entries(
         text.replace('{l}', str(layer))
         for text in (rule.name, rule.stored_name)
       )
-      result.append(Entry(rule, layer, name, stored_name, shape, stored_shape))
-  return tuple(result)
+      layer_entries.append(
+        Entry(rule, layer, name, stored_name, shape, stored_shape)
+      )
+  return tuple(layer_entries)
 
 
 def module_names(
@@ -117,14 +118,16 @@ def axes_shape(axes: str, sizes: Mapping[str, int]) -> Shape:
 def rearrange(
   array: np.ndarray, source: str, target: str, sizes: Mapping[str, int]
 ) -> np.ndarray:
-  """Reorders axes: '(nh)d' -> 'dnh'; a view where NumPy can make one."""
+  """Reorders axes, '(nh)d' -> 'dnh'; returns a view if possible."""
   source_letters, target_letters = (
     [a for group in _groups(axes) for a in group if a != '1']
     for axes in (source, target)
   )
   separated = array.reshape([sizes[a] for a in source_letters])
-  moved = separated.transpose([source_letters.index(a) for a in target_letters])
-  return moved.reshape(axes_shape(target, sizes))
+  transposed = separated.transpose(
+    [source_letters.index(a) for a in target_letters]
+  )
+  return transposed.reshape(axes_shape(target, sizes))
 
 
 def _groups(axes: str) -> list[str]:
@@ -136,8 +139,8 @@ def _size(letter: str, sizes: Mapping[str, int]) -> int:
   return 1 if letter == '1' else sizes[letter]
 
 
-def part_of(array: np.ndarray, rule: Rule, sizes) -> np.ndarray:
-  """The part of a stored array that a rule reads, in the model's axes."""
+def read_part(array: np.ndarray, rule: Rule, sizes) -> np.ndarray:
+  """The part of a stored array that a rule maps, with the model's axes."""
   if '*' not in rule.stored_axes:
     return rearrange(array, rule.stored_axes, rule.axes, sizes)
   i, count = rule.part
@@ -145,28 +148,28 @@ def part_of(array: np.ndarray, rule: Rule, sizes) -> np.ndarray:
   return rearrange(array, rule.stored_axes, f'*{rule.axes}', parts)[i]
 
 
-def whole(expected: Sequence[Entry]) -> list[Entry]:
-  """One entry for each stored array: that of its first part."""
+def first_parts(expected: Sequence[Entry]) -> list[Entry]:
+  """The entry of the first part of each stored array."""
   return [entry for entry in expected if entry.rule.part[0] == 0]
 
 
 def check_finite(name: str, array: np.ndarray, path: Any) -> None:
   """
   Args:
-    path: of the file that holds the array.
+    path: the file of the array, for messages.
 
   Raises:
-    CheckpointError: the array holds NaN or infinity, or no numbers.
+    CheckpointError: the array is not numeric, or has NaN or infinity.
   """
   try:
-    # Types of bfloat16's kind are of NumPy's kind V.
-    finite = array.dtype.kind in 'fiuV' and _is_finite(array)
-    number = array.dtype.kind in 'fiuV'
+    # bfloat16 and similar types have NumPy's kind V.
+    is_finite = array.dtype.kind in 'fiuV' and _is_finite(array)
+    is_numeric = array.dtype.kind in 'fiuV'
   except TypeError:
-    finite = number = False
-  if finite:
+    is_finite = is_numeric = False
+  if is_finite:
     return
-  if not number:
+  if not is_numeric:
     raise CheckpointError(
       f'{name} in {path} is of the type {array.dtype}, expected numbers: the '
       'file is damaged or of another model'
@@ -179,9 +182,9 @@ def check_finite(name: str, array: np.ndarray, path: Any) -> None:
   )
 
 
-# Exponents that are all ones, of the two-byte types.
+# The exponent bits of two-byte types, all set in NaN and infinity.
 _EXPONENTS = {'float16': 0x7C00, 'bfloat16': 0x7F80}
-# Elements looked at at once, so that no large array is allocated beside.
+# Elements that are checked at once, to limit temporary memory.
 _BLOCK = 2**22
 
 
@@ -191,11 +194,11 @@ def _is_finite(array: np.ndarray) -> bool:
   for start in range(0, flat.size, _BLOCK):
     block = flat[start : start + _BLOCK]
     if exponent is None:
-      finite = np.isfinite(block).all()
+      is_finite = np.isfinite(block).all()
     else:
       bits = np.ascontiguousarray(block).view(np.uint16) & exponent
-      finite = (bits != exponent).all()
-    if not finite:
+      is_finite = (bits != exponent).all()
+    if not is_finite:
       return False
   return True
 
@@ -207,20 +210,20 @@ def read(
   dtype: Any = None,
   path: Any = 'the file',
 ) -> tuple[Tree, str]:
-  """Builds the stacked tree, one stored array in memory at a time.
+  """Builds the stacked tree; one stored array at a time is in memory.
 
   Args:
     fetch: stored name -> stored array.
-    dtype: cast to it; None keeps each array's own.
-    path: of the file that is read, for messages.
+    dtype: the dtype of the result; None keeps each array's.
+    path: the file, for messages.
 
   Returns:
-    The nested dict of NumPy arrays, and the content hash of what was read,
-    before any cast: the same whatever `dtype` is.
+    (nested dict of NumPy arrays, content hash); the hash does not depend on
+    `dtype`.
 
   Raises:
-    CheckpointError: layers of one array differ in dtype and `dtype` is None,
-      or an array holds NaN or infinity.
+    CheckpointError: the layers of an array differ in dtype and `dtype` is None,
+      or an array has NaN or infinity.
   """
   flat, lines = {}, []
   layers = collections.Counter(entry.path for entry in expected)
@@ -228,7 +231,7 @@ def read(
     array = fetch(entry.stored_name)
     check_finite(entry.stored_name, array, path)
     rule = entry.rule
-    part = part_of(array, rule, sizes)
+    part = read_part(array, rule, sizes)
     lines.append(_line(entry.name, part))
     if entry.layer is None:
       flat[entry.path] = np.array(part, dtype=dtype or part.dtype, order='C')
@@ -238,8 +241,8 @@ def read(
       flat[entry.path] = np.empty(shape, dtype or array.dtype)
     if dtype is None and array.dtype != flat[entry.path].dtype:
       raise CheckpointError(
-        f'{entry.stored_name} is {array.dtype}, the layers before it are '
-        f'{flat[entry.path].dtype}; name the dtype to convert all of them to'
+        f'{entry.stored_name} is {array.dtype}, but earlier layers are '
+        f'{flat[entry.path].dtype}; pass a dtype for all of them'
       )
     flat[entry.path][entry.layer] = part
   return unflatten(flat), _digest(lines)
@@ -248,12 +251,12 @@ def read(
 def write(
   expected: Sequence[Entry], sizes: Mapping[str, int], tree: Tree
 ) -> Iterator[tuple[Entry, np.ndarray]]:
-  """Each stored array, as (entry, contiguous array), one at a time.
+  """Yields (entry, contiguous array) of each stored array.
 
-  Of an array in parts the entry is that of the first; see `whole`.
+  The entry of an array in parts is that of the first part.
 
   Raises:
-    CheckpointError: `tree` does not hold exactly the expected arrays.
+    CheckpointError: the arrays of `tree` are not the expected ones.
   """
   flat = flatten(tree)
   check(
@@ -270,22 +273,22 @@ def _write(expected, sizes, flat):
   for entry in expected:
     parts[entry.stored_name].append(entry)
   host_arrays = {}
-  for entry in whole(expected):
+  for entry in first_parts(expected):
     array_parts = parts[entry.stored_name]
-    # Once a stack: a copy from an accelerator would be made every time.
+    # Reused by the layers of a stack, to copy it from the device once.
     host_arrays = {
       part.path: host_arrays[part.path]
       if part.path in host_arrays
       else np.asarray(flat[part.path])
       for part in array_parts
     }
-    stored = _joined(array_parts, host_arrays, sizes)
-    # safetensors writes the buffer as it lies, whatever its strides.
+    stored = _join_parts(array_parts, host_arrays, sizes)
+    # safetensors ignores strides.
     yield entry, np.ascontiguousarray(stored)
 
 
-def _joined(parts, host_arrays, sizes):
-  """Their array of the entries of its parts, in any order."""
+def _join_parts(parts, host_arrays, sizes):
+  """The stored array of the entries of its parts, which may be in any order."""
   arrays = [
     host_arrays[part.path]
     if part.layer is None
@@ -295,13 +298,13 @@ def _joined(parts, host_arrays, sizes):
   rule = parts[0].rule
   if len(parts) == 1:
     return rearrange(arrays[0], rule.axes, rule.stored_axes, sizes)
-  # One letter may stand for another: heads of q for those of k.
+  # The letters of the first part apply to all: parts have equal sizes.
   sizes = {**sizes, '*': len(parts)}
   return rearrange(np.stack(arrays), f'*{rule.axes}', rule.stored_axes, sizes)
 
 
 def stacked_shapes(expected: Sequence[Entry]) -> dict[str, Shape]:
-  """The path and shape of every array of the stacked tree."""
+  """{path: shape} of all arrays of the stacked tree."""
   layers = collections.Counter(entry.path for entry in expected)
   return {
     e.path: e.shape if e.layer is None else (layers[e.path], *e.shape)
@@ -315,9 +318,9 @@ def check(
   problem: str,
   advice: str,
 ) -> None:
-  """Raises a CheckpointError printed like a diff where the two differ.
+  """Raises a CheckpointError with a diff if the shapes differ.
 
-  Lines with '-' were expected, lines with '+' were found instead.
+  Lines with '-' are expected only, lines with '+' are actual only.
   """
   lines = []
   for name in sorted(expected.keys() | actual.keys()):
@@ -327,9 +330,13 @@ def check(
           lines.append(f'{sign} {name} {list(side[name])}')
   if not lines:
     return
-  most = 40
-  rest = [f'... and {len(lines) - most} more lines'] if lines[most:] else []
-  text = '\n'.join(lines[:most] + rest)
+  max_lines = 40
+  rest = (
+    [f'... and {len(lines) - max_lines} more lines']
+    if lines[max_lines:]
+    else []
+  )
+  text = '\n'.join(lines[:max_lines] + rest)
   raise CheckpointError(
     f'{problem} (- expected, + found):\n{text}\n'
     f'{advice[0].upper()}{advice[1:]}.'
@@ -337,10 +344,10 @@ def check(
 
 
 def content_hash(tree: Tree) -> str:
-  """sha256 over sorted canonical names, dtypes, shapes and bytes.
+  """SHA-256 of the sorted canonical names, dtypes, shapes and bytes.
 
-  Two copies of one model agree whatever format they came from. A tree that
-  is not stacked ('layers_3' or 'layers/3') hashes like its stacked form.
+  The hash does not depend on the format. A tree with separate layers
+  ('layers_3' or 'layers/3') has the hash of the stacked tree.
   """
   lines = []
   for path, leaf in flatten(tree).items():
@@ -357,7 +364,7 @@ def content_hash(tree: Tree) -> str:
 
 
 def array_hash(array: np.ndarray) -> str:
-  """sha256 of an array's little-endian bytes in C order."""
+  """SHA-256 of an array's little-endian bytes in C order."""
   array = np.ascontiguousarray(array)
   if array.dtype.byteorder == '>':
     array = array.astype(array.dtype.newbyteorder('<'))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers, their losses and statistics; nothing here knows an adapter.
+"""Routers, their losses and statistics, independent of adapters.
 
 A new router is one file and one line in ROUTERS; docs/extending/router.md has a
 worked example.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Router losses: pure functions of a site's sums, averaged over sites.
 
-The paper's runs use none of them (its text and its released code agree);
-every weight defaults to zero.
+The paper's runs use none of them, by its text and its released code. Every
+weight defaults to zero.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ from moepeft.moe.router_stats import RouterStats, over_experts
 
 
 def load_balance(sums: RouterStats) -> Array:
-  """e * sum_e f_e P_e, at least 1 where routing is even.
+  """e * sum_e f_e P_e, which is 1 for even routing.
 
-  f is the load's share (no gradient), P the mean probability. Source: Switch
-  Transformer (arXiv:2101.03961), equations 4 to 6, without their alpha.
+  f is the fraction of tokens (no gradient), P the mean probability. Source:
+  Switch Transformer (arXiv:2101.03961), equations 4 to 6, without alpha.
   """
   count = jnp.maximum(sums.count, 1)[..., None]
   products = (sums.load / count) * (sums.probability / count)
@@ -36,7 +36,7 @@ def router_z_loss(sums: RouterStats) -> Array:
 
 
 def entropy(sums: RouterStats) -> Array:
-  """Mean entropy of the router in nats; minimising it sharpens routing."""
+  """Mean entropy of the router in nats; minimizing it sharpens routing."""
   return jnp.mean(sums.entropy / jnp.maximum(sums.count, 1))
 
 
@@ -77,7 +77,7 @@ def generalized_js(sums: RouterStats) -> Array:
   return jnp.mean(gap / jnp.where(most == 0, 1, most))
 
 
-# A negative weight rewards what the loss punishes.
+# A negative weight maximizes a loss, such as the entropy.
 _WEIGHT = Range(-1_000, 1_000)
 LOSSES = {
   'load_balance': load_balance,
@@ -89,7 +89,7 @@ LOSSES = {
 
 
 def router_losses() -> dict[str, RouterLoss]:
-  """All losses by name: those of every router, and those of entries."""
+  """All losses by name: those for every router, and those of entries."""
   losses = {name: RouterLoss(function) for name, function in LOSSES.items()}
   for entry in ROUTERS.values():
     losses |= entry.losses
@@ -102,8 +102,8 @@ def check_weights(weights: Mapping[str, Any]) -> None:
     weights: config.router_losses.
 
   Raises:
-    ValueError: a name is not a loss, or a weight is no number; the message says
-      which.
+    ValueError: a name is not a loss, or a weight is not a number in range; the
+      message has the name.
   """
   losses = router_losses()
   for name, weight in weights.items():
@@ -122,7 +122,7 @@ def auxiliary_loss(
 
   Args:
     sites: {path: RouterStats}, from `router_stats.collect`.
-    weights: {name of a loss: weight}; zero weights cost nothing.
+    weights: {name of a loss: weight}; losses with weight 0 are not computed.
 
   Raises:
     ValueError: as `check_weights`.

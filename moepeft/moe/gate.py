@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts that routers share: the linear gate, its noise, selection."""
+"""Functions for routers: the linear gate, its noise, selection."""
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ from moepeft.nn.initializers import Normal, kaiming, peft_param
 from moepeft.nn.low_rank_matmul import low_rank_matmul
 from moepeft.nn.numerics import to_f32
 
-# The released code's initialiser of router kernels.
+# The released code's initializer of router kernels.
 INIT = Normal(0.02)
 EXPERTS = Range(1, 65_536)
 JITTER = Range(0, 1)
@@ -32,7 +32,7 @@ class ScoreGate(nn.Module):
       arXiv:2309.05444; 'kaiming' from U(-1/sqrt(i), 1/sqrt(i)), as
       torch.nn.Linear, and with it most other released codes.
     temperature: divides the logits.
-    jitter: of the input, in training; see `jittered`.
+    jitter: of the input, in training; see `jitter_input`.
   """
 
   experts: int = option(1, EXPERTS)
@@ -55,7 +55,7 @@ class ScoreGate(nn.Module):
   @nn.nowrap
   def masked_logits(self, x: Array, ctx: Context) -> Array:
     """float32 [b, t, e], -inf for experts that the layer does not have."""
-    scores = self.scores(jittered(self, x, self.jitter, ctx))
+    scores = self.scores(jitter_input(self, x, self.jitter, ctx))
     return mask_experts(scores / self.temperature, ctx)
 
 
@@ -85,26 +85,28 @@ def check_k(name: str, k: int, experts: int) -> None:
 
 
 def gate_logits(x: Array, kernel: Array) -> Array:
-  """float32 [..., e] = x [..., d] times kernel [d, e], at full precision."""
+  """x [..., d] times kernel [d, e] -> float32 [..., e], at full precision."""
   return low_rank_matmul(to_f32(x), to_f32(kernel), jax.lax.Precision.HIGHEST)
 
 
 def mask_experts(logits: Array, ctx: Context) -> Array:
-  """The logits [..., e], -inf of experts that the layer does not have.
+  """The logits [..., e], with -inf for experts that the layer does not have.
 
-  Every router calls it before it selects: where layers have unlike counts of
-  experts, all of them compute as many as the largest has.
+  Every router calls it before selection. If layers have different numbers of
+  experts, all of them compute the largest number.
   """
   if ctx.expert_mask is None:
     return logits
   return jnp.where(ctx.expert_mask, logits, -jnp.inf)
 
 
-def jittered(module: nn.Module, x: Array, jitter: float, ctx: Context) -> Array:
+def jitter_input(
+  module: nn.Module, x: Array, jitter: float, ctx: Context
+) -> Array:
   """x times uniform noise in [1 - jitter, 1 + jitter], in training only.
 
-  Source: Switch Transformer (arXiv:2101.03961), section 2.2. The released
-  code would add it in evaluation too; here it never does.
+  Source: Switch Transformer (arXiv:2101.03961), section 2.2. The released code
+  has the noise in evaluation too.
   """
   if not ctx.train or jitter == 0:
     return x
@@ -118,11 +120,10 @@ def jittered(module: nn.Module, x: Array, jitter: float, ctx: Context) -> Array:
 def expert_dropout(
   module: nn.Module, logits: Array, rate: float, ctx: Context
 ) -> Array:
-  """Removes each expert from a token's choice with probability `rate`.
+  """Removes each expert of a token with probability `rate`, in training only.
 
-  In training only; the token's best expert always stays, so that weights
-  still sum to one. Source: expert dropout in SMEAR (arXiv:2306.03745), here
-  for each token.
+  The token's best expert always stays, so that the weights still sum to one.
+  Source: expert dropout in SMEAR (arXiv:2306.03745), here per token.
   """
   if not ctx.train or rate == 0:
     return logits
@@ -132,7 +133,7 @@ def expert_dropout(
 
 
 def top_mask(x: Array, k: int) -> Array:
-  """bool [..., e]: the k largest of the last axis; ties go to the first."""
+  """bool [..., e]: the k largest in the last axis; the first of equal ones."""
   _, index = jax.lax.top_k(x, k)
   return jnp.sum(jax.nn.one_hot(index, x.shape[-1]), axis=-2) > 0
 
@@ -149,8 +150,8 @@ def sorted_mass(p: Array) -> tuple[Array, Array]:
   return jnp.take_along_axis(sums, rank, axis=-1), rank
 
 
-def normalized(x: Array) -> Array:
-  """x over its sum; zeros where a token has no expert at all."""
+def normalize(x: Array) -> Array:
+  """x divided by its sum over the last axis; zeros if the sum is 0."""
   total = jnp.sum(x, axis=-1, keepdims=True)
   return x / jnp.where(total == 0, 1, total)
 

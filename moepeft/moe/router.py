@@ -12,8 +12,8 @@ class RouterLoss:
 
   Attributes:
     function: RouterStats of a site -> scalar, the mean over layers. The sums
-      are of the whole batch, whatever is accumulated or sharded.
-    reads: names in `RouterStats.aux`; sites without them are left out.
+      are over the whole batch, also with accumulation and sharding.
+    reads: names in `RouterStats.aux`; sites without them are skipped.
   """
 
   function: Callable
@@ -24,37 +24,38 @@ class RouterLoss:
 class RouterSpec:
   """An entry of ROUTERS.
 
-  Tests check each fact that is true, and show a counterexample of each that is
+  Tests check each fact that is true, and have a counterexample for each that is
   false.
 
   Attributes:
     module: the Flax module `(x, ctx) -> Routing`; its fields are the options,
-      one of which is `experts`.
+      including `experts`.
     normalized: whether a token's combine weights sum to one, with the default
       options.
     covers_tokens: whether every token has an expert, with the default options.
     causal: whether a token's routing depends on no later token of its row,
-      outside of the prompt. In a decoder a router has to be.
-    pools_prompt: whether it reads the whole prompt (`Context.prompt_mask`) at
-      each token, as routers of sentences do. The engine's caches do not hold
-      what it needs, so such a router is trained and scored, not generated with.
+      outside of the prompt. A decoder needs a causal router.
+    pools_prompt: whether the router reads the whole prompt
+      (`Context.prompt_mask`) at each token, as sentence-level routers do. The
+      engine's caches do not have the prompt, so such a router supports training
+      and scoring, but no generation.
     independent_of_batch: whether a token's routing depends on no other row.
     learned: whether the router has trained parameters.
-    per_expert: whether it reads as many features of each expert, which the
-      experts compute (reads='down').
-    from_experts: of a router over trained adapters, ({name: array [e, ...]} of
-      a site's experts in one layer) -> {name: array} of the router's own.
-    losses: {name in config.router_losses: loss}, beside those of
+    per_expert: whether the router reads a projection of each expert
+      (reads='down'), an equal number of features for each.
+    from_experts: for a router over trained adapters, ({name: array [e, ...]} of
+      the experts of one site and layer) -> {name: array} of the router.
+    losses: {name in config.router_losses: loss}, in addition to those of
       `moepeft.moe.aux_losses`, which every router has.
-    statistics: {name in the metrics log: function of the same form}, logged for
-      each site that reports what it reads; of a layer axis it keeps it.
-    update: of a router with state (`moe.router_state`), (router, {name: array},
-      RouterStats of the whole batch) -> {name: array}, of one site and layer,
-      called once per optimizer step. None for a router without state.
-    defaults: {semantics: options that the semantics decides}.
+    statistics: {name in the metrics log: RouterLoss}, logged for each site
+      with the sums that the function reads; it keeps a layer axis.
+    update: for a router with state (`moe.router_state`), (router, {name:
+      array}, RouterStats of the whole batch) -> {name: array}, for one site and
+      layer, called once per optimizer step. None for a router without state.
+    defaults: {semantics: options with the defaults of the semantics}.
     pooled_module: for a router whose function depends on its path in the tree,
-      which a pool of served adapters changes: router -> a router with the
-      same function of the array 'kernel' alone. None for all others.
+      which a pool of served adapters changes: router -> an equal router that
+      depends on the array 'kernel' only. None for all other routers.
     pooled_kernel: (path, options, shape) -> that array.
     pooled_options: options that only `pooled_kernel` reads.
   """

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State of routers that no gradient trains: load biases, moving averages.
+"""Router state without gradients, such as load biases and moving averages.
 
-The forward pass reads it; once per optimizer step the entry's `update` makes
-the next one from the sums of the whole batch. It is stored beside the trained
-parameters of the adapter, under names that begin with `state_`, so that
-whatever scans, stacks, saves, exports or serves an adapter has its state too.
+The forward pass reads the state. Once per optimizer step, the entry's `update`
+computes the next state from the sums of the whole batch. The state is stored
+with the trained parameters of the adapter, under names that begin with
+`state_`, so all code that scans, stacks, saves, exports or serves an adapter
+includes it.
 """
 
 import re
@@ -27,23 +28,23 @@ _PREFIX = 'state_'
 def router_state(
   module: nn.Module, name: str, shape: tuple[int, ...], axes: str
 ) -> Array:
-  """A router's state, float32 [shape], zeros at first.
+  """A router's state, float32 [shape], initially zeros.
 
   Args:
     name: its key in the dict that `RouterSpec.update` takes.
     axes: as in `peft_param`.
   """
-  stored = peft_param(module, f'{_PREFIX}{name}', Constant(0), shape, axes)
-  return jax.lax.stop_gradient(stored)
+  state = peft_param(module, f'{_PREFIX}{name}', Constant(0), shape, axes)
+  return jax.lax.stop_gradient(state)
 
 
 def is_state(path: str) -> bool:
-  """Whether an array of a 'peft' tree is a router's state, by its path."""
+  """Whether a path in a 'peft' tree is that of a router's state."""
   return path.rpartition('/')[-1].startswith(_PREFIX)
 
 
 def split(tree: Tree, frozen_arrays: Collection[str] = ()) -> tuple[Tree, Tree]:
-  """(what is trained, what is not) of a 'peft' tree.
+  """Splits a 'peft' tree into (trained, frozen or state).
 
   Args:
     frozen_arrays: regular expressions of paths; see `peft.build.Built`.
@@ -75,21 +76,21 @@ def join(trained: Tree, rest: Tree) -> Tree:
 def optimizer_init(
   optimizer: optax.GradientTransformation, frozen_arrays: Collection[str] = ()
 ) -> Callable[[Tree], Tree]:
-  """An optimizer's `init` of a 'peft' tree: nothing for what is not trained.
+  """An optimizer's `init` for the trained part of a 'peft' tree.
 
   Args:
-    frozen_arrays: as of `split`.
+    frozen_arrays: as for `split`.
   """
   return lambda tree: optimizer.init(split(tree, frozen_arrays)[0])
 
 
 def update(rest: Tree, routing: Tree, routers: Mapping[str, nn.Module]) -> Tree:
-  """The second tree of `split` after a step: frozen arrays stay as they are.
+  """Updates the states in the second tree of `split`, not its frozen arrays.
 
   Args:
-    rest: from `split`.
-    routing: the sums of the step's batch, the collection 'routing'.
-    routers: {adapter's name: its router}, of `peft.build.routers`.
+    rest: the second tree of `split`.
+    routing: the collection 'routing', the sums over the step's batch.
+    routers: {adapter's name: its router}, from `peft.build.routers`.
   """
   updated = flax.traverse_util.flatten_dict(rest, sep='/')
   sites: dict[str, dict[str, Array]] = {}
@@ -100,16 +101,16 @@ def update(rest: Tree, routing: Tree, routers: Mapping[str, nn.Module]) -> Tree:
     return rest
   sums = collect(routing)
   for site, arrays in sites.items():
-    arrays = _updated(routers[site.rpartition('/')[-1]], arrays, sums[site])
+    arrays = _update_site(routers[site.rpartition('/')[-1]], arrays, sums[site])
     for name, array in arrays.items():
       updated[f'{site}/router/{_PREFIX}{name}'] = array
   return _unflatten(updated)
 
 
-def _updated(
+def _update_site(
   router: nn.Module, arrays: dict[str, Array], sums: RouterStats
 ) -> dict[str, Array]:
-  """The state of one site; layers, where they are stacked, one by one."""
+  """The next state of one site, vmapped over its layers if they are stacked."""
   entry = next(r for r in ROUTERS.values() if r.module is type(router))
 
   def update_layer(arrays, sums):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of a site's routing over real tokens, and statistics made of them.
+"""Sums of a site's routing over real tokens, and statistics of the sums.
 
-The sums add up over microbatches, devices, heads and layers; statistics and
-`losses` are pure functions of them.
+The sums can be added over microbatches, devices, heads and layers. Statistics
+and losses are pure functions of the sums.
 """
 
 from collections.abc import Callable
@@ -14,31 +14,30 @@ from flax import struct
 from jax.scipy.special import entr
 
 from moepeft.core.types import Array, Context, Router, Routing, Tree
-from moepeft.moe.gate import normalized
+from moepeft.moe.gate import normalize
 from moepeft.nn.numerics import to_f32
 
 
 @struct.dataclass
 class RouterStats:
-  """Sums over the real tokens of one site; a layer axis may stand in front.
+  """Sums over the real tokens of one site; the first axis may be layers.
 
   Attributes:
-    count: [] how many tokens (times heads where heads are routed).
-    share: [e] of a sparse router, the number of tokens that each expert gets,
-      k times `count` in all; of a dense one, sums of the combine weights, a
-      token's divided by their sum, `count` in all.
-    weight_entropy: [] sums of the entropy of a token's combine weights,
-      divided by their sum, in nats: 0 where one expert has all, ln e where
-      all have the same.
-    load: [e] of the load-balance loss: a token's k experts count 1/k each, of
-      a dense router the expert with the largest weight counts 1.
+    count: [] the number of tokens (times heads if each head is routed).
+    share: [e] for a sparse router, the number of tokens of each expert, with
+      the sum k * `count`; for a dense one, the sums of the normalized combine
+      weights, with the sum `count`.
+    weight_entropy: [] the sum of the entropy of a token's normalized combine
+      weights in nats: 0 if one expert has all weight, ln e if all are equal.
+    load: [e] for the load-balance loss: each of a token's k experts counts
+      1/k; for a dense router, the expert with the largest weight counts 1.
     probability: [e] sums of the softmax of the logits.
     entropy: [] sums of that softmax's entropy, in nats.
     log_z2: [] sums of the squared log-partition of the logits.
     importance: [e] sums of the combine weights, with their gradient.
-    aux: {name: [*any]} sums of `Routing.aux`, the router's own figures.
-    available: [e] the tokens of the layers that have an expert, `count` or 0;
-      None where every layer has all experts.
+    aux: {name: [*any]} sums of `Routing.aux`.
+    available: [e] the number of tokens in layers with the expert, `count` or
+      0; None if every layer has all experts.
     sparse: whether the router is sparse, `Routing.sparse`; static.
   """
 
@@ -80,29 +79,31 @@ def router_stats(
   real = jnp.broadcast_to(mask, weights.shape[:-1]).astype(jnp.float32)
   k = weights.shape[-1] if routing.selects else routing.k or 1
   kth = jax.lax.top_k(weights, k)[0][..., -1:]
-  # Equal weights share the load, so that a uniform router's is even; where
-  # fewer than k are left, as under expert dropout, only they do.
-  chosen = ((weights >= kth) & (weights > 0)).astype(jnp.float32)
-  chosen = normalized(chosen)
-  mixed = normalized(weights)
-  share = (weights > 0).astype(jnp.float32) if routing.sparse else mixed
+  # Experts with equal weights share the load, so that a uniform router has an
+  # even load. Expert dropout may leave fewer than k experts.
+  load = ((weights >= kth) & (weights > 0)).astype(jnp.float32)
+  load = normalize(load)
+  normalized = normalize(weights)
+  share = (weights > 0).astype(jnp.float32) if routing.sparse else normalized
   log_p = jax.nn.log_softmax(routing.logits, axis=-1)
   p = jnp.exp(log_p)
-  # p log p of an expert with p = 0 is 0, and no NaN in the gradient.
+  # For an expert with p = 0, p log p is 0, without a NaN in the gradient.
   finite_log_p = (
     log_p if expert_mask is None else jnp.where(expert_mask, log_p, 0)
   )
   log_z = jax.nn.logsumexp(routing.logits, axis=-1)
-  every = tuple(range(real.ndim))
+  token_axes = tuple(range(real.ndim))
   return RouterStats(
     count=jnp.sum(real),
-    share=jnp.sum(share * real[..., None], axis=every),
-    weight_entropy=jnp.sum(jnp.sum(entr(mixed), axis=-1) * real),
-    load=jnp.sum(chosen * real[..., None], axis=every),
-    probability=jnp.sum(p * real[..., None], axis=every),
+    share=jnp.sum(share * real[..., None], axis=token_axes),
+    weight_entropy=jnp.sum(jnp.sum(entr(normalized), axis=-1) * real),
+    load=jnp.sum(load * real[..., None], axis=token_axes),
+    probability=jnp.sum(p * real[..., None], axis=token_axes),
     entropy=-jnp.sum(jnp.sum(p * finite_log_p, axis=-1) * real),
     log_z2=jnp.sum(log_z**2 * real),
-    importance=jnp.sum(routing.combine_weights * real[..., None], axis=every),
+    importance=jnp.sum(
+      routing.combine_weights * real[..., None], axis=token_axes
+    ),
     aux={
       name: jnp.tensordot(real, to_f32(values), axes=real.ndim)
       for name, values in routing.aux.items()
@@ -113,10 +114,10 @@ def router_stats(
 
 
 def route(module: nn.Module, router: Router, x: Array, ctx: Context) -> Routing:
-  """Calls the router (or takes ctx.routing's layer) and reports its sums.
+  """Calls the router, or takes ctx.routing's layer, and sows its sums.
 
-  The sums leave in the collection 'routing' and the full weights in
-  'weights', each only where the caller of `apply` asks for it.
+  The sums are in the collection 'routing' and the combine weights in 'weights',
+  if these are mutable in `apply`.
   """
   if ctx.routing is not None and ctx.layer is not None:
     routing = jax.tree.map(lambda a: a[ctx.layer], ctx.routing)
@@ -137,7 +138,7 @@ def route(module: nn.Module, router: Router, x: Array, ctx: Context) -> Routing:
 
 
 def collect(collection: Tree) -> dict[str, RouterStats]:
-  """The 'routing' collection, or sums of several, as {path: RouterStats}."""
+  """Converts the collection 'routing', or a sum of several, to {path: sums}."""
   stats_by_site = {}
 
   def walk(tree, path):
@@ -153,19 +154,19 @@ def collect(collection: Tree) -> dict[str, RouterStats]:
 
 @struct.dataclass
 class Statistics:
-  """Means over a site's tokens; arrays may have a layer axis in front.
+  """Means over a site's tokens; the first axis may be layers.
 
   Attributes:
-    share: [e] of a sparse router, the share of the tokens that each expert
-      gets, k in all; of a dense one, the mean combine weight, 1 in all.
+    share: [e] for a sparse router, the fraction of tokens of each expert, with
+      the sum k; for a dense one, the mean combine weight, with the sum 1.
     weight_entropy: [] mean entropy of a token's combine weights, nats.
     entropy: [] mean entropy of the softmax of the logits, before any
-      selection, nats; ln e at most.
-    variation: [] the shares' standard deviation over their mean, of the
-      experts that the layer has.
-    top: [] the largest of the shares.
-    experts: [] e, where it differs by layer; else None.
-    sparse: which of the two `share` is; static.
+      selection, nats; at most ln e.
+    variation: [] the coefficient of variation of the shares, over the experts
+      of the layer.
+    top: [] the largest share.
+    experts: [] e, if it differs by layer; else None.
+    sparse: whether the router is sparse; static.
   """
 
   share: Array
@@ -178,7 +179,7 @@ class Statistics:
 
 
 def statistics(sums: RouterStats) -> Statistics:
-  """Pure; a site without a real token gives zeros."""
+  """The means of the sums; zeros for a site without a real token."""
   count = jnp.maximum(sums.count, 1)
   share = sums.share / count[..., None]
   available = None if sums.available is None else sums.available > 0
@@ -200,6 +201,6 @@ def over_experts(
   """A mean or standard deviation of shares [..., e] over a layer's experts."""
   if available is None:
     return reduce(share, axis=-1)
-  # Without a real token no expert counts, and all shares are zero.
+  # Without a real token, no expert is available, and all shares are zero.
   where = available | ~jnp.any(available, axis=-1, keepdims=True)
   return reduce(share, axis=-1, where=where)

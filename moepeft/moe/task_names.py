@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the tasks that the routers of a method have ids for.
+"""The task names of a method's routers.
 
 A router that reads the task of a token has the option `tasks`, a list of
-names, and finds the place of the name in it, from 1, in `Context.task_ids`.
+names. `Context.task_ids` has the index of the name in the list, from 1.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from moepeft.nn.adapter_hook import AdapterMap
 
 
 def task_names(adapter_map: AdapterMap) -> tuple[str, ...]:
-  """The names of a method's tasks; () where no router reads a task.
+  """The task names of a method; () if no router reads a task.
 
   Raises:
-    ValueError: two routers have unlike lists.
+    ValueError: two routers have different lists.
   """
   lists = {router_tasks(module): None for _, module in adapter_map.entries}
   lists.pop((), None)
@@ -30,20 +30,20 @@ def task_names(adapter_map: AdapterMap) -> tuple[str, ...]:
 
 
 def router_tasks(adapter: nn.Module) -> tuple[str, ...]:
-  """The names that an adapter's router has ids for; () for most routers."""
+  """The task names of an adapter's router; () for most routers."""
   return getattr(getattr(adapter, 'router', None), 'tasks', ())
 
 
 def model_task_names(model: Any) -> tuple[str, ...]:
-  """The names of the tasks that a model's routers have ids for."""
+  """The task names of a model's routers."""
   return task_names(model.adapter_map)
 
 
 def require_task_ids(ctx: Context) -> Array:
-  """The context's ids.
+  """Returns ctx.task_ids.
 
   Raises:
-    ValueError: the batch has none.
+    ValueError: the batch has no task ids.
   """
   if ctx.task_ids is None:
     raise ValueError(

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter hook: a base model calls the adapters that wrap its layers.
 
-Every place of a model where an adapter may act is a site with a path like
-'encoder/self/k'. The model looks the path up in an `AdapterMap` (made by
-`moepeft.peft.build`) and knows nothing of methods. An adapter's parameters
-live in the collection 'peft' below the site's path, so the 'params' tree is
-the same with and without adapters.
+Every layer or activation that an adapter can change is a site with a path like
+'encoder/self/k'. The model looks the path up in an `AdapterMap` (built by
+`moepeft.peft.build`) and does not depend on any method. An adapter's parameters
+are in the collection 'peft' below the site's path, so the 'params' tree is the
+same with and without adapters.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -23,8 +24,8 @@ class AdapterMap:
   """The adapters of each site; hashable, opaque to Flax.
 
   Attributes:
-    entries: (site path, unbound adapter module with its name set), in the
-      order in which they nest: the first is the innermost.
+    entries: (site path, unbound adapter module with its name set), from the
+      innermost to the outermost.
   """
 
   entries: tuple[tuple[str, nn.Module], ...] = ()
@@ -39,12 +40,12 @@ class BaseLayer:
 
   Attributes:
     call: x -> y, bias included.
-    eqn: the einsum of `x` and the kernel, axes as in AXIS_NAMES; None
-      where the site has no weight.
+    eqn: the einsum of `x` and the kernel, axes as in AXIS_NAMES; None if the
+      site has no weight.
     shape: the kernel's shape.
     input_axes, output_axes: the axes of x and y after [b, t], 'd' and 'nh';
       '' for token ids and `Heads`.
-    kernel: () -> the (dequantised) weight in the compute dtype.
+    kernel: () -> the (dequantized) weight in the compute dtype.
     bias: the bias, or None.
     module: for a sublayer, the Flax module behind `call`, whose lifted
       transforms (`vmap`) an adapter may use.
@@ -67,10 +68,10 @@ class BaseLayer:
     return self.call(x)
 
   def vmap(self, size: int) -> Callable[[Array], Array]:
-    """x -> [size, ...y]: experts that share this frozen sublayer.
+    """x -> [size, ...y]: `size` experts that share this frozen sublayer.
 
-    Inner sites get an axis of `size` in their 'peft' parameters, in front of
-    their own axes; 'params' are shared.
+    The 'peft' parameters of inner sites get a first axis of `size`; 'params'
+    are shared.
     """
     if self.module is None:
       raise ValueError(
@@ -110,22 +111,27 @@ def apply_adapters(
 ):
   """Calls `f` at `x` with the site's adapters around it, innermost first."""
   for adapter in adapter_map.at(site):
-    # Deep, because a shared router would belong to the first site only.
+    # A deep clone, because a shared router would belong to the first site only.
     f = _wrap(adapter.clone(parent=parent, _deep_clone=True), f, ctx)
   return f(x)
 
 
 def _wrap(adapter: nn.Module, f: BaseLayer, ctx: Context) -> BaseLayer:
-  return dataclasses.replace(
-    f, call=lambda x: adapter(f, x, ctx), module=None, run=None
-  )
+  f = dataclasses.replace(f, call=functools.partial(_call, adapter, f, ctx))
+  # In a pool at most one adapter of a row is on, and may replace the sublayer.
+  exclusive = getattr(adapter, 'exclusive', False)
+  return f if exclusive else dataclasses.replace(f, module=None, run=None)
+
+
+def _call(adapter: nn.Module, f: BaseLayer, ctx: Context, x: Array) -> Array:
+  return adapter(f, x, ctx)
 
 
 class ActivationHook(nn.Module):
-  """The site of an activation, which has no weights of its own.
+  """The site of an activation, which has no weights.
 
   Attributes:
-    axes: of the activation's features, after [b, t].
+    axes: the axes of the activation's features, after [b, t].
   """
 
   site: str
@@ -146,8 +152,8 @@ class ActivationHook(nn.Module):
 class SublayerHook(nn.Module):
   """The site of a whole sublayer; a sibling of the sublayer's module.
 
-  Its adapters live beside the sublayer, not below it, so that a lifted
-  `vmap` over the sublayer does not touch their own parameters.
+  Its adapters are beside the sublayer, not below it, so that a lifted `vmap`
+  over the sublayer does not add an axis to their parameters.
   """
 
   site: str
@@ -166,11 +172,11 @@ class SublayerHook(nn.Module):
 
 
 def contraction(eqn: str) -> tuple[str, str, str, str]:
-  """Splits 'btd,dnh->btnh' into (batch, in, out) axes and the output's order.
+  """Splits 'btd,dnh->btnh' into its (batch, input, output) axes and its result.
 
   Returns:
-    ('bt', 'd', 'nh', 'btnh'): axes that pass through, axes that are summed,
-    axes that the kernel brings, and the output as written.
+    ('bt', 'd', 'nh', 'btnh'): axes of x in the result, axes that are summed,
+    axes of the kernel in the result, and the result's axes in order.
   """
   operands, output = eqn.split('->')
   x, kernel = operands.split(',')
@@ -181,10 +187,10 @@ def contraction(eqn: str) -> tuple[str, str, str, str]:
 
 
 def contract(eqn: str, x: Array, kernel: Array, accumulate=None) -> Array:
-  """jnp.einsum(eqn, x, kernel) with all that is summed as one axis.
+  """jnp.einsum(eqn, x, kernel) with the summed axes flattened to one.
 
-  The same sum in one matrix product: faster on CPU than a product over two
-  axes, and in the order of addition of layers that flatten heads first.
+  One matrix product is faster on CPU than a product over two axes, and adds in
+  the same order as layers that flatten heads first.
   """
   batch, inner, outer, output = contraction(eqn)
   left, right = eqn.split('->')[0].split(',')
@@ -207,5 +213,5 @@ def sizes(eqn: str, shape: tuple[int, ...]) -> dict[str, int]:
 
 
 def flatten_features(x: Array, keep: int = 2) -> Array:
-  """[b, t, ...] -> [b, t, d]: every axis after the first `keep` in one."""
+  """[b, t, ...] -> [b, t, d]: flattens all axes after the first `keep`."""
   return jnp.reshape(x, (*x.shape[:keep], -1))

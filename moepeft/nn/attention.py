@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-head attention with its sites, masks, and a cache for decoding."""
+"""Multi-head attention with sites, masks and a KV cache."""
 
 from typing import Any
 
@@ -22,12 +22,13 @@ class Heads:
   """The input of the attention core; adapters there may lengthen k and v.
 
   Attributes:
-    q: [b, t, n, h]; k, v: [b, s, k, h], the same heads or fewer (grouped
-      queries, arXiv:2305.13245): head i reads k and v of i // (n / k).
+    q: [b, t, n, h].
+    k, v: [b, s, k, h], with as many heads or fewer (grouped-query attention,
+      arXiv:2305.13245): query head i uses key-value head i // (n / k).
     bias: float [1 or b, n, t, s] added to the logits, or None.
-    mask: bool [b, 1, t, s], True where t may look at s, or None.
-    structured_mask: replaces mask and bias where no array [t, s] is to be
-      built: an `AttentionMask` for 'chunked', a `CausalMask` for 'fused'.
+    mask: bool [b, 1, t, s], True where t attends to s, or None.
+    structured_mask: replaces mask and bias without an array [t, s]: an
+      `AttentionMask` for 'chunked', a `CausalMask` for 'fused'.
   """
 
   q: Array
@@ -47,20 +48,20 @@ def attend(
 ) -> Array:
   """softmax(q k * scale + bias, masked) v -> [b, t, n, h].
 
-  Logits and softmax are in float32, from the product on: bfloat16's logits
-  of 64 would be a half apart. Weights meet v in q's dtype.
+  Logits and softmax are in float32, because bfloat16 rounds logits of 64 to
+  halves. The product of weights and v is in q's dtype.
 
   Args:
     rng: the key of attention dropout, or None for none.
-    cap: logits are kept within it by cap * tanh(logits / cap), before the
-      bias (Gemma 2, arXiv:2408.00118); 0 for none.
+    cap: the soft cap, cap * tanh(logits / cap), before the bias (Gemma 2,
+      arXiv:2408.00118); 0 for none.
   """
   b, t, n, h = heads.q.shape
   k = heads.k.shape[2]
   if n == k:
     logits = einsum_f32('btnh,bsnh->bnts', heads.q, heads.k)
   else:
-    # Group g of n / k queries stands beside its one key head.
+    # Axis g has the n / k query heads of a key head.
     q = heads.q.reshape(b, t, k, n // k, h)
     logits = einsum_f32('btkgh,bskh->bkgts', q, heads.k).reshape(b, n, t, -1)
   logits = logits * scale
@@ -69,7 +70,7 @@ def attend(
   if heads.bias is not None:
     logits += to_f32(heads.bias)
   if heads.mask is not None:
-    # Finite, so that a row without any visible key stays finite too.
+    # Finite, so that the softmax of a row without any key is finite too.
     logits = jnp.where(heads.mask, logits, -1e9)
   weights = softmax(logits).astype(heads.q.dtype)
   if rng is not None and dropout > 0:
@@ -90,7 +91,7 @@ IMPLEMENTATIONS = {
 
 
 def check_implementation(implementation: str) -> None:
-  """Raises a ValueError where there is no such implementation."""
+  """Raises a ValueError if there is no such implementation."""
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f'config.model.attention is one of {", ".join(IMPLEMENTATIONS)}; got '
@@ -106,14 +107,14 @@ def attention_mask(
   causal: bool = False,
   window: int = 0,
 ) -> Array:
-  """Mask [b, 1, t, s]: real keys, of the same segment, not in the future.
+  """Mask [b, 1, t, s] of real keys in the same segment, optionally causal.
 
   Args:
     query: bool [b, t], key: bool [b, s], True on real tokens.
-    query_segments, key_segments: int [b, t], [b, s], or None: not packed.
-    causal: whether t sees s <= t only.
-    window: with `causal`, how many tokens t sees at most, itself included
-      (arXiv:2310.06825); 0 for all.
+    query_segments, key_segments: int [b, t], [b, s]; None if not packed.
+    causal: whether t attends to s <= t only.
+    window: with `causal`, the maximum number of tokens that t attends to,
+      itself included (arXiv:2310.06825); 0 for all.
   """
   mask = jnp.broadcast_to(key[:, None, :], (*query.shape, key.shape[1]))
   if query_segments is not None:
@@ -130,10 +131,10 @@ class Attention(nn.Module):
   """Sites below `site`: norm, q, k, v, core (whose input is `Heads`), o.
 
   Attributes:
-    scale: of the logits.
-    q_stddev: of q's weights at initialisation; None for that of k and v.
+    scale: the factor of the logits.
+    q_stddev: q's stddev at initialization; None for that of k and v.
     bias: whether q, k, v and o have biases.
-    implementation: of IMPLEMENTATIONS.
+    implementation: a key of IMPLEMENTATIONS.
   """
 
   d_model: int
@@ -177,7 +178,7 @@ class Attention(nn.Module):
       implementation=self.implementation,
     )
     self.o = linear('o', 'btnh,nhd->btd', (n, h, d), (n * h) ** -0.5)
-    # The block calls it, so that the sublayer's own input is normed.
+    # The block calls the norm, so that the sublayer's site has normed input.
     site = f'{self.site}/norm'
     self.norm = self.norm_form.at(site, self.adapter_map, self.param_dtype)
 
@@ -193,36 +194,36 @@ class Attention(nn.Module):
     """x [b, t, d] -> [b, t, d].
 
     Args:
-      source: [b, s, d], what keys and values read (cross-attention); None for
-        self-attention.
-      source_ctx: the context of `source`, whose token mask differs.
+      source: [b, s, d], the input of keys and values in cross-attention; None
+        for self-attention.
+      source_ctx: the context of `source`, with its token mask.
     """
     q = self.q(x, ctx)
     if source is None:
       k, v = self.k(x, ctx), self.v(x, ctx)
       if ctx.decode:
-        k, v = self._extend(k, v, ctx)
+        k, v = self._update_cache(k, v, ctx)
     else:
       source_ctx = source_ctx.replace(
         layer=ctx.layer, layer_count=ctx.layer_count
       )
-      k, v = self._once(source, source_ctx, ctx.decode)
+      k, v = self._cross_keys_values(source, source_ctx, ctx.decode)
     return self.o(self.core(Heads(q, k, v, bias, mask), ctx), ctx)
 
-  def _extend(self, k: Array, v: Array, ctx: Context):
-    """Writes this step's keys and values at ctx.index; returns them all."""
+  def _update_cache(self, k: Array, v: Array, ctx: Context):
+    """Writes keys and values at ctx.index, and returns the cache."""
     shape = (k.shape[0], ctx.cache_length, *k.shape[2:])
-    stored = []
+    caches = []
     for name, new in (('k', k), ('v', v)):
       empty = jnp.zeros(shape, new.dtype)
       cache = self.get_variable('cache', f'self_{name}', empty)
       cache = jax.lax.dynamic_update_slice_in_dim(cache, new, ctx.index, axis=1)
       self.put_variable('cache', f'self_{name}', cache)
-      stored.append(cache)
-    return stored
+      caches.append(cache)
+    return caches
 
-  def _once(self, source: Array, ctx: Context, decode: bool):
-    """Keys and values of the source, computed once where decoding."""
+  def _cross_keys_values(self, source: Array, ctx: Context, decode: bool):
+    """Keys and values of the source; decoding computes them once."""
     if not decode:
       return self.k(source, ctx), self.v(source, ctx)
     if not self.has_variable('cache', 'cross_k'):
@@ -246,8 +247,8 @@ class Core(nn.Module):
 
   @nn.compact
   def __call__(self, heads: Heads, ctx: Context) -> Array:
-    noisy = ctx.train and self.dropout > 0
-    rng = self.make_rng('dropout') if noisy else None
+    has_dropout = ctx.train and self.dropout > 0
+    rng = self.make_rng('dropout') if has_dropout else None
     implementation = IMPLEMENTATIONS[self.implementation]
     f = BaseLayer(
       lambda heads: implementation(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks in O(t) numbers instead of an array [t, s]."""
+"""Attention masks as O(t) positions and segments, without an array [t, s]."""
 
 import jax.numpy as jnp
 from flax import struct
@@ -12,15 +12,14 @@ NO_WINDOW = 2**30
 
 @struct.dataclass
 class AttentionMask:
-  """A query sees keys of its segment, not in its future, within its window.
+  """A causal mask with segments and a sliding window.
 
   Attributes:
-    query_positions: int [b, t]; key_positions: int [b, s]: places in the row
+    query_positions: int [b, t]; key_positions: int [b, s]: positions in the row
       (or in the cache).
-    query_segments: int [b, t]; key_segments: int [b, s], -1 where there is no
-      token to see.
-    window: int32 scalar: how many tokens a query sees at most, itself
-      included.
+    query_segments: int [b, t]; key_segments: int [b, s], -1 for no token.
+    window: int32 scalar, the maximum number of tokens that a query attends to,
+      itself included.
     slopes: float32 [n] of ALiBi (arXiv:2108.12409), or None.
   """
 
@@ -34,8 +33,10 @@ class AttentionMask:
   def mask(self) -> Array:
     """bool [b, 1, t, s]."""
     distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
-    same = self.query_segments[:, :, None] == self.key_segments[:, None, :]
-    return (same & (distance >= 0) & (distance < self.window))[:, None]
+    same_segment = (
+      self.query_segments[:, :, None] == self.key_segments[:, None, :]
+    )
+    return (same_segment & (distance >= 0) & (distance < self.window))[:, None]
 
   def bias(self) -> Array | None:
     """float32 [b, n, t, s], or None without slopes."""
@@ -48,27 +49,27 @@ class AttentionMask:
 
 @struct.dataclass
 class CausalMask:
-  """A query sees its row up to itself: a row is one text and its padding.
+  """A causal mask for rows of one text and right padding.
 
   Attributes:
-    token_mask: bool [b, t], True on tokens, which stand before all padding.
-    window: how many tokens a query sees at most, itself included; 0 for all.
+    token_mask: bool [b, t], True on tokens.
+    window: the maximum number of tokens that a query attends to, itself
+      included; 0 for all.
   """
 
   token_mask: Array
   window: int = struct.field(pytree_node=False, default=0)
 
   def lengths(self) -> Array:
-    """Tokens of each row, int32 [b]; one where there is none, so that the
-    softmax is of something."""
+    """The tokens in each row, int32 [b]; at least 1, as a softmax needs."""
     return jnp.maximum(jnp.sum(self.token_mask, axis=1, dtype=jnp.int32), 1)
 
   def mask(self) -> Array:
     """bool [b, 1, t, t]."""
-    places = jnp.arange(self.token_mask.shape[1])
-    distance = places[:, None] - places[None, :]
+    positions = jnp.arange(self.token_mask.shape[1])
+    distance = positions[:, None] - positions[None, :]
     visible = (distance >= 0) & (distance < (self.window or NO_WINDOW))
     return (visible & self.token_mask[:, None, :])[:, None]
 
   def bias(self) -> None:
-    """There is none."""
+    """A causal mask has no bias."""

@@ -21,14 +21,15 @@ class CausalAttention(nn.Module):
   core (whose input is `Heads`), o.
 
   Attributes:
-    kv_heads: heads of keys and values; a divisor of `heads`.
-    rope: None where positions come from elsewhere.
-    scale: of the logits.
+    kv_heads: the number of key-value heads, a divisor of `heads`.
+    rope: None for models without rotary embedding.
+    scale: the factor of the logits.
     cap: see `attention.attend`.
-    bias, out_bias: whether q, k, v, and o, have biases.
-    qk_norm: whether each head of q and k is normed before it is turned
+    bias: whether q, k and v have biases.
+    out_bias: whether o has a bias.
+    qk_norm: whether q and k have a norm over each head before the rotation
       (Qwen3).
-    implementation: of `attention.IMPLEMENTATIONS`.
+    implementation: a key of `attention.IMPLEMENTATIONS`.
   """
 
   d_model: int
@@ -92,7 +93,7 @@ class CausalAttention(nn.Module):
         )
         for name in ('q_norm', 'k_norm')
       )
-    # The block calls it, so that the sublayer's own input is normed.
+    # The block calls the norm, so that the sublayer's site has normed input.
     site = f'{self.site}/norm'
     self.norm = self.norm_form.at(site, self.adapter_map, self.param_dtype)
 
@@ -104,14 +105,14 @@ class CausalAttention(nn.Module):
     mask: Array | None,
     structured_mask: AttentionMask | CausalMask | None = None,
   ) -> Array:
-    """x [b, t, d] -> [b, t, d]; ctx.positions [b, t] must be there.
+    """x [b, t, d] -> [b, t, d]; needs ctx.positions [b, t].
 
     Args:
-      bias: [1 or b, n, t, s] or None; mask: bool [b, 1, t, s], where s is the
-        cache's length in decoding.
-      structured_mask: replaces both where the implementation needs no array
-        [t, s]. Adapters at the core get bias and mask all the same: they may
-        lengthen the keys.
+      bias: [1 or b, n, t, s] or None; s is the cache's length in decoding.
+      mask: bool [b, 1, t, s].
+      structured_mask: replaces both if the implementation needs no array
+        [t, s]. Adapters at the core always get bias and mask, because they may
+        add keys.
     """
     q, k, v = self.q(x, ctx), self.k(x, ctx), self.v(x, ctx)
     if self.qk_norm:
@@ -119,7 +120,9 @@ class CausalAttention(nn.Module):
     if self.rope is not None:
       q, k = (rotate(a, ctx.positions, self.rope) for a in (q, k))
     if ctx.decode:
-      k, v = (self._cached(name, a, ctx) for name, a in (('k', k), ('v', v)))
+      k, v = (
+        self._update_cache(name, a, ctx) for name, a in (('k', k), ('v', v))
+      )
     if structured_mask is not None and self.adapter_map.at(f'{self.site}/core'):
       bias, mask, structured_mask = (
         structured_mask.bias(),
@@ -130,17 +133,17 @@ class CausalAttention(nn.Module):
       self.core(Heads(q, k, v, bias, mask, structured_mask), ctx), ctx
     )
 
-  def _cached(self, name: str, new: Array, ctx: Context) -> Array:
-    """Writes new [b, t, k, h] from each row's first position on.
+  def _update_cache(self, name: str, new: Array, ctx: Context) -> Array:
+    """Writes `new` [b, t, k, h] from each row's first position on.
 
     Returns:
-      All that was written so far, [b, s, k, h].
+      The cache, [b, s, k, h].
     """
     shape = (new.shape[0], ctx.cache_length, *new.shape[2:])
     name = f'self_{name}'
     cache = self.get_variable('cache', name, jnp.zeros(shape, new.dtype))
     write = jax.vmap(
-      lambda row, x, at: jax.lax.dynamic_update_slice_in_dim(row, x, at, 0)
+      lambda row, x, i: jax.lax.dynamic_update_slice_in_dim(row, x, i, 0)
     )
     cache = write(cache, new, ctx.positions[:, 0])
     self.put_variable('cache', name, cache)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention in one call of JAX's: cuDNN's kernel (Dao et al.,
-arXiv:2205.14135) where that can, else XLA's."""
+"""Attention by `jax.nn.dot_product_attention`: cuDNN's flash attention
+(arXiv:2205.14135) if it supports the inputs, else XLA's."""
 
 import functools
 import re
@@ -20,20 +20,20 @@ def attend(
 ) -> Array:
   """`attention.attend` by jax.nn.dot_product_attention.
 
-  `implementation` chooses between cuDNN's and XLA's. cuDNN's holds no array of
-  queries x keys with a structured mask; XLA's always holds one.
+  `implementation` chooses between cuDNN and XLA. With a structured mask, cuDNN
+  allocates no array of queries x keys; XLA always does.
 
   Args:
     heads: `attention.Heads`.
 
   Raises:
-    ValueError: there are soft caps or dropout, which it does not know.
+    ValueError: there are soft caps or dropout, which it does not support.
   """
   if cap or (rng is not None and dropout > 0):
     unsupported = 'soft caps' if cap else 'dropout in training'
     raise ValueError(
       f"config.model.attention is 'fused', which has no {unsupported}; "
-      "take 'naive' or 'chunked'"
+      "use 'naive' or 'chunked'"
       + ('' if cap else ', or set config.model.dropout=0')
     )
   device = jax.devices()[0]
@@ -59,20 +59,22 @@ def attend(
 
 
 def implementation(platform: str, capability: str, heads) -> str:
-  """'cudnn' where JAX 0.10's call of cuDNN takes these heads, else 'xla'.
+  """'cudnn' if JAX 0.10 supports these heads with cuDNN, else 'xla'.
 
   Args:
-    platform, capability: the device's, 'gpu' and '9.0'; of what is not
-      NVIDIA's the latter is '' or no number.
+    platform: the device's platform, such as 'gpu'.
+    capability: the compute capability of an NVIDIA device, such as '9.0'; ''
+      or another text for other devices.
   """
   t, h = heads.q.shape[1], heads.q.shape[3]
   s = heads.k.shape[1]
   if platform != 'gpu' or not re.fullmatch(r'\d+\.\d+', capability):
     return 'xla'
-  # Its flash attention begins with Ampere; larger heads do with Hopper only.
-  fits = float(capability) >= 8 and h <= 128 and h % 8 == 0
-  half = heads.q.dtype in (jnp.bfloat16, jnp.float16)
-  # It would round a bias to q's dtype, and with a mask the gradient wants
+  # cuDNN needs Ampere for flash attention, and Hopper for larger heads.
+  has_kernel = float(capability) >= 8 and h <= 128 and h % 8 == 0
+  is_half = heads.q.dtype in (jnp.bfloat16, jnp.float16)
+  # cuDNN would round a bias to q's dtype, and its gradient with a mask needs
   # even lengths.
-  free = heads.bias is None and (heads.mask is None or t % 2 == s % 2 == 0)
-  return 'cudnn' if fits and half and free else 'xla'
+  mask_fits = heads.mask is None or t % 2 == s % 2 == 0
+  supported = has_kernel and is_half and heads.bias is None and mask_fits
+  return 'cudnn' if supported else 'xla'

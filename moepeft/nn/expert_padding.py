@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays of mixtures whose layers have unlike counts of experts.
+"""Padding for mixtures whose layers have different numbers of experts.
 
-Scanned layers are stacked, so all of them have arrays of the largest count; the
-experts that a layer does not have are zeros that nothing reads and nothing
-changes. Counts, optimizers and exported files leave them out: there each layer
-has an array of its own, under the path that layers have without a scan.
+Scanned layers are stacked, so their arrays are padded to the largest number of
+experts. The padding is zeros that no code reads or changes. Parameter counts,
+optimizers and exported files exclude it: there each layer has its own array,
+under the path of layers without a scan.
 """
 
 import dataclasses
@@ -23,13 +23,12 @@ _LAYER = re.compile(r'(?<![^/])layers_(\d+)(?![^/])')
 
 @dataclasses.dataclass(frozen=True)
 class PaddedAxis:
-  """The axis of an array that has an entry for each expert, some of zeros.
+  """The padded axis of experts in an array.
 
   Attributes:
-    axis: its number in the stored array.
-    counts: experts of each layer, the layers being on axis 0 where `stacked`;
-      else of the array's one layer.
-    stacked: whether layers are scanned.
+    axis: its index in the stored array.
+    counts: the number of experts in each layer; one number if not `stacked`.
+    stacked: whether layers are scanned, so that they are on axis 0.
   """
 
   axis: int
@@ -48,11 +47,11 @@ class PaddedAxis:
     }
 
   def join(self, arrays: Sequence[Array], size: int) -> Array:
-    """The inverse of `split`, zeros where there is no expert.
+    """The inverse of `split`, which adds the padding.
 
     Args:
       arrays: in the order of the layers.
-      size: of the padded axis.
+      size: the size of the padded axis.
     """
     axis = self.axis - self.stacked
     padded = []
@@ -67,14 +66,14 @@ class PaddedAxis:
     if not self.stacked:
       return [path]
     parts = path.split('/')
-    at = parts.index('layers')
+    index = parts.index('layers')
     return [
-      '/'.join((*parts[:at], f'layers_{i}', *parts[at + 1 :]))
+      '/'.join((*parts[:index], f'layers_{i}', *parts[index + 1 :]))
       for i in range(len(self.counts))
     ]
 
   def size(self, shape: Sequence[int]) -> int:
-    """Numbers in an array of a shape, without padding."""
+    """The number of elements in an array of a shape, without padding."""
     layers = shape[0] if self.stacked else 1
     return math.prod(shape) // (shape[self.axis] * layers) * sum(self.counts)
 
@@ -95,11 +94,11 @@ def padded_axis(
 ) -> PaddedAxis:
   """
   Args:
-    path: of the array.
-    logical_axes: of the array, names of `AXIS_NAMES`.
-    counts: of all layers of its stack.
+    path: the array's path.
+    logical_axes: the array's axes, values of `AXIS_NAMES`.
+    counts: the number of experts in each layer of the stack.
   """
-  # An outer mixture's experts would stand before the array's own.
+  # The last one, because the axis of an outer mixture precedes it.
   axis = len(logical_axes) - 1 - logical_axes[::-1].index(AXIS_NAMES['e'])
   if logical_axes[0] == AXIS_NAMES['l']:
     return PaddedAxis(axis, counts, True)
@@ -110,7 +109,7 @@ def padded_axis(
 def split(
   arrays: Mapping[str, Any], padded: Mapping[str, PaddedAxis]
 ) -> dict[str, Any]:
-  """{path: array} of all arrays, those with padding layer by layer."""
+  """{path: array} of all arrays, with padded ones split by layer."""
   result: dict[str, Any] = {}
   for path, array in arrays.items():
     result |= (
@@ -120,12 +119,12 @@ def split(
 
 
 def stack_layers(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Host arrays of 'layers_0', 'layers_1', ... stacked as 'layers', padded.
+  """Stacks host arrays of 'layers_0', 'layers_1', ... as 'layers', padded.
 
-  Arrays under other paths stay as they are.
+  Arrays with other paths are unchanged.
 
   Raises:
-    ValueError: a layer is absent, or layers differ in more than one axis.
+    ValueError: a layer is missing, or layers differ in more than one axis.
   """
   result: dict[str, np.ndarray] = {}
   layers: dict[str, dict[int, np.ndarray]] = {}

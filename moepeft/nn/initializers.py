@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter metadata: initializer and logical axes of every array.
+"""Parameter metadata: the initializer and the logical axes of every array.
 
-It lets the host initialize a model without tracing `model.init`: under jit
-that is a program of one random stream an array, which takes longer to compile
-than the training step.
+With it, the host initializes a model without `model.init`. Under jit, that
+program has a random stream for each array, and takes longer to compile than the
+training step.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from jax.sharding import PartitionSpec
 from moepeft.core.types import AXIS_NAMES, Array, Batch, Tree
 from moepeft.nn.expert_padding import PaddedAxis, padded_axis
 
-# The collection that holds it, filled where the rng of that name is given.
+# The collection of the metadata, filled if an rng of that name is passed.
 METADATA = 'metadata'
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Normal:
-  """Independent draws from N(0, stddev^2)."""
+  """Independent samples from N(0, stddev^2)."""
 
   stddev: float
 
@@ -123,12 +123,12 @@ class ParamMetadata(meta.AxisMetadata):
   `metadata_params`.
 
   Attributes:
-    collection: 'params' or 'peft', which the array is in.
+    collection: the array's collection, 'params' or 'peft'.
     logical_axes: ('layers', 'embed', 'heads', 'head_dim'), values of
       `moepeft.core.types.AXIS_NAMES`.
-    initializer: None where the initial value depends on the base's weights.
-    expert_counts: of each layer, where they differ and the array has an axis of
-      the largest; else ().
+    initializer: None if the initial value depends on the base's weights.
+    expert_counts: the number of experts in each layer, if the layers differ and
+      the array is padded to the largest number; else ().
   """
 
   collection: str
@@ -138,13 +138,13 @@ class ParamMetadata(meta.AxisMetadata):
 
   def add_axis(self, index: int, params: dict[str, str]) -> 'ParamMetadata':
     before, after = self.logical_axes[:index], self.logical_axes[index:]
-    added = params.get(self.collection)
-    axes = (*before, *([added] if added else ()), *after)
+    new_axis = params.get(self.collection)
+    axes = (*before, *([new_axis] if new_axis else ()), *after)
     return dataclasses.replace(self, logical_axes=axes)
 
   def remove_axis(self, index: int, params: dict[str, str]) -> 'ParamMetadata':
-    removed = self.collection in params
-    axes = self.logical_axes[:index] + self.logical_axes[index + removed :]
+    has_axis = self.collection in params
+    axes = self.logical_axes[:index] + self.logical_axes[index + has_axis :]
     return dataclasses.replace(self, logical_axes=axes)
 
   def unbox(self) -> None:
@@ -157,13 +157,13 @@ class ParamMetadata(meta.AxisMetadata):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ExpertCounts:
-  """The experts of each layer, beside the metadata of a module's arrays."""
+  """The number of experts in each layer, stored beside a module's metadata."""
 
   counts: tuple[int, ...]
 
 
 def record_expert_counts(module: nn.Module, counts: tuple[int, ...]) -> None:
-  """Says that arrays with experts, in the module or below it, are padded."""
+  """Records that arrays with experts in the module or below it are padded."""
   if module.has_rng(METADATA):
     module.variable(METADATA, 'expert_counts', lambda: ExpertCounts(counts))
 
@@ -171,35 +171,31 @@ def record_expert_counts(module: nn.Module, counts: tuple[int, ...]) -> None:
 def init_params(
   model: nn.Module, batch: Batch, seed: int, params: Tree | None = None
 ) -> dict[str, Tree]:
-  """{'params': ..., 'peft': ...} of a model that has not been trained.
+  """Initializes a model: {'params': ..., 'peft': ...}.
 
-  Host arrays, but for what is computed from the base: they may be more than
-  one device holds.
-
-  What an array draws is a function of the seed and its path: the same
-  whatever adapters are beside it, on every device and mesh.
+  The arrays are on the host, because they may exceed a device's memory, except
+  for those that are computed from the base's weights. The values of an array
+  depend on the seed and its path only, so not on other adapters, devices or the
+  mesh.
 
   Args:
-    batch: the smallest that the model takes.
-    params: the base's weights; None draws them too.
+    batch: the smallest batch that the model accepts.
+    params: the base's weights; if None, they are initialized too.
   """
   shapes = _shapes(model, batch, params)
   metadata = _flatten(shapes[METADATA])
   initializers = {path: a.initializer for path, a in metadata.items()}
   if params is None:
-    params = _draw(_flatten(shapes['params']), initializers, seed)
+    params = _initialize(_flatten(shapes['params']), initializers, seed)
   peft_shapes = _flatten(shapes.get('peft', {}))
-  drawable = {
+  independent = {
     path: leaf for path, leaf in peft_shapes.items() if initializers[path]
   }
-  peft = _flatten(_draw(drawable, initializers, seed))
-  if drawable != peft_shapes:
-    # These depend on the base's weights.
+  peft = _flatten(_initialize(independent, initializers, seed))
+  if independent != peft_shapes:
+    # The other arrays depend on the base's weights.
     key = jax.random.key(seed)
-    computed = _flatten(_computed(model, batch, params, key))
-    peft |= {
-      path: computed[path] for path in peft_shapes.keys() - drawable.keys()
-    }
+    peft = _flatten(_init_from_base(model, batch, params, key)) | peft
   for path, axis in _padded_axes(metadata).items():
     peft[path] = np.array(peft[path])
     axis.clear_padding(peft[path])
@@ -229,13 +225,13 @@ def _padded_axes(
 def logical_axes(
   model: nn.Module, batch: Batch, params: Tree | None = None
 ) -> dict[str, Tree]:
-  """{'params': ..., 'peft': ...}: PartitionSpec('layers', 'embed'), the names
-  of the axes of every array.
+  """{'params': ..., 'peft': ...} with the axis names of every array, such as
+  PartitionSpec('layers', 'embed').
 
   Args:
-    batch: the smallest that the model takes.
-    params: the base's weights, or shapes, where they may be quantised; None
-      for those that the model would make.
+    batch: the smallest batch that the model accepts.
+    params: the base's weights or shapes, if they may be quantized; None for
+      those that the model initializes.
   """
   shapes = _shapes(model, batch, params)
   metadata = _flatten(shapes[METADATA])
@@ -279,15 +275,15 @@ def shapes(
 def _shapes(
   model: nn.Module, batch: Batch, params: Tree | None
 ) -> dict[str, Tree]:
-  """All collections without an array: shapes and metadata."""
+  """The shapes and metadata of all collections."""
   leaves, tree = jax.tree.flatten((batch, params))
-  collections = _traced(model, tuple((a.shape, a.dtype) for a in leaves), tree)
+  collections = _trace(model, tuple((a.shape, a.dtype) for a in leaves), tree)
   return collections if params is None else {**collections, 'params': params}
 
 
 @functools.lru_cache(maxsize=8)
-def _traced(model: nn.Module, leaves: tuple, tree: Any) -> dict[str, Tree]:
-  """Traced once for a model, which takes a second or two."""
+def _trace(model: nn.Module, leaves: tuple, tree: Any) -> dict[str, Tree]:
+  """`_shapes`, cached, because tracing a model takes a second or two."""
   batch, params = tree.unflatten(
     [jax.ShapeDtypeStruct(*leaf) for leaf in leaves]
   )
@@ -309,7 +305,7 @@ def _traced(model: nn.Module, leaves: tuple, tree: Any) -> dict[str, Tree]:
 
 
 def _with_expert_counts(metadata: Tree, counts: tuple[int, ...] = ()) -> Tree:
-  """The metadata, arrays with experts having the counts of their layers."""
+  """The metadata, with the `expert_counts` of arrays with experts."""
   for value in metadata.values():
     if isinstance(value, ExpertCounts):
       counts = value.counts
@@ -327,26 +323,28 @@ def _with_expert_counts(metadata: Tree, counts: tuple[int, ...] = ()) -> Tree:
   return result
 
 
-def _draw(
+def _initialize(
   shapes: Mapping[str, Any], initializers: Mapping[str, Initializer], seed: int
 ) -> Tree:
-  """Arrays of the shapes, each from a stream of its own."""
-  drawn = {}
+  """Initializes arrays, each with its own random generator."""
+  arrays = {}
   for path, leaf in shapes.items():
     rng = np.random.default_rng((seed, zlib.crc32(path.encode())))
-    drawn[path] = initializers[path].draw(rng, leaf.shape, leaf.dtype)
-  return _unflatten(drawn)
+    arrays[path] = initializers[path].draw(rng, leaf.shape, leaf.dtype)
+  return _unflatten(arrays)
 
 
-def _computed(model: nn.Module, batch: Batch, params: Tree, key: Array) -> Tree:
+def _init_from_base(
+  model: nn.Module, batch: Batch, params: Tree, key: Array
+) -> Tree:
   @jax.jit
-  def start(params):
+  def init(params):
     _, collections = model.apply(
       {'params': params}, batch, rngs={'peft': key}, mutable=['peft']
     )
     return collections['peft']
 
-  return start(params)
+  return init(params)
 
 
 def _flatten(tree: Tree) -> dict[str, Any]:
@@ -386,12 +384,13 @@ def peft_param(
 ) -> Array:
   """A trainable array of an adapter or router, float32 [shape].
 
-  A stored array of another shape is an error that names both.
-
   Args:
-    init: `Normal`, `Constant`, or a function (key, shape, dtype) -> array where
+    init: `Normal`, `Constant`, or a function (key, shape, dtype) -> array if
       the initial value depends on the base's weights (DoRA's magnitude).
     axes: one letter for each axis of `shape`, keys of AXIS_NAMES.
+
+  Raises:
+    ValueError: the stored array has another shape.
   """
   initializer = init if isinstance(init, Initializer) else None
   _record(module, name, shape, COLLECTION, axes, initializer)
@@ -417,7 +416,7 @@ def _record(
   axes: str,
   initializer: Initializer | None,
 ) -> None:
-  """Sows the metadata, in the collection METADATA, where its rng is given."""
+  """Records the metadata in the collection METADATA, if its rng is passed."""
   if not module.has_rng(METADATA):
     return
   if len(axes) != len(shape):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Projections of the base model, the embedding and the head, each a site."""
+"""The projections, the embedding and the head of a base model, each a site."""
 
 import dataclasses
 from typing import Any
@@ -23,15 +23,15 @@ from moepeft.nn.quantization import QuantizedKernel
 
 
 class Linear(nn.Module):
-  """y = einsum(eqn, x, kernel), plus a bias where it has one, at a site.
+  """y = einsum(eqn, x, kernel) [+ bias], at a site.
 
   Attributes:
-    eqn: 'btd,dnh->btnh' and the like; two operands, the kernel second.
+    eqn: an einsum of x and the kernel, such as 'btd,dnh->btnh'.
     shape: the kernel's shape in the equation's order.
     site: the site's path, 'encoder/self/q'.
-    stddev: of the normal initialiser.
+    stddev: the standard deviation of the normal initializer.
     accumulate: the dtype of the result; None for `dtype`.
-    bias: whether it has one, of the shape that the kernel brings.
+    bias: whether there is a bias, with the kernel's output axes.
   """
 
   eqn: str
@@ -83,7 +83,8 @@ def base_projection(
     return y if bias is None else y + bias.astype(y.dtype)
 
   if isinstance(kernel, QuantizedKernel):
-    # Decoded anew for the gradient: else a scan would keep all layers' wide.
+    # Dequantized again in the backward pass; otherwise a scan would keep the
+    # dequantized kernels of all layers.
     call = jax.checkpoint(call)
   _, inside, outside, _ = contraction(eqn)
   return BaseLayer(
@@ -128,16 +129,16 @@ class Embedding(nn.Module):
     return apply_adapters(self, self.adapter_map, self.site, f, ids, ctx)
 
   def attend(self) -> Array:
-    """The table [v, d] itself, for a head tied to it."""
+    """The table [v, d], for a tied head."""
     return self.get_variable('params', 'embedding').astype(self.dtype)
 
 
 class Head(nn.Module):
-  """States [b, t, d] -> logits [b, t, v], float32 at least, at 'head'.
+  """States [b, t, d] -> logits [b, t, v], at least float32, at 'head'.
 
   Attributes:
-    cap: logits are kept within it by cap * tanh(logits / cap); 0 for none.
-    bias: whether it has one, [v].
+    cap: the soft cap, cap * tanh(logits / cap); 0 for none.
+    bias: whether there is a bias [v].
   """
 
   d_model: int
@@ -158,10 +159,10 @@ class Head(nn.Module):
       kernel = param(self, 'kernel', start, shape, 'dv', self.param_dtype)
       f = base_projection(eqn, kernel, self.dtype, wide)
     else:
-      f = _tied(eqn, tied.attend(), self.dtype, wide)
+      f = _tied_projection(eqn, tied.attend(), self.dtype, wide)
     f = dataclasses.replace(f, tied_embedding=tied)
     if self.bias:
-      f = _biased(f, self._bias())
+      f = _add_bias(f, self._bias())
     logits = apply_adapters(self, self.adapter_map, 'head', f, x, ctx)
     return self.cap * jnp.tanh(logits / self.cap) if self.cap else logits
 
@@ -171,7 +172,7 @@ class Head(nn.Module):
     )
 
 
-def _biased(f: BaseLayer, bias: Array) -> BaseLayer:
+def _add_bias(f: BaseLayer, bias: Array) -> BaseLayer:
   """The layer with a bias added to its output."""
 
   def call(x):
@@ -181,7 +182,7 @@ def _biased(f: BaseLayer, bias: Array) -> BaseLayer:
   return dataclasses.replace(f, call=call, bias=bias)
 
 
-def _tied(eqn: str, table: Array, dtype, accumulate) -> BaseLayer:
+def _tied_projection(eqn: str, table: Array, dtype, accumulate) -> BaseLayer:
   """The layer of a head whose weight is the table's transpose."""
 
   def call(x):
@@ -190,8 +191,8 @@ def _tied(eqn: str, table: Array, dtype, accumulate) -> BaseLayer:
       return jnp.einsum(
         'btd,vd->btv', x, table, preferred_element_type=accumulate
       )
-    # A token a row: the table is read once and in its own order. As above,
-    # XLA's product on CPU takes four times as long.
+    # With one token per row, this reads the table once and in order. The
+    # einsum above takes four times as long on CPU.
     y = jnp.einsum('vd,btd->vbt', table, x, preferred_element_type=accumulate)
     return jnp.moveaxis(y, 0, -1)
 

@@ -16,11 +16,10 @@ from moepeft.core.types import Array
 def low_rank_matmul(x: Array, kernel: Array, precision=None) -> Array:
   """x [..., i] times kernel [i, o] -> [..., o].
 
-  The kernel's gradient is a product over all tokens. XLA puts the large
-  operand of it first, and on CPU transposes that operand, recomputing element
-  by element whatever it is made of: several times the cost of the product.
-  Here the small operand stands first. In reverse mode only: `jax.jvp` of
-  it is an error.
+  The kernel's gradient is a product over all tokens. XLA puts its large operand
+  first and, on CPU, transposes it and recomputes it element by element, at
+  several times the cost of the product. This gradient puts the small operand
+  first. It is for reverse mode only: `jax.jvp` is an error.
 
   Args:
     precision: as in `jnp.einsum`.
@@ -39,9 +38,9 @@ def _backward(precision, residuals, dy):
   x, dy = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
   if kernel.shape[0] < kernel.shape[1]:
     return dx, einsum('ti,to->io', x, dy)
-  # Behind a barrier, or the simplifier would swap the operands.
-  turned = jax.lax.optimization_barrier(einsum('to,ti->oi', dy, x))
-  return dx, turned.T
+  # Without the barrier, XLA's simplifier would swap the operands.
+  transposed = jax.lax.optimization_barrier(einsum('to,ti->oi', dy, x))
+  return dx, transposed.T
 
 
 low_rank_matmul.defvjp(_forward, _backward)

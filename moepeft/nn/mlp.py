@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The feed-forward sublayer, gated (arXiv:2002.05202) or not."""
+"""The feed-forward sublayer, optionally gated (arXiv:2002.05202)."""
 
 import dataclasses
 import functools
@@ -45,10 +45,10 @@ class FeedForward:
 
 
 class Mlp(nn.Module):
-  """wo(act(wi_0 x) * wi_1 x), or wo(act(wi x)) where not gated.
+  """wo(act(wi_0 x) * wi_1 x) if gated, else wo(act(wi x)).
 
-  Sites below `site`: norm, wi_0 and wi_1 (or wi), the taps `act` (after the
-  gate's activation) and `hidden` (the input of wo), and wo.
+  Sites below `site`: norm, wi_0 and wi_1 (or wi), the activations `act` (after
+  the activation function) and `hidden` (the input of wo), and wo.
   """
 
   d_model: int
@@ -86,7 +86,7 @@ class Mlp(nn.Module):
     self.hidden = ActivationHook(f'{self.site}/hidden', self.adapter_map, 'f')
     self.wo = linear('wo', 'btf,fd->btd', f, d)
     self.drop = nn.Dropout(self.dropout)
-    # The block calls it, so that the sublayer's own input is normed.
+    # The block calls the norm, so that the sublayer's site has normed input.
     site = f'{self.site}/norm'
     self.norm = self.norm_form.at(site, self.adapter_map, self.param_dtype)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer norms: by the root mean square (arXiv:1910.07467) or the deviation."""
+"""RMSNorm (arXiv:1910.07467) and LayerNorm, with sites for adapters."""
 
 import dataclasses
 from typing import Any
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
   Attributes:
     offset: added to the stored scale (Gemma stores scale - 1).
-    letter: of the axis.
+    letter: the letter of the axis.
   """
 
   site: str
@@ -87,10 +87,10 @@ class LayerNorm(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class NormForm:
-  """The norm of a model, and its settings.
+  """The type and the settings of a model's norms.
 
   Attributes:
-    centred: `LayerNorm` instead of `RMSNorm`.
+    centred: whether they are `LayerNorm`, not `RMSNorm`.
     offset: see `RMSNorm`.
   """
 
@@ -105,7 +105,7 @@ class NormForm:
     param_dtype: Any,
     name: str | None = None,
   ) -> nn.Module:
-    """The norm's module at a site; `name` where a compact call makes it."""
+    """The module of the norm at a site; a compact method needs a `name`."""
     if self.centred:
       return LayerNorm(site, adapter_map, self.eps, param_dtype, name=name)
     return RMSNorm(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Softmax, casts and sums in float32 at least."""
+"""Softmax, casts and sums in at least float32."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ from moepeft.core.types import Array
 
 @jax.custom_vjp
 def softmax(x: Array) -> Array:
-  """Over the last axis; its gradient keeps the result and nothing else.
+  """Softmax over the last axis, which saves only its result for the gradient.
 
-  Derived by `jax.grad`, the division alone would keep two more arrays of this
-  size. In reverse mode only: `jax.jvp` of it is an error.
+  With automatic differentiation, the division would save two more arrays of
+  this size. It is for reverse mode only: `jax.jvp` is an error.
   """
   e = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
   return e / jnp.sum(e, axis=-1, keepdims=True)
@@ -31,11 +31,11 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def to_f32(x: Array) -> Array:
-  """x in float32, or as it is where it is wider (float64 in checks)."""
+  """Casts x to float32, unless it is wider (float64 in tests)."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def einsum_f32(eqn: str, x: Array, y: Array) -> Array:
-  """einsum(eqn, x, y) that is summed and left in float32 at least."""
+  """einsum(eqn, x, y) with sums and result in at least float32."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   return jnp.einsum(eqn, x, y, preferred_element_type=dtype)

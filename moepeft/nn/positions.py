@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Positions that are added: to logits (T5's bias, ALiBi) or to embeddings."""
+"""Position biases of logits (T5, ALiBi) and sinusoidal embeddings."""
 
 import math
 from typing import Any
@@ -18,8 +18,8 @@ def relative_bucket(
 
   Source: Raffel et al., arXiv:1910.10683.
 
-  Half of the buckets of a direction are exact, the others grow
-  logarithmically up to `max_distance`, beyond which all share the last.
+  Half of the buckets of a direction are for one distance each. The others grow
+  logarithmically up to `max_distance`, and the last has all larger distances.
   """
   offset = 0
   distance = -relative
@@ -30,7 +30,7 @@ def relative_bucket(
   else:
     distance = jnp.maximum(distance, 0)
   exact = buckets // 2
-  # The largest argument of log is positive even where `exact` is chosen.
+  # At least 1, so that the log is finite where `distance < exact` too.
   scaled = jnp.maximum(distance, 1).astype(jnp.float32) / exact
   growth = jnp.log(scaled) / jnp.log(max_distance / exact) * (buckets - exact)
   large = jnp.minimum(exact + growth.astype(jnp.int32), buckets - 1)
@@ -71,19 +71,19 @@ class RelativeBias(nn.Module):
 
 def alibi_slopes(heads: int) -> list[float]:
   """The slope of each head; see `alibi`."""
-  whole = 2 ** int(math.log2(heads))
-  slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
+  power = 2 ** int(math.log2(heads))
+  slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
   return slopes + [
-    2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)
+    2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)
   ]
 
 
 def alibi(heads: int, queries: Array, keys: Array) -> Array:
-  """Bias [b, n, t, s] that falls with distance, by a slope a head.
+  """Bias [b, n, t, s] that decreases linearly with distance, by head.
 
-  Source: Press et al., arXiv:2108.12409; slopes of a number of heads that is
-  no power of two as in its released code: those of the power below, then
-  every other one of the power above.
+  Source: Press et al., arXiv:2108.12409. If the number of heads is no power of
+  two, the slopes are as in its released code: those of the power below, then
+  every second one of the power above.
 
   Args:
     queries: positions int [b, t]; keys: int [s] or [b, s].
@@ -96,8 +96,8 @@ def alibi(heads: int, queries: Array, keys: Array) -> Array:
 def sinusoidal(positions: Array, d_model: int) -> Array:
   """positions int [b, t] -> float32 [b, t, d]: sines, then cosines.
 
-  Source: Vaswani et al., arXiv:1706.03762, section 3.5; the two halves stand
-  one after the other, as in tensor2tensor, instead of in turn.
+  Source: Vaswani et al., arXiv:1706.03762, section 3.5, but concatenated, as in
+  tensor2tensor, not interleaved.
   """
   half = d_model // 2
   waves = jnp.exp(-math.log(10000.0) / half * jnp.arange(half))

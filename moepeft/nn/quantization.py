@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized kernels: int8, and the NF4 of QLoRA (arXiv:2305.14314).
 
-A kernel that is quantised lies in 'params' as two arrays in place of one, its
-codes and their scales: `kernel_int8` or `kernel_nf4`, and `kernel_scale`. The
-tree alone says which, so a model has no option for it. Letters beyond the
-legend: g blocks of inputs.
+In 'params', a quantized kernel is two arrays, its codes and their scales:
+`kernel_int8` or `kernel_nf4`, and `kernel_scale`. A model has no option for
+quantization; the names in the tree determine it. The letter g is for blocks of
+inputs.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from moepeft.nn.initializers import Constant, param
 
 # Inputs that share a scale in NF4, as in the paper.
 BLOCK = 64
-# NF4's values (appendix E): quantiles of a normal distribution, zero among
-# them, over the largest. So many of each sign that 0 and +-1 are exact.
+# NF4's values (appendix E): quantiles of a normal distribution divided by the
+# largest, chosen so that 0 and +-1 are exact.
 LEVELS = np.array(
   [
     -1.0,
@@ -48,10 +48,13 @@ LEVELS = np.array(
 
 
 def to_int8(kernel: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
-  """Symmetric, one scale an output: codes int8 [*in, *out], scale [*out].
+  """Symmetric quantization with one scale per output.
 
   Args:
-    inputs: how many of the kernel's first axes are inputs.
+    inputs: the number of input axes, which are the kernel's first.
+
+  Returns:
+    codes int8 [*in, *out], scale float32 [*out].
   """
   kernel = kernel.astype(np.float32)
   scale = np.max(np.abs(kernel), axis=tuple(range(inputs))) / np.float32(127)
@@ -60,35 +63,37 @@ def to_int8(kernel: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def from_int8(codes: Array, scale: Array, shape: tuple[int, ...]) -> Array:
-  """Dequantizes `to_int8`: float32 [shape], off by scale / 2 at most."""
+  """Dequantizes `to_int8`: float32 [shape], error at most scale / 2."""
   del shape
   return codes.astype(jnp.float32) * scale
 
 
 def to_nf4(kernel: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
-  """The nearest of LEVELS times the largest of each block of an output.
+  """The nearest of LEVELS, times the absolute maximum of each block.
 
-  Blocks are of BLOCK inputs that follow each other, inputs in one axis; the
-  last may be shorter. A byte holds two codes, the first one high.
+  A block has BLOCK consecutive inputs of one output, with the inputs flattened
+  to one axis; the last block may be shorter. A byte has two codes, the first in
+  the high bits.
 
   Returns:
     codes uint8 [inputs / 2 rounded up, *out], scale float32 [g, *out].
   """
   out = kernel.shape[inputs:]
   flat = kernel.astype(np.float32).reshape(-1, *out)
-  blocks = _padded(flat, BLOCK).reshape(-1, BLOCK, *out)
+  blocks = _pad_to_multiple(flat, BLOCK).reshape(-1, BLOCK, *out)
   scale = np.max(np.abs(blocks), axis=1)
   blocks = blocks / np.where(scale > 0, scale, 1)[:, None]
-  between = (LEVELS[1:] + LEVELS[:-1]) / 2
-  codes = np.searchsorted(between, blocks).astype(np.uint8)
-  codes = _padded(codes.reshape(-1, *out)[: len(flat)], 2)
+  boundaries = (LEVELS[1:] + LEVELS[:-1]) / 2
+  codes = np.searchsorted(boundaries, blocks).astype(np.uint8)
+  codes = _pad_to_multiple(codes.reshape(-1, *out)[: len(flat)], 2)
   return codes[0::2] << 4 | codes[1::2], scale
 
 
 def from_nf4(codes: Array, scale: Array, shape: tuple[int, ...]) -> Array:
   """Dequantizes `to_nf4`: float32 [shape].
 
-  Off by at most 0.152 of its block's largest: half the widest gap of LEVELS.
+  The error is at most 0.152 of the block's absolute maximum, half the widest
+  gap between LEVELS.
   """
   out, size = codes.shape[1:], math.prod(shape) // math.prod(codes.shape[1:])
   indices = jnp.stack([codes >> 4, codes & 15], axis=1).reshape(-1, *out)
@@ -97,10 +102,10 @@ def from_nf4(codes: Array, scale: Array, shape: tuple[int, ...]) -> Array:
   return (values * scale).reshape(shape)
 
 
-def _padded(array: np.ndarray, multiple: int) -> np.ndarray:
-  """With zeros after axis 0, so that `multiple` divides it."""
-  more = -len(array) % multiple
-  return np.pad(array, ((0, more), *[(0, 0)] * (array.ndim - 1)))
+def _pad_to_multiple(array: np.ndarray, multiple: int) -> np.ndarray:
+  """Pads axis 0 with zeros to a multiple."""
+  padding = -len(array) % multiple
+  return np.pad(array, ((0, padding), *[(0, 0)] * (array.ndim - 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +115,7 @@ class QuantizationFormat:
   Attributes:
     encode: (kernel, inputs) -> (codes, scale), on the host.
     decode: (codes, scale, shape) -> the kernel, float32.
-    dtype: of the codes.
+    dtype: the dtype of the codes.
     layout: (inputs, outputs, their letters) -> {suffix: (shape, letters)} of
       codes and scale.
   """
@@ -127,7 +132,7 @@ def _layout_int8(inputs, outputs, inside: str, outside: str):
 
 
 def _layout_nf4(inputs, outputs, inside: str, outside: str):
-  # Inputs are one axis, which the first of their letters stands for.
+  # The inputs are flattened to one axis, with their first letter.
   size, letters = math.prod(inputs), inside[0] + outside
   rows = {'codes': -(-size // 2), 'scale': -(-size // BLOCK)}
   return {name: ((n, *outputs), letters) for name, n in rows.items()}
@@ -141,11 +146,11 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedKernel:
-  """A kernel of few bits, with the `shape` and `astype` of an array.
+  """A quantized kernel, with the `shape` and `astype` of an array.
 
   Attributes:
     kind: a key of FORMATS.
-    shape: the kernel's.
+    shape: the kernel's shape.
   """
 
   kind: str
@@ -162,15 +167,15 @@ class QuantizedKernel:
 def quantized_kernel(
   module: nn.Module, name: str, eqn: str, shape: tuple[int, ...]
 ) -> QuantizedKernel | None:
-  """The module's quantized kernel, or None where it is an array."""
-  for kind, form in FORMATS.items():
+  """The module's quantized kernel, or None if it is not quantized."""
+  for kind, kernel_format in FORMATS.items():
     if module.has_variable('params', f'{name}_{kind}'):
       _, inside, outside, _ = contraction(eqn)
       n = len(inside)
-      layout = form.layout(shape[:n], shape[n:], inside, outside)
+      layout = kernel_format.layout(shape[:n], shape[n:], inside, outside)
       start = Constant(0)
       codes = param(
-        module, f'{name}_{kind}', start, *layout['codes'], form.dtype
+        module, f'{name}_{kind}', start, *layout['codes'], kernel_format.dtype
       )
       scale = param(module, f'{name}_scale', start, *layout['scale'])
       return QuantizedKernel(kind, codes, scale, shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stack of equal layers, scanned: the program does not grow with depth."""
+"""Scans a stack of equal layers, so that programs do not grow with depth."""
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ REMAT = {
   'full': jax.checkpoint_policies.nothing_saveable,
 }
 
-# Everything that a layer owns or reports has its layers on axis 0.
+# In all collections, the layers are on axis 0.
 COLLECTIONS = ('params', 'peft', METADATA, 'routing', 'weights', 'cache')
 AXES = dict.fromkeys(COLLECTIONS, 0)
 RNGS = dict.fromkeys(('params', 'peft', METADATA, 'dropout', 'router'), True)
@@ -32,20 +32,19 @@ def scan_layers(
 ) -> Array:
   """Calls `length` copies of a block one after the other.
 
-  Must be called from a compact method; the layers' variables are found under
-  'layers' (scanned) or 'layers_0', 'layers_1', ... (not). `ctx.run_layers`,
-  where set, is called instead.
+  Call it from a compact method. The layers' variables are under 'layers'
+  (scanned) or 'layers_0', 'layers_1', ... (not scanned). `ctx.run_layers`, if
+  set, replaces this function.
 
   Args:
-    block: an unbound module, (x, ctx, *args) -> x; ctx.layer and
-      ctx.layer_count are set for it.
-    remat: 'none', 'dots' (matrix products are kept) or 'full'.
-    unroll: layers written out in one step of the scan: faster on CPU, and the
-      program grows with it; the variables are the same. One where there is
-      remat, which needs the loop.
+    block: an unbound module, (x, ctx, *args) -> x, called with ctx.layer and
+      ctx.layer_count.
+    remat: 'none', 'dots' (saves matrix products) or 'full'.
+    unroll: layers in one step of the scan. More are faster on CPU, and the
+      program is larger; the variables are the same. Remat needs 1.
 
   Raises:
-    ValueError: the remat policy does not exist, or ctx.routing is of another
+    ValueError: the remat policy does not exist, or ctx.routing has another
       number of layers, rows or tokens.
   """
   ctx = ctx.replace(layer_count=length)
@@ -62,7 +61,7 @@ def scan_layers(
       )
   if not scan:
     for i in range(length):
-      # A copy each: a module that is used twice shares its variables.
+      # A copy each, because a module that is used twice shares its variables.
       layer_block = block.clone(parent=None)
       layer = _remat(_Layer, remat)(layer_block, name=f'layers_{i}')
       x, _ = layer(x, jnp.int32(i), ctx, args)
@@ -73,11 +72,11 @@ def scan_layers(
     split_rngs=RNGS,
     in_axes=(0, nn.broadcast, nn.broadcast),
     length=length,
-    # Written out, XLA would merge layers with their recomputation, on CPU in
-    # spite of barriers: remat would save nothing.
+    # In an unrolled scan, XLA merges layers with their recomputation (on CPU in
+    # spite of barriers), and remat saves nothing.
     unroll=min(unroll, length) if remat == 'none' else 1,
-    # No variable is broadcast: without the check a layer is traced once, not
-    # twice, and tracing is most of a short run's start.
+    # No variable is broadcast. Without the check, a layer is traced once, not
+    # twice, and tracing takes most of the start of a short run.
     check_constancy_invariants=False,
     metadata_params={'params': 'layers', 'peft': 'layers'},
   )(block, name='layers')
@@ -85,10 +84,10 @@ def scan_layers(
 
 
 def unstack_layers(tree: Tree) -> Tree:
-  """Variables of scanned layers as those of layers that are not scanned.
+  """Converts variables of scanned layers to those of layers without a scan.
 
-  'layers' -> 'layers_0', 'layers_1', ...: each layer's arrays are its own, so
-  that a program need not cut them out again and again.
+  'layers' -> 'layers_0', 'layers_1', ..., so that a program does not slice the
+  stacked arrays at every step.
   """
   unstacked = {}
   for key, value in tree.items():
@@ -110,11 +109,11 @@ def _remat(layer, remat: str, scanned: bool = False):
 
 
 class _Layer(nn.Module):
-  """A block whose variables lie at this module's own path."""
+  """A block whose variables are at this module's path."""
 
   block: nn.Module
 
   @nn.compact
-  def __call__(self, x, number, ctx, args):
+  def __call__(self, x, index, ctx, args):
     nn.share_scope(self, self.block)
-    return self.block(x, ctx.replace(layer=number), *args), None
+    return self.block(x, ctx.replace(layer=index), *args), None

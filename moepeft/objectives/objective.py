@@ -8,7 +8,7 @@ loss, {name: [sum, count]}.
 
 `prepare_rows` and `prepare_batch` run before the gradient is taken. The first
 computes arrays for each row by the current policy, part by part and without
-gradient; the second needs the whole batch. KTO's KL baseline is made so.
+gradient; the second needs the whole batch. KTO computes its KL baseline there.
 Learning from samples fits the same two: PPO and GRPO sample answers to the
 batch's prompts in `prepare_rows` and compute advantages, which are means over
 a prompt's group of rows, in `prepare_batch`.

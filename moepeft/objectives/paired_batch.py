@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches with several sides: 'chosen_inputs' and 'rejected_inputs'.
 
-The sides of a row are neighbors in one batch of the model, so that one pass
-computes them all. A row of each side holds one answer, or where rows are
-packed several in the same order, told apart by their segments: there may be
-as many as a row has targets. Shapes: k sides, a answers that a batch has
-space for on each of them: b, or b t where rows are packed.
+The sides of a row are adjacent rows in the model's batch, so that one pass
+computes all of them. A row has one answer per side. A packed row has several,
+in the same order on each side and with different segments, at most as many as
+it has targets. Shapes: k sides; a the maximum number of answers per side, b, or
+b t in packed batches.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from moepeft.objectives.cross_entropy import token_losses
 
 # The token whose logit is a reward model's score: padding.
 SCORE_TOKEN = 0
-# Error of a token's log-ratio in float32, in nats: an ulp of a logit of 32.
+# The error of a token's log-ratio in float32, in nats: an ulp of a logit of 32.
 _ROUNDING_ERROR = 4e-6
 # The keys of a side that models and objectives read.
 KEYS = (
@@ -43,13 +43,12 @@ class PairLogps:
   """Log-likelihoods of the answers of each side, as sums over an answer.
 
   Attributes:
-    logps: float32 [a, k], of an answer's targets.
-    log_ratios: the same less the reference's; None without a reference.
+    logps: float32 [a, k], the sum over an answer's targets.
+    log_ratios: `logps` minus the reference's; None without a reference.
     squared_log_ratios: [a, k], sums of the squares of each target's log-ratio;
       None without a reference.
     tokens: int [a, k], targets of each answer.
-    mask: bool [a], whether there is an answer on every side; the rest is
-      padding.
+    mask: bool [a], whether there is an answer on every side; else padding.
     correct: int [a, k], number of targets that are the most probable token.
     scores: float32 [a, k], the logit of SCORE_TOKEN after each answer's last
       token but one; see `reward`.
@@ -117,21 +116,21 @@ def last_token_score(
   logits: Array, mask: Array, segments: Array | None = None
 ) -> Array:
   """The logit of SCORE_TOKEN at each answer's last target: [n, 1], packed
-  [n, t]; at the first place of a row without targets.
+  [n, t]; at the first position of a row without targets.
 
   Args:
     logits: [n, t, v].
     mask: of the targets, bool [n, t].
     segments: int [n, t] of packed rows.
   """
-  places = jnp.where(mask, jnp.arange(mask.shape[-1]), 0)
+  positions = jnp.where(mask, jnp.arange(mask.shape[-1]), 0)
   if segments is None:
-    last = jnp.max(places, axis=-1, keepdims=True)
+    last = jnp.max(positions, axis=-1, keepdims=True)
   else:
     last = jax.vmap(
       lambda x, ids: jax.ops.segment_max(x, ids, num_segments=x.size + 1)
-    )(places, segments)[:, 1:]
-  # The maximum over no token is the least integer.
+    )(positions, segments)[:, 1:]
+  # `segment_max` of an empty segment is the smallest integer.
   last = jnp.maximum(last, 0)
   return jnp.take_along_axis(logits[..., SCORE_TOKEN], last, axis=-1)
 
@@ -146,8 +145,8 @@ def answer_logps(
 ) -> PairLogps:
   """One pass over all sides, and one of the reference if there is one.
 
-  The reference's log-likelihoods are those of `batch`, as
-  'chosen_reference' [b, t], where it has them (computed before training).
+  If `batch` has the reference's log-likelihoods, 'chosen_reference' [b, t],
+  which were computed before training, the pass of the reference is skipped.
   """
   rows = stack_sides(batch, sides)
   logits, sown = apply(
@@ -167,8 +166,8 @@ def answer_logps(
   if reference_logps is None and reference is not None:
     reference_logps = jax.lax.stop_gradient(reference(variables, rows))
   if reference_logps is not None:
-    # Differences of tokens are summed: a difference of sums of hundreds of
-    # tokens would be rounded by as much as a first step changes it.
+    # The sum of the tokens' differences. The rounding error of a difference of
+    # sums over hundreds of tokens is as large as the change of a first step.
     token_ratios = logps - reference_logps
     log_ratios = split_sides(_sum_answers(token_ratios, segments))
     squared_log_ratios = split_sides(
@@ -194,7 +193,7 @@ def mean_logp_pairs(
   rngs: Mapping[str, Array] | None,
   beta: float,
 ) -> tuple[PairLogps, Array, Array, dict[str, Array]]:
-  """(pairs, chosen, rejected, metrics) where no reference is needed.
+  """(pairs, chosen, rejected, metrics) for objectives without a reference.
 
   `chosen` and `rejected` [a] are mean log p of an answer's tokens; a reward is
   beta times that.
@@ -208,7 +207,7 @@ def mean_logp_pairs(
 def _precomputed_logps(
   batch: Batch, sides: Sequence[str], mask: Array
 ) -> Array | None:
-  """The reference's log p in a batch, 0 beside targets: [b k, t]."""
+  """The reference's log p in a batch, 0 except on targets: [b k, t]."""
   if f'{sides[0]}reference' not in batch:
     return None
   stacked = jnp.stack([batch[f'{s}reference'] for s in sides], axis=1)
@@ -222,15 +221,14 @@ def total_loss(
   metrics: dict[str, Array],
   good: Array,
 ) -> tuple[Array, dict[str, Tree]]:
-  """(sum, aux) of an objective that has a loss for each answer or pair.
+  """(sum, aux) of an objective with a loss for each answer or pair.
 
   Args:
     losses: [a].
-    sft: times the mean -log p of a good answer's tokens is added to its loss.
-    metrics: of `metric_sums`, by name; 'kl' is added where there is a
-      reference.
+    sft: the weight of the mean -log p of a good answer's tokens in its loss.
+    metrics: {name: `metric_sums`}; 'kl' is added if there is a reference.
     good: bool [a], the answers whose first side is to be learned; 'nll' and
-      'correct' count these alone.
+      'correct' count only these.
   """
   mask, good = answers.mask, answers.mask & good
   if sft:

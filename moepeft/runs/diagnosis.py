@@ -107,7 +107,7 @@ def _settings(config: dict, trained: list[dict], has_ended: bool) -> list[str]:
     f'{config.get("batch_size", "unknown")}; seed '
     f'{config.get("seed", "unknown")}',
     f'steps: {last} of {steps or "unknown"}; '
-    f'{"ended" if has_ended else "no summary.json: not ended, or broken off"}',
+    f'{"ended" if has_ended else "no summary.json: running or interrupted"}',
   ]
   if is_number(steps) and last < steps:
     lines.append(f'! the run stands at step {last} of {steps}')

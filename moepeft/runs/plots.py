@@ -19,7 +19,7 @@ from matplotlib.ticker import (
 from moepeft.runs import before_after_plot, router_plots
 from moepeft.runs.history import History
 
-# From the palette of Okabe and Ito, which is colour-blind safe.
+# From the color-blind safe palette of Okabe and Ito.
 _BLUE, _ORANGE, _PALE = '#0072B2', '#D55E00', '#56B4E9'
 _DPI = 100
 # Key of `metrics_log.SHARES` -> name in the plot's file name.
@@ -32,20 +32,20 @@ _LOG_SCALE_RATIO = 2.5
 
 
 class Figures:
-  """The figures of a run that goes on, below a folder."""
+  """Draws the plots of a run during training into a folder."""
 
-  def __init__(self, history: History, folder: str, drawn: bool = True):
-    """`drawn`: whether this process draws them."""
-    self._history, self._folder, self._drawn = history, folder, drawn
+  def __init__(self, history: History, folder: str, enabled: bool = True):
+    """`enabled`: whether this process draws plots."""
+    self._history, self._folder, self._enabled = history, folder, enabled
     self._last = time.monotonic()
 
   def draw(self) -> None:
-    if self._drawn:
+    if self._enabled:
       draw(self._history, self._folder)
     self._last = time.monotonic()
 
   def refresh(self) -> None:
-    """Draws them where a minute has passed since."""
+    """Draws the plots if a minute has passed since the last drawing."""
     if time.monotonic() - self._last > _UPDATE_SECONDS:
       self.draw()
 
@@ -130,9 +130,9 @@ def _preference(history: History) -> Figure | None:
     return None
   figure = Figure(figsize=(7, 7), layout='constrained')
   accuracy_axes, reward_axes = figure.subplots(2, 1, sharex=True)
-  _curves(accuracy_axes, history, {'accuracies': (_BLUE, 'accuracy')})
+  _plot_curves(accuracy_axes, history, {'accuracies': (_BLUE, 'accuracy')})
   accuracy_axes.set(ylim=(0, 1), ylabel='share of pairs')
-  _curves(
+  _plot_curves(
     reward_axes,
     history,
     {
@@ -145,7 +145,9 @@ def _preference(history: History) -> Figure | None:
   return figure
 
 
-def _curves(axes: Axes, history: History, curves: Mapping[str, tuple]) -> None:
+def _plot_curves(
+  axes: Axes, history: History, curves: Mapping[str, tuple]
+) -> None:
   for key, (color, label) in curves.items():
     steps, values = history.curve(key)
     if len(steps):

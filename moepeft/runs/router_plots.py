@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of routers, a panel a site: shares by expert, entropy by layer.
+"""Plots of routers, a panel per site: shares by expert, entropy by layer.
 
-A row of panels is a place (`encoder/self`), a panel in it what is adapted
-there (`k`). Letters: e experts, l layers.
+A row of panels is a block (`encoder/self`), a panel one of its adapted
+projections (`k`). Letters: e experts, l layers.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,20 +17,20 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moepeft.runs.history import RoutingState, short_names
 
-# Okabe and Ito's, which the colour-blind can tell apart.
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#000000')
+# From the color-blind safe palette of Okabe and Ito.
+_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#000000')
 _DASHES = ('-', '--', '-.', ':')
-# Blue for idle, white for even, red for overfull; and from first to last layer.
-_LOADS, _DEPTHS = 'RdBu_r', 'viridis'
-_SMALL, _TINY = 8, 7
-# What people expect: encoder before decoder, q before k, in before out.
+# Blue for idle, white for even, red for overloaded; first to last layer.
+_SHARE_CMAP, _LAYER_CMAP = 'RdBu_r', 'viridis'
+_LABEL_SIZE, _TICK_SIZE = 8, 7
+# The order of the model.
 _ORDER = ('encoder', 'decoder', 'self', 'cross', 'mlp', 'q', 'k', 'v', 'o')
 
-# {key of rows.SHARES: (title, subtitle)}.
+# {key of `metrics_log.SHARES`: (title, subtitle)}.
 _TITLES = {
   'weight': (
     'Mean weight of experts',
-    'combine weights, mean over the tokens; every expert has some',
+    'combine weights, mean over the tokens; every expert has a weight',
   ),
   'tokens': (
     'Token share of experts',
@@ -42,75 +42,75 @@ _TITLES = {
   ),
 }
 
-# {place: [(name, site)]}
-Layout = dict[str, list[tuple[str, str]]]
+# {block: [(name, site)]}
+SiteGrid = dict[str, list[tuple[str, str]]]
 
 
 def shares(states: Sequence[RoutingState], kind: str) -> Figure | None:
-  """Heat maps [l, e] of the latest shares, and the fullest expert over steps.
+  """Heat maps [l, e] of the latest shares, and the largest share over steps.
 
   Args:
-    kind: of rows.SHARES; None is returned where no site has shares of it.
+    kind: key of `metrics_log.SHARES`; None is returned if no site has it.
   """
   if not states or kind not in states[-1].shares:
     return None
-  now = states[-1].shares[kind]
-  layout = _layout(now)
-  # A token that is sent to k experts counts for k of them: k / e is even.
-  even = min(float(np.nanmean(np.nanmean(a, -1))) for a in now.values())
+  latest = states[-1].shares[kind]
+  grid = _group_sites(latest)
+  # The even share is 1 / e, or k / e if tokens are sent to k experts.
+  even = min(float(np.nanmean(np.nanmean(a, -1))) for a in latest.values())
   even = min(max(even, 1e-6), 1 - 1e-6)
   title, subtitle = _TITLES[kind]
   norm = TwoSlopeNorm(even, vmin=0, vmax=1)
-  sheet = Sheet(layout, wide=2.9)
-  sheet.title(f'{title} after step {states[-1].step:,}', subtitle)
-  for row, (place, sites) in enumerate(layout.items()):
+  panels = PanelGrid(grid, extra_width=2.9)
+  panels.title(f'{title} after step {states[-1].step:,}', subtitle)
+  for row, (place, sites) in enumerate(grid.items()):
     for column, (name, site) in enumerate(sites):
-      _heat(sheet.panel(row, column, name), now[site], norm)
-    sheet.label(row, place, 'layer')
+      _plot_heat_map(panels.panel(row, column, name), latest[site], norm)
+    panels.label(row, place, 'layer')
     curves = [(s.step, s.shares.get(kind, {})) for s in states]
-    _fullest(sheet.wide_panel(row), curves, sites, even)
-  sheet.colours(
-    ScalarMappable(norm, _LOADS),
+    _plot_largest_shares(panels.wide_panel(row), curves, sites, even)
+  panels.color_bar(
+    ScalarMappable(norm, _SHARE_CMAP),
     {0: '0%', even: f'{even:.0%} (even)', 1: '100%'},
   )
-  sheet.foot('expert', 'step')
-  return sheet.figure
+  panels.axis_labels('expert', 'step')
+  return panels.figure
 
 
 def entropy(states: Sequence[RoutingState]) -> Figure | None:
-  """The router's mean entropy over steps, a line a layer; 1 is uniform."""
+  """The router's mean entropy over steps, a line per layer; 1 is uniform."""
   if not states or not states[-1].entropies:
     return None
-  now = states[-1].entropies
-  layout = _layout(now)
-  sheet = Sheet(layout)
-  sheet.title('Router entropy', 'over its most, ln e: 1 is uniform, 0 certain')
-  for row, (place, sites) in enumerate(layout.items()):
+  latest = states[-1].entropies
+  grid = _group_sites(latest)
+  panels = PanelGrid(grid)
+  panels.title('Router entropy', 'divided by ln e: 1 is uniform')
+  for row, (place, sites) in enumerate(grid.items()):
     for column, (name, site) in enumerate(sites):
-      _lines(sheet.panel(row, column, name), states, site)
-    sheet.label(row, place, 'entropy / ln e')
-  if max(map(len, now.values())) > 1:
+      _plot_entropies(panels.panel(row, column, name), states, site)
+    panels.label(row, place, 'entropy / ln e')
+  if max(map(len, latest.values())) > 1:
     ticks = {0: 'first layer', 1: 'last layer'}
-    sheet.colours(ScalarMappable(Normalize(0, 1), _DEPTHS), ticks)
-  sheet.foot('step', '')
-  return sheet.figure
+    panels.color_bar(ScalarMappable(Normalize(0, 1), _LAYER_CMAP), ticks)
+  panels.axis_labels('step', '')
+  return panels.figure
 
 
-def _heat(axes: Axes, shares: np.ndarray, norm: Normalize) -> None:
+def _plot_heat_map(axes: Axes, shares: np.ndarray, norm: Normalize) -> None:
   layers, experts = shares.shape
   axes.imshow(
-    shares, cmap=_LOADS, norm=norm, aspect='auto', interpolation='nearest'
+    shares, cmap=_SHARE_CMAP, norm=norm, aspect='auto', interpolation='nearest'
   )
-  axes.set_xticks(_ends(experts))
-  axes.set_yticks(_ends(layers))
+  axes.set_xticks(_end_ticks(experts))
+  axes.set_yticks(_end_ticks(layers))
 
 
-def _ends(count: int) -> list[int]:
+def _end_ticks(count: int) -> list[int]:
   return sorted({0, count - 1})
 
 
-def _fullest(axes: Axes, curves, sites, even: float) -> None:
-  """A line a site: the largest share of any expert of any layer.
+def _plot_largest_shares(axes: Axes, curves, sites, even: float) -> None:
+  """Plots a line per site: the largest share of any expert of any layer.
 
   Args:
     curves: (step, {site: [l, e]}).
@@ -119,7 +119,7 @@ def _fullest(axes: Axes, curves, sites, even: float) -> None:
     axes.plot(
       [step for step, by_site in curves if site in by_site],
       [np.nanmax(by_site[site]) for _, by_site in curves if site in by_site],
-      color=_COLOURS[i % len(_COLOURS)],
+      color=_COLORS[i % len(_COLORS)],
       linestyle=_DASHES[i % len(_DASHES)],
       lw=1.3,
       label=name,
@@ -127,34 +127,34 @@ def _fullest(axes: Axes, curves, sites, even: float) -> None:
   axes.axhline(even, color='grey', lw=0.8, label='even')
   axes.set_ylim(0, 1.02)
   axes.yaxis.set_major_formatter(PercentFormatter(1))
-  _plain(axes)
+  _style_axes(axes)
   axes.legend(
     loc='upper left',
     bbox_to_anchor=(1.01, 1.05),
-    fontsize=_TINY,
+    fontsize=_TICK_SIZE,
     frameon=False,
     handlelength=2.6,
   )
 
 
-def _lines(axes: Axes, states, site: str) -> None:
-  routed = [s for s in states if site in s.entropies]
-  steps = np.array([s.step for s in routed], np.float64)
-  values = np.stack([s.entropies[site] for s in routed], axis=1)
+def _plot_entropies(axes: Axes, states, site: str) -> None:
+  site_states = [s for s in states if site in s.entropies]
+  steps = np.array([s.step for s in site_states], np.float64)
+  values = np.stack([s.entropies[site] for s in site_states], axis=1)
   lines = [np.stack([steps, v], axis=1) for v in values]
   depths = np.linspace(0, 1, len(lines)) if len(lines) > 1 else np.zeros(1)
   axes.add_collection(
     LineCollection(
-      lines, array=depths, cmap=_DEPTHS, norm=Normalize(0, 1), lw=1.1
+      lines, array=depths, cmap=_LAYER_CMAP, norm=Normalize(0, 1), lw=1.1
     )
   )
   margin = 0.02 * max(np.ptp(steps), 1)
   axes.set_xlim(steps[0] - margin, steps[-1] + margin)
   axes.set_ylim(0, 1.03)
-  _plain(axes)
+  _style_axes(axes)
 
 
-def _plain(axes: Axes) -> None:
+def _style_axes(axes: Axes) -> None:
   axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
   # Each label takes a millisecond to draw.
   axes.set_yticks([0, 0.5, 1])
@@ -162,42 +162,50 @@ def _plain(axes: Axes) -> None:
   axes.spines[['top', 'right']].set_visible(False)
 
 
-def _layout(sites: Iterable[str]) -> Layout:
+def _group_sites(sites: Iterable[str]) -> SiteGrid:
   places = {}
-  for site, name in short_names(sorted(sites, key=_rank)).items():
+  for site, name in short_names(sorted(sites, key=_sort_key)).items():
     place, _, name = name.rpartition('/')
     places.setdefault(place, []).append((name, site))
   return places
 
 
-def _rank(site: str) -> list[tuple[int, str]]:
+def _sort_key(site: str) -> list[tuple[int, str]]:
   return [
     (_ORDER.index(part) if part in _ORDER else len(_ORDER), part)
     for part in site.split('/')
   ]
 
 
-class Sheet:
-  """A figure of panels placed in inches: layout engines take seconds."""
+class PanelGrid:
+  """A figure with panels placed in inches, as layout engines take seconds."""
 
-  SIDE, TALL, GAP = 1.45, 1.3, 0.36
+  PANEL_WIDTH, PANEL_HEIGHT, GAP = 1.45, 1.3, 0.36
   LEFT, RIGHT, TOP, BOTTOM = 0.95, 0.8, 0.95, 0.55
 
-  def __init__(self, layout: Layout, wide: float = 0.0):
-    """`wide`: inches of one panel more at the end of each row."""
-    self._wide = wide
-    self._rows = len(layout)
-    self._columns = max(map(len, layout.values()))
-    self._end = self.LEFT + self._columns * (self.SIDE + self.GAP) - self.GAP
-    if wide:
-      # And room for its legend.
-      self._end += 2 * self.GAP + wide + 0.75
-    self._width = max(self._end + self.RIGHT, 5.6)
+  def __init__(self, grid: SiteGrid, extra_width: float = 0.0):
+    """`extra_width`: inches of a further panel at the end of each row."""
+    self._wide_width = extra_width
+    self._rows = len(grid)
+    self._columns = max(map(len, grid.values()))
+    step = self.PANEL_WIDTH + self.GAP
+    self._right = self.LEFT + self._columns * step - self.GAP
+    if extra_width:
+      # 0.75 inches for its legend.
+      self._right += 2 * self.GAP + extra_width + 0.75
+    self._width = max(self._right + self.RIGHT, 5.6)
     self._height = (
-      self.TOP + self._rows * (self.TALL + self.GAP) - self.GAP + self.BOTTOM
+      self.TOP
+      + self._rows * (self.PANEL_HEIGHT + self.GAP)
+      - self.GAP
+      + self.BOTTOM
     )
     self.figure = Figure(figsize=(self._width, self._height))
-    self._first, self._last_wide, self._bottom = {}, None, {}
+    self._first_panels, self._last_wide_panel, self._bottom_panels = (
+      {},
+      None,
+      {},
+    )
 
   def title(self, name: str, subtitle: str) -> None:
     place = dict(x=0.2 / self._width, ha='left', va='top')
@@ -205,31 +213,31 @@ class Sheet:
     self.figure.text(
       y=1 - 0.4 / self._height,
       s=subtitle,
-      fontsize=_SMALL,
+      fontsize=_LABEL_SIZE,
       color='0.3',
       **place,
     )
 
   def panel(self, row: int, column: int, name: str) -> Axes:
-    x = self.LEFT + column * (self.SIDE + self.GAP)
-    axes = self._add(row, x, self.SIDE)
-    axes.set_title(name, fontsize=_SMALL, pad=3)
-    self._first.setdefault(row, axes)
-    # The lowest panel of its column; the rows above have no axis label.
-    self._bottom[column] = axes
+    x = self.LEFT + column * (self.PANEL_WIDTH + self.GAP)
+    axes = self._add(row, x, self.PANEL_WIDTH)
+    axes.set_title(name, fontsize=_LABEL_SIZE, pad=3)
+    self._first_panels.setdefault(row, axes)
+    # The lowest panel of a column; only it has an axis label.
+    self._bottom_panels[column] = axes
     return axes
 
   def wide_panel(self, row: int) -> Axes:
-    x = self.LEFT + self._columns * (self.SIDE + self.GAP) + self.GAP
-    axes = self._last_wide = self._add(row, x, self._wide)
+    x = self.LEFT + self._columns * (self.PANEL_WIDTH + self.GAP) + self.GAP
+    axes = self._last_wide_panel = self._add(row, x, self._wide_width)
     if row == 0:
-      axes.set_title('fullest expert of any layer', fontsize=_SMALL, pad=3)
+      axes.set_title('fullest expert of any layer', fontsize=_LABEL_SIZE, pad=3)
     return axes
 
   def label(self, row: int, place: str, unit: str) -> None:
-    axes = self._first[row]
-    axes.set_ylabel(unit, fontsize=_SMALL)
-    middle = self._under(row) + self.TALL / 2
+    axes = self._first_panels[row]
+    axes.set_ylabel(unit, fontsize=_LABEL_SIZE)
+    middle = self._panel_bottom(row) + self.PANEL_HEIGHT / 2
     self.figure.text(
       0.2 / self._width,
       middle / self._height,
@@ -241,35 +249,37 @@ class Sheet:
       weight='bold',
     )
 
-  def foot(self, narrow: str, wide: str) -> None:
-    for axes in self._bottom.values():
-      axes.set_xlabel(narrow, fontsize=_SMALL)
-    if self._last_wide is not None:
-      self._last_wide.set_xlabel(wide, fontsize=_SMALL)
+  def axis_labels(self, narrow: str, wide: str) -> None:
+    for axes in self._bottom_panels.values():
+      axes.set_xlabel(narrow, fontsize=_LABEL_SIZE)
+    if self._last_wide_panel is not None:
+      self._last_wide_panel.set_xlabel(wide, fontsize=_LABEL_SIZE)
 
-  def colours(self, colours: ScalarMappable, ticks: Mapping) -> None:
-    """A bar that lies at the top right, beside the title."""
-    wide = 1.9
-    box = self._box(self._width - wide - 0.55, self._height - 0.4, wide, 0.13)
+  def color_bar(self, mappable: ScalarMappable, ticks: Mapping) -> None:
+    """A color bar at the top right, beside the title."""
+    width, left = 1.9, self._width - 1.9 - 0.55
+    box = self._fractions(left, self._height - 0.4, width, 0.13)
     bar = self.figure.colorbar(
-      colours, cax=self.figure.add_axes(box), orientation='horizontal'
+      mappable, cax=self.figure.add_axes(box), orientation='horizontal'
     )
-    bar.set_ticks(list(ticks), labels=list(ticks.values()), fontsize=_TINY)
+    bar.set_ticks(list(ticks), labels=list(ticks.values()), fontsize=_TICK_SIZE)
     bar.minorticks_off()
 
-  def _add(self, row: int, x: float, wide: float) -> Axes:
-    box = self._box(x, self._under(row), wide, self.TALL)
+  def _add(self, row: int, x: float, width: float) -> Axes:
+    box = self._fractions(x, self._panel_bottom(row), width, self.PANEL_HEIGHT)
     axes = self.figure.add_axes(box)
-    axes.tick_params(labelsize=_TINY, length=2, pad=2)
+    axes.tick_params(labelsize=_TICK_SIZE, length=2, pad=2)
     return axes
 
-  def _under(self, row: int) -> float:
-    return self._height - self.TOP - (row + 1) * self.TALL - row * self.GAP
+  def _panel_bottom(self, row: int) -> float:
+    return (
+      self._height - self.TOP - (row + 1) * self.PANEL_HEIGHT - row * self.GAP
+    )
 
-  def _box(self, x, bottom, wide, tall) -> tuple[float, ...]:
+  def _fractions(self, x, bottom, width, height) -> tuple[float, ...]:
     return (
       x / self._width,
       bottom / self._height,
-      wide / self._width,
-      tall / self._height,
+      width / self._width,
+      height / self._height,
     )

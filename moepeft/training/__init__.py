@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: optimizers, accumulation, sharded state, signals."""
+"""Training: loop, step, optimizers, callbacks, sharded state."""

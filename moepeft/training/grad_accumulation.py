@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch in parts, one after the other: less memory, the same gradient.
+"""Gradient accumulation: a batch in sequential parts, with less memory.
 
 A loss is a function of sums over the batch, S = S_1 + ... + S_N. Its gradient
 is the sum of the parts' J_i^T dL/dS, with dL/dS at the sums of the whole.
@@ -40,15 +40,15 @@ def gradient(
 ) -> tuple[Tree, dict[str, Tree]]:
   """(the gradient of the loss, metrics) of a batch in equal parts.
 
-  Equal to that of the whole batch but for noise: each of several parts folds
-  its number into the rng.
+  The gradient equals that of the whole batch, except for random noise: each
+  part folds its number into the rng.
 
   Args:
-    sums_fn: of some rows; 'total' among its sums.
-    loss_fn: linear in 'total' but for factors that depend on data alone.
-    nonlinear: the other sums that parameters reach the loss through. How much
-      they count is known at the end only, so where there are any, the parts
-      are run twice, once without gradients.
+    sums_fn: sums over some rows; one of them is 'total'.
+    loss_fn: linear in 'total', with factors that depend on data only.
+    nonlinear: keys of the other sums that the loss depends on. Their cotangents
+      are known only after all parts, so the parts are then run twice, the first
+      time without gradients.
   """
   if parts == 1:
     return jax.grad(lambda t: loss_fn(sums_fn(t, batch, rng)), has_aux=True)(
@@ -60,19 +60,19 @@ def gradient(
     rows, number = x
     return sums_fn(trainable, rows, jax.random.fold_in(rng, number))
 
-  def slopes(sums):
-    through = {key: sums[key] for key in ('total', *nonlinear)}
-    return jax.grad(lambda linear: loss_fn(sums | linear)[0])(through)
+  def cotangents(sums):
+    loss_inputs = {key: sums[key] for key in ('total', *nonlinear)}
+    return jax.grad(lambda linear: loss_fn(sums | linear)[0])(loss_inputs)
 
   if nonlinear:
     _, sums = jax.lax.scan(
       lambda _, x: (None, run(trainable, x)), None, numbered_parts
     )
-    sums = _added(sums)
-    grads, _ = _swept(run, trainable, numbered_parts, slopes(sums))
+    sums = _sum_parts(sums)
+    grads, _ = _accumulate(run, trainable, numbered_parts, cotangents(sums))
   else:
-    grads, sums = _swept(run, trainable, numbered_parts, {'total': 1.0})
-    scale = slopes(sums)['total']
+    grads, sums = _accumulate(run, trainable, numbered_parts, {'total': 1.0})
+    scale = cotangents(sums)['total']
     grads = jax.tree.map(lambda g: g * scale, grads)
   grads = jax.tree.map(lambda g, a: g.astype(a.dtype), grads, trainable)
   return grads, loss_fn(sums)[1]
@@ -98,7 +98,7 @@ def mapped(
 
   xs = split(batch, parts), jnp.arange(parts)
   _, arrays = jax.lax.scan(run, None, xs)
-  # As `split`, the other way round.
+  # The inverse of `split`.
   return jax.tree.map(
     lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), arrays
   )
@@ -107,22 +107,24 @@ def mapped(
 def split(batch: Batch, parts: int) -> Batch:
   """[b, ...] -> [parts, b / parts, ...]; part i has rows i, i + parts, ...
 
-  Neighbours go to different parts because devices hold neighbours: of rows
-  spread over the devices each keeps its own in every part (where b / parts
-  divides by the devices), and nothing is sent.
+  A device holds consecutive rows, so that with this stride every part has rows
+  of each device (if b / parts is a multiple of the number of devices), and no
+  rows are sent between devices.
   """
   return jax.tree.map(
     lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch
   )
 
 
-def _swept(run, trainable, xs, slopes) -> tuple[Tree, dict[str, Tree]]:
-  """(sum of the parts' gradients of slopes * sums, the sums); float32."""
+def _accumulate(run, trainable, xs, cotangents) -> tuple[Tree, dict[str, Tree]]:
+  """(gradient of the sum of cotangents * sums, the sums); float32."""
 
   def linear(trainable, x):
     sums = run(trainable, x)
-    through = {key: sums[key] for key in slopes}
-    products = jax.tree.map(lambda s, a: jnp.sum(s * a), slopes, through)
+    loss_inputs = {key: sums[key] for key in cotangents}
+    products = jax.tree.map(
+      lambda s, a: jnp.sum(s * a), cotangents, loss_inputs
+    )
     return sum(jax.tree.leaves(products)), sums
 
   def add(total, x):
@@ -131,8 +133,8 @@ def _swept(run, trainable, xs, slopes) -> tuple[Tree, dict[str, Tree]]:
 
   start = jax.tree.map(lambda a: jnp.zeros_like(to_f32(a)), trainable)
   total, sums = jax.lax.scan(add, start, xs)
-  return total, _added(sums)
+  return total, _sum_parts(sums)
 
 
-def _added(sums: Tree) -> Tree:
+def _sum_parts(sums: Tree) -> Tree:
   return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)

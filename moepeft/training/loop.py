@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of the training loop, which callbacks read and change."""
+"""The state of the training loop, which callbacks read and modify."""
 
 import dataclasses
 import functools
@@ -29,31 +29,30 @@ class TrainingLoop:
   """A run between its first step and its last.
 
   Attributes:
-    steps: number of the last step.
-    step: steps done.
-    first_step: steps that were done before this process began.
-    state: on the devices; a step takes over the memory of the one before.
-    train_step: jitted, with batches that lie on `mesh`.
+    steps: the number of the last step.
+    step: the number of steps done.
+    first_step: the number of steps done before this process started.
+    state: on the devices; `train_step` donates it.
+    train_step: jitted; takes batches on `mesh`.
     batches: an iterator of batches on the host.
-    method: built for the model.
+    method: the PEFT method, built for the model.
     evaluator: measures held-out rows.
     run: names the files in the run's directory.
     workdir: holds the lock of the directory; None in processes other than the
       first, which write nothing but their share of checkpoints.
     identity: of the run, written into each checkpoint.
-    run_progress: the place in the data and the best validation loss so far,
+    run_progress: the position in the data and the best validation loss so far,
       saved in checkpoints.
-    trackers: take rows of metrics, `history` among them.
-    history: the rows that plots show.
+    trackers: receive rows of metrics; `history` is one of them.
+    history: the rows that are plotted.
     metrics: buffers the metrics of steps for the trackers.
     validation: metrics of held-out rows after this step; None after a step
       without a validation.
     before, after: evaluations before the first step and after the last one;
       {} without them.
-    save_requested: a callback sets it to have this step saved.
-    stop_requested: a callback sets it to end the run after this step, which
-      is saved then.
-    signal: that ends the run.
+    save_requested: set by a callback to save this step.
+    stop_requested: set by a callback to save this step and end the run.
+    signal: the signal that ends the run, or None.
   """
 
   steps: int
@@ -82,7 +81,7 @@ class TrainingLoop:
 
   @functools.cached_property
   def progress(self) -> Progress:
-    """The bar; drawn from its first use on, as evaluation has a bar too."""
+    """The progress bar, created at first use, after that of the evaluation."""
     return Progress(self.steps, self.first_step)
 
   @property
@@ -95,7 +94,7 @@ class TrainingLoop:
     return self.step == self.steps or self.stop_requested
 
   def is_due(self, every: int) -> bool:
-    """Whether an action of each `every` steps is due; never where it is 0."""
+    """Whether this step is a multiple of `every`; never if it is 0."""
     return every > 0 and self.step % every == 0
 
   def flush_metrics(self) -> None:
@@ -107,7 +106,7 @@ class TrainingLoop:
     self.metrics.flush(self.progress)
 
   def log(self, metrics: Mapping[str, Any]) -> None:
-    """Writes a row of metrics of this step, after those of the steps."""
+    """Writes a row of metrics of this step, after the buffered metrics."""
     self.flush_metrics()
     self.metrics.write({'step': self.step, **metrics})
 

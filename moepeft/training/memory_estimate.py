@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether training or generation fits into memory, estimated from shapes.
+"""Estimates from shapes whether training or generation fits into memory.
 
-The estimate is a lower bound, before anything is allocated: weights, gradients
-and optimizer state, a batch, and of its activations one layer's and the logits;
-or the cache of answers. What exceeds the memory cannot work; what does not may
-still need more.
+The estimate is a lower bound, made before anything is allocated: weights,
+gradients, optimizer state, a batch, the activations of one layer and the
+logits; or the KV cache. A run within the estimate may still exceed the memory.
 """
 
 import dataclasses
@@ -26,16 +25,16 @@ from moepeft.objectives import OBJECTIVES
 from moepeft.training import optimizers
 
 # Resident bytes of a loader process after its imports, at least.
-_WORKER = 100_000_000
-# Arrays of int32 and masks that a batch has for each token, in bytes.
+_WORKER_BYTES = 100_000_000
+# Bytes of a batch's int32 arrays and masks for each token.
 _TOKEN_BYTES = 9
-# More parameters would overflow the sizes of XLA's arrays.
-_MANY = 2**62
+# A larger size would overflow XLA's array sizes.
+_MAX_BYTES = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
-class Need:
-  """Bytes that a run needs at least, by purpose, on all devices together."""
+class MemoryEstimate:
+  """The minimum bytes of a run by purpose, summed over all devices."""
 
   weights: int
   training: int
@@ -48,8 +47,8 @@ class Need:
     return sum(dataclasses.astuple(self))
 
 
-# What to lower, by the largest part of the need.
-_ADVICE = {
+# Remedies by the largest part of the estimate.
+_REMEDIES = {
   'weights': 'name a smaller model, or set config.model.param_dtype=bfloat16 '
   'or config.model.quantize',
   'training': 'lower the rank, experts or length in config.method, or train an '
@@ -61,11 +60,11 @@ _ADVICE = {
 }
 
 
-def need(config: ConfigDict) -> Need:
-  """The least that training by a config needs; nothing is allocated.
+def estimate_training(config: ConfigDict) -> MemoryEstimate:
+  """The minimum memory of training; allocates nothing.
 
   Raises:
-    ValueError: the config names no model or no method that there is.
+    ValueError: the config has an unknown model or method.
   """
   family, shape = base_lib.shape(config.model)
   base = base_lib.Base(family, shape, None, '', '')
@@ -76,32 +75,34 @@ def need(config: ConfigDict) -> Need:
     base_shapes = quantize.shapes(base_shapes, shape, config.model.quantize)
   trained, _ = router_state.split(shapes[built.trainable], built.frozen_arrays)
   weights = size(base_shapes) + size(shapes['peft'])
-  # The gradient is as large as the weights that it is of.
+  # A gradient has the size of its weights.
   state = size(trained)
-  if state < _MANY:
+  if state < _MAX_BYTES:
     padded = initializers.padded_axes(model, base_lib.example_batch())
     optimizer = optimizers.make_optimizer(
       config.optimizer, config.steps, padded
     )
     state += size(jax.eval_shape(optimizer.init, trained))
   rows = config.batch_size
-  sides = OBJECTIVES.lookup(config.objective).answers_per_row
+  answers = OBJECTIVES.lookup(config.objective).answers_per_row
   data = config.data
   if decoder_only(shape):
-    fed, predicted = data.length, data.length
+    read_tokens, scored_tokens = data.length, data.length
   else:
-    fed, predicted = (
+    read_tokens, scored_tokens = (
       data.inputs_length + data.targets_length,
-      (data.targets_length),
+      data.targets_length,
     )
   part = math.ceil(rows / config.gradient_accumulation_steps)
-  item = jnp.dtype(config.model.dtype).itemsize
-  return Need(
+  itemsize = jnp.dtype(config.model.dtype).itemsize
+  return MemoryEstimate(
     weights=weights,
     training=state,
-    batch=rows * sides * fed * _TOKEN_BYTES,
-    activations=part * (fed * shape.d_model + predicted * shape.vocab) * item,
-    workers=data.num_workers * _WORKER,
+    batch=rows * answers * read_tokens * _TOKEN_BYTES,
+    activations=part
+    * (read_tokens * shape.d_model + scored_tokens * shape.vocab)
+    * itemsize,
+    workers=data.num_workers * _WORKER_BYTES,
   )
 
 
@@ -114,47 +115,46 @@ def size(tree: Tree) -> int:
 
 
 def _itemsize(dtype: Any) -> int:
-  return (
-    1
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
-    else (jnp.dtype(dtype).itemsize)
-  )
+  if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    return 1
+  return jnp.dtype(dtype).itemsize
 
 
 def check(config: ConfigDict) -> None:
   """
   Raises:
-    ValueError: training needs more bytes than there are; the message has both
-      figures and says what to lower.
+    ValueError: training needs more memory than is free; the message has both
+      sizes and a remedy.
   """
-  needed = need(config)
+  estimate = estimate_training(config)
   free, owner = memory.available()
-  total = _per_device(needed, config)
+  total = _per_device(estimate, config)
   if free and total > free:
-    parts = dataclasses.asdict(needed)
+    parts = dataclasses.asdict(estimate)
     largest = max(parts, key=parts.get)
     listed = ', '.join(f'{k} {memory.text(v)}' for k, v in parts.items() if v)
     raise ValueError(
       f'training needs at least {memory.text(total)} of memory ({listed}), and '
-      f'{owner} has {memory.text(free)}; {_ADVICE[largest]}'
+      f'{owner} has {memory.text(free)}; {_REMEDIES[largest]}'
     )
 
 
 def check_answers(model: Any, rows: int, tokens: int) -> None:
-  """Looks at the cache of keys and values of answers that are made at once.
+  """Checks that the KV cache and logits of a generated batch fit into memory.
 
   Args:
     model: a model that generates.
-    rows: answers, times the beams of each; tokens: the most of an answer.
+    rows: the number of answers times beams.
+    tokens: the maximum length of an answer.
 
   Raises:
-    ValueError: they need more bytes than there are, with both figures.
+    ValueError: they exceed the free memory; the message has both sizes.
   """
   shape = model.config
   layers = shape.layers if decoder_only(model) else shape.decoder_layers
   heads = shape.kv_heads if decoder_only(model) else shape.heads
-  item = jnp.dtype(model.dtype).itemsize
-  cache = 2 * rows * tokens * layers * heads * shape.head_dim * item
+  itemsize = jnp.dtype(model.dtype).itemsize
+  cache = 2 * rows * tokens * layers * heads * shape.head_dim * itemsize
   logits = rows * shape.vocab * 4
   memory.check_arrays(
     cache + logits,
@@ -163,13 +163,13 @@ def check_answers(model: Any, rows: int, tokens: int) -> None:
   )
 
 
-def _per_device(needed: Need, config: ConfigDict) -> int:
-  """Bytes of the need that the memory of `available` must hold."""
+def _per_device(estimate: MemoryEstimate, config: ConfigDict) -> int:
+  """Bytes of the estimate that one device, or the host's CPU, must hold."""
   if jax.default_backend() == 'cpu':
     # All devices of a host share its memory.
-    return needed.total // jax.process_count()
+    return estimate.total // jax.process_count()
   count = jax.device_count()
   spread = 1 if config.sharding.preset == 'dp' else count
-  return (needed.weights + needed.training) // spread + (
-    needed.batch + needed.activations
+  return (estimate.weights + estimate.training) // spread + (
+    estimate.batch + estimate.activations
   ) // count

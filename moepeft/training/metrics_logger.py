@@ -15,9 +15,9 @@ from moepeft.moe import ROUTERS, router_stats
 from moepeft.runs import router_diagnosis
 from moepeft.runs.trackers import Tracker
 
-# Alarms that are printed at once, and the logs in a row in which a router has
-# to be collapsed before there is one.
-_PRINTED_ALARMS, _LOGS_IN_A_ROW = 5, 3
+# The maximum number of alarms printed at a log step, and the number of
+# consecutive logs with a collapsed router before its alarm.
+_PRINTED_ALARMS, _ALARM_LOGS = 5, 3
 
 
 class MetricsLogger:
@@ -40,26 +40,26 @@ class MetricsLogger:
     Args:
       learning_rate: a schedule, updates done -> rate.
       router_alarm: config.router_collapse_threshold.
-      processes: that read a batch; this one reads an equal share of it.
+      processes: the number of processes that read equal shares of a batch.
     """
     self.flushed_step = 0
     self._trackers, self._learning_rate = trackers, learning_rate
     self._router_alarm, self._processes = router_alarm, processes
     self._collapsed_logs = collections.Counter()
-    self._alarmed = set()
+    self._alarmed_routers = set()
     self._pending = []
     self._batch_sizes = []
 
   def add(self, step: int, batch: Batch, metrics: Mapping[str, Any]) -> None:
     """Takes a step's batch, on the host, and its metrics, on the device."""
     if self._pending:
-      # The routing of the last step alone is written.
+      # Only the routing of the last step is written.
       self._pending[-1][1].pop('routing')
     self._pending.append((step, dict(metrics)))
     self._batch_sizes.append(_batch_size(batch))
 
   def flush(self, progress: Progress) -> None:
-    """Writes the rows of the buffered steps, and shows the last one's.
+    """Writes the rows of the buffered steps; the progress bar shows the last.
 
     Raises:
       ValueError: a loss or a gradient norm is not finite.
@@ -68,13 +68,15 @@ class MetricsLogger:
       return
     fetched, self._pending = jax.device_get(self._pending), []
     sizes, self._batch_sizes = np.array(self._batch_sizes), []
-    # The steps before a broken one show how it came to that.
-    finite = list(itertools.takewhile(lambda row: not _broken(row[1]), fetched))
+    # The steps before the non-finite one are written, as they show its cause.
+    finite = list(
+      itertools.takewhile(lambda row: not _nonfinite_metric(row[1]), fetched)
+    )
     if finite:
       self._write_steps(finite, sizes[: len(finite)], progress)
     if len(finite) < len(fetched):
       step, metrics = fetched[len(finite)]
-      key = _broken(metrics)
+      key = _nonfinite_metric(metrics)
       raise ValueError(
         f'the {key.replace("_", " ")} is {metrics[key]} at step {step}; try a '
         'lower rate (--config.optimizer.learning_rate with '
@@ -105,10 +107,9 @@ class MetricsLogger:
     for step, metrics in steps:
       row = {
         'step': step,
-        # The loss that is minimised; then -log p of a target token, whatever
-        # the objective is.
         'loss': float(metrics['loss']),
-        # NaN of a batch without one, as of judged answers that are all bad.
+        # -log p of a target token, for every objective; NaN without target
+        # tokens, as in a KTO batch of undesirable answers only.
         'nll': _ratio(metrics['nll'], metrics['tokens']),
         'token_accuracy': _ratio(metrics['correct'], metrics['tokens']),
         'router_loss': float(metrics['router_loss']),
@@ -126,23 +127,23 @@ class MetricsLogger:
   def _raise_alarms(
     self, collapsed: Mapping[str, str], progress: Progress
   ) -> None:
-    """Prints an alarm for a router once, after _LOGS_IN_A_ROW logs in a row.
+    """Prints one alarm per router, after _ALARM_LOGS consecutive logs.
 
     Args:
-      collapsed: {place: text} of this log, from
+      collapsed: {router: text} of this log, from
         `router_diagnosis.collapsed_routers`.
     """
     self._collapsed_logs = collections.Counter(
-      {place: self._collapsed_logs[place] + 1 for place in collapsed}
+      {router: self._collapsed_logs[router] + 1 for router in collapsed}
     )
     new = [
-      place
-      for place, count in self._collapsed_logs.items()
-      if count >= _LOGS_IN_A_ROW and place not in self._alarmed
+      router
+      for router, count in self._collapsed_logs.items()
+      if count >= _ALARM_LOGS and router not in self._alarmed_routers
     ]
-    self._alarmed.update(new)
-    for place in new[:_PRINTED_ALARMS]:
-      progress.print_line(f'router alarm: {place}: {collapsed[place]}')
+    self._alarmed_routers.update(new)
+    for router in new[:_PRINTED_ALARMS]:
+      progress.print_line(f'router alarm: {router}: {collapsed[router]}')
     if len(new) > _PRINTED_ALARMS:
       progress.print_line(
         f'router alarm: {len(new) - _PRINTED_ALARMS} other layers are '
@@ -151,11 +152,11 @@ class MetricsLogger:
 
 
 def routing_rows(collection: Any) -> dict[str, dict[str, Any]]:
-  """{site: statistics} of the collection 'routing', as rows of metrics.
+  """{site: statistics} of the collection 'routing', for a row of metrics.
 
-  Arrays are lists with an entry a layer. The shares of the experts are under
-  'weight' or 'tokens'; see `metrics_log.SHARES`. 'experts' has their counts
-  where these differ by layer; shares beyond them are zeros.
+  Arrays are lists with one entry per layer. The experts' shares are under
+  'weight' or 'tokens'; see `metrics_log.SHARES`. 'experts' has the number of
+  experts by layer if the layers differ; shares of padding are zeros.
   """
   rows = {}
   sites = router_stats.collect(jax.device_get(collection))
@@ -176,7 +177,7 @@ def routing_rows(collection: Any) -> dict[str, dict[str, Any]]:
 
 
 def _ratios(metrics: Mapping[str, Any]) -> dict[str, float]:
-  """The metrics of an objective beside its loss; NaN where the count is 0."""
+  """An objective's metrics other than its loss; NaN if the count is 0."""
   return {
     key: _ratio(total, count)
     for key, (total, count) in metrics.get('metrics', {}).items()
@@ -187,26 +188,26 @@ def _ratio(total: Any, count: Any) -> float:
   return float(total / count) if count else float('nan')
 
 
-def _broken(metrics: Mapping[str, Any]) -> str:
-  """The name of a metric that is not finite; '' where all are.
+def _nonfinite_metric(metrics: Mapping[str, Any]) -> str:
+  """The name of a metric that is not finite; '' if all are finite.
 
-  The step after a broken gradient would have a broken loss, but this one may
-  be saved before.
+  A non-finite gradient shows in the next step's loss, too, but this step may be
+  saved before that.
   """
   names = ('loss', 'gradient_norm')
   return next((name for name in names if not np.isfinite(metrics[name])), '')
 
 
 def _batch_size(batch: Batch) -> tuple[float, float, float, float]:
-  """Examples, tokens read, shares of padding in inputs and in targets."""
-  # On all sides, where answers are compared.
+  """(examples, tokens, padding share of inputs, padding share of targets)."""
+  # Preference batches have the masks of several answers.
   inputs, targets = (
     np.stack([batch[key] for key in batch if key.endswith(ending)])
     for ending in ('inputs_mask', 'targets_mask')
   )
   packed = [batch[key] for key in batch if key.endswith('inputs_segments')]
   rows = inputs.shape[1]
-  # A decoder's targets are its inputs, one on: they are counted once.
+  # A decoder-only model's targets are its shifted inputs: counted once.
   has_decoder_inputs = any(key.endswith('decoder_inputs') for key in batch)
   examples = packed[0].max(axis=1).sum() if packed else rows
   return (

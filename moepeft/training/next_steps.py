@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a run in a few lines: changes, places, and what to do next."""
+"""The text printed at the end of a run: changes, paths and next commands."""
 
 import os
 import shlex
@@ -11,28 +11,28 @@ from ml_collections import ConfigDict
 from moepeft.peft.build import Built
 from moepeft.peft.merge import is_mergeable
 
-# Characters of a prompt that a command line shows.
-_PROMPT = 60
-# Findings that are printed; the skill read-training-run prints all.
-_FINDINGS = 3
+# The longest prompt, in characters, that is shown in a command.
+_MAX_PROMPT = 60
+# The maximum number of findings; the skill read-training-run prints all.
+_MAX_FINDINGS = 3
 
 
 def commands(
   workdir: str, config: ConfigDict, built: Built, chat: bool, prompt: str = ''
 ) -> dict[str, str]:
-  """{what for: a command line} to try, serve and export a run.
+  """{purpose: shell command} to try, serve and export a run.
 
   Args:
     chat: whether the run was trained by a chat template.
-    prompt: an example's inputs; another text stands for one that is long.
+    prompt: an example's inputs; a long one is replaced.
   """
-  if not prompt or len(prompt) > _PROMPT or not prompt.isprintable():
+  if not prompt or len(prompt) > _MAX_PROMPT or not prompt.isprintable():
     prompt = 'What is LoRA?' if chat else 'Some text'
   output = f'{workdir.rstrip("/")}_export'
   whole = built.trainable == 'params'
   export = ['convert', f'--workdir={workdir}', f'--output={output}']
   if whole or is_mergeable(built):
-    # A mixture's weights depend on the token: its export is the adapter.
+    # A mixture cannot be merged, as its weights depend on the token.
     export.append('--to=hf')
   if whole:
     serve = [f'--model={output}']
@@ -54,16 +54,16 @@ def commands(
     'export it': export,
   }
   if whole:
-    # What is served is what is exported.
+    # 'serve it' comes last, as it needs the exported model.
     lines['serve it'] = lines.pop('serve it')
   return {
-    name: f'python -m moepeft.{" ".join(map(_quoted, words))}'
+    name: f'python -m moepeft.{" ".join(map(_quote, words))}'
     for name, words in lines.items()
   }
 
 
-def _quoted(word: str) -> str:
-  """A word of a shell's command; of a flag, its value alone is quoted."""
+def _quote(word: str) -> str:
+  """Quotes a word for the shell; of --flag=value, only the value."""
   flag, equals, value = word.partition('=')
   return f'{flag}{equals}{shlex.quote(value)}' if value else word
 
@@ -74,14 +74,14 @@ def print_next_steps(
   findings: list[str],
   places: Mapping[str, str | None],
 ) -> None:
-  """Prints how long it took, what changed, where all is and what to do now.
+  """Prints a run's duration, changes, findings, paths and next commands.
 
   Args:
     changes, findings: from `moepeft.runs.diagnosis`.
-    places: {name: path or command}; what is empty is left out.
+    places: {name: path or command}; empty values are left out.
   """
   lines = [f'done in {summary["seconds"]} s: {summary["method"]}']
   lines += [f'  {line}' for line in changes]
-  lines += [f'  note: {line}' for line in findings[:_FINDINGS]]
+  lines += [f'  note: {line}' for line in findings[:_MAX_FINDINGS]]
   lines += [f'  {name:11}  {place}' for name, place in places.items() if place]
   print('\n'.join(lines), flush=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the parts of a training run from its config.
 
-Config objects end here: the parts take explicit arguments.
+Only this module reads the config; the parts take explicit arguments.
 """
 
 import dataclasses
@@ -78,14 +78,14 @@ class Training:
   """The parts of a run before anything is restored or written.
 
   Attributes:
-    config: with the date that its chat template writes.
-    layout: the mesh, and how arrays are spread over it.
-    tokenizer: of the base.
-    method: built for the model.
-    state: before the first step, on the devices.
-    train_step: jitted; takes over the state that it is given.
-    batches: on the host, from the beginning of the data.
-    evaluator: of held-out rows.
+    config: the config, with the date for the chat template.
+    layout: the mesh and the sharding rules.
+    tokenizer: the base's tokenizer.
+    method: the PEFT method, built for the model.
+    state: the state before the first step, on the devices.
+    train_step: jitted; donates the state.
+    batches: an iterator of batches on the host, from the start of the data.
+    evaluator: evaluates held-out rows.
     prompts: held-out examples that the evaluator ranks.
     identity: of the run, written into each checkpoint.
   """
@@ -103,10 +103,10 @@ class Training:
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses what can be refused before any data is read.
+  """Checks a config before any data is read.
 
   Raises:
-    ValueError: a value, or the memory that training needs, is not available.
+    ValueError: a value is invalid, or the memory does not suffice.
   """
   optimizers.make_optimizer(config.optimizer, config.steps)
   check_objective(config)
@@ -117,12 +117,11 @@ def check(config: ConfigDict) -> None:
 
 
 def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
-  """Reads data and base, and makes all parts; nothing is trained or restored.
+  """Reads data and base and builds all parts, without restoring or training.
 
   Args:
-    workdir: printed; log-probabilities of a precomputed reference are kept
-      there.
-    dry_run: write no file.
+    workdir: for the summary and a precomputed reference's log-probabilities.
+    dry_run: whether to write no files.
 
   Raises:
     ValueError: the config and the data or the base do not fit together.
@@ -132,14 +131,14 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     options.preset, options.model_parallel_size, options.rules
   )
   sharding.check_rows(layout.mesh, config.batch_size)
-  share = sharding.share(layout.mesh)
-  # First, as the tokenizer is looked for in the same place.
+  share = sharding.process_shard(layout.mesh)
+  # Before the tokenizer, which is searched for in the same directory.
   family, shape = base_lib.shape(config.model)
   check_decodes(shape)
   tokenizer = load_tokenizer(config.data.tokenizer, config.model.path)
   check_vocab_size(tokenizer, shape.vocab)
   check_model(config.objective, decoder_only(shape))
-  # The date of a chat template, which stays when the run goes on.
+  # The chat template's date, which a resumed run keeps.
   config = chat_template.with_date(config, tokenizer)
   collator = _build_collator(config, tokenizer, family, shape)
   data = open_data(config.data, config.seed, share, shape.vocab, collator)
@@ -198,7 +197,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     train_step=jax.jit(
       build_train_step(config, model, method, optimizer, reference),
       donate_argnums=0,
-      out_shardings=(shardings, layout.whole),
+      out_shardings=(shardings, layout.replicated),
     ),
     batches=make_loader(
       data,
@@ -231,9 +230,9 @@ def start(
   Args:
     workdir: holds the lock of the directory; None where this process does not
       write.
-    data_hashes: from `data.fingerprint`, kept to compare when the run goes on.
-    gin: the gin files that the config is from as one, kept beside it.
-    skip_damaged: goes on from the checkpoint before a damaged one.
+    data_hashes: from `data.fingerprint`, saved to compare at a resume.
+    gin: the gin files of the config, joined; saved beside it.
+    skip_damaged: whether to resume from the checkpoint before a damaged one.
   """
   config, state = training.config, training.state
   checkpoints = Checkpoints(
@@ -246,15 +245,15 @@ def start(
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, training.identity, skip_damaged)
     run_progress = checkpoints.run_progress()
-    training.batches.seek(distributed.place_of_process(run_progress.place))
+    training.batches.seek(distributed.position_of_process(run_progress.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   step = int(state.step)
-  # Not before: a run that is refused must leave the other's config alone.
+  # After the restore, so that a refused run does not overwrite the config.
   distributed.write_json(run.config_file, json.loads(config.to_json()))
   distributed.write_json(run.data_file, data_hashes)
   if gin and distributed.first():
     files.write_text(run.gin_file, gin)
-  # Before any evaluation, which takes minutes: a tracker may be refused.
+  # Before the evaluation, which takes minutes, as opening may fail.
   trackers: list[Tracker] = []
   if distributed.first():
     trackers += open_trackers(run, step, config.to_dict())
@@ -281,7 +280,7 @@ def start(
       trackers,
       optimizers.make_schedule(config.optimizer, config.steps),
       config.router_collapse_threshold,
-      sharding.share(training.layout.mesh)[1],
+      sharding.process_shard(training.layout.mesh)[1],
     ),
   )
 
@@ -297,7 +296,7 @@ def build_train_step(
 
   Raises:
     ValueError: a router loss has an unknown name, or the batch cannot be
-      split; found before anything is compiled.
+      split; raised before anything is compiled.
   """
   grad_accumulation.check(config.batch_size, config.gradient_accumulation_steps)
   return make_train_step(
@@ -327,8 +326,10 @@ def _build_state(
   method: Built,
   optimizer: optax.GradientTransformation,
 ) -> tuple[State, Callable | None, list[dict[str, str]]]:
-  """The state on the host, its optimizer's arrays as shapes; the reference;
-  the files of experts that were trained before."""
+  """(state, reference model, files of pretrained experts).
+
+  The state is on the host; its optimizer's arrays are shapes.
+  """
   if base.params is None and method.trainable == 'peft':
     raise ValueError(
       f'{method.method} would adapt random weights; set config.model.path to '
@@ -372,7 +373,7 @@ def _build_state(
     step=jnp.int32(0),
     trainable=trainable,
     frozen=next(iter(variables.values())),
-    # Shapes: the arrays are made on the devices, on each its share.
+    # Shapes: `state_sharding.place` makes the arrays on the devices.
     opt=jax.eval_shape(
       router_state.optimizer_init(optimizer, method.frozen_arrays), trainable
     ),
@@ -399,7 +400,7 @@ def _with_precomputed_reference(
   layout: Layout,
   workdir: str | None,
 ) -> TrainingData:
-  """The data with log-probabilities of the model before its first step."""
+  """The data with the reference log-probabilities, if they are precomputed."""
   if (
     not OBJECTIVES[config.objective].needs_reference
     or config.preference.reference != reference_model.PRECOMPUTED

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step, (state, batch) -> (state, metrics): edit it here.
+"""The training step, (state, batch) -> (state, metrics).
 
-Everything below runs within one jitted program. Sums over examples and not
-means are accumulated, so that a batch in parts has the gradient of the whole.
+Everything below runs in one jitted program. It accumulates sums over examples,
+not means, so that a batch in parts has the gradient of the whole batch.
 """
 
 import types
@@ -35,7 +35,7 @@ def make_train_step(
   """
   Args:
     router_losses: weights by name; see `moepeft.moe.aux_losses`.
-    accumulate: parts that a batch is computed in, one after the other.
+    accumulate: the number of sequential parts of a batch.
 
   Returns:
     A step. Its metrics are the objective's sums over the batch and 'loss',
@@ -48,7 +48,7 @@ def make_train_step(
     rng = jax.random.fold_in(state.rng, state.step)
 
     def prepare_rows(rows, rng):
-      # By the policy before this step; nothing of it has a gradient.
+      # By the policy before this step, without gradients.
       variables = method.variables(state)
       return objective.prepare_rows(model.apply, variables, rows, rng)
 
@@ -64,14 +64,14 @@ def make_train_step(
     )
 
     def sums_fn(weights, rows, rng):
-      # Over some rows of the batch, so nothing here may be a mean over them.
+      # `rows` may be a part of the batch, so this must not average over them.
       trainable = router_state.join(weights, untrained)
       variables = method.variables(state.replace(trainable=trainable))
       total, sums = objective(model.apply, variables, rows, split_rngs(rng))
       return sums | {'total': total}
 
     def loss_fn(sums):
-      # Over the whole batch, however many parts it was computed in.
+      # Sums over the whole batch.
       loss = mean_loss(sums['total'], sums)
       sites = router_stats.collect(sums['routing'])
       router_loss = aux_losses.auxiliary_loss(sites, router_losses)
@@ -98,6 +98,6 @@ def make_train_step(
 
 
 def split_rngs(rng: Array) -> dict[str, Array]:
-  """The keys that a training step's model call takes."""
+  """The PRNG keys of the model call in a training step."""
   dropout, router = jax.random.split(rng)
   return {'dropout': dropout, 'router': router}

@@ -25,17 +25,17 @@ def print_summary(
   more: Mapping[str, str] = types.MappingProxyType({}),
   padded: Mapping[str, PaddedAxis] = types.MappingProxyType({}),
 ) -> None:
-  """Prints what is about to be trained: method, base, sizes, devices.
+  """Prints the method, the base, the parameter counts and the devices.
 
   Args:
-    more: {name: text} of further lines, as of 'data'; empty ones are left out.
+    more: {name: text} of further lines such as 'data'; empty ones are left out.
     padded: {path of a trained array: its padded axis}.
   """
-  size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
-  learned = router_state.split(state.trainable, method.frozen_arrays)[0]
-  trained, frozen = size(learned), size(state.frozen)
+  count = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
+  weights, _ = router_state.split(state.trainable, method.frozen_arrays)
+  trained, frozen = count(weights), count(state.frozen)
   shapes = {
-    path: leaf.shape for path, leaf in weight_mapping.flatten(learned).items()
+    path: leaf.shape for path, leaf in weight_mapping.flatten(weights).items()
   }
   padding = padding_size(shapes, padded)
   trained -= padding

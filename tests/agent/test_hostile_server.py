@@ -172,7 +172,7 @@ def test_a_streamed_piece_of_other_types_is_one_sentence(client):
 
 
 def test_an_endless_stream_ends_with_the_time_or_the_size(client, monkeypatch):
-  monkeypatch.setattr(chat_model, '_LARGEST', 1 << 20)
+  monkeypatch.setattr(chat_model, '_MAX_BYTES', 1 << 20)
   piece = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n' * 1000
   # Bytes without a line, lines of text, an error's body: 50 MB each.
   for pieces, status, stream in (

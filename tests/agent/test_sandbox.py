@@ -541,6 +541,22 @@ def test_without_a_sandbox_the_tools_refuse(monkeypatch):
   assert '\n' not in output
 
 
+def test_bubblewrap_is_given_the_seccomp_filter_as_a_file(monkeypatch):
+  # Where bubblewrap is missing, no other test reaches this code.
+  filters = []
+
+  def run_limited(command, limits, environment, pass_fds):
+    assert command[command.index('--seccomp') + 1] == str(pass_fds[0])
+    filters.append(os.pread(pass_fds[0], 1 << 16, 0))
+
+  monkeypatch.setattr(bubblewrap, 'unavailable_reason', lambda: '')
+  monkeypatch.setattr(bubblewrap, 'run_limited', run_limited)
+  Sandbox(BOUNDS).run(['true'])
+  Sandbox(BOUNDS, readable=['/srv']).run(['true'])
+  program = bubblewrap.seccomp.program
+  assert filters == [program(connects=True), program(connects=False)]
+
+
 def test_what_bubblewrap_says_is_why_it_is_not_usable(monkeypatch):
   bubblewrap.unavailable_reason.cache_clear()
   try:

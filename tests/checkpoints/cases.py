@@ -94,7 +94,7 @@ def random_tree(shapes, seed=0):
 
 def random_params(config, seed=0):
   """Random parameters of a model of any family."""
-  expected = hf.expected(config)
+  expected = hf.model_entries(config)
   shapes = weight_mapping.stacked_shapes(expected)
   return random_tree(shapes, seed)
 

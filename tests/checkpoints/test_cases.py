@@ -89,7 +89,7 @@ def test_odd_metadata_of_a_gguf_file_are_one_sentence(
     with pytest.raises(weight_mapping.CheckpointError) as error:
       file.config()
     assert '\n' not in str(error.value)
-  gguf_lib._opened.cache_clear()
+  gguf_lib._open_cached.cache_clear()
 
 
 @here

@@ -15,7 +15,7 @@ import pytest
 
 from moepeft.checkpoints.checksums import checksums
 from moepeft.checkpoints.manager import Checkpoints
-from moepeft.checkpoints.run_metadata import seal
+from moepeft.checkpoints.run_metadata import metadata_hash
 from tests import ROOT
 
 from .test_manager import DESCRIBED, blank, make_state
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_version_0_1_has_hashes_and_is_restored(tmp_path):
     path: hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
     for path, array in arrays.items()
   }
-  card['sha256'] = seal(card)
+  card['sha256'] = metadata_hash(card)
   file.write_text(json.dumps(card))
   restored = Checkpoints(str(workdir), 2).restore(blank(), DESCRIBED)
   np.testing.assert_array_equal(
@@ -208,7 +208,7 @@ def test_a_checkpoint_of_version_0_1_has_hashes_and_is_restored(tmp_path):
   shutil.copytree(workdir, broken)
   file = next(broken.glob('checkpoints/7/card/metadata'))
   card['hashes']['trainable/q/b'] = '0' * 64
-  card['sha256'] = seal(card)
+  card['sha256'] = metadata_hash(card)
   file.write_text(json.dumps(card))
   with pytest.raises(ValueError, match='q/b differs from its checksum'):
     Checkpoints(str(broken), 2).restore(blank(), DESCRIBED)

@@ -283,7 +283,7 @@ def test_a_whole_trained_model_goes_out(run, trained, form):
   [
     ('params', ['--to=peft'], 'trained a whole model'),
     ('params', ['--to=moepeft'], 'trained a whole model'),
-    ('params', ['--to=t5x', '--dtype=float16'], '--dtype casts'),
+    ('params', ['--to=t5x', '--dtype=float16'], '--dtype is for'),
   ],
 )
 def test_a_run_in_a_form_that_cannot_hold_it_is_refused(
@@ -307,9 +307,9 @@ def test_a_run_in_a_form_that_cannot_hold_it_is_refused(
     (['hf', '--output=out', '--to=hf'], "unexpected argument 'hf'"),
     (['--input=hf', '--output=out', '--to=peft'], 'holds no adapter'),
     (['--input=mixed', '--output=out', '--to=hf'], 'mov cannot be merged'),
-    (['--input=mixture', '--output=out', '--to=peft'], 'no form for'),
+    (['--input=mixture', '--output=out', '--to=peft'], 'cannot represent'),
     (['--input=/no/such', '--output=out', '--to=hf'], '/no/such is not'),
-    (['--input=.', '--output=out', '--to=hf'], 'none of the known forms'),
+    (['--input=.', '--output=out', '--to=hf'], 'none of the known formats'),
     (['--input=hf', '--output=t5x', '--to=hf'], 'already contains'),
     (
       ['--input=peft', '--output=out', '--to=moepeft', '--base=moepeft'],

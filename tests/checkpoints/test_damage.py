@@ -13,7 +13,7 @@ import pytest
 
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints, DamagedCheckpoint
-from moepeft.checkpoints.run_metadata import seal
+from moepeft.checkpoints.run_metadata import metadata_hash
 from moepeft.runs.directory import LostWorkdir
 from moepeft.runs.metrics_log import read
 from moepeft.training import setup
@@ -166,7 +166,7 @@ def test_a_sealed_card_of_wrong_types_is_damaged(whole, tmp_path, key, value):
   shutil.copytree(whole, tmp_path / 'w')
   path = tmp_path / 'w' / 'checkpoints' / '7' / 'card' / 'metadata'
   actual = json.loads(path.read_text()) | {key: value}
-  path.write_text(json.dumps(actual | {'sha256': seal(actual)}))
+  path.write_text(json.dumps(actual | {'sha256': metadata_hash(actual)}))
   checkpoints = Checkpoints(str(tmp_path / 'w'), keep=2)
   for reading in (
     lambda: checkpoints.restore(blank(), DESCRIBED),

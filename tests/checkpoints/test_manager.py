@@ -16,7 +16,7 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.manager import Checkpoints
 from moepeft.checkpoints.restore import restore_adapter
-from moepeft.checkpoints.run_metadata import describe_run, seal
+from moepeft.checkpoints.run_metadata import describe_run, metadata_hash
 from moepeft.core.types import State
 from moepeft.inference.loaded_model import open_run
 from moepeft.models.t5 import model as t5
@@ -103,7 +103,7 @@ def change_card(path, change):
   change(actual['checksums'])
   # The card is whole, what it says of an array is not so.
   del actual['sha256']
-  actual['sha256'] = seal(actual)
+  actual['sha256'] = metadata_hash(actual)
   file.write_text(json.dumps(actual))
 
 

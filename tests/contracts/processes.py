@@ -23,7 +23,7 @@ def main(number, count, port, name, path, workdir) -> None:
   layout = sharding.layout(**sharded.LAYOUTS[name])
   update, state, _ = sharded.begin('full', layout)
   batch = small.batch(rows=8, vocab=40)
-  which, shares = sharding.share(layout.mesh)
+  which, shares = sharding.process_shard(layout.mesh)
   rows = 8 // shares
   mine = {k: v[which * rows : (which + 1) * rows] for k, v in batch.items()}
   mine = jax.tree.map(np.asarray, mine)

@@ -94,7 +94,7 @@ def begin(method, layout):
   update = jax.jit(
     setup.build_train_step(config, model, built, OPTIMIZER),
     donate_argnums=0,
-    out_shardings=(where, layout.whole),
+    out_shardings=(where, layout.replicated),
   )
   return update, state_sharding.place(state, where, OPTIMIZER.init), said
 

@@ -278,7 +278,7 @@ def test_what_cannot_be_is_said():
     ValueError, match='heads is a divisor of d_model=21; got 4'
   ):
     dataclasses.replace(WHOLE, heads=4)
-  with pytest.raises(ValueError, match='learned 19 positions; got rows of 23'):
+  with pytest.raises(ValueError, match='19 learned positions; got rows of 23'):
     Bert(WHOLE).init(small.RNGS, {'inputs': jnp.zeros((1, 23), int)})
-  with pytest.raises(ValueError, match="'chunked', which BERT has not"):
+  with pytest.raises(ValueError, match="'chunked', which BERT does not"):
     Bert(WHOLE, attention='chunked').init(small.RNGS, small_bert.batch())

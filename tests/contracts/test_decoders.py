@@ -261,7 +261,7 @@ def test_shapes_that_can_not_be_are_one_sentence(changes, sentence):
 
 def test_rows_longer_than_the_learned_positions_are_refused():
   config = dataclasses.replace(CONFIGS['gpt2'], length=10)
-  with pytest.raises(ValueError, match='learned 10 positions; got rows of 11'):
+  with pytest.raises(ValueError, match='10 learned positions; got rows of 11'):
     Decoder(config).init(jax.random.key(0), small_decoders.batch())
   # Also where texts of a row may be short enough: NaN would be learned.
   places = jnp.broadcast_to(jnp.arange(11), (3, 11))
@@ -269,7 +269,7 @@ def test_rows_longer_than_the_learned_positions_are_refused():
     'inputs_segments': jnp.ones((3, 11), jnp.int32),
     'inputs_positions': places,
   }
-  with pytest.raises(ValueError, match='learned 10 positions; got rows of 11'):
+  with pytest.raises(ValueError, match='10 learned positions; got rows of 11'):
     Decoder(config).init(jax.random.key(0), packed)
 
 

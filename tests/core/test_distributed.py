@@ -52,11 +52,11 @@ def test_a_process_that_does_not_come_is_named_with_the_timeout():
   address = f'localhost:{free_port()}'
   ended = meet(address, 3, timeout=1.0, numbers=(0, 2))
   assert (
-    f'1 of 3 processes at {address} (number 1) did not come in 1 s'
+    f'1 of 3 processes at {address} (number 1) did not connect within 1 s'
     in (ended[0])
   )
   # What came had no answer.
-  assert 'process 0 of 3 did not let process 2 begin' in ended[2]
+  assert 'process 0 of 3 did not answer process 2' in ended[2]
   assert '--distributed_timeout' in ended[0] and 'timeout' in ended[2]
 
 
@@ -89,7 +89,7 @@ def test_an_address_of_another_form_is_refused(how):
 
 
 def test_a_number_beyond_the_count_is_refused():
-  with pytest.raises(ValueError, match='numbered from 0 to 1'):
+  with pytest.raises(ValueError, match='the numbers are 0 to 1'):
     distributed.join('localhost:9999,2,2')
 
 
@@ -100,7 +100,7 @@ from jax.experimental import multihost_utils
 from moepeft.core import distributed as processes
 how, number, lost, how_lost = sys.argv[1], *map(int, sys.argv[2:])
 processes.join(how, 10)
-with processes.together(10):
+with processes.exit_on_error(10):
   for step in range(1000):
     multihost_utils.process_allgather(np.int32(step))
     if step == 3 and number == lost:
@@ -133,7 +133,9 @@ def test_the_others_end_with_a_sentence_when_one_is_lost(lost, how):
   assert run[1 - lost].returncode == 2
   # The last line is ours; before it may stand what JAX's coordination logs.
   last = told.strip().splitlines()[-1]
-  assert last.startswith(f'error: process {1 - lost} of 2 ends, as another one')
+  assert last.startswith(
+    f'error: process {1 - lost} of 2 exits, as another one'
+  )
   assert 'did not answer for 10 s (--distributed_timeout)' in last
   assert 'Traceback' not in told
 
@@ -158,4 +160,4 @@ def test_an_error_of_one_process_does_not_wait_for_the_others():
   told = [process.communicate(timeout=120)[1] for process in run]
   assert [process.returncode for process in run] == [2, 2]
   assert 'error: no data' in told[1] and 'Traceback' not in ''.join(told)
-  assert 'error: process 0 of 2 ends' in told[0]
+  assert 'error: process 0 of 2 exits' in told[0]

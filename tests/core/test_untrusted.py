@@ -96,7 +96,7 @@ def test_files_are_named(tmp_path):
   with pytest.raises(Malformed, match='config.json is nested too deeply'):
     read_json(path)
   path.write_text('[]')
-  with pytest.raises(Malformed, match='config.json holds a list'):
+  with pytest.raises(Malformed, match='config.json has a list'):
     read_json_object(path)
 
 

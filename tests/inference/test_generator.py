@@ -157,6 +157,10 @@ def test_beams_are_texts_too(kind):
   assert list(map(len, actual)) == [11] * 3
   one = generation(kind, beams=BeamConfig(1)).generate_texts(rows)
   assert one == generation(kind).generate_texts(rows)
+  stop = actual[1][4:6]
+  stopped = generation(kind, beams=BeamConfig(3), stop_strings=(stop,))
+  cut = [text.split(stop)[0] for text in actual]
+  assert stopped.generate_texts(rows) == cut
 
 
 def test_evaluations_answer_with_decoders_as_with_t5():
@@ -448,8 +452,8 @@ def test_the_command_answers_from_a_model_and_from_the_terminal():
       ('--model=x', '--num_beams=0'),
       '--num_beams=0: 0 is not an integer in the range',
     ),
-    (('--model=x', '--length_penalty=2'), 'set --num_beams above 1 too'),
-    (('--model=x', '--early_stopping=yes'), 'set --num_beams above 1 too'),
+    (('--model=x', '--length_penalty=2'), 'set --num_beams above 1, too'),
+    (('--model=x', '--early_stopping=yes'), 'set --num_beams above 1, too'),
     (('--model=x', '--stop_strings='), 'a stop string is empty'),
     (('--model=x', '--checkpoint=3'), 'name it with --workdir'),
     (

@@ -65,7 +65,10 @@ def test_a_shape_is_the_same_after_json():
     ({'tied': 1}, 'tied is True or False; got 1'),
     ({'head_dim': 5}, 'head_dim is even.*; got 5'),
     ({'d_model': 5, 'positions': 'sinusoidal'}, 'd_model is even.*; got 5'),
-    ({'windowed': (True,)}, 'windowed says it of each of the 4 layers; got 1'),
+    (
+      {'windowed': (True,)},
+      'windowed has a value for each of the 4 layers; got 1',
+    ),
     ({'windowed': 'all'}, "windowed is a list.*; got 'all'"),
     ({'windowed': (1, 1, 0, 0)}, 'windowed is True or False for each'),
     ({'rope': 'yarn'}, "rope is a mapping like .*; got 'yarn'"),
@@ -74,8 +77,8 @@ def test_a_shape_is_the_same_after_json():
     ({'rope': {'theta': 'x'}}, "rope.theta is a number; got 'x'"),
     ({'rope': {'factor': 0}}, 'rope.factor is at least 0.1 .*; got 0'),
     ({'heads': {'a': 1}}, "heads is a whole number; got {'a': 1}"),
-    ({'dropout': 0.5}, 'dropout is not looked at; set config.model.dropout'),
-    ({'family': 'gemma'}, 'family is not looked at; set config.model.family'),
+    ({'dropout': 0.5}, 'dropout has no effect; set config.model.dropout'),
+    ({'family': 'gemma'}, 'family has no effect; set config.model.family'),
   ],
 )
 def test_what_cannot_be_is_one_sentence_with_its_key(changes, said):
@@ -100,7 +103,7 @@ def test_t5s_shapes_are_looked_at_too(changes, said):
 def test_a_shape_of_a_model_that_is_read_is_refused():
   c = config_lib.default()
   c.model.shape.vocab = 7
-  with pytest.raises(ValueError, match='a shape of its own.*leave vocab out'):
+  with pytest.raises(ValueError, match='defines its shape.*leave vocab out'):
     base.shape(c.model)
 
 

@@ -57,7 +57,7 @@ ENCODERS = {
 
 def parameters(config):
   """The parameters that the rules name; contract tests compare the model."""
-  expected = hf.expected(config)
+  expected = hf.model_entries(config)
   return sum(math.prod(entry.shape) for entry in expected)
 
 

@@ -147,6 +147,29 @@ def test_one_feed_forward_expert_is_lora_at_its_projections():
   )
 
 
+def test_one_feed_forward_of_mixlora_is_ffn_lora():
+  axes = {'a': 1, 'b': 0}
+  sizes = {'gate': (11, 17), 'up': (11, 17), 'down': (17, 11)}
+  tree = {}
+  for name, (inputs, outputs) in sizes.items():
+    tree[f'{name}_a'] = normal(f'{name}a', inputs, 2)
+    tree[f'{name}_b'] = normal(f'{name}b', 2, outputs)
+  one = {k: np.expand_dims(a, axes[k[-1]]) for k, a in tree.items()}
+  one['router'] = {'kernel': normal('kernel', 11, 1)}
+  params = small.params()['encoder']['layers']['mlp']
+  x = normal('x', 2, 7, 11)
+  alone, _ = small.make('ffn_lora(rank=2)')
+  mixture, _ = small.make(
+    'mixlora(experts=1, rank=2, alpha=16.0, router=softmax)'
+  )
+  np.testing.assert_allclose(
+    feed_forward(mixture, params, one, x),
+    feed_forward(alone, params, tree, x),
+    rtol=1e-5,
+    atol=1e-4,
+  )
+
+
 def test_an_adapter_of_an_activation_beside_whole_feed_forwards_is_refused():
   with pytest.raises(ValueError, match='mixlora has an activation of its own'):
     build("mixlora(experts=3) + ia3(targets='*/act')", SITES)

@@ -161,7 +161,7 @@ def test_written(name, tmp_path):
     hf.save(tmp_path / 'x', case.config, case.params)
     assert hf.load_config(str(tmp_path / 'x')) == case.config
     file, tensors = 'model.safetensors', hf.open_tensors(folder)
-    remaining = {entry.stored_name for entry in hf.expected(case.config)}
+    remaining = {entry.stored_name for entry in hf.model_entries(case.config)}
     expected = {key: tensors.fetch(key) for key in remaining}
   written = load_file(tmp_path / 'x' / file)
   assert written.keys() == expected.keys()

@@ -268,7 +268,10 @@ def test_before_and_after_are_drawn_task_by_task(tmp_path):
   ends = [list(line.get_xdata()) for line in panel.lines[::4]]
   assert ends == [[12.5, 87.5], [87.5, 12.5]]
   colors = [line.get_color() for line in panel.lines[::4]]
-  assert colors == [before_after_plot._ROSE, before_after_plot._FELL]
+  assert colors == [
+    before_after_plot._ROSE_COLOR,
+    before_after_plot._FELL_COLOR,
+  ]
   (path,) = plots.draw_before_after(
     judged(3.0, 0), judged(1.5, 1), str(tmp_path)
   )
@@ -283,7 +286,7 @@ def test_a_change_within_the_noise_of_its_examples_is_grey():
   figure = before_after_plot.draw(judged(3.0, 0.5), judged(1.5, 0.7))
   panel = figure.axes[2]
   assert [line.get_color() for line in panel.lines[::4]] == [
-    before_after_plot._GREY
+    before_after_plot._GREY_COLOR
   ] * 2
 
 

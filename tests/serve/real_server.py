@@ -26,6 +26,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.open_adapter import StoredAdapter
 from moepeft.data import load_tokenizer
 from moepeft.evaluation.loglikelihood import losses
 from moepeft.peft import build
@@ -106,13 +107,13 @@ class Trainer:
 
   def _of(self, adapter: str):
     """(model, variables)."""
-    start = base_lib.Start('full', {}, semantics='official')
+    trained = StoredAdapter('full', {}, semantics='official')
     if adapter:
       path = self._real.adapters[adapter]
-      start = base_lib.load_adapter(path, self._base.config)
+      trained = base_lib.load_adapter(path, self._base.config)
     sites = self._base.family.sites(self._base.config)
-    built = build(start.method, sites, start.semantics)
-    variables = {'params': self._base.params, 'peft': start.tree}
+    built = build(trained.method, sites, trained.semantics)
+    variables = {'params': self._base.params, 'peft': trained.tree}
     return banked.model_of(self._base, built.adapter_map), variables
 
 

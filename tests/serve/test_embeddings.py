@@ -360,7 +360,7 @@ def test_encoders_are_counted_and_not_trained(folder, tmp_path):
   assert (result['params'], result['peft']) == (22_713_216, peft_)
   for objective in ('seq2seq', 'causal'):
     config.objective, config.data.tokenizer = objective, 'bytes'
-    with pytest.raises(ValueError, match='the model is an encoder alone'):
+    with pytest.raises(ValueError, match='the model is an encoder without'):
       train.train(config, str(tmp_path / 'run'))
-  with pytest.raises(ValueError, match='the model is an encoder alone'):
+  with pytest.raises(ValueError, match='the model is an encoder without'):
     loaded_model.load_model(str(folder))

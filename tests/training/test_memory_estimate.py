@@ -33,7 +33,7 @@ def decoder(**changes):
 
 def test_the_estimate_equals_what_a_run_allocates():
   c = config()
-  needed = memory_estimate.need(c)
+  estimate = memory_estimate.estimate_training(c)
   base = base_lib.load(c.model)
   model, built = base_lib.module(base, c)
   variables = base_lib.initialise(base, model, 0)
@@ -44,21 +44,23 @@ def test_the_estimate_equals_what_a_run_allocates():
     sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     for tree in (variables, variables['peft'], state)
   ]
-  assert needed.weights == nbytes[0]
+  assert estimate.weights == nbytes[0]
   # A gradient as large as what is trained, and the optimizer's arrays.
-  assert needed.training == nbytes[1] + nbytes[2]
+  assert estimate.training == nbytes[1] + nbytes[2]
 
 
 def test_a_batch_is_counted_by_rows_tokens_and_vocabulary():
   # 6 rows of 31 + 7 tokens of 9 bytes; 3 rows at once have states of
   # d_model 128 and logits of 384, float32 (moepeft/assets/t5_tiny).
-  needed = memory_estimate.need(config(gradient_accumulation_steps=2))
-  assert needed.batch == 6 * 38 * 9
-  assert needed.activations == 3 * (38 * 128 + 7 * 384) * 4
+  estimate = memory_estimate.estimate_training(
+    config(gradient_accumulation_steps=2)
+  )
+  assert estimate.batch == 6 * 38 * 9
+  assert estimate.activations == 3 * (38 * 128 + 7 * 384) * 4
   # Of a decoder every token is predicted: d_model 128, vocabulary 259.
-  needed = memory_estimate.need(decoder(**{'data.length': 101}))
-  assert needed.batch == 6 * 101 * 9
-  assert needed.activations == 6 * 101 * (128 + 259) * 4
+  estimate = memory_estimate.estimate_training(decoder(**{'data.length': 101}))
+  assert estimate.batch == 6 * 101 * 9
+  assert estimate.activations == 6 * 101 * (128 + 259) * 4
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ def test_the_first_pattern_that_matches_decides():
   ('groups', 'message'),
   [
     ('*/ruoter/*: learning_rate=1', "no trained parameter matches '.*ruoter"),
-    ('*: weight_decay=1; */b: weight_decay=2', 'earlier pattern .* put it'),
+    ('*: weight_decay=1; */b: weight_decay=2', 'earlier patterns .* put it'),
   ],
 )
 def test_a_pattern_that_decides_nothing_is_an_error(groups, message):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bubblewrap sandbox for programs that a model writes, and for scripts."""
+"""A bubblewrap sandbox for programs of models and for scripts."""

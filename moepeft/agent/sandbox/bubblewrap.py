@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs in a bubblewrap sandbox, or not at all: code of models, scripts.
+"""Runs programs of models and scripts in a bubblewrap sandbox.
 
-A program in it has no network, no home and no environment; it sees the system
-and the interpreter read-only, and a work directory of its own in memory, which
-is gone afterwards; of the rest only directories that it is given, read-only.
-It runs as an unused user id; each process has rlimits, and the time, the memory
-and the number of all processes together are limited from outside. It is meant
-for programs that models write, which go wrong; the kernel is shared.
+A program has no network, no home and no environment variables of the user. It
+can read the system, the interpreter and given directories, and write to a
+temporary work directory in memory. It runs as an unused user id. Each process
+has rlimits, and time, memory and number of all processes together are limited.
+The sandbox protects from faulty programs; the kernel is shared.
 """
 
 import functools
@@ -28,14 +27,14 @@ from moepeft.agent.sandbox.process import (
 )
 from moepeft.agent.tools import Tool, make_tool
 
-# A name that no system has, so that it hides nothing.
-_WORK = MEMORY_DIRECTORIES[0]
-# Read by the linker, by time zones and by what checks certificates.
+# A directory that does not exist outside of the sandbox.
+_WORK_DIR = MEMORY_DIRECTORIES[0]
+# Files in /etc for the linker, time zones and alternatives.
 _ETC = ('alternatives', 'ld.so.cache', 'ld.so.conf', 'localtime')
 
 
 class Sandbox:
-  """Runs programs within bounds."""
+  """Runs programs within limits."""
 
   def __init__(
     self,
@@ -45,34 +44,35 @@ class Sandbox:
     environment: Mapping[str, str] | None = None,
     cwd: str | None = None,
   ):
-    """Looks whether bubblewrap works here.
+    """Checks that bubblewrap works.
 
     Args:
-      limits: of each program.
-      unsafe_no_sandbox: run programs as you, with limits of a process alone.
-      readable: absolute paths of directories that programs may read.
-      environment: variables beside the few that each program has.
-      cwd: where programs start, one of `readable`; else the work directory.
+      limits: the limits of each program.
+      unsafe_no_sandbox: whether to run programs as the current user, with
+        rlimits only.
+      readable: absolute paths of directories that programs can read.
+      environment: additional environment variables.
+      cwd: the working directory, one of `readable`; else the work directory.
 
     Raises:
-      ValueError: it does not work, and nobody said that this is fine.
+      ValueError: bubblewrap does not work, and unsafe_no_sandbox is False.
     """
     self.limits, self.unsafe = limits or ResourceLimits(), unsafe_no_sandbox
     self._readable = tuple(map(os.fspath, readable))
-    self._more, self._cwd = dict(environment or {}), cwd
+    self._extra_environment, self._cwd = dict(environment or {}), cwd
     if not self.unsafe and (why := unavailable_reason()):
       raise ValueError(
-        f'programs of the model are run in bubblewrap alone, and {why}; '
-        'install it or leave these tools out (--unsafe_no_sandbox runs them as '
-        'you, with all that you may do)'
+        f'programs of the model need bubblewrap, but {why}; install it or '
+        'leave these tools out (--unsafe_no_sandbox runs them as your user, '
+        'with all your rights)'
       )
 
   def python_program(self, code: str) -> ProcessResult:
-    """Runs a program of Python."""
+    """Runs a Python program."""
     return self.run([sys.executable, '-I', '-X', 'utf8', '-c', code])
 
   def shell_program(self, code: str) -> ProcessResult:
-    """Runs a program of sh."""
+    """Runs a shell program."""
     return self.run(['/bin/sh', '-c', code])
 
   def run(
@@ -81,41 +81,45 @@ class Sandbox:
     environment: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
   ) -> ProcessResult:
-    """Runs a command, which no shell reads.
+    """Runs a command without a shell.
 
     Args:
-      command: and its arguments.
-      environment: more variables.
-      pass_fds: descriptors that it inherits.
+      command: the program and its arguments.
+      environment: additional environment variables.
+      pass_fds: file descriptors that the program inherits.
     """
-    extra_variables = {**self._more, **(environment or {})}
-    limited = [*_prlimit(self.limits, not self.unsafe), *command]
+    extra_variables = {**self._extra_environment, **(environment or {})}
+    limited_command = [*_prlimit(self.limits, not self.unsafe), *command]
     if self.unsafe:
       with tempfile.TemporaryDirectory() as folder:
         variables = {**_environment(folder), **extra_variables}
         cwd = self._cwd or folder
-        return run_limited(limited, self.limits, variables, pass_fds, cwd)
-    variables = {**_environment(_WORK), **extra_variables}
+        return run_limited(
+          limited_command, self.limits, variables, pass_fds, cwd
+        )
+    variables = {**_environment(_WORK_DIR), **extra_variables}
     with tempfile.TemporaryFile() as filter_file:
-      filter_file.write(filter_file.program(connects=not self._readable))
+      filter_file.write(seccomp.program(connects=not self._readable))
       filter_file.seek(0)
-      file = filter_file.fileno()
-      box = _bubblewrap_command(
-        self.limits, variables, self._readable, self._cwd or _WORK
+      descriptor = filter_file.fileno()
+      sandbox_command = _bubblewrap_command(
+        self.limits, variables, self._readable, self._cwd or _WORK_DIR
       )
       command = [
-        *box,
+        *sandbox_command,
         '--seccomp',
-        str(file),
+        str(descriptor),
         '--',
         *_drop_privileges(),
-        *limited,
+        *limited_command,
       ]
-      return run_limited(command, self.limits, variables, [file, *pass_fds])
+      return run_limited(
+        command, self.limits, variables, [descriptor, *pass_fds]
+      )
 
 
 def code_tools(sandbox: Sandbox) -> list[Tool]:
-  """run_python and run_shell, in a sandbox."""
+  """Makes the tools run_python and run_shell."""
 
   def run_python(code: str) -> str:
     """Runs a Python program and returns what it prints. No network; files that
@@ -141,30 +145,30 @@ def code_tools(sandbox: Sandbox) -> list[Tool]:
 
 @functools.cache
 def unavailable_reason() -> str:
-  """The reason why bubblewrap does not work here; '' where it does."""
+  """The reason why bubblewrap does not work; '' if it works."""
   if not sys.platform.startswith('linux'):
     return f'it needs Linux, this is {sys.platform}'
   for name in ('bwrap', 'prlimit', 'setpriv'):
     if not shutil.which(name):
       return f'{name} is not installed'
-  # A user's own namespace may be forbidden, and in containers often is.
+  # User namespaces may be forbidden, for example in containers.
   command = [
-    *_bubblewrap_command(ResourceLimits(), _environment(_WORK), (), _WORK),
+    *_bubblewrap_command(
+      ResourceLimits(), _environment(_WORK_DIR), (), _WORK_DIR
+    ),
     '--',
     *_drop_privileges(),
     'true',
   ]
   try:
     seccomp.program()
-    completed = subprocess.run(
+    process = subprocess.run(
       command, capture_output=True, text=True, timeout=20
     )
   except (ValueError, OSError, subprocess.SubprocessError) as e:
     return f'it does not start ({e})'
-  if completed.returncode:
-    return (
-      f'it does not start ({completed.stderr.strip() or completed.returncode})'
-    )
+  if process.returncode:
+    return f'it does not start ({process.stderr.strip() or process.returncode})'
   return ''
 
 
@@ -174,42 +178,42 @@ def _bubblewrap_command(
   readable: Sequence[str],
   cwd: str,
 ) -> list[str]:
-  arguments = (
+  flags = (
     'bwrap --unshare-ipc --unshare-pid --unshare-net --unshare-uts '
     '--unshare-cgroup-try --die-with-parent --new-session --clearenv '
     '--hostname sandbox '
   )
-  # root stays root until it is nobody; see _dropped.
+  # root needs capabilities to change its user; see _drop_privileges.
   root = '--cap-add CAP_SETUID --cap-add CAP_SETGID'
-  arguments += root if os.geteuid() == 0 else '--unshare-user --disable-userns'
-  arguments = arguments.split()
+  flags += root if os.geteuid() == 0 else '--unshare-user --disable-userns'
+  flags = flags.split()
   for name, value in environment.items():
-    arguments += ['--setenv', name, value]
-  arguments += ['--ro-bind', '/usr', '/usr']
+    flags += ['--setenv', name, value]
+  flags += ['--ro-bind', '/usr', '/usr']
   for path in ('/bin', '/sbin', '/lib', '/lib32', '/lib64'):
     if os.path.islink(path):
-      arguments += ['--symlink', os.readlink(path), path]
+      flags += ['--symlink', os.readlink(path), path]
     elif os.path.isdir(path):
-      arguments += ['--ro-bind', path, path]
-  arguments += ['--perms', '0755', '--dir', '/etc']
+      flags += ['--ro-bind', path, path]
+  flags += ['--perms', '0755', '--dir', '/etc']
   for name in _ETC:
-    arguments += ['--ro-bind-try', f'/etc/{name}', f'/etc/{name}']
+    flags += ['--ro-bind-try', f'/etc/{name}', f'/etc/{name}']
   tmpfs = ['--perms', '1777', '--size', str(limits.disk), '--tmpfs']
   work, temporary, shared = MEMORY_DIRECTORIES
-  arguments += [*tmpfs, work, *tmpfs, temporary]
-  # After /tmp, below which some may be; what holds others before them.
+  flags += [*tmpfs, work, *tmpfs, temporary]
+  # After /tmp, which may contain some of them; parents before children.
   created: set[str] = set()
   for path in sorted({*_interpreter_directories(), *readable}):
     if f'{path}/'.startswith('/usr/'):
       continue
     for parent in reversed(pathlib.PurePath(path).parents[:-1]):
-      # Which bubblewrap would make for its own user alone.
+      # bubblewrap would create it without permissions for other users.
       if str(parent) not in created:
-        arguments += ['--perms', '0755', '--dir', str(parent)]
+        flags += ['--perms', '0755', '--dir', str(parent)]
         created.add(str(parent))
-    arguments += ['--ro-bind', path, path]
-  arguments += ['--proc', '/proc', '--dev', '/dev', *tmpfs, shared]
-  return [*arguments, *'--remount-ro /dev --remount-ro / --chdir'.split(), cwd]
+    flags += ['--ro-bind', path, path]
+  flags += ['--proc', '/proc', '--dev', '/dev', *tmpfs, shared]
+  return [*flags, *'--remount-ro /dev --remount-ro / --chdir'.split(), cwd]
 
 
 def _interpreter_directories() -> set[str]:
@@ -224,20 +228,20 @@ def _interpreter_directories() -> set[str]:
 
 
 def _drop_privileges() -> list[str]:
-  """The setpriv command that turns root into a user without rights."""
+  """The setpriv command that changes root to a user without privileges."""
   if os.geteuid() != 0:
     return []
-  # Of his own, so that processes of another sandbox do not count.
-  user = 0x70000000 + secrets.randbelow(1 << 24)
+  # A random id, as --nproc counts all processes of a user.
+  uid = 0x70000000 + secrets.randbelow(1 << 24)
   return (
-    f'setpriv --reuid={user} --regid={user} --clear-groups --inh-caps=-all '
+    f'setpriv --reuid={uid} --regid={uid} --clear-groups --inh-caps=-all '
     '--no-new-privs --'
   ).split()
 
 
 def _prlimit(limits: ResourceLimits, limit_processes: bool) -> list[str]:
-  """prlimit's command; `alone` where no other processes are the user's."""
-  # Of a user's other programs the count would be full already.
+  """The prlimit command; limits processes if the user has no others."""
+  # --nproc counts all processes of a user.
   count = f'--nproc={limits.processes} ' if limit_processes else ''
   space = limits.address_space or limits.memory
   return (
@@ -251,7 +255,7 @@ def _environment(home: str) -> dict[str, str]:
     'HOME': home,
     'LANG': 'C.UTF-8',
     'PATH': '/usr/local/bin:/usr/bin:/bin',
-    # A thread a core would be many processes, and much address space.
+    # Threads count as processes and need address space.
     'OMP_NUM_THREADS': '1',
     'OPENBLAS_NUM_THREADS': '1',
   }

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a program and all that it starts, whoever holds it.
+"""Limits the memory of a program, including kernel memory.
 
-Buffers of sockets and pipes, page tables, locks, names of files: the kernel
-holds them for a program, and they count for none of its processes. A control
-group (cgroup v2) counts them. Where none may be made, a watcher looks at the
-machine's own figures.
+Kernel memory such as socket and pipe buffers, page tables, locks and file names
+is not counted for any process. A control group (cgroup v2) counts it. If a
+group cannot be created, `MachineMemory` estimates it from the machine's total.
 """
 
 import contextlib
@@ -17,14 +16,14 @@ from pathlib import Path
 
 _ROOT, _SELF = Path('/sys/fs/cgroup'), Path('/proc/self/cgroup')
 _MEMINFO, _ZONEINFO = Path('/proc/meminfo'), Path('/proc/zoneinfo')
-# Processes that a sandbox adds: the shell that enters the group, bwrap twice.
+# A margin for processes of the sandbox: the shell that enters the group, bwrap.
 HELPER_PROCESSES = 8
-# Share of the machine's memory that has to stay available.
+# The share of the machine's memory that must stay available.
 _RESERVE = 0.04
 
 
 class ControlGroup:
-  """A control group of this program's making, for one command.
+  """A control group for one command.
 
   Attributes:
     path: its directory.
@@ -34,12 +33,12 @@ class ControlGroup:
     self.path = path
 
   def wrap(self, command: list[str]) -> list[str]:
-    """A command that enters the group before it does anything."""
+    """A command that enters the group and then runs `command`."""
     enter = 'echo 0 > "$0" && exec "$@"'
     return ['/bin/sh', '-c', enter, str(self.path / 'cgroup.procs'), *command]
 
   def was_oom_killed(self) -> bool:
-    """Whether the kernel has killed processes of the group for their memory."""
+    """Whether the kernel killed processes of the group for lack of memory."""
     with contextlib.suppress(OSError, ValueError):
       text = (self.path / 'memory.events').read_text()
       events = dict(line.split() for line in text.splitlines())
@@ -47,7 +46,7 @@ class ControlGroup:
     return False
 
   def close(self) -> None:
-    """Ends what is left in it, and removes it."""
+    """Kills the group's processes and removes the group."""
     with contextlib.suppress(OSError):
       (self.path / 'cgroup.kill').write_text('1')
     for _ in range(50):
@@ -61,10 +60,10 @@ class ControlGroup:
 
 
 def create_group(memory: int, processes: int) -> ControlGroup | None:
-  """A control group of so many bytes and processes; None where none can be had.
+  """Creates a control group with limits; None if that is not possible.
 
-  It lies below this process's own group, or beside it: in cgroup v2 a group
-  with processes in it (but the root) hands no controllers on.
+  The group is a child or a sibling of this process's group, as in cgroup v2 a
+  group with processes (except the root) cannot delegate controllers.
   """
   try:
     (line,) = [
@@ -92,10 +91,10 @@ def _create(path: Path, memory: int, processes: int) -> ControlGroup | None:
     (path / 'memory.max').write_text(str(memory))
     (path / 'pids.max').write_text(str(processes + HELPER_PROCESSES))
     for name, value in (('memory.swap.max', '0'), ('memory.oom.group', '1')):
-      # Kernels without swap or before 4.19 have no such file.
+      # Kernels without swap or before 4.19 lack these files.
       with contextlib.suppress(FileNotFoundError):
         (path / name).write_text(value)
-    # Who may make a group may still not be allowed to enter it.
+    # Entering the group may need more permissions than creating it.
     subprocess.run(
       group.wrap(['/bin/true']), check=True, capture_output=True, timeout=10
     )
@@ -106,23 +105,22 @@ def _create(path: Path, memory: int, processes: int) -> ControlGroup | None:
 
 
 class MachineMemory:
-  """The machine's memory as it was, to compare with.
+  """Measures the growth of the machine's kernel memory since creation.
 
-  Watched is what belongs to no program and no file: all that is used, less
-  programs' private memory and what the kernel gives back when asked, and files
-  in memory. Other programs may make it grow too, so a group may be ended for
-  what it did not do, and the sentence says what was seen.
+  This is used memory, including tmpfs files, without private memory of
+  processes and reclaimable memory. Other programs can make it grow, too, and so
+  cause a kill; the message has the measured values.
   """
 
   def __init__(self):
     meminfo = _meminfo()
-    self._unowned = _unowned_bytes(meminfo)
+    self._start_bytes = _kernel_bytes(meminfo)
     available = meminfo.get('MemAvailable', 0)
     self._reserve = min(_RESERVE * meminfo.get('MemTotal', 0), 0.5 * available)
 
   def growth(self) -> int:
-    """Bytes of such memory that came since."""
-    return _unowned_bytes(_meminfo()) - self._unowned
+    """The growth in bytes since creation."""
+    return _kernel_bytes(_meminfo()) - self._start_bytes
 
   def is_low(self) -> bool:
     """Whether the available memory is below the reserve."""
@@ -131,28 +129,28 @@ class MachineMemory:
 
 
 def _meminfo() -> dict[str, int]:
-  """Bytes by name; {} where there are no such figures."""
-  figures = {}
+  """{name: bytes} of /proc/meminfo; {} if it cannot be read."""
+  sizes = {}
   with contextlib.suppress(OSError):
     for line in _MEMINFO.read_text().splitlines():
       name, _, rest = line.partition(':')
       number, _, unit = rest.strip().partition(' ')
       if unit == 'kB' and number.isdigit():
-        figures[name] = 1024 * int(number)
+        sizes[name] = 1024 * int(number)
   with contextlib.suppress(OSError):
-    # Free pages that processors keep at hand, which MemFree leaves out.
+    # Free pages in per-CPU lists, which MemFree does not include.
     counts = re.findall(r'^ +count: +(\d+)$', _ZONEINFO.read_text(), re.M)
-    figures['PerCpuFree'] = resource.getpagesize() * sum(map(int, counts))
-  return figures
+    sizes['PerCpuFree'] = resource.getpagesize() * sum(map(int, counts))
+  return sizes
 
 
-def _unowned_bytes(figures: dict[str, int]) -> int:
-  # Cached has Shmem in it, which a file system in memory cannot give back.
-  plus = ('MemTotal', 'Shmem')
-  minus = (
+def _kernel_bytes(sizes: dict[str, int]) -> int:
+  # Cached includes Shmem (tmpfs), which is not reclaimable.
+  added = ('MemTotal', 'Shmem')
+  subtracted = (
     'MemFree PerCpuFree Buffers Cached SwapCached AnonPages SReclaimable '
     'Hugetlb'
   )
-  return sum(figures.get(name, 0) for name in plus) - sum(
-    figures.get(name, 0) for name in minus.split()
+  return sum(sizes.get(name, 0) for name in added) - sum(
+    sizes.get(name, 0) for name in subtracted.split()
   )

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files, in and out: tensors, metadata and tokenizer."""
+"""Reads GGUF files: tensors, metadata and tokenizer."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models in GGUF files, llama.cpp's form: read and dequantised, not written.
+"""Reads and dequantizes models in GGUF files, llama.cpp's format.
 
-The `gguf` package reads the file and knows its quantisations; it is an extra
-(`pip install 'moepeft[gguf]'`).
+The `gguf` package reads and dequantizes the files; it is an extra (`pip install
+'moepeft[gguf]'`).
 """
 
 import functools
@@ -26,15 +26,15 @@ SUFFIX = '.gguf'
 
 
 def load(path: str, dtype: Any = None) -> LoadedCheckpoint:
-  """Reads a file; one tensor is in memory at a time beside the result.
+  """Reads a file; besides the result, one tensor at a time is in memory.
 
   Args:
-    dtype: cast to it; None for float32, which everything is dequantised to.
-      The content hash is of the float32 arrays.
+    dtype: the dtype of the result; None for float32. The content hash is that
+      of the float32 arrays.
 
   Raises:
-    CheckpointError: no GGUF file, a damaged one, or a model or quantisation
-      that is not supported.
+    CheckpointError: the file is missing or damaged, or its model or
+      quantization is not supported.
   """
   file = open_file(path)
   config = file.config()
@@ -43,12 +43,12 @@ def load(path: str, dtype: Any = None) -> LoadedCheckpoint:
   entries = weight_mapping.entries(
     family.gguf.rules(config), sizes, family.depths(config)
   )
-  ignored = {decoder_gguf.ROPE} | (
+  optional_names = {decoder_gguf.ROPE} | (
     {decoder_gguf.HEAD} if config.tied else set()
   )
   weight_mapping.check(
     {entry.stored_name: entry.stored_shape for entry in entries},
-    {n: shape for n, shape in file.shapes.items() if n not in ignored},
+    {n: shape for n, shape in file.shapes.items() if n not in optional_names},
     f'{path} does not hold the model that its metadata describe',
     'convert the model again',
   )
@@ -58,12 +58,12 @@ def load(path: str, dtype: Any = None) -> LoadedCheckpoint:
 
 
 def load_config(path: str) -> DecoderConfig:
-  """The config of a file as `load` would return it, without its weights."""
+  """The config of a file, without reading its weights."""
   return open_file(path).config()
 
 
 def metadata(path: str) -> Mapping[str, Any]:
-  """The file's key-value pairs, 'tokenizer.chat_template' and so on."""
+  """The file's key-value metadata, such as 'tokenizer.chat_template'."""
   return open_file(path).metadata
 
 
@@ -83,58 +83,58 @@ def package() -> ModuleType:
   return gguf
 
 
-def open_file(path: str) -> 'File':
-  """Opens a file; tensors are read where they are asked for.
+def open_file(path: str) -> 'GgufFile':
+  """Opens a file; tensors are read on demand.
 
   Raises:
-    CheckpointError: there is no file, or it is damaged.
+    CheckpointError: the file does not exist or is damaged.
   """
   check_file(path)
   if not Path(path).is_file():
     raise CheckpointError(f'{path} does not exist: expected a GGUF file')
   stat = os.stat(path)
-  return _opened(path, stat.st_size, stat.st_mtime_ns)
+  return _open_cached(path, stat.st_size, stat.st_mtime_ns)
 
 
-# The vocabulary alone takes seconds to read, and weights, tokenizer and chat
-# template each need it.
+# Cached, as the vocabulary takes seconds to read, and weights, tokenizer and
+# chat template all need it.
 @functools.lru_cache(maxsize=1)
-def _opened(path: str, size: int, changed: int) -> 'File':
-  """`open_file` of a file as it is now."""
-  del size, changed
-  reader_of = package().GGUFReader
+def _open_cached(path: str, size: int, mtime_ns: int) -> 'GgufFile':
+  """`open_file`, cached by the file's size and time of change."""
+  del size, mtime_ns
+  gguf = package()
   try:
-    reader = reader_of(path)
-    pairs = {name: field.contents() for name, field in reader.fields.items()}
-  # What the package raises depends on where the file ends.
+    reader = gguf.GGUFReader(path)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+  # A truncated file raises different exception types.
   except Exception as error:
     reason = ' '.join(str(error).split())[:200] or type(error).__name__
     raise CheckpointError(
       f'{path} is truncated, damaged or no GGUF file ({reason}): copy it again'
     ) from None
-  parts = pairs.get('split.count', 1)
-  if parts not in (0, 1):
+  split_count = metadata.get('split.count', 1)
+  if split_count not in (0, 1):
     raise CheckpointError(
-      f'{path} is one of {parts} files of a split model: '
+      f'{path} is one of {split_count} files of a split model: '
       'expected a whole one; join them with llama-gguf-split --merge'
     )
-  return File(path, pairs, {t.name: t for t in reader.tensors})
+  return GgufFile(path, metadata, {t.name: t for t in reader.tensors})
 
 
-class File:
+class GgufFile:
   """An open GGUF file.
 
   Attributes:
-    metadata: its key-value pairs.
+    metadata: its key-value metadata.
     shapes: {name: shape} of its tensors, in NumPy's order.
   """
 
   def __init__(
-    self, path: str, pairs: dict[str, Any], tensors: Mapping[str, Any]
+    self, path: str, metadata: dict[str, Any], tensors: Mapping[str, Any]
   ):
     self.path = path
-    # Several read it.
-    self.metadata: Mapping[str, Any] = MappingProxyType(pairs)
+    # Read-only, as the file is cached.
+    self.metadata: Mapping[str, Any] = MappingProxyType(metadata)
     self._tensors = tensors
     self.shapes: dict[str, Shape] = {
       name: tuple(int(size) for size in reversed(tensor.shape))
@@ -157,12 +157,12 @@ class File:
       raise
     except ValueError as error:
       raise CheckpointError(
-        f'the metadata of {self.path} describe no model that can be: {error}; '
+        f'the metadata of {self.path} describe no valid model: {error}; '
         'convert the model again'
       ) from None
 
   def _is_tied(self) -> bool:
-    """Whether there is no head, or one that only repeats the embedding."""
+    """Whether the head is missing or equals the embedding."""
     tensors = [
       self._tensors.get(name)
       for name in (decoder_gguf.HEAD, decoder_gguf.EMBEDDING)
@@ -175,20 +175,20 @@ class File:
     return np.array_equal(head.data, embedding.data)
 
   def fetch(self, name: str) -> np.ndarray:
-    """A tensor, dequantised: float32 of its shape."""
+    """Reads and dequantizes a tensor to float32."""
     tensor = self._tensors[name]
     try:
       array = package().dequantize(tensor.data, tensor.tensor_type)
     except (ValueError, TypeError, IndexError) as error:
       reason = ' '.join(str(error).split())[:200]
       raise CheckpointError(
-        f'{name} of {self.path} cannot be dequantised ({reason}): it is '
+        f'{name} of {self.path} cannot be dequantized ({reason}): it is '
         'damaged, copy it again'
       ) from None
     except NotImplementedError:
       raise CheckpointError(
         f'{name} of {self.path} is {tensor.tensor_type.name}, which the '
-        'package gguf does not dequantise: take a file in another quantisation'
+        'package gguf does not dequantize: use a file in another quantization'
       ) from None
     shape = self.shapes[name]
     if array.size != math.prod(shape):
@@ -199,7 +199,7 @@ class File:
     return np.asarray(array, np.float32).reshape(shape)
 
   def fetch_for(self, name: str, config: DecoderConfig) -> np.ndarray:
-    """A tensor as Hugging Face's files have it."""
-    form = FAMILIES[config.family].gguf
+    """Reads a tensor in the layout of Hugging Face's files."""
+    conversion = FAMILIES[config.family].gguf
     array = self.fetch(name)
-    return decoder_gguf.as_stored_by_hf(name, array, form, config)
+    return decoder_gguf.as_stored_by_hf(name, array, conversion, config)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SentencePiece vocabularies (arXiv:1808.06226) as GGUF files list them: as a
-fast tokenizer, and as the `tokenizer.model` that llama.cpp's converter reads.
+"""Converts SentencePiece vocabularies (arXiv:1808.06226) of GGUF files.
 
-Pieces have a score each, and text is merged pair by pair, the best score
-first. A fast tokenizer knows merges and no scores: every way in which a piece
-is two others is a merge of that piece's rank.
+The results are a fast tokenizer, and the `tokenizer.model` that llama.cpp's
+converter reads. SentencePiece merges the pair of pieces with the best score
+first. A fast tokenizer has merges instead of scores: each split of a piece into
+two pieces is a merge with the rank of the piece.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from typing import Any
 from moepeft.models.weight_mapping import CheckpointError
 
 SPACE = '\u2581'
-# `tokenizer.ggml.token_type`, which are SentencePiece's own.
+# Values of `tokenizer.ggml.token_type`, the same as SentencePiece's.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieces:
-  """A vocabulary, by id.
+  """A SentencePiece vocabulary in order of ids.
 
   Attributes:
-    texts: the pieces; spaces in those that text is merged to are SPACE.
-    scores, types: one each.
-    add_prefix_space: whether texts get a space at their start.
+    texts: the pieces; normal pieces have SPACE for spaces.
+    scores, types: the score and the type of each piece.
+    add_prefix_space: whether a space is added before a text.
   """
 
   texts: tuple[str, ...]
@@ -44,13 +44,13 @@ class SentencePieces:
     return BYTE in self.types
 
   def normal(self) -> dict[str, float]:
-    """{text: score} of what text is merged to."""
+    """{text: score} of the normal pieces."""
     rows = zip(self.texts, self.scores, self.types, strict=True)
     return {text: score for text, score, kind in rows if kind == NORMAL}
 
 
 def read(path: str, metadata: Mapping[str, Any]) -> SentencePieces:
-  """Reads the pieces of a file whose `tokenizer.ggml.model` is 'llama'.
+  """Reads the pieces from the metadata of a 'llama' tokenizer.
 
   Raises:
     CheckpointError: the scores are not ranks of merges, as in a unigram model,
@@ -72,8 +72,8 @@ def read(path: str, metadata: Mapping[str, Any]) -> SentencePieces:
   ranks = list(pieces.normal().values())
   if len(set(ranks)) < len(ranks) or any(r != int(r) for r in ranks):
     raise CheckpointError(
-      f'the scores of the pieces in {path} are not the ranks of merges (whole '
-      'numbers, each once), so texts can not be cut as in its training: set '
+      f'the scores of the pieces in {path} are not ranks of merges (distinct '
+      'whole numbers), so its tokenizer cannot be reproduced: set '
       'config.data.tokenizer to a directory with the tokenizer.json of the '
       'model'
     )
@@ -81,7 +81,7 @@ def read(path: str, metadata: Mapping[str, Any]) -> SentencePieces:
 
 
 def tokenizer(pieces: SentencePieces) -> Any:
-  """A `tokenizers.Tokenizer` that cuts text as SentencePiece does."""
+  """Makes a `tokenizers.Tokenizer` equal to the SentencePiece tokenizer."""
   from tokenizers import Tokenizer, decoders, models, normalizers
 
   bpe = models.BPE(
@@ -91,87 +91,99 @@ def tokenizer(pieces: SentencePieces) -> Any:
     fuse_unk=True,
     byte_fallback=pieces.has_bytes,
   )
-  result = Tokenizer(bpe)
-  before = [normalizers.Prepend(SPACE)] if pieces.add_prefix_space else []
-  after = (
+  fast_tokenizer = Tokenizer(bpe)
+  prepend = [normalizers.Prepend(SPACE)] if pieces.add_prefix_space else []
+  strip = (
     [decoders.Strip(content=' ', left=1)] if pieces.add_prefix_space else []
   )
-  result.normalizer = normalizers.Sequence(
-    [*before, normalizers.Replace(' ', SPACE)]
+  fast_tokenizer.normalizer = normalizers.Sequence(
+    [*prepend, normalizers.Replace(' ', SPACE)]
   )
-  result.decoder = decoders.Sequence(
+  fast_tokenizer.decoder = decoders.Sequence(
     [
       decoders.Replace(SPACE, ' '),
       decoders.ByteFallback(),
       decoders.Fuse(),
-      *after,
+      *strip,
     ]
   )
-  return result
+  return fast_tokenizer
 
 
 def merges(pieces: SentencePieces) -> list[tuple[str, str]]:
-  """Every way in which a piece is two others, best pieces first."""
+  """All splits of pieces into two pieces, in order of descending scores."""
   scores = pieces.normal()
-  ranked = sorted(scores, key=scores.get, reverse=True)
+  sorted_pieces = sorted(scores, key=scores.get, reverse=True)
   return [
     (piece[:i], piece[i:])
-    for piece in ranked
+    for piece in sorted_pieces
     for i in range(1, len(piece))
     if piece[:i] in scores and piece[i:] in scores
   ]
 
 
 def model_file(pieces: SentencePieces, ids: Mapping[str, int | None]) -> bytes:
-  """The content of a `tokenizer.model`.
+  """The bytes of a `tokenizer.model`.
 
-  It is a protocol buffer, sentencepiece_model.proto of google/sentencepiece.
+  The format is the protocol buffer sentencepiece_model.proto.
 
   Args:
-    ids: 'bos_token_id', 'eos_token_id' and 'pad_token_id', where known.
+    ids: 'bos_token_id', 'eos_token_id' and 'pad_token_id', if known.
   """
-  parts = [_bytes(1, _piece(*piece)) for piece in _listed(pieces)]
-  # What is not there is -1, in the ten bytes of a negative number.
+  parts = [
+    _bytes_field(1, _encode_piece(*piece)) for piece in _stored_pieces(pieces)
+  ]
+  # SentencePiece writes -1 for missing tokens.
   special_ids = {
     name: -1 if ids.get(f'{name}_token_id') is None else ids[f'{name}_token_id']
     for name in ('bos', 'eos', 'pad')
   }
   unknown = pieces.types.index(UNKNOWN) if UNKNOWN in pieces.types else 0
-  trained = _int(3, 2) + _int(4, len(pieces.texts))
-  trained += _int(35, int(pieces.has_bytes)) + _int(40, unknown)
-  trained += _int(41, special_ids['bos']) + _int(42, special_ids['eos'])
-  trained += _int(43, special_ids['pad'])
-  # The text as it is but for its spaces.
-  changed = (
-    _bytes(1, b'identity') + _int(3, int(pieces.add_prefix_space)) + _int(4, 0)
+  trainer_spec = _int_field(3, 2) + _int_field(4, len(pieces.texts))
+  trainer_spec += _int_field(35, int(pieces.has_bytes)) + _int_field(
+    40, unknown
   )
-  return b''.join(parts) + _bytes(2, trained) + _bytes(3, changed)
+  trainer_spec += _int_field(41, special_ids['bos']) + _int_field(
+    42, special_ids['eos']
+  )
+  trainer_spec += _int_field(43, special_ids['pad'])
+  # No normalization except of spaces.
+  normalizer_spec = (
+    _bytes_field(1, b'identity')
+    + _int_field(3, int(pieces.add_prefix_space))
+    + _int_field(4, 0)
+  )
+  return (
+    b''.join(parts)
+    + _bytes_field(2, trainer_spec)
+    + _bytes_field(3, normalizer_spec)
+  )
 
 
-def _listed(pieces: SentencePieces) -> Iterator[tuple[str, float, int]]:
+def _stored_pieces(pieces: SentencePieces) -> Iterator[tuple[str, float, int]]:
   for text, score, kind in zip(
     pieces.texts, pieces.scores, pieces.types, strict=True
   ):
-    # llama.cpp's converter wrote the spaces of these as spaces.
+    # GGUF files have spaces for SPACE in user-defined pieces.
     stored_text = text.replace(' ', SPACE) if kind == USER_DEFINED else text
     yield stored_text, score, kind
 
 
-def _piece(text: str, score: float, kind: int) -> bytes:
+def _encode_piece(text: str, score: float, kind: int) -> bytes:
   number = b'\x15' + struct.pack('<f', score)
-  return _bytes(1, text.encode()) + number + _int(3, kind)
+  return _bytes_field(1, text.encode()) + number + _int_field(3, kind)
 
 
-def _bytes(field: int, value: bytes) -> bytes:
+def _bytes_field(field: int, value: bytes) -> bytes:
   return _varint(field << 3 | 2) + _varint(len(value)) + value
 
 
-def _int(field: int, value: int) -> bytes:
+def _int_field(field: int, value: int) -> bytes:
   return _varint(field << 3) + _varint(value)
 
 
 def _varint(value: int) -> bytes:
-  """Seven bits a byte, lowest first; negative ones as of 64 bits."""
+  """Encodes seven bits per byte, lowest first; negative values as uint64."""
   value &= 2**64 - 1
   encoded = bytearray()
   while value > 127:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's and peft's formats, in and out."""
+"""Reads and writes the formats of transformers and peft."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face model directories: config.json and safetensors, both ways."""
+"""Reads and writes Hugging Face model directories."""
 
 import dataclasses
 import math
@@ -24,8 +24,8 @@ from moepeft.models import (
 from moepeft.models.hf_tensor_names import TensorNames
 from moepeft.models.weight_mapping import CheckpointError, Entry, Shape, Tree
 
-# Weights in forms that are not read, by the files' names.
-_FOREIGN = {
+# File patterns of unsupported formats.
+_UNSUPPORTED = {
   'pytorch_model*.bin': 'a pickle',
   '*.pt': 'a pickle',
   '*.pth': 'a pickle',
@@ -42,22 +42,24 @@ _SINGLE_FILE, _INDEX_FILE = 'model.safetensors', 'model.safetensors.index.json'
 def load(path: str, dtype: Any = None) -> LoadedCheckpoint:
   """Reads a directory, or a model by its name on the Hugging Face hub.
 
-  One tensor is in memory at a time beside the result.
+  Besides the result, one tensor at a time is in memory.
 
   Args:
     path: a directory with config.json and safetensors files (one, or several
-      with an index); where none exists, a name like 'google/t5-v1_1-base'.
-    dtype: cast to it, e.g. 'float32'; None keeps the files' own.
+      with an index), or else a name like 'google/t5-v1_1-base'.
+    dtype: the dtype of the result, e.g. 'float32'; None keeps the files'.
 
   Raises:
-    CheckpointError: nothing is found, a file is damaged, the family is
-      unknown, or names or shapes differ from what config.json asks for.
+    CheckpointError: there is no model, a file is damaged, the family is
+      unknown, or names or shapes do not match config.json.
   """
   folder = find(path)
   family, fields = _read_config(folder)
-  tensors = _named(family.hf.tensor_names(fields), open_tensors(folder))
+  tensors = _rename_tensors(
+    family.hf.tensor_names(fields), open_tensors(folder)
+  )
   config = _config(folder, family, fields, tensors)
-  entries = expected(config)
+  entries = model_entries(config)
   weight_mapping.check(
     {entry.stored_name: entry.stored_shape for entry in entries},
     tensors.shapes,
@@ -72,13 +74,15 @@ def load(path: str, dtype: Any = None) -> LoadedCheckpoint:
 
 
 def load_config(path: str) -> Any:
-  """The config of a model as `load` would return it, without its weights.
+  """The config of a model, without its weights.
 
-  A head and an embedding are read where both are there, to be compared.
+  If both a head and an embedding are stored, they are read and compared.
   """
   folder = find(path)
   family, fields = _read_config(folder)
-  tensors = _named(family.hf.tensor_names(fields), open_tensors(folder))
+  tensors = _rename_tensors(
+    family.hf.tensor_names(fields), open_tensors(folder)
+  )
   return _config(folder, family, fields, tensors)
 
 
@@ -91,29 +95,29 @@ def save(
   max_shard_bytes: int = 5 * 10**9,
   overwrite: bool = False,
 ) -> None:
-  """Writes a directory that `transformers` reads; all of it or nothing.
+  """Writes a directory that `transformers` reads, atomically.
 
   Args:
-    params: as `load` returns it; NumPy or JAX arrays.
-    dtype: cast to it; None keeps each array's own.
-    tokenizer: a directory whose tokenizer files are copied along, or a GGUF
-      file, whose tokenizer is written as such files.
-    max_shard_bytes: files are split before they grow beyond this.
-    overwrite: whether an earlier checkpoint at `path` is replaced.
+    params: as `load` returns them; NumPy or JAX arrays.
+    dtype: the dtype of the files; None keeps each array's.
+    tokenizer: a directory whose tokenizer files are copied, or a GGUF file
+      whose tokenizer is converted.
+    max_shard_bytes: the maximum size of a file.
+    overwrite: whether to replace an earlier checkpoint at `path`.
 
   Raises:
     CheckpointError: `params` do not fit `config`, `path` is not empty, or
       the family is unknown.
   """
   family = family_of(config)
-  entries = expected(config)
+  entries = model_entries(config)
   arrays = weight_mapping.write(entries, family.axis_sizes(config), params)
   plan = _shards(entries, params, dtype, max_shard_bytes)
   with directory.atomic_directory(path, overwrite) as output_dir:
     fields = family.hf.to_fields(config)
-    kinds = {str(_dtype(entry, params, dtype)) for entry in entries}
-    if len(kinds) == 1:
-      fields |= {'dtype': kinds.pop()}
+    dtypes = {str(_dtype(entry, params, dtype)) for entry in entries}
+    if len(dtypes) == 1:
+      fields |= {'dtype': dtypes.pop()}
     if family.hf.special_ids:
       fields |= tokenizer_files.special_ids(tokenizer)
     directory.write_json(output_dir / _CONFIG, fields)
@@ -121,8 +125,8 @@ def save(
     tokenizer_files.write(output_dir, tokenizer)
 
 
-def expected(config: Any) -> tuple[Entry, ...]:
-  """Every tensor of a model of this config, in Hugging Face's names."""
+def model_entries(config: Any) -> tuple[Entry, ...]:
+  """The entries of all tensors of a model, with Hugging Face's names."""
   family = family_of(config)
   return weight_mapping.entries(
     family.hf.rules(config), family.axis_sizes(config), family.depths(config)
@@ -135,7 +139,7 @@ def family_of(config: Any) -> ModelFamily:
 
 
 def find(path: str) -> Path:
-  """A local directory as it is; else the hub's, from its cache or fetched."""
+  """A local directory, or else the snapshot of a model on the hub."""
   if Path(path).is_dir():
     return Path(path)
   check_name(path)
@@ -156,7 +160,7 @@ def find(path: str) -> Path:
 
 
 def check_name(path: str) -> None:
-  """Raises where a path can be no name on the hub either."""
+  """Raises a CheckpointError if a path cannot be a name on the hub."""
   if not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', path):
     raise CheckpointError(
       f'{path} is not a directory: give one with config.json and '
@@ -165,34 +169,34 @@ def check_name(path: str) -> None:
 
 
 def open_tensors(folder: Path) -> directory.Tensors:
-  """The safetensors of a directory, one file or an index's."""
+  """Opens the safetensors of a directory, a single file or several."""
   if (folder / _SINGLE_FILE).exists():
     return directory.Tensors([folder / _SINGLE_FILE])
   if (folder / _INDEX_FILE).exists():
     return directory.Tensors(_shard_files(folder))
-  check_foreign(folder)
+  check_unsupported(folder)
   raise CheckpointError(
     f'{folder} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}: expected a '
     'Hugging Face model directory'
   )
 
 
-def check_foreign(folder: Path) -> None:
+def check_unsupported(folder: Path) -> None:
   """
   Raises:
-    CheckpointError: a directory holds weights in a form that is not read.
+    CheckpointError: the directory has weights in an unsupported format.
   """
-  for pattern, kind in _FOREIGN.items():
-    for old in sorted(folder.glob(pattern))[:1]:
+  for pattern, kind in _UNSUPPORTED.items():
+    for file in sorted(folder.glob(pattern))[:1]:
       raise CheckpointError(
-        f'{folder} holds {old.name}, {kind}, and no safetensors: convert '
+        f'{folder} holds {file.name}, {kind}, and no safetensors: convert '
         'it with transformers (from_pretrained, then save_pretrained), '
         f'which writes {_SINGLE_FILE}'
       )
 
 
 def _shard_files(folder: Path) -> list[Path]:
-  """The files that an index names, each in the index's directory."""
+  """The files that an index names, in its directory."""
   file = folder / _INDEX_FILE
   weight_map = directory.read_json(file).get('weight_map')
   shards = weight_map.values() if isinstance(weight_map, dict) else [None]
@@ -213,37 +217,43 @@ def _read_config(folder: Path) -> tuple[ModelFamily, dict[str, Any]]:
       f'{file} is of the family {model_type!r}; supported are '
       f'{", ".join(families)}'
     )
-  form = families[model_type].hf
+  conversion = families[model_type].hf
   if fields.get('quantization_config') or fields.get('quantization'):
     raise CheckpointError(
-      f'{file} is of quantised weights: expected plain ones; '
-      'take the model that was quantised, and set config.model.quantize'
+      f'{file} has quantized weights, which are not supported: use the '
+      'unquantized model, and set config.model.quantize'
     )
   try:
-    hf_fields.check(fields, form.field_types)
+    hf_fields.check(fields, conversion.field_types)
   except ValueError as error:
     raise CheckpointError(
       f'{file} is damaged or of another model: {error}; copy it again'
     ) from None
-  return families[model_type], hf_fields.with_aliases(fields, form.aliases)
+  return families[model_type], hf_fields.with_aliases(
+    fields, conversion.aliases
+  )
 
 
 @dataclasses.dataclass
-class _Named:
-  """Tensors by the names that the rules have."""
+class _RenamedTensors:
+  """Tensors by the names of the mapping rules."""
 
   shapes: dict[str, Shape]
   fetch: Callable[[str], np.ndarray]
 
 
-def _named(names: TensorNames, tensors: directory.Tensors) -> _Named:
+def _rename_tensors(
+  names: TensorNames, tensors: directory.Tensors
+) -> _RenamedTensors:
   stored = names.in_rules(tensors.shapes)
   shapes = {name: tensors.shapes[stored[name]] for name in stored}
-  return _Named(shapes, lambda name: tensors.fetch(stored[name]))
+  return _RenamedTensors(shapes, lambda name: tensors.fetch(stored[name]))
 
 
-def _config(folder: Path, family: ModelFamily, fields, tensors: _Named) -> Any:
-  """The config from config.json; the weights decide what it leaves open."""
+def _config(
+  folder: Path, family: ModelFamily, fields, tensors: _RenamedTensors
+) -> Any:
+  """The config from config.json and, where that is open, from the weights."""
   names = family.hf.tensor_names(fields)
   tied = _is_tied(names, fields, tensors)
   parts = {part: name in tensors.shapes for part, name in names.parts.items()}
@@ -253,14 +263,14 @@ def _config(folder: Path, family: ModelFamily, fields, tensors: _Named) -> Any:
     raise
   except ValueError as error:
     raise CheckpointError(
-      f'{folder / _CONFIG} describes no model that can be: {error}; use '
+      f'{folder / _CONFIG} describes no valid model: {error}; use '
       'the one that was saved with these weights'
     ) from None
   return dataclasses.replace(config, **parts)
 
 
-def _is_tied(names: TensorNames, fields, tensors: _Named) -> bool:
-  """Whether the head is the embedding; forgets a tensor that repeats it."""
+def _is_tied(names: TensorNames, fields, tensors: _RenamedTensors) -> bool:
+  """Whether the head is tied to the embedding; removes a duplicate tensor."""
   head, embedding = names.head, names.embedding
   if head not in tensors.shapes or embedding not in tensors.shapes:
     return head not in tensors.shapes
@@ -281,12 +291,12 @@ def _dtype(entry: Entry, params: Tree, dtype: Any) -> np.dtype:
   return np.dtype(leaf.dtype)
 
 
-def _shards(entries, params, dtype, most: int) -> list[list[Entry]]:
+def _shards(entries, params, dtype, max_bytes: int) -> list[list[Entry]]:
   """Splits the tensors, in order, into files of at most `most` bytes."""
   shards, used = [[]], 0
-  for entry in weight_mapping.whole(entries):
+  for entry in weight_mapping.first_parts(entries):
     size = math.prod(entry.stored_shape) * _dtype(entry, params, dtype).itemsize
-    if shards[-1] and used + size > most:
+    if shards[-1] and used + size > max_bytes:
       shards.append([])
       used = 0
     shards[-1].append(entry)
@@ -310,7 +320,7 @@ def _write_shards(
       shard_arrays[entry.stored_name] = (
         array if dtype is None else array.astype(dtype)
       )
-    # transformers reads no file without this note.
+    # transformers requires this metadata.
     save_file(shard_arrays, folder / name, metadata={'format': 'pt'})
     total += sum(array.nbytes for array in shard_arrays.values())
     weight_map |= dict.fromkeys(shard_arrays, name)

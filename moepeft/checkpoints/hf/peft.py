@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of Hugging Face's `peft`: LoRA, DoRA, (IA)^3, prompts, both ways.
+"""Reads and writes adapters of `peft`: LoRA, DoRA, (IA)^3, prompt tuning.
 
-A directory with adapter_config.json and adapter_model.safetensors. (IA)^3 on
-the input of `wo`, one of peft's `feedforward_modules`, is ours at the tap
-*/mlp/hidden; on the input of others it is `ia3(on='input')`. What modules are
-called is the family's to say (`hf.family_of`).
+An adapter is a directory with adapter_config.json and
+adapter_model.safetensors. (IA)^3 on the input of `wo`, one of peft's
+`feedforward_modules`, is moepeft's `ia3` at the site */mlp/hidden; on the input
+of other modules it is `ia3(on='input')`. The model family names the modules.
 """
 
 import re
@@ -24,7 +24,7 @@ from moepeft.checkpoints.adapter import (
 )
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft_config, peft_lora, peft_prompt
-from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, own_module
+from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, unique_module
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.models import weight_mapping
@@ -33,50 +33,50 @@ from moepeft.peft.methods.ia3 import Ia3
 
 ARRAYS, CONFIG = 'adapter_model.safetensors', peft_config.FILE
 _PICKLE = 'adapter_model.bin'
-_SCALE = '.ia3_l'
+_IA3_SUFFIX = '.ia3_l'
 
 
 def load(path: str, config: Any, dtype: Any = 'float32') -> AdapterWeights:
   """Reads an adapter's method and 'peft' tree.
 
-  Layers that a LoRA leaves out are zeros, which training would keep; those
-  that an (IA)^3 leaves out are ones.
+  Arrays of layers without a LoRA are zeros, whose gradients are zero, too;
+  arrays of layers without (IA)^3 are ones.
 
   Args:
-    config: of the base model, which the adapter's files do not hold.
-    dtype: cast to it, as adapters train in float32; None keeps the file's.
+    config: the base model's config, which the adapter's files lack.
+    dtype: the dtype of the result; None keeps the file's.
 
   Raises:
-    CheckpointError: a file is damaged, the adapter does something that is
-      not supported, or its names or shapes do not fit the model.
+    CheckpointError: a file is damaged, the adapter is not supported, or its
+      names or shapes do not match the model.
   """
   fields, family = peft_config.read(path), hf.family_of(config)
-  tensors = _open(Path(path))
+  tensors = _open_tensors(Path(path))
   if fields['peft_type'] == peft_prompt.KIND:
     return peft_prompt.read(path, config, fields, tensors)
-  letters, shapes, fetch_one = {}, tensors.shapes, tensors.fetch
+  rank_sizes, shapes, fetch_stored = {}, tensors.shapes, tensors.fetch
   if fields['peft_type'] == 'LORA':
     read = peft_lora.read(config, fields, tensors)
-    method, rules, letters = read.method, read.rules, read.letters
-    shapes, fetch_one = read.shapes, read.fetch
+    method, rules, rank_sizes = read.method, read.rules, read.rank_sizes
+    shapes, fetch_stored = read.shapes, read.fetch
   else:
     method, rules = _read_ia3(config, shapes)
-  sizes = family.axis_sizes(config) | letters
+  sizes = family.axis_sizes(config) | rank_sizes
   entries = weight_mapping.entries(rules, sizes, family.depths(config))
-  left_out = _left_out(entries, shapes)
+  missing_shapes = _missing_arrays(entries, shapes)
   weight_mapping.check(
     {e.stored_name: e.stored_shape for e in entries},
-    left_out | shapes,
+    missing_shapes | shapes,
     f'{Path(path) / ARRAYS} does not fit the model',
     'give the base model that the adapter was trained on',
   )
   stored = tensors.fetch(next(iter(shapes))).dtype
 
   def fetch(name):
-    if name in left_out:
-      alone = np.ones if name.endswith(_SCALE) else np.zeros
-      return alone(left_out[name], stored)
-    return fetch_one(name)
+    if name in missing_shapes:
+      neutral = np.ones if name.endswith(_IA3_SUFFIX) else np.zeros
+      return neutral(missing_shapes[name], stored)
+    return fetch_stored(name)
 
   return AdapterWeights(
     method, weight_mapping.read(entries, sizes, fetch, dtype, path)[0]
@@ -93,23 +93,23 @@ def save(
 ) -> None:
   """Writes a directory that `peft.PeftModel.from_pretrained` reads.
 
-  Layers in which a LoRA is all zeros are left out.
+  Layers whose LoRA is all zeros are omitted.
 
   Args:
     base: path or name of the base model, for adapter_config.json.
-    like: an earlier adapter_config.json, as `peft_config.read` returns it;
-      its fields are kept where they still hold.
+    like: an earlier adapter_config.json from `peft_config.read`; fields that
+      are still valid are kept.
 
   Raises:
-    CheckpointError: peft has no such method, or `path` is not empty.
+    CheckpointError: peft cannot represent the method, or `path` is not empty.
   """
   if [spec.name for spec in instances(adapter.method).values()] == ['prompt']:
     fields, arrays = peft_prompt.write(config, adapter)
     _write(path, config, arrays, fields, base, like or {}, overwrite)
     return
   family = hf.family_of(config)
-  fields, rules, letters = _describe(config, adapter)
-  sizes = family.axis_sizes(config) | letters
+  fields, rules, rank_sizes = _describe(config, adapter)
+  sizes = family.axis_sizes(config) | rank_sizes
   entries = weight_mapping.entries(rules, sizes, family.depths(config))
   arrays = {
     entry.stored_name: array
@@ -132,7 +132,7 @@ def save(
 def check(config: Any, adapter: AdapterWeights) -> None:
   """
   Raises:
-    CheckpointError: peft has no form for the adapter.
+    CheckpointError: peft cannot represent the adapter.
   """
   if [spec.name for spec in instances(adapter.method).values()] == ['prompt']:
     peft_prompt.write(config, adapter)
@@ -149,7 +149,7 @@ def _write(
   like: Mapping[str, Any],
   overwrite: bool,
 ) -> None:
-  """Both files; see `save`."""
+  """Writes both files; see `save`."""
   earlier_fields = (
     dict(like) if like.get('peft_type') == fields['peft_type'] else {}
   )
@@ -162,7 +162,7 @@ def _write(
     directory.write_json(output_dir / CONFIG, fixed | earlier_fields | fields)
 
 
-def _open(folder: Path) -> directory.Tensors:
+def _open_tensors(folder: Path) -> directory.Tensors:
   if not (folder / ARRAYS).exists() and (folder / _PICKLE).exists():
     raise CheckpointError(
       f'{folder} holds {_PICKLE}, a pickle, and no {ARRAYS}: load it with peft '
@@ -173,17 +173,17 @@ def _open(folder: Path) -> directory.Tensors:
 
 
 def _ia3_rule(config: Any, site: str, instance: str, on: str) -> Rule:
-  """A scale of outputs is [out, 1] in peft, of inputs [1, in]."""
+  """The rule of a scale; in peft, [out, 1] for outputs, [1, in] for inputs."""
   family = hf.family_of(config)
   path = f'{weight_mapping.in_layers(site)}/{instance}/scale'
   if site in family.activations(config):
-    # Scaling the activation or the product with wi_1 is the same function.
+    # Scaling the activation or the input of wo is the same function.
     site, on = site.rpartition('/')[0] + '/wo', 'input'
-  inner, outer = family.projections(config)[site]
-  peft_name = f'{PREFIX}{own_module(config, site)}.ia3_l'
+  input_axes, output_axes = family.projections(config)[site]
+  peft_name = f'{PREFIX}{unique_module(config, site)}.ia3_l'
   if on == 'input':
-    return Rule(path, peft_name, inner, f'1({inner})')
-  return Rule(path, peft_name, outer, f'({outer})1')
+    return Rule(path, peft_name, input_axes, f'1({input_axes})')
+  return Rule(path, peft_name, output_axes, f'({output_axes})1')
 
 
 def _read_ia3(config, shapes) -> tuple[str, list[Rule]]:
@@ -218,10 +218,10 @@ def _shapes_at(config: Any, site: str, leaf: str, shapes: Mapping[str, Shape]):
   return [s for name, s in shapes.items() if re.fullmatch(pattern, name)]
 
 
-def _left_out(
+def _missing_arrays(
   entries: Sequence[Entry], shapes: Mapping[str, Shape]
 ) -> dict[str, Shape]:
-  """The arrays of modules that have none in the file."""
+  """{name: shape} of the arrays of modules that the file lacks."""
   if not shapes:
     raise CheckpointError(f'{ARRAYS} holds no arrays: save the adapter again')
   stored_modules = {module_of(name) for name in shapes}
@@ -230,11 +230,11 @@ def _left_out(
     for e in entries
     if module_of(e.stored_name) not in stored_modules
   }
-  lost = [name for name in absent if name.endswith('_vector')]
-  if lost:
+  missing_magnitudes = [name for name in absent if name.endswith('_vector')]
+  if missing_magnitudes:
     raise CheckpointError(
-      f'{ARRAYS} has no magnitude of {module_of(lost[0])}: a DoRA is read '
-      'where it has all layers of a module; merge it into its base with peft '
+      f'{ARRAYS} has no magnitude of {module_of(missing_magnitudes[0])}: a '
+      'DoRA must have all layers of a module; merge it into its base with peft '
       '(merge_and_unload) and convert the merged model'
     )
   return absent
@@ -243,17 +243,17 @@ def _left_out(
 def _describe(
   config: Any, adapter: AdapterWeights
 ) -> tuple[dict[str, Any], list[Rule], dict[str, int]]:
-  """An adapter's fields in peft's words, its rules and further letters."""
+  """(fields of adapter_config.json, rules, sizes of the rank letters)."""
   specs = instances(adapter.method)
-  kinds = [spec.name for spec in specs.values()]
-  if set(kinds) in ({'lora'}, {'dora'}):
+  names = [spec.name for spec in specs.values()]
+  if set(names) in ({'lora'}, {'dora'}):
     return peft_lora.describe(config, adapter.tree, specs)
-  if set(kinds) == {'ia3'}:
+  if set(names) == {'ia3'}:
     fields = {'peft_type': 'IA3', 'feedforward_modules': []}
     return fields, _all_ia3_rules(config, adapter, specs), {}
   raise CheckpointError(
-    f'peft has no form for {adapter.method!r}: it holds one lora, one dora, '
-    'one prompt, or ia3; write the moepeft form instead'
+    f'peft cannot represent {adapter.method!r}: it has one lora, one dora, one '
+    'prompt, or ia3; write the moepeft format instead'
   )
 
 
@@ -264,14 +264,14 @@ def _all_ia3_rules(
   sites = family.projections(config) | family.activations(config)
   rules = []
   for instance, spec in specs.items():
-    at = sites_in(adapter.tree, instance)
-    peft_lora.require(at, sites)
+    adapter_sites = sites_in(adapter.tree, instance)
+    peft_lora.check_sites(adapter_sites, sites)
     on = spec.get('on', Ia3.on)
-    rules += [_ia3_rule(config, site, instance, on) for site in at]
+    rules += [_ia3_rule(config, site, instance, on) for site in adapter_sites]
   if len({rule.stored_name for rule in rules}) < len(rules):
     raise CheckpointError(
-      'peft keeps one scale a module: this adapter has several at wo (act, '
-      'hidden and wo itself count as one); write the moepeft form instead'
+      'peft has one scale per module: this adapter has several at wo (act, '
+      'hidden and wo count as one); write the moepeft format instead'
     )
   return rules
 

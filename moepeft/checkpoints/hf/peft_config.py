@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""adapter_config.json of Hugging Face's `peft`: its checks and selections."""
+"""Checks adapter_config.json of `peft`, and selects modules as peft does."""
 
 import functools
 import re
@@ -14,9 +14,9 @@ from moepeft.models.weight_mapping import CheckpointError
 
 FILE = 'adapter_config.json'
 _TYPES = ('LORA', 'IA3', peft_prompt.KIND)
-# Fields that are read, or do not change what a trained adapter computes; a
-# field that is not here must be empty.
-_HARMLESS = frozenset(
+# Fields that are read, or do not change the function of a trained adapter.
+# Other fields must be empty.
+_ACCEPTED_FIELDS = frozenset(
   """
   auto_mapping base_model_name_or_path corda_config ensure_weight_tying
   eva_config exclude_modules fan_in_fan_out feedforward_modules inference_mode
@@ -26,27 +26,27 @@ _HARMLESS = frozenset(
   revision runtime_config target_modules task_type use_dora use_rslora
   """.split()
 )
-# Of prompt tuning: besides, how the vectors began.
-_OF_PROMPTS = frozenset(
+# Further fields of prompt tuning.
+_PROMPT_FIELDS = frozenset(
   """
   num_virtual_tokens token_dim num_transformer_submodules num_attention_heads
   num_layers prompt_tuning_init prompt_tuning_init_text tokenizer_kwargs
   tokenizer_name_or_path
   """.split()
 )
-# Other initialisations change the base's weights along with the adapter.
-_NEUTRAL = {
+# Other initializations also change the base's weights.
+_ACCEPTED_VALUES = {
   'bias': ('none',),
   'init_lora_weights': (True, 'gaussian', 'orthogonal', 'eva', 'mica'),
 }
-_NARROWING = ('exclude_modules', 'layers_to_transform', 'layers_pattern')
+_SELECTION_FIELDS = ('exclude_modules', 'layers_to_transform', 'layers_pattern')
 
 
 def read(path: str) -> dict[str, Any]:
-  """An adapter's file, which `moepeft.checkpoints.hf.peft` understands whole.
+  """Reads and checks the adapter_config.json of an adapter.
 
   Raises:
-    CheckpointError: it is absent or damaged, or says something else.
+    CheckpointError: the file is missing or damaged, or a field is unsupported.
   """
   fields = directory.read_json(Path(path) / FILE)
   kind = fields.get('peft_type')
@@ -65,17 +65,17 @@ def read(path: str) -> dict[str, Any]:
   trained = fields.get('modules_to_save')
   if trained:
     raise CheckpointError(
-      f'{path} trained the modules {trained} whole beside the adapter '
-      '(modules_to_save), which is not supported: merge both into the base '
+      f'{path} has fully trained modules {trained} (modules_to_save), which is '
+      'not supported: merge them and the adapter into the base '
       'with peft (merge_and_unload) and use the merged model'
     )
-  harmless = _HARMLESS | (_OF_PROMPTS if kind == peft_prompt.KIND else set())
+  accepted_fields = _ACCEPTED_FIELDS | (
+    _PROMPT_FIELDS if kind == peft_prompt.KIND else set()
+  )
   for name, value in sorted(fields.items()):
-    neutral = _NEUTRAL.get(name, ())
-    plain = not value or any(
-      value == neutral_value for neutral_value in neutral
-    )
-    if name not in harmless and not plain:
+    neutral = _ACCEPTED_VALUES.get(name, ())
+    is_neutral = not value or value in neutral
+    if name not in accepted_fields and not is_neutral:
       raise CheckpointError(
         f'{path}/{FILE} sets {name}={value!r}, which is not supported: '
         'merge the adapter into its base with peft (merge_and_unload) and '
@@ -85,7 +85,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 # Fields by their type; ranks and lengths are at least 1.
-_KINDS: dict[str, type] = {
+_FIELD_TYPES: dict[str, type] = {
   **dict.fromkeys(('r', 'num_virtual_tokens', 'token_dim'), int),
   **dict.fromkeys(('num_transformer_submodules',), int),
   **dict.fromkeys(('lora_alpha', 'lora_dropout'), float),
@@ -93,20 +93,20 @@ _KINDS: dict[str, type] = {
   **dict.fromkeys(('rank_pattern', 'alpha_pattern'), dict),
   'base_model_name_or_path': str,
 }
-_MOST = 2**31 - 1
+_MAX_VALUE = 2**31 - 1
 
 
 def _check(fields: Mapping[str, Any]) -> None:
   """
   Raises:
-    ValueError: a field is of another type or out of range.
+    ValueError: a field has a wrong type or is out of range.
   """
-  for name, kind in _KINDS.items():
+  for name, kind in _FIELD_TYPES.items():
     value = untrusted.field(fields, name, kind, None)
-    if value is not None and kind is int and not 1 <= value <= _MOST:
-      raise ValueError(f'expected 1 to {_MOST:,} in {name!r}, got {value}')
-    if value is not None and kind is float and not 0 <= value <= _MOST:
-      raise ValueError(f'expected 0 to {_MOST:,} in {name!r}, got {value}')
+    if value is not None and kind is int and not 1 <= value <= _MAX_VALUE:
+      raise ValueError(f'expected 1 to {_MAX_VALUE:,} in {name!r}, got {value}')
+    if value is not None and kind is float and not 0 <= value <= _MAX_VALUE:
+      raise ValueError(f'expected 0 to {_MAX_VALUE:,} in {name!r}, got {value}')
   if fields['peft_type'] == 'LORA':
     untrusted.field(fields, 'r', int)
     untrusted.field(fields, 'lora_alpha', float)
@@ -116,39 +116,39 @@ def _check(fields: Mapping[str, Any]) -> None:
     )
   for name in ('rank_pattern', 'alpha_pattern'):
     for pattern, value in (fields.get(name) or {}).items():
-      _compiled(pattern)
-      whole = name == 'rank_pattern'
-      kinds = int if whole else (int, float)
-      if isinstance(value, bool) or not isinstance(value, kinds):
+      _compile_pattern(pattern)
+      is_rank = name == 'rank_pattern'
+      types = int if is_rank else (int, float)
+      if isinstance(value, bool) or not isinstance(value, types):
         raise ValueError(f'expected numbers in {name!r}, got {value!r:.60}')
-      if not int(whole) <= value <= _MOST:
+      if not int(is_rank) <= value <= _MAX_VALUE:
         raise ValueError(f'expected other numbers in {name!r}, got {value}')
 
 
 def pattern_value(
-  fields: Mapping[str, Any], name: str, module: str, usual: Any
+  fields: Mapping[str, Any], name: str, module: str, default: Any
 ) -> Any:
   """A module's value in `rank_pattern` or `alpha_pattern`.
 
-  As `peft.utils.get_pattern_key` decides it: the first key that is the end of
-  the module's name, as a regular expression.
+  As in `peft.utils.get_pattern_key`, the first key applies that, as a regular
+  expression, matches the end of the module's name.
   """
   for pattern, value in (fields.get(name) or {}).items():
-    if _compiled(pattern).match(module):
+    if _compile_pattern(pattern).match(module):
       return value
-  return usual
+  return default
 
 
 @functools.lru_cache
-def _compiled(pattern: str) -> re.Pattern:
+def _compile_pattern(pattern: str) -> re.Pattern:
   """
   Raises:
-    ValueError: it is no regular expression, or one that could take for ever.
+    ValueError: it is no regular expression, or its matching could take forever.
   """
   repeats = len(re.findall(r'[*+{]', pattern))
   if len(pattern) > 500 or repeats > 3 or re.search(r'\)[*+{]', pattern):
     raise ValueError(
-      f'expected a plain pattern of module names, got {pattern!r:.60}'
+      f'expected a simple pattern of module names, got {pattern!r:.60}'
     )
   try:
     return re.compile(rf'(.*\.)?({pattern})$')
@@ -164,48 +164,49 @@ def selection(
   inputs: Collection[str],
   like: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """The fields of adapter_config.json that select exactly some modules.
+  """The fields of adapter_config.json that select the adapted modules.
 
   Args:
-    modules: all of the model's.
-    adapted: those with an adapter; inputs: those whose input (IA)^3 scales.
+    modules: all modules of the model.
+    adapted: the modules with an adapter.
+    inputs: the modules whose input (IA)^3 scales.
     like: an earlier adapter_config.json, whose selection is kept if it is
-      the same.
+      equal.
   """
   is_unchanged = {m for m in modules if selects(like, m)} == set(adapted)
   if is_unchanged:
     fields = {'target_modules': like['target_modules']}
   else:
-    fields = {key: None for key in _NARROWING if like.get(key)}
-    fields['target_modules'] = _names(adapted, modules, _below)
+    fields = {key: None for key in _SELECTION_FIELDS if like.get(key)}
+    fields['target_modules'] = _select_names(adapted, modules, _is_submodule)
   if not inputs:
     return fields
-  # peft compares these without the dot: 'o' would match wo, too.
-  fields['feedforward_modules'] = _names(
+  # peft matches suffixes without a dot here: 'o' would match wo, too.
+  fields['feedforward_modules'] = _select_names(
     inputs, adapted, str.endswith, like.get('feedforward_modules')
   )
-  if _disagree(fields['target_modules'], fields['feedforward_modules']):
+  if _misses_inputs(fields['target_modules'], fields['feedforward_modules']):
     fields['target_modules'] = sorted(adapted)
     fields['feedforward_modules'] = sorted(inputs)
   return fields
 
 
 def selects(config: Mapping[str, Any], module: str) -> bool:
-  """Whether an adapter_config.json puts an adapter at a module.
+  """Whether an adapter_config.json selects a module.
 
-  As `peft.tuners.tuners_utils.check_target_module_exists` decides it.
+  Equal to `peft.tuners.tuners_utils.check_target_module_exists`.
   """
   targets = config.get('target_modules')
   if not targets or _matches(config.get('exclude_modules'), module):
     return False
   if isinstance(targets, str) or module in targets:
     return _matches(targets, module)
-  chosen = config.get('layers_to_transform')
-  if chosen is None or chosen == []:
+  layers = config.get('layers_to_transform')
+  if layers is None or layers == []:
     return _matches(targets, module)
   layer = _layer(module, config.get('layers_pattern') or r'[^.]*')
-  chosen = [chosen] if isinstance(chosen, int) else chosen
-  return _matches(targets, module) and layer in chosen
+  layers = [layers] if isinstance(layers, int) else layers
+  return _matches(targets, module) and layer in layers
 
 
 def _layer(module: str, patterns: Any) -> int | None:
@@ -220,34 +221,36 @@ def _layer(module: str, patterns: Any) -> int | None:
 def _matches(names: Any, module: str) -> bool:
   if isinstance(names, str):
     return re.fullmatch(names, module) is not None
-  return any(_below(module, name) for name in names or ())
+  return any(_is_submodule(module, name) for name in names or ())
 
 
-def _below(module: str, name: str) -> bool:
+def _is_submodule(module: str, name: str) -> bool:
   return f'.{module}'.endswith(f'.{name}')
 
 
-def _disagree(targets: Any, inputs: Any) -> bool:
-  """Whether peft, which compares words, would miss an input in the targets."""
+def _misses_inputs(targets: Any, inputs: Any) -> bool:
+  """Whether peft, which compares strings, would miss an input in targets."""
   if isinstance(targets, str) or isinstance(inputs, str):
     return False
   return not set(inputs) <= set(targets)
 
 
-def _names(
-  chosen: Collection[str],
-  among: Collection[str],
+def _select_names(
+  modules: Collection[str],
+  candidates: Collection[str],
   matches: Callable[[str, str], bool],
   earlier: Any = None,
 ) -> Any:
-  """`earlier` where it selects `chosen`, else short names, else full ones."""
+  """`earlier` if it selects `modules`, else short names, else full names."""
   if isinstance(earlier, str):
-    if {m for m in among if re.fullmatch(earlier, m)} == set(chosen):
+    if {m for m in candidates if re.fullmatch(earlier, m)} == set(modules):
       return earlier
     earlier = None
-  short = sorted({module.rpartition('.')[2] for module in chosen})
-  for ends in (earlier or short, short):
-    selected = {m for m in among if any(matches(m, end) for end in ends)}
-    if selected == set(chosen):
-      return ends
-  return sorted(chosen)
+  short = sorted({module.rpartition('.')[2] for module in modules})
+  for suffixes in (earlier or short, short):
+    selected = {
+      m for m in candidates if any(matches(m, end) for end in suffixes)
+    }
+    if selected == set(modules):
+      return suffixes
+  return sorted(modules)

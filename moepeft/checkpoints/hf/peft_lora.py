@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA and DoRA of Hugging Face's `peft`, in our names and shapes.
+"""Converts LoRA and DoRA of `peft` to moepeft's names and shapes, and back.
 
-Modules may differ in rank and alpha (`rank_pattern`, `alpha_pattern`), layers
-of one module too. A site of ours has one rank and one alpha for all layers: the
-largest rank, smaller ones filled with zeros, and the alpha of the first layer
-that has it; what another layer's scale differs by is multiplied into its B.
-Sites of another rank or alpha are another `lora` of the method's text.
+In peft, modules and layers may differ in rank and alpha (`rank_pattern`,
+`alpha_pattern`). A site of moepeft has one rank and one alpha for all layers:
+the largest rank, with zero padding of smaller ones, and the alpha of the first
+layer of that rank. The B of other layers is multiplied by the ratio of the
+scales. Sites of another rank or alpha become a further `lora` in the method.
 """
 
 import collections
@@ -21,19 +21,19 @@ import numpy as np
 from moepeft.checkpoints.adapter import site_patterns, sites_in
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft_config
-from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, own_module
+from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, unique_module
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Rule, Shape, Tree
 from moepeft.peft.methods.lora import Lora
 
-# Of arrays beside a linear module, and beside an embedding, [r, v] and [d, r].
+# Names of the arrays of linear modules, and of embeddings, [r, v] and [d, r].
 _LEAVES = ('lora_A.weight', 'lora_B.weight')
-_OF_TABLES = ('lora_embedding_A', 'lora_embedding_B')
+_EMBEDDING_LEAVES = ('lora_embedding_A', 'lora_embedding_B')
 _MAGNITUDE = 'lora_magnitude_vector'
-# peft keeps the frozen table beside an adapter of it.
-_COPY = re.compile(r'base_model\.model\.(.*)\.base_layer\.weight')
+# peft saves the frozen table with the adapter of an embedding.
+_FROZEN_TABLE = re.compile(r'base_model\.model\.(.*)\.base_layer\.weight')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Site:
 
   Attributes:
     path: 'decoder/self/q', 'embed' or 'head'.
-    rank, alpha: of ours.
-    factors: {module: (its rank, what its B is multiplied by)}.
+    rank, alpha: of the site in moepeft.
+    factors: {module: (its rank, the factor of its B)}.
   """
 
   path: str
@@ -53,23 +53,24 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
-  """An adapter as the rules see it: one rank a site.
+class LoraAdapter:
+  """An adapter in the form of mapping rules, with one rank per site.
 
   Attributes:
-    method, rules: in our words.
-    letters: sizes of the ranks' letters.
-    shapes, fetch: of the arrays by their names, filled to their site's rank.
+    method: the method string.
+    rules: rules between moepeft's and peft's arrays.
+    rank_sizes: the sizes of the rank letters.
+    shapes, fetch: of the arrays by name, padded to the rank of their site.
   """
 
   method: str
   rules: list[Rule]
-  letters: dict[str, int]
+  rank_sizes: dict[str, int]
   shapes: dict[str, Shape]
   fetch: Callable[[str], np.ndarray]
 
 
-def read(config: Any, fields: Mapping[str, Any], tensors: Any) -> Read:
+def read(config: Any, fields: Mapping[str, Any], tensors: Any) -> LoraAdapter:
   """
   Args:
     config: of the base model.
@@ -77,22 +78,22 @@ def read(config: Any, fields: Mapping[str, Any], tensors: Any) -> Read:
     tensors: of adapter_model.safetensors.
 
   Raises:
-    CheckpointError: ranks differ from what the fields say, the copy of a
-      table has another shape than the model's, or the adapter is tied.
+    CheckpointError: ranks differ from the fields, a saved table has another
+      shape than the model's, or the adapter is tied.
   """
   family = hf.family_of(config)
-  places = family.projections(config) | family.hf.peft_ends(config)
-  shapes = _without_copies(config, tensors.shapes)
+  site_axes = family.projections(config) | family.hf.peft_ends(config)
+  shapes = _without_frozen_tables(config, tensors.shapes)
   all_sites = [
     site
-    for path in places
+    for path in site_axes
     if (site := _site(config, path, fields, shapes)) is not None
   ]
-  ends = [site.path for site in all_sites if '/' not in site.path]
-  if ends and fields.get('ensure_weight_tying') and config.tied:
+  table_sites = [site.path for site in all_sites if '/' not in site.path]
+  if table_sites and fields.get('ensure_weight_tying') and config.tied:
     raise CheckpointError(
-      f'the adapter is at {" and ".join(ends)} of a model whose head is its '
-      'embedding, and ties the two (ensure_weight_tying), which is not '
+      f'the adapter is at {" and ".join(table_sites)} of a model whose head is '
+      'its embedding, and ties the two (ensure_weight_tying), which is not '
       'supported: merge it into its base with peft (merge_and_unload)'
     )
   groups = collections.defaultdict(list)
@@ -105,13 +106,13 @@ def read(config: Any, fields: Mapping[str, Any], tensors: Any) -> Read:
       'with peft (merge_and_unload) and convert the merged model'
     )
   kind = 'dora' if fields.get('use_dora') else 'lora'
-  specs, rules, letters = [], [], {}
+  specs, rules, rank_sizes = [], [], {}
   for i, ((rank, alpha), sites) in enumerate(groups.items()):
     letter = string.ascii_uppercase[i]
-    letters[letter] = rank
+    rank_sizes[letter] = rank
     instance = kind if i == 0 else f'{kind}_{i + 1}'
     paths = [site.path for site in sites]
-    specs.append(_spec(kind, rank, alpha, fields, paths, places))
+    specs.append(_spec(kind, rank, alpha, fields, paths, site_axes))
     for path in paths:
       rules += rules_at(config, path, kind, instance, letter)
   factors = dict(
@@ -119,72 +120,75 @@ def read(config: Any, fields: Mapping[str, Any], tensors: Any) -> Read:
   )
   ranks = {module: site.rank for site in all_sites for module in site.factors}
   method = method_string.format_method(tuple(specs))
-  filled = {
-    name: _filled_shape(name, shape, ranks) for name, shape in shapes.items()
+  padded_shapes = {
+    name: _padded_shape(name, shape, ranks) for name, shape in shapes.items()
   }
-  fetch = lambda name: _filled(  # noqa: E731
-    name, tensors.fetch(name), filled[name], factors
+  fetch = lambda name: _pad_rank(  # noqa: E731
+    name, tensors.fetch(name), padded_shapes[name], factors
   )
-  return Read(method, rules, letters, filled, fetch)
+  return LoraAdapter(method, rules, rank_sizes, padded_shapes, fetch)
 
 
 def rules_at(
   config: Any, path: str, kind: str, instance: str, letter: str = 'r'
 ) -> list[Rule]:
-  """Rules of a `lora` at a site, or of a `dora`, which has a magnitude too.
+  """The rules of a `lora` at a site, or of a `dora` with its magnitude.
 
   Args:
     instance: its name in the tree, 'lora' or 'lora_2'.
-    letter: of its rank.
+    letter: the letter of its rank.
   """
   family = hf.family_of(config)
-  ends = family.hf.peft_ends(config)
-  inner, outer = (family.projections(config) | ends)[path]
-  within = path if path in ends else weight_mapping.in_layers(path)
-  instance_path = f'{within}/{instance}'
-  module_name = f'{PREFIX}{own_module(config, path)}'
+  table_sites = family.hf.peft_ends(config)
+  input_axes, output_axes = (family.projections(config) | table_sites)[path]
+  prefix = path if path in table_sites else weight_mapping.in_layers(path)
+  instance_path = f'{prefix}/{instance}'
+  module_name = f'{PREFIX}{unique_module(config, path)}'
   a, b = _leaves(path)
   rules = [
     Rule(
       f'{instance_path}/a',
       f'{module_name}.{a}',
-      inner + letter,
-      f'{letter}({inner})',
+      input_axes + letter,
+      f'{letter}({input_axes})',
     ),
     Rule(
       f'{instance_path}/b',
       f'{module_name}.{b}',
-      letter + outer,
-      f'({outer}){letter}',
+      letter + output_axes,
+      f'({output_axes}){letter}',
     ),
   ]
   if kind == 'dora':
     name = f'{module_name}.{_MAGNITUDE}'
-    rules.append(Rule(f'{instance_path}/magnitude', name, outer, f'({outer})'))
+    rules.append(
+      Rule(f'{instance_path}/magnitude', name, output_axes, f'({output_axes})')
+    )
   return rules
 
 
 def describe(
   config: Any, tree: Tree, specs: Mapping[str, Spec]
 ) -> tuple[dict[str, Any], list[Rule], dict[str, int]]:
-  """(fields of adapter_config.json, rules, sizes of the ranks' letters).
+  """(fields of adapter_config.json, rules, sizes of the rank letters).
 
   Args:
-    tree: the 'peft' tree; specs: its instances of one kind, 'lora', 'lora_2'.
+    tree: the 'peft' tree.
+    specs: its instances of one kind, 'lora', 'lora_2'.
 
   Raises:
-    CheckpointError: two of them are at one site or differ in more than rank,
-      alpha and sites, or one is at a site that peft does not adapt.
+    CheckpointError: two instances share a site or differ in more than rank,
+      alpha and sites, or peft does not adapt a site.
   """
   family = hf.family_of(config)
   peft_sites = family.projections(config) | family.hf.peft_ends(config)
-  fields, rules, letters, adapted_sites = {}, [], {}, set()
+  fields, rules, rank_sizes, adapted_sites = {}, [], {}, set()
   for letter, (instance, spec) in zip(
     string.ascii_uppercase, specs.items(), strict=False
   ):
-    at = sites_in(tree, instance)
-    require(at, peft_sites)
-    rank = next(iter(at.values()))['a'].shape[-1]
+    sites = sites_in(tree, instance)
+    check_sites(sites, peft_sites)
+    rank = next(iter(sites.values()))['a'].shape[-1]
     alpha = spec.get('alpha', Lora.alpha)
     alpha = int(alpha) if alpha == int(alpha) else alpha
     common = {
@@ -195,65 +199,65 @@ def describe(
       'bias': 'none',
     }
     fields = fields or common | {'r': rank, 'lora_alpha': alpha}
-    if adapted_sites & set(at) or common.items() - fields.items():
+    if adapted_sites & set(sites) or common.items() - fields.items():
       raise CheckpointError(
-        'peft keeps one LoRA a module, and all of one adapter with the same '
-        f'options beside rank and alpha: {instance} is at a site of another '
-        'or differs in more; write the moepeft form instead'
+        'peft has one LoRA per module, with equal options except rank and '
+        f'alpha: {instance} shares a site with another or differs in other '
+        'options; write the moepeft format instead'
       )
-    for name, value, usual in (
+    for name, value, default in (
       ('rank_pattern', rank, fields['r']),
       ('alpha_pattern', alpha, fields['lora_alpha']),
     ):
-      if value != usual:
+      if value != default:
         patterns = fields.setdefault(name, {})
-        patterns |= {_pattern(config, path): value for path in at}
-    adapted_sites |= set(at)
-    letters[letter] = rank
-    for path in at:
+        patterns |= {_pattern(config, path): value for path in sites}
+    adapted_sites |= set(sites)
+    rank_sizes[letter] = rank
+    for path in sites:
       rules += rules_at(config, path, spec.name, instance, letter)
-  if len(letters) < len(specs):
+  if len(rank_sizes) < len(specs):
     raise CheckpointError(
-      f'at most {len(string.ascii_uppercase)} LoRAs are written as one of '
-      'peft; write the moepeft form instead'
+      f'at most {len(string.ascii_uppercase)} LoRAs can be one adapter of '
+      'peft; write the moepeft format instead'
     )
-  return fields, rules, letters
+  return fields, rules, rank_sizes
 
 
 def _pattern(config: Any, path: str) -> str:
-  """The modules of a site, as a key of peft's patterns."""
+  """The regular expression of a site's modules, a key of peft's patterns."""
   module = re.escape(hf.family_of(config).hf.module_name(path, config))
   return module.replace(re.escape('{l}'), r'\d+')
 
 
-def require(at: Mapping[str, Tree], peft_sites: Collection[str]) -> None:
+def check_sites(sites: Mapping[str, Tree], peft_sites: Collection[str]) -> None:
   """
   Raises:
-    CheckpointError: an adapter is at no site, or at others than `known`.
+    CheckpointError: an adapter has no site, or one outside `peft_sites`.
   """
-  foreign = sorted(set(at) - set(peft_sites))
-  if foreign or not at:
+  unsupported = sorted(set(sites) - set(peft_sites))
+  if unsupported or not sites:
     raise CheckpointError(
       f'peft adapts projections, embedding and head; this adapter is at '
-      f'{", ".join(foreign) or "no site"}: write the moepeft form instead'
+      f'{", ".join(unsupported) or "no site"}: write the moepeft format instead'
     )
 
 
 def _leaves(path: str) -> tuple[str, str]:
-  return _OF_TABLES if path == 'embed' else _LEAVES
+  return _EMBEDDING_LEAVES if path == 'embed' else _LEAVES
 
 
-def _without_copies(
+def _without_frozen_tables(
   config: Any, shapes: Mapping[str, Shape]
 ) -> dict[str, Shape]:
-  """The arrays less copies of the base's frozen tables."""
+  """The shapes without those of the base's frozen tables."""
   family = hf.family_of(config)
   sizes = family.axis_sizes(config)
   table = (sizes['v'], sizes['d'])
-  tables = {own_module(config, path) for path in family.hf.peft_ends(config)}
+  tables = {unique_module(config, path) for path in family.hf.peft_ends(config)}
   remaining = {}
   for name, shape in shapes.items():
-    match = _COPY.fullmatch(name)
+    match = _FROZEN_TABLE.fullmatch(name)
     if not match or match[1] not in tables:
       remaining[name] = shape
     elif shape != table:
@@ -271,7 +275,7 @@ def _site(
   fields: Mapping[str, Any],
   shapes: Mapping[str, Shape],
 ) -> Site | None:
-  """The site with the layers that are adapted, or None."""
+  """The site with its adapted layers; None if no layer is adapted."""
   module = re.escape(PREFIX + hf.family_of(config).hf.module_name(path, config))
   leaf = re.escape(_leaves(path)[0])
   pattern = module.replace(re.escape('{l}'), r'\d+') + rf'\.{leaf}'
@@ -307,21 +311,21 @@ def _scale(rank: int, alpha: float, fields: Mapping[str, Any]) -> float:
   return alpha / (rank**0.5 if fields.get('use_rslora') else rank)
 
 
-def _spec(kind, rank, alpha, fields, paths, places) -> Spec:
+def _spec(kind, rank, alpha, fields, paths, site_axes) -> Spec:
   options = [('rank', rank), ('alpha', alpha)]
   if fields.get('use_rslora'):
     options.append(('rslora', True))
   if fields.get('lora_dropout'):
     options.append(('dropout', fields['lora_dropout']))
   inside = [path for path in paths if '/' in path]
-  layer_sites = [path for path in places if '/' in path]
+  layer_sites = [path for path in site_axes if '/' in path]
   patterns = [site_patterns(inside, layer_sites)] if inside else []
   patterns += [path for path in paths if '/' not in path]
   options.append(('targets', '|'.join(patterns)))
   return Spec(kind, tuple(options))
 
 
-def _filled_shape(name: str, shape: Shape, ranks: Mapping[str, int]) -> Shape:
+def _padded_shape(name: str, shape: Shape, ranks: Mapping[str, int]) -> Shape:
   rank = ranks.get(module_of(name))
   axis = _rank_axis(name)
   if rank is None or axis is None or len(shape) != 2:
@@ -330,25 +334,25 @@ def _filled_shape(name: str, shape: Shape, ranks: Mapping[str, int]) -> Shape:
 
 
 def _rank_axis(name: str) -> int | None:
-  leaves = zip(_LEAVES, _OF_TABLES, strict=True)
-  for axis, ends in enumerate(leaves):
-    if name.endswith(ends):
+  leaves = zip(_LEAVES, _EMBEDDING_LEAVES, strict=True)
+  for axis, suffixes in enumerate(leaves):
+    if name.endswith(suffixes):
       return axis
   return None
 
 
-def _filled(
+def _pad_rank(
   name: str,
   array: np.ndarray,
   shape: Shape,
   factors: Mapping[str, tuple[int, float]],
 ) -> np.ndarray:
-  """An array with zeros up to its site's rank, a B times its factor."""
+  """Pads an array to its site's rank with zeros, and scales a B."""
   _, factor = factors.get(module_of(name), (0, 1.0))
   if _rank_axis(name) == 1 and factor != 1.0:
     array = array.astype(np.float32) * np.float32(factor)
   if array.shape == shape:
     return array
-  wide = np.zeros(shape, array.dtype)
-  wide[tuple(slice(size) for size in array.shape)] = array
-  return wide
+  padded = np.zeros(shape, array.dtype)
+  padded[tuple(slice(size) for size in array.shape)] = array
+  return padded

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules as Hugging Face's `peft` names them."""
+"""Module names in `peft`."""
 
 import re
 from typing import Any
@@ -14,28 +14,28 @@ _LEAF = re.compile(
 
 
 def module_of(name: str) -> str:
-  """The module of one of peft's arrays: 'encoder.block.0. ... .q'."""
+  """The module of an array in peft: 'encoder.block.0. ... .q'."""
   return _LEAF.sub('', name.removeprefix(PREFIX))
 
 
-def own_module(config: Any, site: str) -> str:
-  """The module of a site, which it must not share with others.
+def unique_module(config: Any, site: str) -> str:
+  """The module of a site.
 
   Raises:
-    CheckpointError: it does.
+    CheckpointError: other sites have the same module.
   """
   family = hf.family_of(config)
   module = family.hf.module_name(site, config)
-  alike = [
+  sharing_sites = [
     candidate
     for candidate in family.projections(config)
     if family.hf.module_name(candidate, config) == module
   ]
-  if len(alike) > 1:
+  if len(sharing_sites) > 1:
     raise CheckpointError(
-      f'{", ".join(alike)} are one module in Hugging Face, '
+      f'{", ".join(sharing_sites)} are one module in Hugging Face, '
       f'{module.rpartition("}.")[2]}, and one adapter in peft, which is not '
-      'supported: merge it into its base (with peft merge_and_unload, with '
-      'moepeft.convert --to=hf) and go on from the merged model'
+      'supported: merge it into its base (with merge_and_unload of peft, or '
+      'moepeft.convert --to=hf) and use the merged model'
     )
   return module

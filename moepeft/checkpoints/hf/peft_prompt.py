@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt tuning in Hugging Face's `peft`: its vectors, as tokens of a text.
+"""Reads and writes prompt tuning of `peft`.
 
-adapter_model.safetensors has one array, prompt_embeddings [r, d], r tokens.
+adapter_model.safetensors has one array, prompt_embeddings [r, d], for r tokens.
 """
 
 from collections.abc import Mapping
@@ -23,19 +23,19 @@ _SITE = 'embed'
 def read(
   path: str, config: Any, fields: Mapping[str, Any], tensors: directory.Tensors
 ) -> AdapterWeights:
-  """The method and the tree, of float32.
+  """Reads an adapter's method and float32 tree.
 
   Args:
-    path: of the directory, for errors.
-    config: of the base model.
+    path: the directory, for errors.
+    config: the base model's config.
     fields: of adapter_config.json.
     tensors: of adapter_model.safetensors.
 
   Raises:
-    CheckpointError: the decoder of an encoder-decoder has a prompt too, the
-      array is another model's, or the model scales its vectors.
+    CheckpointError: an encoder-decoder has a prompt in its decoder, too, the
+      array has a wrong shape, or the model scales its embeddings.
   """
-  _require_plain(config)
+  _check_unscaled(config)
   modules = fields.get('num_transformer_submodules') or 1
   if modules != 1:
     raise CheckpointError(
@@ -60,14 +60,14 @@ def read(
 def write(
   config: Any, adapter: AdapterWeights
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """(fields of adapter_config.json, arrays) of a prompt alone.
+  """(fields of adapter_config.json, arrays) of a prompt.
 
   Raises:
-    CheckpointError: the model scales its vectors.
+    CheckpointError: the model scales its embeddings.
   """
-  _require_plain(config)
+  _check_unscaled(config)
   vectors = np.asarray(sites_in(adapter.tree, 'prompt')[_SITE]['vectors'])
-  # What peft asks for, and does not look at.
+  # peft requires these fields, but does not use them.
   layers = getattr(config, 'encoder_layers', None) or config.layers
   return {
     'peft_type': KIND,
@@ -80,10 +80,10 @@ def write(
   }, {_NAME: vectors}
 
 
-def _require_plain(config: Any) -> None:
+def _check_unscaled(config: Any) -> None:
   if getattr(config, 'scale_embedding', False):
     raise CheckpointError(
-      'the model multiplies the vectors of tokens, and those of a prompt in '
-      'peft with some versions of transformers and not with others, which '
-      "peft's files do not tell: keep such a prompt in the moepeft form"
+      'the model scales its embeddings. Whether peft scales the vectors of a '
+      'prompt, too, depends on the version of transformers: write the moepeft '
+      'format instead'
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer's files in a model directory of Hugging Face's."""
+"""Tokenizer files in Hugging Face model directories."""
 
 import shutil
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ FILES = (
   'vocab.*',
   'merges.txt',
   'chat_template.jinja',
-  # Says which tokens end an answer.
+  # Has the tokens that end an answer.
   'generation_config.json',
 )
 
 
 def write(folder: Path, tokenizer: str | None) -> None:
-  """Puts what a directory, or a GGUF file, has of a tokenizer into another."""
+  """Copies the tokenizer files of a directory, or converts a GGUF file's."""
   if tokenizer and tokenizer.endswith(gguf.SUFFIX):
     gguf_tokenizer.save(tokenizer, folder)
     return
@@ -36,10 +36,9 @@ def write(folder: Path, tokenizer: str | None) -> None:
 
 
 def special_ids(tokenizer: str | None) -> dict[str, Any]:
-  """Ids of special tokens beside a tokenizer or in it; else nothing is special.
+  """The ids of special tokens of a tokenizer; None for missing ones.
 
-  Where config.json is silent, transformers takes those of a family's first
-  model, and ends texts at them.
+  Without them in config.json, transformers uses the defaults of the family.
   """
   kinds = ('bos', 'eos', 'pad')
   if tokenizer and tokenizer.endswith(gguf.SUFFIX):
@@ -47,12 +46,12 @@ def special_ids(tokenizer: str | None) -> dict[str, Any]:
   elif tokenizer and (Path(tokenizer) / 'config.json').is_file():
     ids = directory.read_json(Path(tokenizer) / 'config.json')
   else:
-    ids = _ids_of_words(Path(tokenizer), kinds) if tokenizer else {}
+    ids = _special_ids_in_files(Path(tokenizer), kinds) if tokenizer else {}
   return {f'{kind}_token_id': ids.get(f'{kind}_token_id') for kind in kinds}
 
 
-def _ids_of_words(folder: Path, kinds: Sequence[str]) -> dict[str, int]:
-  """Ids of the special tokens that a tokenizer's own files name."""
+def _special_ids_in_files(folder: Path, kinds: Sequence[str]) -> dict[str, int]:
+  """The ids of the special tokens in a tokenizer's files."""
   paths = [
     folder / name for name in ('tokenizer_config.json', 'tokenizer.json')
   ]
@@ -78,6 +77,6 @@ def _ids_of_words(folder: Path, kinds: Sequence[str]) -> dict[str, int]:
 
 
 def _tokenizer_files(folder: str) -> list[Path]:
-  """The tokenizer files in a directory, perhaps none."""
+  """The tokenizer files in a directory."""
   matches_by_pattern = (Path(folder).glob(pattern) for pattern in FILES)
   return sorted({file for matches in matches_by_pattern for file in matches})

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T5X's checkpoints, in and out, and the released adapters."""
+"""Reads and writes T5X checkpoints and the released code's adapters."""

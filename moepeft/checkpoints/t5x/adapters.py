@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters under the names of the code released with arXiv:2309.05444.
+"""Converts adapters of the code released with arXiv:2309.05444.
 
-There they are modules inside T5X's tree: `lora_q_conv/lora_A`,
-`k_conv/mov_scaling`, `router/router_weights/v/kernel`. Method, experts and
-rank follow from names and shapes; alpha is the code's constant.
+In the released code, adapters are modules of T5X's tree: `lora_q_conv/lora_A`,
+`k_conv/mov_scaling`, `router/router_weights/v/kernel`. Names and shapes
+determine method, experts and rank; alpha is a constant of the code.
 """
 
 import re
@@ -52,26 +52,26 @@ def read(
   """Infers the method from names and shapes, and reads its tree.
 
   Args:
-    shapes: of the adapter arrays, keyed by T5X name.
-    top_k: of the routers, not renormalised; None where all experts count.
-    path: of the checkpoint, for messages.
+    shapes: {T5X name: shape} of the adapter arrays.
+    top_k: k of the routers, without renormalization; None for all experts.
+    path: the checkpoint, for messages.
 
   Raises:
-    CheckpointError: arrays are missing, unknown or of another shape.
+    CheckpointError: arrays are missing, unknown or have another shape.
   """
   if not shapes:
     return None
-  expected_shapes, specs, parts = {}, [], []
+  expected_shapes, specs, loaded_entries = {}, [], []
   for method in METHODS:
     modules = _modules(config, method, shapes)
     if modules:
-      sizes = t5_weights.axis_sizes(config) | _extra_sizes(
+      sizes = t5_weights.axis_sizes(config) | _sizes_from_t5x(
         method, modules, shapes
       )
       entries = _entries(config, method, modules, sizes)
       expected_shapes |= {e.stored_name: e.stored_shape for e in entries}
       specs.append(_spec(config, method, modules, sizes, top_k))
-      parts.append((entries, sizes))
+      loaded_entries.append((entries, sizes))
   weight_mapping.check(
     expected_shapes,
     shapes,
@@ -79,8 +79,8 @@ def read(
     'convert the base alone, or rename the arrays',
   )
   flat = {}
-  for entries, sizes in parts:
-    # Adapters train in float32, whatever they were saved in.
+  for entries, sizes in loaded_entries:
+    # Adapters train in float32.
     flat |= weight_mapping.flatten(
       weight_mapping.read(entries, sizes, fetch, np.float32, path)[0]
     )
@@ -91,29 +91,31 @@ def read(
 def write(
   config: T5Config, adapter: AdapterWeights
 ) -> Iterator[tuple[Entry, np.ndarray]]:
-  """Each array of an adapter under its released name.
+  """Yields the arrays of an adapter with their released names.
 
   Raises:
-    CheckpointError: the released code has no such method, option or site.
+    CheckpointError: the released code lacks the method, an option or a site.
   """
   flat, written = weight_mapping.flatten(adapter.tree), 0
   for instance, spec in instances(adapter.method).items():
-    _require_released(instance, spec)
+    _check_released(instance, spec)
     instance_leaves = {
       n: leaf for n, leaf in flat.items() if f'/{instance}/' in n
     }
-    at = sites_in(adapter.tree, instance)
+    adapter_sites = sites_in(adapter.tree, instance)
     released_places = places(config, spec.name)
     modules = {
-      module: site for module, site in released_places.items() if site in at
+      module: site
+      for module, site in released_places.items()
+      if site in adapter_sites
     }
-    foreign = sorted(set(at) - set(modules.values()))
-    if foreign:
+    unsupported = sorted(set(adapter_sites) - set(modules.values()))
+    if unsupported:
       raise CheckpointError(
-        f'the released code puts no {spec.name} at {", ".join(foreign)}; it '
-        f'can at {", ".join(released_places.values())}'
+        f'the released code has no {spec.name} at {", ".join(unsupported)}; '
+        f'its sites are {", ".join(released_places.values())}'
       )
-    sizes = t5_weights.axis_sizes(config) | _letters(at)
+    sizes = t5_weights.axis_sizes(config) | _sizes_from_tree(adapter_sites)
     entries = _entries(config, spec.name, modules, sizes)
     yield from weight_mapping.write(
       entries, sizes, weight_mapping.unflatten(instance_leaves)
@@ -121,13 +123,13 @@ def write(
     written += len(instance_leaves)
   if written != len(flat):
     raise CheckpointError(
-      f'the tree holds arrays that {adapter.method!r} does not name: write '
-      'it with the method that it was trained with'
+      f'the tree has arrays that {adapter.method!r} lacks: write it with the '
+      'method that it was trained with'
     )
 
 
 def places(config: T5Config, method: str) -> dict[str, str]:
-  """{module of the released code: our site} of a method's possible places.
+  """{module of the released code: site} of a method.
 
   'encoder/layers_{l}/attention/k_conv' -> 'encoder/self/k'.
   """
@@ -150,44 +152,48 @@ def places(config: T5Config, method: str) -> dict[str, str]:
 def rules(
   config: T5Config, method: str, module: str, site: str
 ) -> tuple[Rule, ...]:
-  """Rules for one adapter of the released code; further letters e and r.
+  """The rules of an adapter of the released code, with the letters e and r.
 
   Args:
     method: 'lora', 'molora', 'ia3' or 'mov'.
     module, site: an item of `places`.
   """
-  inner, outer = (FAMILY.projections(config) | FAMILY.activations(config))[site]
-  router = f'({inner})e'
-  # In attention the heads share one head-sized kernel and scales lead with n.
-  scale, mover = ('neh', 'he') if outer == 'nh' else ('ef', 'fe')
+  input_axes, output_axes = (
+    FAMILY.projections(config) | FAMILY.activations(config)
+  )[site]
+  router = f'({input_axes})e'
+  # In attention, heads share a router kernel, and scales start with axis n.
+  scale_axes, router_axes = (
+    ('neh', 'he') if output_axes == 'nh' else ('ef', 'fe')
+  )
   name = 'router/router_weights/v/kernel'
   table = {
     'lora': (
-      ('a', 'lora_A', f'{inner}r', f'({inner})r'),
-      ('b', 'lora_B', f'r{outer}', f'r({outer})'),
+      ('a', 'lora_A', f'{input_axes}r', f'({input_axes})r'),
+      ('b', 'lora_B', f'r{output_axes}', f'r({output_axes})'),
     ),
     'molora': (
-      ('a', 'lora_A', f'{inner}er', f'e({inner})r'),
-      ('b', 'lora_B', f'er{outer}', f'er({outer})'),
+      ('a', 'lora_A', f'{input_axes}er', f'e({input_axes})r'),
+      ('b', 'lora_B', f'er{output_axes}', f'er({output_axes})'),
       ('router/kernel', name, router, router),
     ),
-    'ia3': (('scale', 'ia3_scaling', outer, outer),),
+    'ia3': (('scale', 'ia3_scaling', output_axes, output_axes),),
     'mov': (
-      ('scale', 'mov_scaling', f'e{outer}', scale),
-      ('router/kernel', name, mover, mover),
+      ('scale', 'mov_scaling', f'e{output_axes}', scale_axes),
+      ('router/kernel', name, router_axes, router_axes),
     ),
   }
   instance_path = f'{weight_mapping.in_layers(site)}/{method}'
   return tuple(
-    Rule(f'{instance_path}/{leaf}', f'{module}/{t5x_leaf}', axes, their_axes)
-    for leaf, t5x_leaf, axes, their_axes in table[method]
+    Rule(f'{instance_path}/{leaf}', f'{module}/{t5x_leaf}', axes, t5x_axes)
+    for leaf, t5x_leaf, axes, t5x_axes in table[method]
   )
 
 
 def _modules(
   config: T5Config, method: str, shapes: Mapping[str, Shape]
 ) -> dict[str, str]:
-  """The items of `places` that a checkpoint has arrays for."""
+  """The items of `places` that have arrays in a checkpoint."""
   modules = set()
   for name, shape in shapes.items():
     name = re.sub(r'/layers_\d+/', '/layers_{l}/', name)
@@ -204,10 +210,10 @@ def _modules(
   }
 
 
-def _extra_sizes(
+def _sizes_from_t5x(
   method: str, modules: Mapping[str, str], shapes: Mapping[str, Shape]
 ) -> dict[str, int]:
-  """The sizes of the letters e and r, from one of the method's arrays."""
+  """The sizes of the letters e and r, from a T5X array of the method."""
   leaf = {'ia3': 'ia3_scaling', 'mov': 'mov_scaling'}.get(method, 'lora_A')
   heads = f'{next(iter(modules))}/{leaf}'
   pattern = re.escape(heads).replace(re.escape('{l}'), r'\d+')
@@ -217,9 +223,9 @@ def _extra_sizes(
   return {'e': expert, 'r': shape[-1]}
 
 
-def _letters(at: Mapping[str, Tree]) -> dict[str, int]:
-  """The same sizes, from our stacked arrays [l, ...]."""
-  leaves = next(iter(at.values()), {})
+def _sizes_from_tree(adapter_sites: Mapping[str, Tree]) -> dict[str, int]:
+  """The sizes of the letters e and r, from moepeft's arrays [l, ...]."""
+  leaves = next(iter(adapter_sites.values()), {})
   if 'a' in leaves:
     return {'e': leaves['a'].shape[-2], 'r': leaves['a'].shape[-1]}
   return {'e': leaves['scale'].shape[1]} if 'scale' in leaves else {}
@@ -246,9 +252,9 @@ def _spec(
   sizes: Mapping[str, int],
   top_k: int | None,
 ) -> Spec:
-  """The method as the released code runs it, every option said."""
+  """The spec of the method in the released code, with all options."""
   sites = FAMILY.projections(config) | FAMILY.activations(config)
-  where = site_patterns(modules.values(), sites)
+  targets = site_patterns(modules.values(), sites)
   router = ('router', Spec('softmax'))
   if top_k is not None:
     router = ('router', Spec('topk', (('k', top_k), ('renormalize', False))))
@@ -259,14 +265,14 @@ def _spec(
     'ia3': (),
     'mov': (experts, router, ('reads', 'heads')),
   }
-  return Spec(method, (*options[method], ('targets', where)))
+  return Spec(method, (*options[method], ('targets', targets)))
 
 
-def _require_released(instance: str, spec: Spec) -> None:
-  """Raises where a checkpoint under released names would mean another thing."""
+def _check_released(instance: str, spec: Spec) -> None:
+  """Raises a CheckpointError for options that the released code lacks."""
   router = spec.get('router', Spec('softmax'))
   router = Spec(router) if isinstance(router, str) else router
-  # Dropout and jitter act in training only and change no weight's meaning.
+  # Dropout and jitter affect training only.
   refused = {
     f'{spec.name} as {instance}': instance not in METHODS,
     f'alpha={spec.get("alpha")}': spec.get('alpha', ALPHA) != ALPHA,
@@ -277,10 +283,10 @@ def _require_released(instance: str, spec: Spec) -> None:
     f'the router {router}': router.name not in ('softmax', 'topk')
     or router.get('renormalize', False),
   }
-  wrong = [option for option, is_wrong in refused.items() if is_wrong]
-  if wrong:
+  unsupported_options = [option for option, is_set in refused.items() if is_set]
+  if unsupported_options:
     raise CheckpointError(
-      f'the released code knows no {wrong[0]}: T5X checkpoints under its '
-      f'names hold one each of {", ".join(METHODS)}, alpha {ALPHA}; write '
-      'the moepeft form instead'
+      f'the released code has no {unsupported_options[0]}: its T5X checkpoints '
+      f'have one each of {", ".join(METHODS)}, with alpha {ALPHA}; write the '
+      'moepeft format instead'
     )

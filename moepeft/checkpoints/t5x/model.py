@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T5X checkpoints of T5, with or without the released code's adapters.
+"""Reads and writes T5X checkpoints, with or without the released adapters.
 
-Only weights are read, no optimizer state. The file formats are in
-`moepeft.checkpoints.t5x.files`.
+Optimizer states are ignored. See `moepeft.checkpoints.t5x.files` for the file
+formats.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from moepeft.models.weight_mapping import CheckpointError, Shape, Tree
 
 @dataclasses.dataclass(frozen=True)
 class LoadedT5X(LoadedCheckpoint):
-  """A base model in memory, and the adapter that came with it.
+  """A base model in memory, and the adapter of its checkpoint.
 
   Attributes:
-    path: the checkpoint that was read, the latest one of a parent directory.
+    path: the checkpoint; the latest one if a parent directory was given.
     adapter: method and 'peft' tree, or None.
-    step: the training step, 0 where the checkpoint records none.
+    step: the training step, 0 if the checkpoint has none.
   """
 
   adapter: AdapterWeights | None
@@ -43,14 +43,13 @@ def load(path: str, dtype: Any = None, top_k: int | None = None) -> LoadedT5X:
   """Reads a checkpoint.
 
   Args:
-    path: `checkpoint_<step>`, or its parent, of which the latest is taken
-      (and logged).
-    dtype: cast the base to it; None keeps the checkpoint's own.
-    top_k: of the routers, which no checkpoint holds; None for all experts.
+    path: `checkpoint_<step>`, or its parent for the latest checkpoint.
+    dtype: the dtype of the base; None keeps the checkpoint's.
+    top_k: k of the routers, which checkpoints lack; None for all experts.
 
   Raises:
-    CheckpointError: nothing is found, something is damaged, or names or
-      shapes are not those of flaxformer's T5.
+    CheckpointError: there is no checkpoint, it is damaged, or names or shapes
+      are not those of flaxformer's T5.
   """
   checkpoint_path, leaves, step = files.open_checkpoint(path)
   shapes = {name: shape for name, (shape, _) in leaves.items()}
@@ -60,7 +59,7 @@ def load(path: str, dtype: Any = None, top_k: int | None = None) -> LoadedT5X:
 
 
 def load_config(path: str) -> T5Config:
-  """The config as `load` would infer it, without reading the weights."""
+  """The config of a checkpoint, without reading its weights."""
   checkpoint = files.open_checkpoint(path)
   shapes = {
     name: shape
@@ -76,10 +75,10 @@ def from_arrays(
   top_k: int | None = None,
   path: str = '',
 ) -> LoadedT5X:
-  """As `load`, from {'encoder/layers_0/attention/query/kernel': array}.
+  """Like `load`, from {'encoder/layers_0/attention/query/kernel': array}.
 
   Args:
-    path: where the arrays are from, for messages.
+    path: the source of the arrays, for messages.
   """
   shapes = {name: tuple(array.shape) for name, array in arrays.items()}
   return _read(shapes, arrays.__getitem__, path, dtype, top_k)
@@ -93,25 +92,25 @@ def save(
   step: int = 1,
   overwrite: bool = False,
 ) -> None:
-  """Writes `path`/checkpoint_<step> as T5X does: an index and zarr arrays.
+  """Writes `path`/checkpoint_<step> in T5X's format: an index and zarr arrays.
 
-  T5X reads the step as an int32 array, and takes a checkpoint of step 0 for
-  none. There is no optimizer state: T5X evaluates from it as it is, and trains
-  from it with RestoreCheckpointConfig.fallback_to_scratch = True.
+  T5X reads the step as an int32 array, and ignores a checkpoint of step 0. As
+  there is no optimizer state, training in T5X needs
+  RestoreCheckpointConfig.fallback_to_scratch = True; evaluation does not.
 
   Args:
     config, params: the base.
-    adapter: to go along under the released code's names, in float32.
+    adapter: written with the released code's names, in float32.
     step: the training step, at least 1.
 
   Raises:
-    ValueError: the step is less.
+    ValueError: the step is out of range.
     CheckpointError: the arrays do not fit `config`, `path` is not empty, or
-      T5X has no words for the config or the adapter.
+      T5X cannot represent the config or the adapter.
   """
   if not 1 <= step < 2**31:
     raise ValueError(f'expected a step from 1 to 2**31 - 1, got {step}')
-  _require_known(config)
+  _check_representable(config)
   entries = weight_mapping.entries(
     t5_weights.t5x_rules(config),
     t5_weights.axis_sizes(config),
@@ -142,33 +141,33 @@ def save(
 def check(config: Any, adapter: AdapterWeights) -> None:
   """
   Raises:
-    CheckpointError: T5X has no words for the config or the adapter.
+    CheckpointError: T5X cannot represent the config or the adapter.
   """
-  _require_known(config)
+  _check_representable(config)
   for _ in t5x_adapters.write(config, adapter):
     pass
 
 
-def _require_known(config: Any) -> None:
+def _check_representable(config: Any) -> None:
   if not isinstance(config, T5Config):
     raise CheckpointError(
-      f'T5X has no words for {config.family}: expected a T5; write hf instead'
+      f'T5X has no {config.family} models: expected T5; write hf instead'
     )
   if config.tied != config.scale_head or (config.activation == 'gelu') != (
     config.gated
   ):
     raise CheckpointError(
-      'T5X checkpoints hold no config: what they are read as is 1.0 (relu) '
-      'or 1.1 (gated gelu), the head scaled where it is tied; write this '
-      'model in the hf form instead'
+      'T5X checkpoints have no config and are read as T5 1.0 (relu) or 1.1 '
+      '(gated gelu), with a scaled head if it is tied; write this model in '
+      'the hf format instead'
     )
 
 
 def _config(shapes: Mapping[str, Shape], path: str) -> T5Config:
-  """The config that shapes imply.
+  """Infers the config from shapes.
 
   Raises:
-    CheckpointError: arrays are absent, or the sizes cannot be.
+    CheckpointError: arrays are missing, or sizes are invalid.
   """
   try:
     return t5_weights.config_from_t5x(shapes)
@@ -176,8 +175,8 @@ def _config(shapes: Mapping[str, Shape], path: str) -> T5Config:
     raise
   except (ValueError, ZeroDivisionError, IndexError) as error:
     raise CheckpointError(
-      f'the shapes of {path or "the arrays"} are of no T5 ({error}): copy the '
-      'checkpoint again'
+      f'the shapes of {path or "the arrays"} are not of a T5 ({error}): copy '
+      'the checkpoint again'
     ) from None
 
 
@@ -188,7 +187,7 @@ def _read(
   dtype: Any,
   top_k: int | None,
 ) -> LoadedT5X:
-  """Base and adapter of one flat tree."""
+  """Reads the base and the adapter of a flat tree."""
   base = {n: s for n, s in shapes.items() if not t5x_adapters.is_adapter(n)}
   config = _config(base, path)
   sizes = t5_weights.axis_sizes(config)
@@ -199,9 +198,11 @@ def _read(
     {entry.stored_name: entry.stored_shape for entry in entries},
     base,
     f"{path or 'the arrays'} is not one of flaxformer's T5s",
-    'look for arrays that were lost or that another model brought',
+    'look for lost arrays, or for arrays of another model',
   )
   params, sha256 = weight_mapping.read(entries, sizes, fetch, dtype, path)
-  rest = {name: shape for name, shape in shapes.items() if name not in base}
-  adapter = t5x_adapters.read(config, rest, fetch, top_k, path)
+  adapter_shapes = {
+    name: shape for name, shape in shapes.items() if name not in base
+  }
+  adapter = t5x_adapters.read(config, adapter_shapes, fetch, top_k, path)
   return LoadedT5X(config, params, sha256, path, adapter)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single arrays in zarr directories (version 2), as T5X keeps them."""
+"""Reads and writes zarr arrays of T5X and Orbax checkpoints."""
 
 import contextlib
 import itertools
@@ -16,15 +16,14 @@ from moepeft.core import untrusted
 from moepeft.models.weight_mapping import CheckpointError
 
 _COMPRESSOR = {'id': 'gzip', 'level': 1}
-# Not waiting for the disk at every one of thousands of small files.
-_UNSYNCED = {'file_io_sync': False}
+# No fsync for each of thousands of small files.
+_CONTEXT = {'file_io_sync': False}
 
-
-# Chunks of one array. T5X's are of megabytes, so an embedding of a million
-# pieces has hundreds.
+# The maximum number of chunks of an array. T5X's chunks have megabytes, so that
+# the embedding of a million tokens has hundreds of chunks.
 _MAX_CHUNKS = 1_000_000
-# Bytes of an array by one on the disk: gzip packs zeros by a thousand, zstd by
-# some ten thousand.
+# The maximum ratio of an array's size to its size on disk, and the tolerance in
+# bytes. For zeros, gzip reaches a thousand, zstd some ten thousand.
 _MAX_RATIO, _SLACK = 100_000, 2**20
 
 
@@ -32,7 +31,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
   """Reads .zarray: {'shape': ..., 'chunks': ..., ...}.
 
   Raises:
-    CheckpointError: it is absent or damaged.
+    CheckpointError: the file is missing or damaged.
   """
   file = path / '.zarray'
   metadata = directory.read_json(file)
@@ -41,15 +40,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
       untrusted.field(metadata, name, list) for name in ('shape', 'chunks')
     )
     sizes = [*shape, *chunks]
-    whole = all(type(size) is int and 0 <= size < 2**48 for size in sizes)
-    if not whole or len(shape) != len(chunks) or 0 in chunks:
+    are_sizes = all(type(size) is int and 0 <= size < 2**48 for size in sizes)
+    if not are_sizes or len(shape) != len(chunks) or 0 in chunks:
       raise untrusted.Malformed(
         f'expected sizes and as many chunk sizes, got {shape} and {chunks}'
       )
-    dot = untrusted.field(metadata, 'dimension_separator', str, '.')
-    if dot not in ('.', '/'):
-      raise untrusted.Malformed(f"expected '.' or '/' between, got {dot!r}")
-    count = math.prod(map(_cells, shape, chunks))
+    separator = untrusted.field(metadata, 'dimension_separator', str, '.')
+    if separator not in ('.', '/'):
+      raise untrusted.Malformed(
+        f"expected '.' or '/' between, got {separator!r}"
+      )
+    count = math.prod(map(_chunk_count, shape, chunks))
     if count > _MAX_CHUNKS:
       raise untrusted.Malformed(f'{count:,} chunks, at most {_MAX_CHUNKS:,}')
   except untrusted.Malformed as error:
@@ -59,48 +60,48 @@ def read_metadata(path: Path) -> dict[str, Any]:
   return metadata
 
 
-def _cells(size: int, chunk: int) -> int:
+def _chunk_count(size: int, chunk: int) -> int:
   return math.ceil(size / chunk)
 
 
 def read(path: Path, metadata: Mapping[str, Any]) -> np.ndarray:
-  """Reads an array, of which every chunk must be there.
+  """Reads an array after checking that all its chunks exist.
 
-  tensorstore takes an absent chunk for the fill value, or for zeros where
-  the array has none, as T5X's have none: a lost file would go unnoticed.
+  tensorstore replaces a missing chunk by the fill value, or by zeros if there
+  is none, as in T5X's arrays, so that a lost file would not be detected.
 
   Args:
     metadata: the array's `read_metadata`.
 
   Raises:
-    CheckpointError: a chunk is absent or damaged.
+    CheckpointError: a chunk is missing or damaged.
   """
   grid = [
-    range(_cells(size, chunk))
+    range(_chunk_count(size, chunk))
     for size, chunk in zip(metadata['shape'], metadata['chunks'], strict=True)
   ]
-  dot = metadata.get('dimension_separator') or '.'
-  stored = 0
-  for cell in itertools.product(*grid):
-    chunk = path / (dot.join(map(str, cell)) or '0')
+  separator = metadata.get('dimension_separator') or '.'
+  stored_bytes = 0
+  for index in itertools.product(*grid):
+    chunk = path / (separator.join(map(str, index)) or '0')
     if chunk.is_file():
-      stored += chunk.stat().st_size
+      stored_bytes += chunk.stat().st_size
     elif metadata.get('fill_value') is None:
       raise CheckpointError(f'{chunk} is missing: copy the checkpoint again')
-  store = {'driver': 'file', 'path': str(path.resolve())}
-  with _damaged(path):
-    opened = tensorstore.open({'driver': 'zarr', 'kvstore': store}).result()
-    # tensorstore allocates a whole chunk, however little of it is asked for.
-    chunk = math.prod(metadata['chunks']) * opened.dtype.numpy_dtype.itemsize
-    _check_size(path, max(_bytes(opened), chunk), stored)
-    return opened.read().result()
+  kvstore = {'driver': 'file', 'path': str(path.resolve())}
+  with _raise_as_damaged(path):
+    store = tensorstore.open({'driver': 'zarr', 'kvstore': kvstore}).result()
+    # tensorstore always allocates whole chunks.
+    chunk = math.prod(metadata['chunks']) * store.dtype.numpy_dtype.itemsize
+    _check_size(path, max(_array_bytes(store), chunk), stored_bytes)
+    return store.read().result()
 
 
 def open_orbax_array(folder: Path, name: str) -> tensorstore.TensorStore:
   """Opens an array of an Orbax directory, in OCDBT or in a zarr 3 directory.
 
   Raises:
-    CheckpointError: there is none of that name, or it is damaged.
+    CheckpointError: the array is missing or damaged.
   """
   base = {'driver': 'file', 'path': f'{folder.resolve()}/'}
   if (folder / 'manifest.ocdbt').is_file():
@@ -111,7 +112,7 @@ def open_orbax_array(folder: Path, name: str) -> tensorstore.TensorStore:
     raise CheckpointError(
       f'{folder} lacks {name}, which its index names: copy it again'
     )
-  with _damaged(folder / name):
+  with _raise_as_damaged(folder / name):
     for driver in _DRIVERS:
       try:
         spec = {'driver': driver, 'kvstore': kvstore}
@@ -127,45 +128,49 @@ def read_orbax_array(
   """Reads the array that `open_orbax_array` opened.
 
   Raises:
-    CheckpointError: a chunk is absent or damaged.
+    CheckpointError: a chunk is missing or damaged.
   """
   path = folder / name
-  with _damaged(path):
+  with _raise_as_damaged(path):
     chunks = store.chunk_layout.write_chunk.shape
-    cells = math.prod(map(_cells, store.shape, chunks))
+    chunk_count = math.prod(map(_chunk_count, store.shape, chunks))
     keys = [key.decode() for key in store.kvstore.list().result()]
-    chunk_keys = [key for key in keys if key.rpartition('/')[2] not in _FIELDS]
-    if len(chunk_keys) < cells and store.fill_value is None:
+    chunk_keys = [
+      key for key in keys if key.rpartition('/')[2] not in _METADATA_FILES
+    ]
+    if len(chunk_keys) < chunk_count and store.fill_value is None:
       raise CheckpointError(
-        f'{path} lacks {cells - len(chunk_keys)} of {cells} chunks: copy the '
-        'checkpoint again'
+        f'{path} lacks {chunk_count - len(chunk_keys)} of {chunk_count} '
+        'chunks: copy the checkpoint again'
       )
-    stored = sum(f.stat().st_size for f in folder.rglob('*') if f.is_file())
-    _check_size(path, _bytes(store), stored)
+    stored_bytes = sum(
+      f.stat().st_size for f in folder.rglob('*') if f.is_file()
+    )
+    _check_size(path, _array_bytes(store), stored_bytes)
     return store.read().result()
 
 
-# What zarr's versions keep beside the chunks, and tensorstore's names of them.
-_FIELDS = ('.zarray', '.zattrs', 'zarr.json')
+# Metadata files of zarr 2 and 3, and tensorstore's drivers for these versions.
+_METADATA_FILES = ('.zarray', '.zattrs', 'zarr.json')
 _DRIVERS = ('zarr', 'zarr3')
 
 
-def _bytes(store: tensorstore.TensorStore) -> int:
+def _array_bytes(store: tensorstore.TensorStore) -> int:
   return math.prod(store.shape) * store.dtype.numpy_dtype.itemsize
 
 
-def _check_size(path: Path, size: int, stored: int) -> None:
-  """Refuses an array that cannot be in so few bytes, before it is allocated."""
-  if size > _MAX_RATIO * stored + _SLACK:
+def _check_size(path: Path, size: int, stored_bytes: int) -> None:
+  """Raises if an array is too large for its bytes on disk."""
+  if size > _MAX_RATIO * stored_bytes + _SLACK:
     raise CheckpointError(
-      f'{path} is of {size:,} bytes by its metadata and takes {stored:,} on '
-      'the disk: it is damaged, copy it again'
+      f'{path} has {size:,} bytes by its metadata, but {stored_bytes:,} on the '
+      'disk: it is damaged, copy it again'
     )
 
 
 @contextlib.contextmanager
-def _damaged(path: Path) -> Iterator[None]:
-  """Turns tensorstore's errors into one sentence."""
+def _raise_as_damaged(path: Path) -> Iterator[None]:
+  """Converts tensorstore's errors to a CheckpointError."""
   try:
     yield
   except CheckpointError:
@@ -181,16 +186,16 @@ def write(folder: Path, name: str, array: np.ndarray) -> dict[str, Any]:
   """Writes `folder`/`name`, in one chunk.
 
   Returns:
-    The array's place and form, as T5X's index has it in the array's stead.
+    The tensorstore spec of the array for T5X's index.
   """
   shape = list(array.shape)
   metadata = {'chunks': shape, 'compressor': _COMPRESSOR, 'shape': shape}
   spec = {'driver': 'zarr', 'dtype': str(array.dtype), 'metadata': metadata}
-  place = {'driver': 'file', 'path': str((folder / name).resolve())}
-  opened = tensorstore.open(
-    spec | {'kvstore': place},
+  kvstore = {'driver': 'file', 'path': str((folder / name).resolve())}
+  store = tensorstore.open(
+    spec | {'kvstore': kvstore},
     create=True,
-    context=tensorstore.Context(_UNSYNCED),
-  )
-  opened.result().write(array).result()
+    context=tensorstore.Context(_CONTEXT),
+  ).result()
+  store.write(array).result()
   return spec | {'kvstore': {'driver': 'file', 'path': f'{name}/'}}

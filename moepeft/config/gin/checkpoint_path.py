@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths of T5X checkpoints, recognized by the names of their files."""
+"""Finds T5X checkpoints by the names of their files."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,12 @@ from moepeft.models.weight_mapping import CheckpointError
 
 INDEX, ORBAX_METADATA = 'checkpoint', '_METADATA'
 STEP_NAME = re.compile(r'checkpoint_(\d+)')
-# T5X's state, and the one item of Orbax's own managers.
+# Subdirectories: T5X's state, and the item of Orbax's checkpoint managers.
 _ITEMS = ('', 'state', 'default')
 
 
 def holds(path: str) -> bool:
-  """Whether a path looks like a checkpoint, or like a parent of some."""
+  """Whether a path looks like a checkpoint, or like a directory of them."""
   folder = Path(path)
   return bool(_index(folder) or _children(folder))
 
@@ -24,7 +24,7 @@ def find_index(path: str) -> Path:
   """The index of a checkpoint, or of the latest one inside `path`.
 
   Raises:
-    CheckpointError: there is none.
+    CheckpointError: there is no checkpoint.
   """
   folder = Path(path)
   index = _index(folder)
@@ -44,10 +44,10 @@ def find_index(path: str) -> Path:
 
 
 def _index(path: Path) -> Path | None:
-  """The index of the checkpoint that a path is."""
+  """The index of a checkpoint; None if the path is no checkpoint."""
   if not path.is_dir():
-    named = path.name == INDEX or STEP_NAME.search(path.name)
-    return path if path.exists() and named else None
+    has_name = path.name == INDEX or STEP_NAME.search(path.name)
+    return path if path.exists() and has_name else None
   for item in _ITEMS:
     for name in (INDEX, ORBAX_METADATA):
       if (path / item / name).exists() and not (path / item / name).is_dir():

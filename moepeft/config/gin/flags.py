@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T5X's way of giving a config: --gin_file=FILE, --gin.NAME=VALUE.
+"""T5X's flags for a config: --gin_file=FILE, --gin.NAME=VALUE.
 
-absl parses flags after a config must be known, so these are read before it.
+The config must be known before absl parses the other flags, so this module
+reads these flags first.
 """
 
 import os
@@ -16,24 +17,25 @@ NAMES = ('gin_file', 'gin_bindings', 'gin_search_paths', _CACHES)
 
 
 def define(values: flags.FlagValues) -> None:
-  """T5X's flags, under T5X's names."""
+  """Defines the flags, with T5X's names."""
   options = {'flag_values': values}
   flags.DEFINE_multi_string(
     'gin_file',
     [],
     "Instead of --config: a file with T5X's macro names, like gin/molora.gin. "
-    'Several are stacked, the later counts; --gin.NAME=VALUE changes a macro '
-    'or a binding, and --config.key=value any key of the config they give.',
+    'With several files, a later value replaces an earlier one. '
+    '--gin.NAME=VALUE changes a macro or a binding, and --config.key=value any '
+    'key of the config.',
     **options,
   )
   flags.DEFINE_multi_string(
     'gin_bindings', [], 'NAME=VALUE, the same as --gin.NAME=VALUE.', **options
   )
   flags.DEFINE_list(
-    'gin_search_paths', [], 'Where gin files are looked for too.', **options
+    'gin_search_paths', [], 'More directories of gin files.', **options
   )
   flags.DEFINE_string(
-    _CACHES, '', 'With --gin_file: where cached SeqIO tasks are.', **options
+    _CACHES, '', 'With --gin_file: a directory of cached tasks.', **options
   )
 
 
@@ -51,37 +53,35 @@ def rewrite_flags(argv: Sequence[str]) -> list[str]:
 def translate(
   argv: Sequence[str], folders: Sequence[str]
 ) -> gin_files.GinConfig | None:
-  """The config of a command line's gin flags; None where it has none.
+  """The config of a command line's gin flags; None if it has no such flag.
 
   Args:
-    argv: the result of `rewrite_flags`; other flags are left alone.
-    folders: where gin files are looked for, after --gin_search_paths.
+    argv: the result of `rewrite_flags`; other flags are ignored.
+    folders: directories of gin files, searched after --gin_search_paths.
 
   Returns:
-    As `gin_files.load`; model_dir is --workdir where that is given, and
-    workdirs/<names of the files> where nothing is.
+    As `gin_files.load`. model_dir is --workdir if that is set, and
+    workdirs/<names of the files> if MODEL_DIR is not set either.
 
   Raises:
-    ValueError: flags that exclude each other, or as `gin_files.load`.
+    ValueError: two flags exclude each other, or as `gin_files.load`.
   """
   values = flags.FlagValues()
   define(values)
-  text = {'flag_values': values}
-  flags.DEFINE_string('workdir', '', '', **text)
-  flags.DEFINE_string('config', '', '', **text)
-  flags.DEFINE_string('config.data.path', '', '', **text)
+  for name in ('workdir', 'config', 'config.data.path'):
+    flags.DEFINE_string(name, '', '', flag_values=values)
   values.set_gnu_getopt(True)
   values(argv, known_only=True)
   files, bindings = values.gin_file, values.gin_bindings
   if not files and not bindings:
     if values.gin_search_paths or values[_CACHES].value:
       raise ValueError(
-        f'--gin_search_paths and --{_CACHES} go with --gin_file=FILE'
+        f'--gin_search_paths and --{_CACHES} need --gin_file=FILE'
       )
     return None
   if values.config:
     raise ValueError(
-      f'--config={values.config} and --gin_file are both given: keep one'
+      f'--config={values.config} and --gin_file are both set: keep one'
     )
   cached = values[_CACHES].value or values['config.data.path'].value
   paths = (*values.gin_search_paths, *folders)
@@ -94,8 +94,7 @@ def translate(
 def _workdir(workdir: str, model_dir: str, files: Sequence[str]) -> str:
   if workdir and model_dir and workdir != model_dir:
     raise ValueError(
-      f'--workdir={workdir} and MODEL_DIR={model_dir!r} are both given: keep '
-      'one'
+      f'--workdir={workdir} and MODEL_DIR={model_dir!r} are both set: keep one'
     )
   names = [os.path.basename(file).removesuffix('.gin') for file in files]
   default = os.path.join('workdirs', '_'.join(names) or 'gin')

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names that have a meaning: T5X's macros and bindings, and a few of ours.
+"""The supported macros and bindings: T5X's, and a few of moepeft's.
 
-They are those of its configs/runs/finetune.gin and of its and flaxformer's
-T5 1.1. METHOD, NUM_EXPERTS, RANK, LORA_RANK, PRETRAINED_STEPS and macros for
-what T5X has as bindings only are this project's.
+T5X's are those of its configs/runs/finetune.gin and of T5 1.1 in T5X and
+flaxformer. moepeft adds METHOD, NUM_EXPERTS, RANK, LORA_RANK, PRETRAINED_STEPS
+and macros for values that have only a binding in T5X.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from typing import Any
 from moepeft.config import defaults as config_lib
 from moepeft.config.gin.syntax import Assignment, Statements
 
-# Macro -> the key that takes its value as it is.
+# Macro -> the config key that takes its value unchanged.
 KEYS = {
   'ACTIVATION_DTYPE': 'model.dtype',
   'BATCH_SIZE': 'batch_size',
@@ -41,8 +41,8 @@ SHAPE = {
   'EMBED_DIM': 'd_model',
   'MLP_DIM': 'ffn',
 }
-# Macros that take a line of code below, and their types.
-_KINDS = {
+# Macros that `translate` converts with code, and their types.
+_TYPES = {
   'EVAL_STEPS': int,
   'FACTORS': str,
   'LOSS_NORMALIZING_FACTOR': object,
@@ -61,7 +61,7 @@ _KINDS = {
   'USE_CACHED_TASKS': bool,
   'WARMUP_STEPS': int,
 } | dict.fromkeys(SHAPE, int)
-# Macros that may be None: T5X has no default to ask for.
+# Macros that may be None, as in T5X.
 _OPTIONAL = (
   'EVAL_PERIOD',
   'INITIAL_CHECKPOINT_PATH',
@@ -71,10 +71,10 @@ _OPTIONAL = (
   'SAVE_KEEP',
   'TRAIN_STEPS_RELATIVE',
 )
-# May stand in a file without being referred to.
+# Macros that a file may define without a reference to them.
 _HELPERS = ('LORA_RANK',)
 
-# T5X's bindings, without modules, and the macro that says the same.
+# T5X's bindings, without modules -> the macro for the same value.
 _BINDINGS = {
   'Adafactor.step_offset': 'STEP_OFFSET',
   'Adafactor.weight_decay_rate': 'WEIGHT_DECAY_RATE',
@@ -112,7 +112,7 @@ _BINDINGS = {
   'train/DatasetConfig.task_feature_lengths': 'TASK_FEATURE_LENGTHS',
   'train/DatasetConfig.use_cached': 'USE_CACHED_TASKS',
 }
-# Bindings that have one value here.
+# Bindings that support a single value.
 _FIXED = {
   'Adafactor.clipping_threshold': 1.0,
   'Adafactor.decay_rate': 0.8,
@@ -124,7 +124,7 @@ _FIXED = {
   'T5Config.vocab_size': 32128,
   'train/DatasetConfig.shuffle': True,
 }
-# What T5X needs to be told and this project does not.
+# Patterns of T5X's names that moepeft does not need.
 _UNUSED = (
   'Adafactor.logical_factor_rules',
   'CheckpointConfig.*',
@@ -156,58 +156,61 @@ _UNUSED = (
   'train/DatasetConfig.seed',
   'train_eval/DatasetConfig.*',
 )
-# Imports from elsewhere are taken for modules that register SeqIO tasks.
+# All other imports count as modules that register SeqIO tasks.
 _LIBRARIES = ('__gin__', '__main__', 'flax', 'flaxformer', 'jax', 'seqio')
 _LIBRARIES += ('optax', 't5x')
 
 
 def macro_names() -> list[str]:
-  """Every macro that has a meaning."""
-  return sorted(KEYS | _KINDS)
+  """Every supported macro."""
+  return sorted(KEYS | _TYPES)
 
 
-def meaning(key: str) -> str:
+def macro_name(key: str) -> str:
   """'t5x.utils.SaveCheckpointConfig.period' -> 'SAVE_PERIOD'.
 
-  A binding without one loses its modules only.
+  For a binding without a macro, this is the binding without modules.
   """
   scope, slash, selector = key.rpartition('/')
   name = f'{scope}{slash}{".".join(selector.split(".")[-2:])}'
-  # Without a scope, a binding is for all of them.
+  # A binding without a scope applies to all scopes.
   scoped = f'train/{name}' if name.startswith('DatasetConfig.') else name
   return _BINDINGS.get(scoped, scoped)
 
 
-def sort(statements: Statements) -> tuple[dict[str, Any], list[str], list[str]]:
-  """(values by macro, modules that register tasks, what has no meaning).
+def sort_statements(
+  statements: Statements,
+) -> tuple[dict[str, Any], list[str], list[str]]:
+  """(values by macro, modules that register tasks, names that are not used).
 
-  Where a macro and a binding say the same thing the later counts.
+  If a macro and a binding set the same value, the later one counts.
 
   Raises:
-    ValueError: a name is unknown, or its value is of the wrong type.
+    ValueError: a name is unknown, or a value has the wrong type.
   """
   values: dict[str, Any] = {}
-  modules, unused = _imports(statements)
-  for key, assigned in statements.values.items():
-    name = meaning(key)
-    if name in KEYS or name in _KINDS:
-      values[name] = _typed(name, statements.resolve(key), assigned.where)
+  modules, unused = _sort_imports(statements)
+  for key, assignment in statements.values.items():
+    name = macro_name(key)
+    if name in KEYS or name in _TYPES:
+      value = statements.resolve(key)
+      values[name] = _check_type(name, value, assignment.location)
     elif name in _FIXED:
-      _check_fixed(name, statements.resolve(key), assigned)
+      _check_fixed(name, statements.resolve(key), assignment)
     elif any(fnmatch.fnmatchcase(name, pattern) for pattern in _UNUSED):
-      unused.append(_owner(key))
-    elif key not in statements.used() and not _is_helper(key, assigned):
-      raise ValueError(_unknown(key, assigned.where))
+      unused.append(_unused_name(key))
+    elif key not in statements.references() and not _is_helper(key, assignment):
+      raise ValueError(_unknown_name(key, assignment.location))
   return values, modules, list(dict.fromkeys(unused))
 
 
-def _owner(key: str) -> str:
-  """The class of a binding: of some nothing is left out, of others all."""
+def _unused_name(key: str) -> str:
+  """A binding's class, or the whole binding if the class has used bindings."""
   return key if 'train.' in key else key.rpartition('.')[0] or key
 
 
-def _imports(statements: Statements) -> tuple[list[str], list[str]]:
-  """(modules that register tasks, libraries that are not needed)."""
+def _sort_imports(statements: Statements) -> tuple[list[str], list[str]]:
+  """(modules that register tasks, libraries that moepeft does not need)."""
   tasks, unused = [], []
   for module in statements.imports:
     library = module.split('.')[0]
@@ -218,50 +221,52 @@ def _imports(statements: Statements) -> tuple[list[str], list[str]]:
   return tasks, unused
 
 
-def _check_fixed(name: str, value: Any, assigned: Assignment) -> None:
+def _check_fixed(name: str, value: Any, assignment: Assignment) -> None:
   if value != _FIXED[name]:
     raise ValueError(
       f'{name} is always {_FIXED[name]!r} here; got {value!r} '
-      f'({assigned.where})'
+      f'({assignment.location})'
     )
 
 
-def _is_helper(key: str, assigned: Assignment) -> bool:
-  # On the command line, with nothing that refers to it, it would do nothing.
-  return key in _HELPERS and not assigned.where.startswith('--')
+def _is_helper(key: str, assignment: Assignment) -> bool:
+  # On the command line, a helper without a reference would have no effect.
+  return key in _HELPERS and not assignment.location.startswith('--')
 
 
-def _unknown(key: str, where: str) -> str:
+def _unknown_name(key: str, location: str) -> str:
   if key in _HELPERS:
-    return f'no value refers to {key} ({where}): give what it is for, RANK'
+    return f'no value refers to {key} ({location}): set RANK instead'
   kind, names = 'macro', macro_names()
   if '.' in key:
     kind, names = (
       'binding',
       sorted(n for n in {*_BINDINGS, *_FIXED} if '.' in n),
     )
-  near = difflib.get_close_matches(meaning(key), names, 3)
-  rest = [name for name in names if name not in near]
+  similar = difflib.get_close_matches(macro_name(key), names, 3)
+  rest = [name for name in names if name not in similar]
   return (
-    f'the {kind} {key} ({where}) has no meaning here; those that have one are '
-    f'{", ".join(near + rest)}'
+    f'the {kind} {key} ({location}) is not supported; the supported ones are '
+    f'{", ".join(similar + rest)}'
   )
 
 
-def _typed(name: str, value: Any, where: str) -> Any:
-  kind = _KINDS.get(name) or _kind_of_key(KEYS[name])
+def _check_type(name: str, value: Any, location: str) -> Any:
+  """The value of a macro, an integer converted to float if need be."""
+  value_type = _TYPES.get(name) or _type_of_key(KEYS[name])
   if value is None and name in _OPTIONAL:
     return None
-  if kind is float and type(value) is int:
+  if value_type is float and type(value) is int:
     return float(value)
-  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+  is_bool_for_int = value_type is int and isinstance(value, bool)
+  if not isinstance(value, value_type) or is_bool_for_int:
     raise ValueError(
-      f'{name} is of type {kind.__name__}; got {value!r} ({where})'
+      f'{name} is of type {value_type.__name__}; got {value!r} ({location})'
     )
   return value
 
 
-def _kind_of_key(key: str) -> type:
+def _type_of_key(key: str) -> type:
   value = config_lib.default()
   for part in key.split('.'):
     value = value[part]

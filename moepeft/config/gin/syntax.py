@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads gin files as T5X's users stack them; syntax only.
+"""Parses stacked gin files, as T5X has them.
 
-gin-config's parser does the reading, without its registry: the classes that
-such files bind (t5x.utils.SaveCheckpointConfig, ...) need not exist. What the
-names mean is said in `names` and `translate`.
+gin-config parses the text, without its registry, so the classes that the files
+bind (t5x.utils.SaveCheckpointConfig, ...) need not exist. `names` and
+`translate` interpret the result.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ REQUIRED = 'gin.REQUIRED'
 
 @dataclasses.dataclass(frozen=True)
 class Macro:
-  """%NAME, the value that NAME has when all files are read."""
+  """%NAME, the value of NAME after all files are read."""
 
   name: str
 
@@ -29,7 +29,7 @@ class Macro:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """@scope/module.Class, or a call of it with () behind."""
+  """@scope/module.Class, or its call, @scope/module.Class()."""
 
   name: str
   is_call: bool
@@ -38,17 +38,17 @@ class Reference:
     return f'@{self.name}{"()" if self.is_call else ""}'
 
   @property
-  def last(self) -> str:
-    """'Class' of '@scope/module.Class()'."""
+  def class_name(self) -> str:
+    """'@scope/module.Class()' -> 'Class'."""
     return self.name.split('/')[-1].split('.')[-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-  """A value as it was written, and where."""
+  """A parsed value, and its file and line or its flag."""
 
   value: Any
-  where: str
+  location: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,56 +56,55 @@ class Statements:
   """The bindings of stacked files and overrides.
 
   Attributes:
-    values: by 'NAME' or 'scope/module.Class.argument', the last of each, in
-      the order in which they were given.
-    imports: the modules that are imported, with where.
+    values: the last assignment to each 'NAME' or
+      'scope/module.Class.argument', in their order.
+    imports: the location of each module's import.
   """
 
   values: Mapping[str, Assignment]
   imports: Mapping[str, str]
 
   def resolve(self, key: str) -> Any:
-    """A value with the macros in it replaced.
+    """The value of a key, with its macros replaced.
 
     Raises:
-      ValueError: a macro is defined nowhere, or by itself.
+      ValueError: a macro has no definition, or a circular one.
     """
-    assigned = self.values[key]
-    return self._resolve(assigned.value, assigned.where, (key,))
+    assignment = self.values[key]
+    return self._resolve(assignment.value, assignment.location, (key,))
 
-  def used(self) -> set[str]:
-    """The macros that some value refers to."""
-    macro_names: set[str] = set()
-    for assigned in self.values.values():
-      macro_names |= {leaf.name for leaf in _leaves(assigned.value)}
-    return macro_names
+  def references(self) -> set[str]:
+    """The names of the macros in all values."""
+    return {
+      macro.name
+      for assignment in self.values.values()
+      for macro in _macros(assignment.value)
+    }
 
   def text(self) -> str:
-    """The same as one gin file, every name once."""
+    """The statements as one gin file, with each name once."""
     lines = [f'import {module}' for module in self.imports]
-    lines += [
-      f'{key} = {assigned.value!r}' for key, assigned in self.values.items()
-    ]
+    lines += [f'{key} = {a.value!r}' for key, a in self.values.items()]
     return '\n'.join(lines) + '\n'
 
-  def _resolve(self, value: Any, where: str, path: tuple[str, ...]) -> Any:
+  def _resolve(self, value: Any, location: str, path: tuple[str, ...]) -> Any:
     if isinstance(value, Macro):
       name = value.name
       if name == REQUIRED:
         raise ValueError(
-          f'{path[-1]} is required ({where}): give it with '
+          f'{path[-1]} is required ({location}): set it with '
           f'--gin.{path[-1]}=VALUE'
         )
       if name in path:
-        raise ValueError(f'%{name} is defined by itself ({where})')
+        raise ValueError(f'%{name} refers to itself ({location})')
       if name not in self.values:
-        raise ValueError(f'%{name} is defined nowhere ({where} refers to it)')
-      assigned = self.values[name]
-      return self._resolve(assigned.value, assigned.where, (*path, name))
+        raise ValueError(f'%{name} is not defined ({location} refers to it)')
+      assignment = self.values[name]
+      return self._resolve(assignment.value, assignment.location, (*path, name))
     if isinstance(value, dict):
-      return {k: self._resolve(v, where, path) for k, v in value.items()}
+      return {k: self._resolve(v, location, path) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-      return type(value)(self._resolve(v, where, path) for v in value)
+      return type(value)(self._resolve(v, location, path) for v in value)
     return value
 
 
@@ -114,33 +113,33 @@ def read(
   bindings: Sequence[str] = (),
   folders: Sequence[str] = (),
 ) -> Statements:
-  """Reads files in order, then bindings; what comes later counts.
+  """Reads files in order, then bindings; a later value replaces an earlier one.
 
   Args:
-    files: paths, as they are or below one of `folders`.
-    bindings: 'NAME=value', as after --gin. on a command line.
-    folders: where files, and those that they include, are looked for.
+    files: paths, from here or from one of `folders`.
+    bindings: 'NAME=value', the text after --gin. on a command line.
+    folders: directories of the files and of the files that they include.
 
   Raises:
-    ValueError: a file is absent, includes itself, or something is not gin.
+    ValueError: a file is absent or includes itself, or a text is not gin.
   """
   values: dict[str, Assignment] = {}
   imports: dict[str, str] = {}
-  statements = [s for file in files for s in _file(file, folders, ())]
+  statements = [s for file in files for s in _read_file(file, folders, ())]
   for binding in bindings:
     statements += _parse(binding, f'--gin.{binding}', folders, ())
-  for key, assigned in statements:
+  for key, assignment in statements:
     if key is None:
-      imports.setdefault(assigned.value, assigned.where)
+      imports.setdefault(assignment.value, assignment.location)
       continue
-    # Put last: of two names for one thing the later counts.
+    # Moved to the end: if two names set the same value, the later one counts.
     values.pop(key, None)
-    values[key] = assigned
+    values[key] = assignment
   return Statements(values, imports)
 
 
 class _Delegate(config_parser.ParserDelegate):
-  """Keeps references as they are written."""
+  """Represents references and macros by their names."""
 
   def configurable_reference(self, scoped_configurable_name, evaluate):
     return Reference(scoped_configurable_name, evaluate)
@@ -149,63 +148,66 @@ class _Delegate(config_parser.ParserDelegate):
     return Macro(macro_name)
 
 
-def _file(
-  path: str, folders: Sequence[str], above: tuple[str, ...]
+def _read_file(
+  path: str, folders: Sequence[str], includers: tuple[str, ...]
 ) -> list[tuple[str | None, Assignment]]:
-  beside = [os.path.dirname(file) for file in above[-1:]]
-  # Files that lie together go together, wherever they are started from.
-  paths = [os.path.join(f, path) for f in (*beside, '', *folders)]
+  # A file that another one includes is first searched for beside it.
+  includer_folders = [os.path.dirname(file) for file in includers[-1:]]
+  paths = [os.path.join(f, path) for f in (*includer_folders, '', *folders)]
   paths = [p for p in paths if os.path.isfile(p)]
   if not paths:
-    by = f' (included by {above[-1]})' if above else ''
+    by = f' (included by {includers[-1]})' if includers else ''
     raise ValueError(
       f'the gin file {path!r}{by} does not exist, here, in the package or in '
       'a folder of --gin_search_paths'
     )
   file = os.path.normpath(paths[0])
-  if os.path.abspath(file) in map(os.path.abspath, above):
-    raise ValueError(f'{file} includes itself, through {above[-1]}')
+  if os.path.abspath(file) in map(os.path.abspath, includers):
+    raise ValueError(f'{file} includes itself, through {includers[-1]}')
   with open(file, encoding='utf-8') as f:
-    return list(_parse(f.read(), file, folders, (*above, file)))
+    return list(_parse(f.read(), file, folders, (*includers, file)))
 
 
 def _parse(
-  text: str, where: str, folders: Sequence[str], above: tuple[str, ...]
+  text: str, source: str, folders: Sequence[str], includers: tuple[str, ...]
 ) -> Iterator[tuple[str | None, Assignment]]:
-  """('NAME' or 'Class.argument', value) of a text; None for imports."""
-  for statement in _statements(text, where):
-    at = f'{where}:{statement.location.line_num}' if above else where
+  """Yields ('NAME' or 'Class.argument', value), or (None, imported module)."""
+  for statement in _statements(text, source):
+    is_file = bool(includers)
+    location = f'{source}:{statement.location.line_num}' if is_file else source
     if isinstance(statement, config_parser.IncludeStatement):
-      yield from _file(statement.filename, folders, above)
+      yield from _read_file(statement.filename, folders, includers)
     elif isinstance(statement, config_parser.ImportStatement):
-      yield None, Assignment(statement.module, at)
+      yield None, Assignment(statement.module, location)
     elif isinstance(statement, config_parser.BindingStatement):
       scope = f'{statement.scope}/' if statement.scope else ''
       argument = f'.{statement.arg_name}' if statement.arg_name else ''
       key = f'{scope}{statement.selector}{argument}'
-      yield key, Assignment(statement.value, at)
+      yield key, Assignment(statement.value, location)
 
 
-def _statements(text: str, where: str) -> list[Any]:
+def _statements(text: str, source: str) -> list[Any]:
   try:
     return list(config_parser.ConfigParser(io.StringIO(text), _Delegate()))
-  # The tokenizer raises its own on an open bracket or quote.
+  # Python's tokenizer raises errors of several types.
   except Exception as error:
-    # Without the place of an object in memory.
-    reason = (str(error).splitlines() or ['cut short'])[0].split(': <')[0]
-    line = getattr(error, 'lineno', None)
-    at = f', line {line}' if line and not where.startswith('--') else ''
-    quote = ' (strings are quoted: --gin.NAME=\'"text"\')'
-    advice = quote if where.startswith('--') else ''
-    raise ValueError(f'{where}{at} is not gin: {reason}{advice}') from None
+    # An address in memory may follow ': <'.
+    reason = (str(error).splitlines() or ['unexpected end'])[0].split(': <')[0]
+    if source.startswith('--'):
+      source_line = source
+      reason += ' (strings are quoted: --gin.NAME=\'"text"\')'
+    else:
+      line = getattr(error, 'lineno', None)
+      source_line = f'{source}, line {line}' if line else source
+    raise ValueError(f'{source_line} is not gin: {reason}') from None
 
 
-def _leaves(value: Any) -> Iterator[Macro]:
+def _macros(value: Any) -> Iterator[Macro]:
   if isinstance(value, Macro):
     yield value
   elif isinstance(value, dict):
     for item in value.values():
-      yield from _leaves(item)
+      yield from _macros(item)
   elif isinstance(value, (list, tuple)):
     for item in value:
-      yield from _leaves(item)
+      yield from _macros(item)

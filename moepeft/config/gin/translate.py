@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values of macros -> a ConfigDict."""
+"""Converts the values of macros to a ConfigDict."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,10 @@ from moepeft.config.gin.syntax import Reference
 from moepeft.core.ranges import suggestion
 from moepeft.models.t5 import model as t5
 
-_PER = {'AVERAGE_PER_SEQUENCE': 'sequences', 'NUM_REAL_TARGET_TOKENS': 'tokens'}
+_MEANS = {
+  'AVERAGE_PER_SEQUENCE': 'sequences',
+  'NUM_REAL_TARGET_TOKENS': 'tokens',
+}
 _REMAT = {'none': 'none', 'minimal': 'dots', 'full': 'full'}
 _SIZES = ('tiny', 'small', 'base', 'large', 'xl', 'xxl')
 _WARMUP_STEPS = 1000  # T5X's default.
@@ -34,12 +37,12 @@ def translate(
   """The config of a run.
 
   Args:
-    values: by macro, of the types that `names` asks for.
-    modules: imports that are not T5X's, so register SeqIO tasks.
+    values: values by macro, with the types of `names`.
+    modules: imported modules that register SeqIO tasks.
     cached: the directory of cached SeqIO tasks, '' for none.
 
   Raises:
-    ValueError: a macro is lacking, or its value has no counterpart.
+    ValueError: a macro is missing, or its value has no counterpart.
   """
   _check_complete(values)
   c = config_lib.default()
@@ -53,10 +56,10 @@ def translate(
   if 'SAVE_KEEP' in values and values['SAVE_KEEP'] is None:
     c.checkpoint.max_to_keep = _KEEP_ALL
   c.method = _method(values)
-  c.loss.average_over = _one_of('LOSS_NORMALIZING_FACTOR', _PER, values)
+  c.loss.average_over = _one_of('LOSS_NORMALIZING_FACTOR', _MEANS, values)
   _set_data(c, values, modules, cached)
   _set_steps(c, values)
-  _set_rate(c, values)
+  _set_optimizer(c, values)
   _set_model(c, values)
   if 'EVAL_STEPS' in values:
     c.evaluation.max_examples = values['EVAL_STEPS'] * c.batch_size
@@ -69,7 +72,7 @@ def _check_complete(values: Mapping[str, Any]) -> None:
     absent.append('TRAIN_STEPS')
   if absent:
     raise ValueError(
-      f'no gin file gives {", ".join(absent)}: add a run file such as '
+      f'no gin file sets {", ".join(absent)}: add a run file such as '
       f'--gin_file=gin/molora.gin, or --gin.{absent[0]}=VALUE'
     )
 
@@ -85,18 +88,18 @@ def _one_of(name: str, table: Mapping[str, str], values) -> str:
 
 
 def _method(values: Mapping[str, Any]) -> str:
-  """METHOD with NUM_EXPERTS and RANK for options."""
+  """METHOD with the options of NUM_EXPERTS and RANK."""
   specs = method_string.parse_method(values['METHOD'])
-  options = {'NUM_EXPERTS': 'experts', 'RANK': 'rank'}
-  extra = {options[n]: values[n] for n in options if n in values}
-  first = specs[0]
-  twice = [key for key in extra if first.get(key, extra[key]) != extra[key]]
-  if twice or (extra and len(specs) > 1):
+  names = {'NUM_EXPERTS': 'experts', 'RANK': 'rank'}
+  options = {names[macro]: values[macro] for macro in names if macro in values}
+  conflicts = [k for k, v in options.items() if specs[0].get(k, v) != v]
+  if conflicts or (options and len(specs) > 1):
     raise ValueError(
-      f'NUM_EXPERTS and RANK say {extra}, METHOD is {values["METHOD"]!r}: say '
-      'each in one place'
+      f'NUM_EXPERTS and RANK set {options}, METHOD is {values["METHOD"]!r}: '
+      'set each option once'
     )
-  return method_string.format_method((first.replace(**extra), *specs[1:]))
+  specs = (specs[0].replace(**options), *specs[1:])
+  return method_string.format_method(specs)
 
 
 def _set_data(
@@ -114,54 +117,57 @@ def _set_data(
   c.data.targets_length = lengths['targets']
   c.imports = ','.join(dict.fromkeys(filter(None, [c.imports, *modules])))
   c.data.path = cached
-  use = values.get('USE_CACHED_TASKS')
-  if use and not cached:
+  use_cached = values.get('USE_CACHED_TASKS')
+  if use_cached and not cached:
     raise ValueError(
-      'USE_CACHED_TASKS = True needs the directory of the cached tasks: give '
+      'USE_CACHED_TASKS = True needs the directory of the cached tasks: set '
       '--seqio_additional_cache_dirs=DIR'
     )
-  if cached and use is False:
+  if cached and use_cached is False:
     raise ValueError(
-      f'USE_CACHED_TASKS = False, but {cached!r} is given for cached tasks: '
+      f'USE_CACHED_TASKS = False, but {cached!r} is set for cached tasks: '
       'leave one out'
     )
 
 
 def _set_steps(c: ConfigDict, values: Mapping[str, Any]) -> None:
-  """T5X counts steps, and Adafactor's decay, from the restored one."""
-  restored = _restored_step(c.model.path)
+  """Sets the steps of training and of Adafactor's decay.
+
+  T5X counts both from the step of the restored checkpoint.
+  """
+  restored_step = _checkpoint_step(c.model.path)
   relative = values.get('TRAIN_STEPS_RELATIVE')
   c.steps = values['TRAIN_STEPS'] if relative is None else relative
-  if restored is not None and relative is None:
-    c.steps -= restored
+  if restored_step is not None and relative is None:
+    c.steps -= restored_step
     if c.steps < 1:
       raise ValueError(
         f'TRAIN_STEPS={values["TRAIN_STEPS"]} counts from the step of '
-        f'INITIAL_CHECKPOINT_PATH, {restored}, as in T5X: give their sum, '
-        f'--gin.TRAIN_STEPS={restored + values["TRAIN_STEPS"]}, or '
+        f'INITIAL_CHECKPOINT_PATH, {restored_step}, as in T5X: set the sum, '
+        f'--gin.TRAIN_STEPS={restored_step + values["TRAIN_STEPS"]}, or '
         'TRAIN_STEPS_RELATIVE'
       )
-  if restored is None:
-    restored = values.get('PRETRAINED_STEPS', 0)
-  c.optimizer.decay_initial_step = restored - values.get('STEP_OFFSET', 0)
+  if restored_step is None:
+    restored_step = values.get('PRETRAINED_STEPS', 0)
+  c.optimizer.decay_initial_step = restored_step - values.get('STEP_OFFSET', 0)
 
 
-def _restored_step(path: str) -> int | None:
+def _checkpoint_step(path: str) -> int | None:
   """The step in the name of a T5X checkpoint; None for other models."""
   index = Path(path).expanduser()
   if path and checkpoint_path.holds(str(index)):
     index = checkpoint_path.find_index(str(index))
-  # The index is a single file, or lies in the checkpoint or an item of it.
+  # The index is a file, or is in the checkpoint or in one of its items.
   steps = (checkpoint_path.STEP_NAME.fullmatch(p) for p in index.parts[-3:])
   return next((int(step[1]) for step in reversed(list(steps)) if step), None)
 
 
-def _set_rate(c: ConfigDict, values: Mapping[str, Any]) -> None:
+def _set_optimizer(c: ConfigDict, values: Mapping[str, Any]) -> None:
   optimizer = values.get('OPTIMIZER', Reference('adafactor.Adafactor', True))
-  if not isinstance(optimizer, Reference) or optimizer.last != 'Adafactor':
+  if getattr(optimizer, 'class_name', '') != 'Adafactor':
     raise ValueError(
-      f'OPTIMIZER is @adafactor.Adafactor(); got {optimizer!r}: which weights '
-      'it trains follows from METHOD, and --config.optimizer.name names others'
+      f'OPTIMIZER is @adafactor.Adafactor(); got {optimizer!r}: METHOD sets '
+      'the trained weights, and --config.optimizer.name other optimizers'
     )
   c.optimizer.name = 'adafactor'
   text = values.get('FACTORS', 'constant')
@@ -170,29 +176,29 @@ def _set_rate(c: ConfigDict, values: Mapping[str, Any]) -> None:
     warmup = values.get('WARMUP_STEPS', _WARMUP_STEPS)
     if 0 < c.optimizer.decay_initial_step < warmup:
       raise ValueError(
-        f'the base has {c.optimizer.decay_initial_step} of {warmup} warm-up '
-        'steps '
-        'behind '
-        'it, and a ramp begins at its beginning: set warmup_steps to less'
+        f'pretraining ended at step {c.optimizer.decay_initial_step} of '
+        f'{warmup} warm-up steps, and a run cannot start within the warm-up: '
+        'set fewer warmup_steps'
       )
-    # It counts from the pretraining's first step.
+    # The warm-up counts from the first step of pretraining.
     c.optimizer.warmup_steps = 0 if c.optimizer.decay_initial_step else warmup
   elif factors != {'constant'}:
     raise ValueError(
       "create_learning_rate_scheduler.factors is 'constant' or 'constant * "
-      f"linear_warmup'; got {text!r}: --config.optimizer.schedule has others"
+      f"linear_warmup'; got {text!r}: for other schedules, set "
+      '--config.optimizer.schedule'
     )
 
 
 def _set_model(c: ConfigDict, values: Mapping[str, Any]) -> None:
-  """The released size of the given numbers, or the nearest and a shape."""
-  sizes = {field: values[name] for name, field in SHAPE.items()}
-  differences = {size: _differing(sizes, t5.config(size)) for size in _SIZES}
+  """Sets the most similar released size, and the fields that differ from it."""
+  fields = {field: values[name] for name, field in SHAPE.items()}
+  differences = {size: _differences(fields, size) for size in _SIZES}
   c.model.size = min(_SIZES, key=lambda size: len(differences[size]))
   c.model.shape = ConfigDict(differences[c.model.size])
   if c.model.path and c.model.shape:
     raise ValueError(
-      f'{c.model.path} has sizes of its own, which {dict(c.model.shape)} would '
+      f'{c.model.path} has another size, which {dict(c.model.shape)} would '
       'change: leave them out, or INITIAL_CHECKPOINT_PATH'
     )
   if 'REMAT_POLICY' in values:
@@ -202,5 +208,6 @@ def _set_model(c: ConfigDict, values: Mapping[str, Any]) -> None:
     c.sharding.model_parallel_size = values['NUM_PARTITIONS']
 
 
-def _differing(sizes: Mapping[str, int], config: t5.T5Config) -> dict:
-  return {f: n for f, n in sizes.items() if n != getattr(config, f)}
+def _differences(fields: Mapping[str, int], size: str) -> dict[str, int]:
+  config = t5.config(size)
+  return {k: v for k, v in fields.items() if v != getattr(config, k)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations of local files, written by a chat template."""
+"""The reader of conversations in local files, rendered by a chat template."""
 
 import os
 
@@ -14,14 +14,14 @@ from moepeft.data.readers.reader import DataReader, ReadContext
 
 
 def open_chats(data: ConfigDict, context: ReadContext) -> TrainingData:
-  """Opens conversations; the last of each file are held out.
+  """Opens conversations; the last ones in each file are held out.
 
-  Conversations that begin alike are held out together, see
+  Conversations with the same beginning are held out together, see
   `split.hold_out_last`.
 
   Raises:
-    ValueError: the model is no decoder, there is no path, a row is bad, or
-      nothing is left to train on.
+    ValueError: the model is no decoder, there is no path, a row is bad, or no
+      row is left to train on.
   """
   collator = context.collator
   if not isinstance(collator, CausalCollator):
@@ -43,10 +43,10 @@ def open_chats(data: ConfigDict, context: ReadContext) -> TrainingData:
       [chat.group for chat in chats], data.validation_fraction
     )
     pairs = list(zip(chats, is_held_out, strict=True))
-    samples = [chat.sample for chat, out in pairs if not out]
+    samples = [chat.sample for chat, excluded in pairs if not excluded]
     if samples:
       train[_relative_name(data.path, file)] = samples
-    held_out += [chat.sample for chat, out in pairs if out]
+    held_out += [chat.sample for chat, excluded in pairs if excluded]
   if not train:
     raise ValueError(
       f'config.data.validation_fraction={data.validation_fraction} leaves no '

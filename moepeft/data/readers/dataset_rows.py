@@ -3,8 +3,8 @@
 
 Rows have `inputs` and `targets` (and the other fields of
 `moepeft.data.example`), or any columns that templates render. Tables stay on
-disk. JSON is parsed here, so that errors name a line and bad lines can be
-skipped.
+disk. This module parses JSON itself, so that errors name a line and bad lines
+can be skipped.
 """
 
 import functools
@@ -22,8 +22,8 @@ from moepeft.tasks import Example
 
 # File ending -> the name of the reader in `datasets`.
 _READERS = {'parquet': 'parquet', 'arrow': 'arrow'}
-# Endings of files that are parsed here, as `datasets` infers numbers, dates and
-# nulls from texts.
+# Endings of files that this module parses, because `datasets` infers numbers,
+# dates and nulls from texts.
 _PARSED_HERE = ('json', 'jsonl', 'csv')
 
 
@@ -35,20 +35,20 @@ def read(
   seed: int = 0,
   ignore: str = '',
 ) -> ExampleRows:
-  """The examples of a dataset's split, which are made on access.
+  """Returns the examples of a dataset's split; each is built on access.
 
   Args:
     path: a .json, .jsonl, .csv, .parquet or .arrow file, a directory of them,
       or a directory of `save_to_disk`; else a name on the hub, with its
       configuration after a slash: 'imdb', 'glue/mrpc', 'nyu-mll/glue/mrpc'.
-    split: 'train' or 'train[:10%]'. A single file, or a directory with one
-      saved split without a name, is the split 'train'.
+    split: 'train' or 'train[:10%]'. A single file, or a directory of
+      `save_to_disk` with one unnamed split, is the split 'train'.
     templates: a templates.yaml or a directory of them, see
       `moepeft.data.readers.promptsource.find_templates`; '' if rows have inputs
       and targets.
     on_bad_row: 'error', or 'skip' to leave bad rows out; see
       `ExampleRows.skipped`.
-    seed: of the templates' random choices.
+    seed: the seed of the templates' random choices.
     ignore: config.data.ignore_fields.
 
   Raises:
@@ -56,19 +56,21 @@ def read(
       row is bad; the message names the path and the row.
   """
   bad = BadRows(on_bad_row, ignore)
-  table, where = open_table(path, split, bad)
-  name = _name(path)
+  table, row_location = open_table(path, split, bad)
+  name = _dataset_name(path)
   if templates:
     group = promptsource.find_templates(templates, name)
-    return promptsource.render_templates(group, table, bad, where, seed)
+    return promptsource.render_templates(group, table, bad, row_location, seed)
   _check_columns(path, table)
   example_fn = functools.partial(
     _make_example, promptsource.p3_name(name), bad.unused
   )
-  return example_lib.lazy_examples(path, table, (example_fn,), where, bad)
+  return example_lib.lazy_examples(
+    path, table, (example_fn,), row_location, bad
+  )
 
 
-def _name(path: str) -> str:
+def _dataset_name(path: str) -> str:
   """The dataset's name: its name on the hub, or a file's without ending."""
   if not os.path.exists(files.local_path(path)):
     return path
@@ -92,7 +94,7 @@ def _check_columns(path: str, table: Sequence[Mapping]) -> None:
   ):
     raise ValueError(
       f"{path} has the columns {join_names(columns)}; expected 'inputs' and "
-      "'targets', or set config.data.templates to put these into words"
+      "'targets', or set config.data.templates to render them"
     )
 
 
@@ -121,7 +123,7 @@ def open_table(
       return _parse_files(split_files, path, split, bad)
     if len(endings) > 1:
       raise splits.split_error(
-        path, split, f'its files are of several kinds: {", ".join(endings)}'
+        path, split, f'its files have several formats: {", ".join(endings)}'
       )
     table = _load(path, local, split, split_files)
   else:
@@ -168,7 +170,7 @@ def read_json_rows(file: str, bad: BadRows) -> tuple[list[str], list[dict]]:
   if fingerprint.file_ending(file) == 'json':
     _check_not_one_object(file)
   located = list(jsonl_rows.read_lines(file, bad))
-  return [where for where, _ in located], [row for _, row in located]
+  return [location for location, _ in located], [row for _, row in located]
 
 
 def _check_not_one_object(file: str) -> None:
@@ -178,13 +180,13 @@ def _check_not_one_object(file: str) -> None:
   """
   try:
     with fingerprint.open_data_file(file) as stream:
-      first = stream.readline()
+      first_line = stream.readline()
       # A row on one line has more than '{' on it.
-      if first.decode('utf-8-sig').strip() != '{':
+      if first_line.decode('utf-8-sig').strip() != '{':
         return
-      value_by_key = untrusted.parse_json(first + stream.read())
+      value_by_key = untrusted.parse_json(first_line + stream.read())
   except (ValueError, OSError):
-    # The reader of the file raises an error.
+    # Reading the rows raises the error, with the line.
     return
   lists = [
     key for key, value in value_by_key.items() if isinstance(value, list)
@@ -219,16 +221,16 @@ def _parse_array(file: str, bad: BadRows) -> tuple[list[str], list[dict]]:
   locations, table = [], []
   has_surrogates = jsonl_rows.SURROGATE_ESCAPE.search(text)
   for i, item in enumerate(items):
-    where = f'{file}, row {i}'
+    location = f'{file}, row {i}'
     try:
       if not isinstance(item, dict):
         raise BadRow('expected an object {...}; mend or remove it')
       if has_surrogates:
         example_lib.check_surrogates(item)
-      locations.append(where)
+      locations.append(location)
       table.append(item)
     except BadRow as e:
-      bad(where, e)
+      bad(location, e)
   return locations, table
 
 
@@ -245,7 +247,7 @@ def _load(
 
   try:
     if not os.path.exists(local):
-      return _remote(path, split)
+      return _load_remote(path, split)
     if split_files:
       reader = _READERS[fingerprint.file_ending(split_files[0])]
       by_name = {splits.split_name(split): list(split_files)}
@@ -253,7 +255,7 @@ def _load(
     if os.path.isdir(local):
       files.check_files(local)
       if splits.is_saved_dataset(local):
-        return _saved(datasets.load_from_disk(local), path, split)
+        return _saved_split(datasets.load_from_disk(local), path, split)
       return datasets.load_dataset(local, split=split)
     if fingerprint.file_ending(local) not in _READERS:
       endings = ', .'.join((*_PARSED_HERE, *_READERS))
@@ -266,13 +268,10 @@ def _load(
       f'({_reason(e)}); name local files, or connect to the network'
     ) from None
   except Exception as e:
-    raise ValueError(
-      f'the split {split!r} of {path!r} cannot be read ({_reason(e)}); check '
-      'config.data.path and config.data.split'
-    ) from None
+    raise splits.split_error(path, split, _reason(e)) from None
 
 
-def _remote(path: str, split: str) -> Sequence[Mapping]:
+def _load_remote(path: str, split: str) -> Sequence[Mapping]:
   """Loads a name on the hub: a repository, or a repository and a config."""
   import datasets
 
@@ -291,15 +290,15 @@ def _remote(path: str, split: str) -> Sequence[Mapping]:
   return datasets.load_dataset(name, config, split=split)
 
 
-def _saved(dataset, path: str, split: str) -> Sequence[Mapping]:
+def _saved_split(dataset, path: str, split: str) -> Sequence[Mapping]:
   """Selects a split of a dataset that save_to_disk wrote."""
   if isinstance(dataset, dict):
     if split not in dataset:
-      raise ValueError(f'it holds the splits {", ".join(dataset)}')
+      raise ValueError(f'it has the splits {", ".join(dataset)}')
     return dataset[split]
-  saved_split = str(dataset.split or 'train')
-  if split != saved_split:
-    raise ValueError(f'it holds the split {saved_split}')
+  only_split = str(dataset.split or 'train')
+  if split != only_split:
+    raise ValueError(f'it has the split {only_split}')
   return dataset
 
 

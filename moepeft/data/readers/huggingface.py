@@ -10,7 +10,7 @@ from moepeft.data.readers.reader import DataReader, ReadContext
 
 
 def open_dataset(data: ConfigDict, context: ReadContext) -> TrainingData:
-  """Opens a dataset of the hub or of local files, by templates if any."""
+  """Opens a dataset on the hub or in local files, rendered by any templates."""
   if not data.path:
     raise ValueError(
       'set config.data.path to a name on the hub, or local files'

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows in P3's form: `.jsonl` or `.jsonl.gz`, one file or a directory.
+"""Reads rows in P3's form from `.jsonl` or `.jsonl.gz` files.
 
-The fields of a row are in `moepeft.data.example`.
+`moepeft.data.example` defines the fields of a row.
 """
 
 import os
@@ -14,14 +14,14 @@ from moepeft.data import example as example_lib
 from moepeft.data import fingerprint
 from moepeft.data.example import BadRow, BadRows, ExampleRows
 
-# How JSON spells a half of a surrogate pair, which may stand alone.
+# JSON's escape of one half of a surrogate pair. The other half may be missing.
 SURROGATE_ESCAPE = re.compile(rb'\\u[dD][89a-fA-F]')
 
 
 def read(
   path: str, ranked: bool = False, on_bad_row: str = 'error', ignore: str = ''
 ) -> ExampleRows:
-  """All rows under a path, in the order of file names and lines.
+  """Reads all rows under a path, in the order of file names and lines.
 
   Args:
     path: a file or a directory.
@@ -31,44 +31,44 @@ def read(
     ignore: config.data.ignore_fields.
 
   Raises:
-    ValueError: nothing there, no good rows, or a row that is not of the form;
-      the message names the file and the line.
+    ValueError: there is no file or no good row, or a row is bad; the message
+      names the file and the line.
   """
   bad = BadRows(on_bad_row, ignore)
   examples = []
   for file in _files(local_path(path), bad):
     name = re.split(r'\.jsonl', os.path.basename(file), flags=re.I)[0]
-    for where, row in read_lines(file, bad):
+    for location, row in read_lines(file, bad):
       try:
         examples.append(
           example_lib.parse_example(row, name, ranked, bad.unused)
         )
       except BadRow as e:
-        bad(where, e)
+        bad(location, e)
   return example_lib.checked_rows(path, examples, bad)
 
 
 def _files(path: str, bad: BadRows) -> list[str]:
-  # A file that is named itself may have any name.
+  # Only the files of a directory need the ending.
   if os.path.isfile(path):
     return [path]
   return fingerprint.data_files(path, fingerprint.ROW_FILES, bad)
 
 
 def read_lines(file: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
-  """('FILE, line 1', object) of every line that is not empty.
+  """Yields ('FILE, line 1', object) for each line that is not blank.
 
   Raises:
-    ValueError: the file cannot be read to its end, or as `bad` does.
+    ValueError: the file cannot be read to its end, or `bad` raises it.
   """
   with fingerprint.open_data_file(file) as stream:
     for number, line in enumerate(stream, 1):
-      where = f'{file}, line {number}'
+      location = f'{file}, line {number}'
       try:
         if line.strip():
-          yield where, _parse(line)
+          yield location, _parse(line)
       except BadRow as e:
-        bad(where, e)
+        bad(location, e)
 
 
 def _parse(line: bytes) -> dict:

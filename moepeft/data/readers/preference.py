@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of a chosen and a rejected answer, and answers with a label."""
+"""The reader of chosen and rejected answers, and of answers with a label."""
 
 from ml_collections import ConfigDict
 
@@ -13,7 +13,7 @@ from moepeft.data.readers.reader import DataReader, ReadContext
 
 
 def open_preferences(data: ConfigDict, context: ReadContext) -> TrainingData:
-  """Opens compared or judged answers, which are encoded as they are read."""
+  """Opens preference data and tokenizes the answers."""
   preferences = read_preferences(data, context.collator)
   return preference_data(preferences, data, context.seed)
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Templates in promptsource's form: raw rows in, inputs and targets out.
+"""Renders raw rows to inputs and targets with promptsource's templates.
 
-A `templates.yaml` holds the templates of one dataset; a template is a text in
-Jinja whose `|||` stands between inputs and targets. Form and meaning follow
+A `templates.yaml` holds the templates of one dataset. A template is a Jinja
+text in which `|||` separates inputs and targets. The syntax follows
 promptsource 0.2.3 (arXiv:2202.01279): its filters `choice` and
-`most_frequent`, its function `zip`, values cut to 2,048 characters, a hyphen
-in a column's name read as `_`. It departs from promptsource in five things:
-Jinja runs in its sandbox; `choice` and Jinja's `random` draw from (seed,
-dataset, template, row), so that a row is the same at every rendering; a column
-or element that is not there is an error, not an empty text; a null that is
-printed is one, not 'None'; and a value is cut as a whole, where promptsource
-cuts the last operand of the expression that prints it.
+`most_frequent`, its function `zip`, values truncated to 2,048 characters, and
+`_` for a hyphen in a column's name. This module departs from it in five points:
+- Jinja runs in its sandbox.
+- `choice` and Jinja's `random` are seeded with (seed, dataset, template, row),
+  so that a row is the same at every rendering.
+- A missing column or element is an error, not an empty text.
+- Printing a null is an error, and does not print 'None'.
+- A printed value is truncated as a whole; promptsource truncates the last
+  operand of the expression.
 """
 
 import collections
@@ -35,15 +37,15 @@ from moepeft.data.example import BadRow, BadRows, ExampleRows
 from moepeft.tasks import Example
 
 SEPARATOR = '|||'
-# What stands for it while a template is rendered, so that the separator in a
-# row's own text separates nothing.
+# Replaces the separator while a template is rendered, so that `|||` in a row's
+# text is no separator.
 MARK = '\x1emoepeft\x1e'
-# The variable that `choice` draws from; no template can spell this name.
-DICE = ' dice'
+# The variable with the `SeededChoice`; a space, so that no template can use it.
+RANDOM = ' random'
 
 
 class SeededChoice:
-  """The random generator of one rendering's choices."""
+  """The random generator of one rendering."""
 
   def __init__(self, key: str):
     self._key = key
@@ -51,40 +53,39 @@ class SeededChoice:
 
   def choice(self, items: Sequence) -> Any:
     if self._random is None:
-      # Made here: most templates draw nothing, and seeding takes longer than
-      # rendering.
+      # Seeding takes longer than rendering, and most templates draw nothing.
       self._random = random.Random(self._key)
     return self._random.choice(items)
 
 
 @jinja2.pass_context
 def _choice(context: jinja2.runtime.Context, items: Sequence) -> Any:
-  return context.resolve(DICE).choice(items)
+  return context.resolve(RANDOM).choice(items)
 
 
 def _most_frequent(items: Sequence) -> list | None:
-  """All items that occur as often as the one that occurs most."""
+  """All items with the highest count; None without items."""
   counts = collections.Counter(items)
-  most = max(counts.values(), default=0)
-  return [i for i, count in counts.items() if count == most] or None
+  highest = max(counts.values(), default=0)
+  return [i for i, count in counts.items() if count == highest] or None
 
 
 @functools.cache
-def _environment(longest: int) -> SandboxedEnvironment:
-  """Jinja with promptsource's words; values longer than this are cut."""
+def _environment(max_length: int) -> SandboxedEnvironment:
+  """A Jinja environment with promptsource's filters; see `compile_template`."""
 
   @jinja2.pass_environment
-  def printed(environment: jinja2.Environment, value: Any) -> str:
+  def format_value(environment: jinja2.Environment, value: Any) -> str:
     if value is None:
       raise jinja2.UndefinedError('a null has no text to print')
     text = str(value)
-    return do_truncate(environment, text, longest) if longest else text
+    return do_truncate(environment, text, max_length) if max_length else text
 
   environment = SandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, finalize=printed
+    undefined=jinja2.StrictUndefined, finalize=format_value
   )
   environment.globals['zip'] = zip
-  # Jinja's own `random` and `lipsum` draw from what no seed of ours sets.
+  # Jinja's `random` and `lipsum` use Python's global generator.
   environment.filters['choice'] = environment.filters['random'] = _choice
   del environment.globals['lipsum']
   environment.filters['most_frequent'] = _most_frequent
@@ -92,21 +93,21 @@ def _environment(longest: int) -> SandboxedEnvironment:
 
 
 @functools.lru_cache(maxsize=4096)
-def compile_template(text: str, longest: int) -> jinja2.Template:
-  """A text as a program whose rendering has `MARK` where it has `|||`.
+def compile_template(text: str, max_length: int) -> jinja2.Template:
+  """Compiles a Jinja text, with `MARK` for each `|||`.
 
   Args:
-    text: in Jinja.
-    longest: characters that a printed value is cut to; 0 for no end.
+    max_length: printed values are truncated to so many characters; 0 for no
+      truncation.
 
   Raises:
-    jinja2.TemplateError: it is not Jinja.
+    jinja2.TemplateError: the text is not Jinja.
   """
-  return _environment(longest).from_string(text.replace(SEPARATOR, MARK))
+  return _environment(max_length).from_string(text.replace(SEPARATOR, MARK))
 
 
-# promptsource: 300 words of 4.7 characters and their spaces.
-_LONGEST = 2048
+# promptsource's: 300 words of 4.7 characters, with their spaces, rounded up.
+_MAX_VALUE_LENGTH = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +115,11 @@ class PromptTemplate:
   """One prompt of a dataset.
 
   Attributes:
-    name: as P3 spells it, see `clean`.
+    name: P3's spelling, see `p3_name`.
     jinja: the text of inputs and targets, with `|||` between them.
     answer_choices: a text that renders to the choices, with `|||` between
-      them; '' where answers are open.
-    original: whether it asks for what the dataset was made for; None where
+      them; '' for open-ended answers.
+    original: whether the prompt asks for the dataset's original task; None if
       the file does not say.
   """
 
@@ -133,7 +134,7 @@ class TemplateGroup:
   """The templates of one dataset, in the order of their names.
 
   Attributes:
-    task: the dataset and its subset as P3 spells them, 'glue_mrpc'.
+    task: the dataset and its subset in P3's spelling, 'glue_mrpc'.
     templates: at least one.
     path: the file.
   """
@@ -144,17 +145,17 @@ class TemplateGroup:
 
   @property
   def original(self) -> frozenset[tuple[str, str]]:
-    """(dataset, template) of those that ask for the original task."""
+    """(dataset, template) of the prompts for the original task."""
     return frozenset((self.task, t.name) for t in self.templates if t.original)
 
 
 def p3_name(text: str) -> str:
-  """A name as P3 spells it: other characters than word, digit, `.` are `_`."""
+  """P3's spelling of a name: `_` for all but letters, digits, `_` and `.`."""
   return re.sub(r'[^\w.]+', '_', text)
 
 
 class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
-  """Plain YAML plus promptsource's tags, which make plain mappings here."""
+  """Safe YAML that reads promptsource's tags as plain mappings."""
 
 
 for _tag in ('!TemplateGroup', '!Template', '!TemplateMetadata'):
@@ -164,11 +165,11 @@ for _tag in ('!TemplateGroup', '!Template', '!TemplateMetadata'):
 
 
 def read_templates(path: str) -> TemplateGroup:
-  """The templates of one file.
+  """Reads the templates of one file.
 
   Raises:
-    ValueError: no such file, or not of the form; the message names the file
-      and the template.
+    ValueError: the file is missing or has another format; the message names
+      the file and the template.
   """
   try:
     tree = untrusted.parse_yaml(core_files.read_text(path), _Loader)
@@ -181,22 +182,22 @@ def read_templates(path: str) -> TemplateGroup:
   if not isinstance(by_key, dict) or not by_key or not tree.get('dataset'):
     raise ValueError(
       f"{path}: expected a mapping with 'dataset' and 'templates' (names or "
-      'ids, each with a !Template), as promptsource writes it'
+      'ids, each with a !Template), as in promptsource'
     )
-  templates = [_template(path, key, fields) for key, fields in by_key.items()]
+  templates = [_parse_template(path, *item) for item in by_key.items()]
   counts = collections.Counter(t.name for t in templates)
-  twice = [name for name, count in counts.items() if count > 1]
-  if twice:
+  duplicates = [name for name, count in counts.items() if count > 1]
+  if duplicates:
     raise ValueError(
-      f'{path}: {twice[0]!r} names {counts[twice[0]]} templates; give each a '
-      'name of its own'
+      f'{path}: {counts[duplicates[0]]} templates have the name '
+      f'{duplicates[0]!r}; give each another name'
     )
   parts = [str(tree[k]) for k in ('dataset', 'subset') if tree.get(k)]
   ordered = tuple(sorted(templates, key=lambda t: t.name))
   return TemplateGroup(p3_name('_'.join(parts)), ordered, path)
 
 
-def _template(path: str, key: str, fields: Any) -> PromptTemplate:
+def _parse_template(path: str, key: str, fields: Any) -> PromptTemplate:
   if not isinstance(fields, dict):
     raise ValueError(f'{path}: expected a !Template at {key!r}; got {fields!r}')
   name = str(fields.get('name') or key)
@@ -208,7 +209,7 @@ def _template(path: str, key: str, fields: Any) -> PromptTemplate:
       raise ValueError(f'{where}: expected text in {field!r}; got {text!r}')
     try:
       compile_template(text, 0)
-    # Jinja writes Python, whose compiler has bounds of its own.
+    # Jinja generates Python code, whose compiler raises errors of its own.
     except Exception as e:
       reason = ' '.join(str(e).split()) or type(e).__name__
       raise ValueError(f'{where}: {field!r} is not Jinja ({reason})') from None
@@ -222,24 +223,24 @@ def _template(path: str, key: str, fields: Any) -> PromptTemplate:
 
 
 def find_templates(path: str, name: str) -> TemplateGroup:
-  """The templates of a file, or those for a dataset in a directory of them.
+  """Reads the templates of a file, or of a dataset in a directory of them.
 
   Args:
-    path: a templates.yaml; a directory that holds one, anywhere below; or
+    path: a templates.yaml; a directory that contains one, at any depth; or
       promptsource's whole `templates`.
-    name: the dataset, 'glue/mrpc' or 'glue_mrpc', which chooses where a
-      directory holds several.
+    name: the dataset, 'glue/mrpc' or 'glue_mrpc'; used if a directory contains
+      several files.
 
   Raises:
-    ValueError: none there, or none for this dataset.
+    ValueError: there are no templates, or none for this dataset.
   """
   path = core_files.local_path(path)
   core_files.check_file(path)
   if os.path.isfile(path):
     return read_templates(path)
-  inside = os.path.join(path, name, 'templates.yaml')
-  if name and os.path.isfile(inside):
-    return read_templates(inside)
+  file = os.path.join(path, name, 'templates.yaml')
+  if name and os.path.isfile(file):
+    return read_templates(file)
   files = (
     fingerprint.list_directory(
       path, fingerprint.TEMPLATE_FILES.endings, deep=True
@@ -254,8 +255,8 @@ def find_templates(path: str, name: str) -> TemplateGroup:
   if len(matching) != 1:
     names = ', '.join(g.task for g in groups[:9]) or 'none'
     raise ValueError(
-      f'{path!r} holds {len(matching)} sets of templates for {p3_name(name)!r} '
-      f'(there: {names}); name one templates.yaml'
+      f'{path!r} has {len(matching)} sets of templates for {p3_name(name)!r} '
+      f'(it has: {names}); name one templates.yaml'
     )
   return matching[0]
 
@@ -264,24 +265,25 @@ def render_templates(
   templates: TemplateGroup,
   table: Sequence[Mapping],
   bad: BadRows,
-  where: Callable[[int], str] = 'row {}'.format,
+  row_location: Callable[[int], str] = 'row {}'.format,
   seed: int = 0,
 ) -> ExampleRows:
-  """Examples of all templates of each row, row by row.
+  """Renders each row with all templates, row by row.
 
-  Each is rendered once here, to find the pairs that apply and to check that
-  none fails, and again on access (`example.LazyExamples`).
+  This call renders every example once, to find the templates that apply to
+  each row and to check that none fails. `example.LazyExamples` renders an
+  example again on access.
 
   Args:
     templates: the templates of the rows' dataset.
     table: raw rows.
     bad: called with the rows on which a template fails. A template that fails
       on every row is an error in any case.
-    where: row index -> the row's file and line, for messages.
-    seed: of the filter `choice`, which draws at random.
+    row_location: row index -> the row's file and line, for messages.
+    seed: the seed of the filter `choice`.
 
   Raises:
-    ValueError: there is no example, a template is unsafe, its text has not
+    ValueError: there is no example, a template is unsafe or does not render
       two parts, or `bad` raises; the message names the template and the row.
   """
   example_fns = tuple(
@@ -289,38 +291,40 @@ def render_templates(
     for t in templates.templates
   )
   return example_lib.lazy_examples(
-    templates.path, table, example_fns, where, bad
+    templates.path, table, example_fns, row_location, bad
   )
 
 
 def apply_template(
-  template: PromptTemplate, task: str, seed: int, row: Mapping, place: int
+  template: PromptTemplate, task: str, seed: int, row: Mapping, index: int
 ) -> Example | None:
-  """One row in the words of one template.
+  """Renders one row with one template.
 
   Returns:
-    An example whose `idx` is the row's place; choices and label are filled
-    where the targets are one of the choices. None where the template renders
-    no inputs or no targets: it does not apply to this row.
+    An example whose `idx` is the row's index, with choices and label if the
+    targets are one of the choices. None if the template renders no inputs or
+    no targets, so does not apply to this row.
 
   Raises:
     BadRow: the template fails on this row.
-    ValueError: the template is unsafe, or its text has not two parts.
+    ValueError: the template is unsafe, or does not render two parts.
   """
-  where = f'template {template.name!r} of {task}'
-  # Rows of a list are shared by the templates, and Jinja may change them.
+  label = f'template {template.name!r} of {task}'
+  # The templates share a row, and Jinja may change it.
   fields = {k.replace('-', '_'): _copy(v) for k, v in row.items()}
-  fields[DICE] = SeededChoice(f'{seed} {task} {template.name} {place}')
+  fields[RANDOM] = SeededChoice(f'{seed} {task} {template.name} {index}')
   fields['answer_choices'] = choices = None
   if template.answer_choices:
-    choices = _parts(
-      where, compile_template(template.answer_choices, 0), fields
+    choices = _render(
+      label, compile_template(template.answer_choices, 0), fields
     )
     fields['answer_choices'] = choices
-  parts = _parts(where, compile_template(template.jinja, _LONGEST), fields)
+  parts = _render(
+    label, compile_template(template.jinja, _MAX_VALUE_LENGTH), fields
+  )
   if len(parts) != 2 and any(parts):
     raise ValueError(
-      f'{where} renders {len(parts)} part{"s" * (len(parts) > 1)}; expected '
+      f'{label} renders {len(parts)} part{"s" * (len(parts) > 1)}; expected '
       f'inputs {SEPARATOR} targets'
     )
   if not all(parts):
@@ -332,25 +336,27 @@ def apply_template(
     or not example_lib.has_distinct_choices(choices)
   ):
     choices = []
-  label = choices.index(targets) if choices else -1
+  answer = choices.index(targets) if choices else -1
   return Example(
-    task, template.name, place, inputs, targets, tuple(choices), label
+    task, template.name, index, inputs, targets, tuple(choices), answer
   )
 
 
-def _parts(where: str, program: jinja2.Template, fields: dict) -> list[str]:
-  """The texts between the separators, stripped."""
+def _render(label: str, template: jinja2.Template, fields: dict) -> list[str]:
+  """Renders a template to the texts between the separators, stripped."""
   try:
-    text = program.render(fields)
+    text = template.render(fields)
   except SecurityError as e:
     raise ValueError(
-      f'{where} is unsafe: {e} Templates may only read the columns of a row'
+      f'{label} is unsafe: {e} Templates may only read the columns of a row'
     ) from None
-  # A template is a program: there is no list of what it may raise.
+  # The code in a template may raise any exception.
   except Exception as e:
-    columns = ', '.join(k for k in fields if k not in (DICE, 'answer_choices'))
+    columns = ', '.join(
+      k for k in fields if k not in (RANDOM, 'answer_choices')
+    )
     raise BadRow(
-      f'{where} fails ({str(e) or type(e).__name__}; columns: {columns}); mend '
+      f'{label} fails ({str(e) or type(e).__name__}; columns: {columns}); mend '
       'the template or the row'
     ) from None
   return [part.strip() for part in text.split(MARK)]
@@ -365,6 +371,6 @@ def _copy(value: Any) -> Any:
 
 
 def original_prompts(path: str, names: Iterable[str]) -> set[tuple[str, str]]:
-  """(dataset, template) of those that ask for the dataset's own task."""
+  """(dataset, template) of the prompts for the datasets' original tasks."""
   groups = [find_templates(path, name) for name in sorted(names) if path]
   return {pair for group in groups for pair in group.original}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SeqIO tasks and mixtures: cached in a directory, or registered by a name."""
+"""The reader of SeqIO tasks and mixtures, cached or registered."""
 
 from ml_collections import ConfigDict
 
@@ -14,7 +14,7 @@ def open_seqio(data: ConfigDict, context: ReadContext) -> TrainingData:
   """Opens a directory of cached tasks, or a registered task or mixture.
 
   Raises:
-    ValueError: neither is named, or it cannot be read.
+    ValueError: config.data has neither, or the data cannot be read.
   """
   notes = ()
   is_cached = not data.mixture or (

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory of tasks that SeqIO has cached, as P3's on the hub.
+"""Reads a directory of tasks that SeqIO has cached, such as P3 on the hub.
 
 Every task is a subdirectory that holds, for each of its splits,
-`info.<split>.json`, `stats.<split>.json` and `<split>.tfrecord-*`. Nothing
-has to be registered. Needs the extra `moepeft[seqio]`.
+`info.<split>.json`, `stats.<split>.json` and `<split>.tfrecord-*`. The tasks
+need no registration. The module needs the extra `moepeft[seqio]`.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from typing import Any
 from moepeft.core import files, untrusted
 from moepeft.data.readers.seqio_stream import FEATURES, import_seqio
 
-# Tasks of P3 that rank answers have a row for every choice, right or wrong.
-_RANKED = '_score_eval'
+# P3's tasks for ranking have a row for every choice, right or wrong.
+_RANKED_SUFFIX = '_score_eval'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +44,12 @@ class _Split:
 
 
 def sizes(path: str, split: str = 'train') -> dict[str, int]:
-  """Examples of each task that can be trained on, where it has the split.
+  """The number of examples in each task that has the split.
 
   Raises:
-    ValueError: no cached task is there, or none has the split.
+    ValueError: the directory has no cached task, or none has the split.
   """
-  tasks = _with_split(path, split)
+  tasks = _tasks_with_split(path, split)
   return {name: splits[split].examples for name, splits in tasks.items()}
 
 
@@ -59,15 +59,15 @@ def mixture(
   """A seqio.Mixture of the tasks in a directory; it is not registered.
 
   Args:
-    rates: relative rates by task; tasks without one are left out. None draws
-      every example as often: the rates are the numbers of examples.
+    rates: relative rates by task; tasks without a rate are left out. If None,
+      the rates are the numbers of examples.
 
   Raises:
-    ValueError: no cached task is there, none has the split, a task of `rates`
-      is missing, lacks the features or the split, or a file of it is missing.
+    ValueError: the directory has no cached task, none has the split, a task of
+      `rates` is missing, lacks the features or the split, or lacks a file.
   """
   seqio, _ = import_seqio()
-  cached = _with_split(path, split)
+  cached = _tasks_with_split(path, split)
   if rates is None:
     rates = {name: splits[split].examples for name, splits in cached.items()}
   missing = sorted(set(rates) - set(cached))
@@ -77,43 +77,46 @@ def mixture(
       f'with a split {split!r}: {_first_names(missing)}; copy them there, or '
       'choose another mixture'
     )
-  drawn = {name: rate for name, rate in sorted(rates.items()) if rate > 0}
-  if not drawn:
+  tasks = [
+    (_task(name, cached[name]), float(rate))
+    for name, rate in sorted(rates.items())
+    if rate > 0
+  ]
+  if not tasks:
     raise ValueError(
-      f'no task of {path} is drawn: every rate or number of examples is 0'
+      f'no task in {path} has a rate and a number of examples above 0; choose '
+      'another mixture or directory'
     )
-  tasks = [(_task(name, cached[name]), float(drawn[name])) for name in drawn]
   return seqio.Mixture(path, tasks)
 
 
-def _with_split(path: str, split: str) -> dict[str, dict[str, _Split]]:
-  tasks = _find(path)
-  having = {name: s for name, s in tasks.items() if split in s}
-  if not having:
-    splits_there = sorted(
-      {name for splits in tasks.values() for name in splits}
-    )
+def _tasks_with_split(path: str, split: str) -> dict[str, dict[str, _Split]]:
+  tasks = _find_tasks(path)
+  with_split = {name: s for name, s in tasks.items() if split in s}
+  if not with_split:
+    names = sorted({name for splits in tasks.values() for name in splits})
     raise ValueError(
       f'no task in {path} has a split {split!r}, there are '
-      f'{", ".join(splits_there)}; set config.data.split to one of them'
+      f'{", ".join(names)}; set config.data.split to one of them'
     )
-  return having
+  return with_split
 
 
-def _find(path: str) -> dict[str, dict[str, _Split]]:
-  """{task: {split: what is there}}, those that rank answers left out."""
+def _find_tasks(path: str) -> dict[str, dict[str, _Split]]:
+  """{task: {split name: split}}, without the tasks for ranking."""
   _, tf = import_seqio()
   path = files.local_path(path)
   if not tf.io.gfile.isdir(path):
     raise ValueError(
-      f'{path!r} is no directory; set config.data.path to one of cached tasks'
+      f'{path!r} is no directory; set config.data.path to a directory of '
+      'cached tasks'
     )
   tasks = {}
   for entry in sorted(tf.io.gfile.listdir(path)):
     name = entry.rstrip('/')
-    if not name.endswith(_RANKED):
+    if not name.endswith(_RANKED_SUFFIX):
       infos = tf.io.gfile.glob(os.path.join(path, name, 'info.*.json'))
-      splits = [_split(os.path.join(path, name), info) for info in infos]
+      splits = [_read_split(os.path.join(path, name), info) for info in infos]
       if splits:
         tasks[name] = {split.name: split for split in splits}
   if not tasks:
@@ -124,23 +127,23 @@ def _find(path: str) -> dict[str, dict[str, _Split]]:
   return tasks
 
 
-def _split(path: str, info: str) -> _Split:
+def _read_split(path: str, info: str) -> _Split:
   name = os.path.basename(info).removeprefix('info.').removesuffix('.json')
   stats = os.path.join(path, f'stats.{name}.json')
   try:
-    examples = untrusted.field(_json(stats), 'examples', int)
-    split = _Split(path, name, _json(info), examples)
+    examples = untrusted.field(_read_json(stats), 'examples', int)
+    split = _Split(path, name, _read_json(info), examples)
     untrusted.field(split.info, 'num_shards', int)
     untrusted.field(split.info, 'features', dict)
     return split
   except untrusted.Malformed as e:
     raise ValueError(
-      f'{info} and its stats are not what SeqIO writes ({e}); copy the task '
+      f"{info} and its stats are not in SeqIO's format ({e}); copy the task "
       'again'
     ) from None
 
 
-def _json(path: str) -> dict[str, Any]:
+def _read_json(path: str) -> dict[str, Any]:
   _, tf = import_seqio()
   try:
     files.check_file(path)
@@ -157,39 +160,40 @@ def _json(path: str) -> dict[str, Any]:
 
 
 def _task(name: str, splits: Mapping[str, _Split]) -> Any:
-  """A seqio.Task of the ids on disk, whatever their vocabulary."""
+  """A seqio.Task of the ids on disk, with a pass-through vocabulary."""
   seqio, tf = import_seqio()
   for split in splits.values():
     _check_features(name, split.info)
   source = seqio.FileDataSource(
-    _reader(tf),
+    _reader_fn(tf),
     {split.name: split.files() for split in splits.values()},
     num_input_examples={s.name: s.examples for s in splits.values()},
   )
-  unknown = seqio.Feature(
+  feature = seqio.Feature(
     seqio.PassThroughVocabulary(size=0, eos_id=1), add_eos=False
   )
-  return seqio.Task(name, source, dict.fromkeys(FEATURES, unknown))
+  return seqio.Task(name, source, dict.fromkeys(FEATURES, feature))
 
 
-def _reader(tf: Any) -> Callable[[Any], Any]:
-  """A function that reads the two features of rows of TFRecord files.
+def _reader_fn(tf: Any) -> Callable[[Any], Any]:
+  """A function from TFRecord files to a dataset of the two features.
 
-  TensorFlow traces it. AutoGraph would take apart all that it calls, and print
-  objects that it cannot convert, `os.environ` with every key among them: so
-  nothing is converted, and nothing but TensorFlow is used.
+  TensorFlow traces the function. AutoGraph would convert all code that it
+  calls, and print objects that it cannot convert, such as `os.environ` with
+  every secret in it. So AutoGraph is off, and the function calls TensorFlow
+  only.
   """
-  untraced = tf.autograph.experimental.do_not_convert
+  unconverted = tf.autograph.experimental.do_not_convert
   ids = tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)
 
-  @untraced
+  @unconverted
   def parse(record):
     row = tf.io.parse_single_example(record, dict.fromkeys(FEATURES, ids))
     return {name: tf.cast(row[name], tf.int32) for name in FEATURES}
 
-  @untraced
+  @unconverted
   def read(files):
-    # In one map: a step of the pipeline costs more than what is done in it.
+    # One map, because a step of the pipeline costs more than its work.
     records = tf.data.TFRecordDataset(files)
     return records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -198,16 +202,15 @@ def _reader(tf: Any) -> Callable[[Any], Any]:
 
 def _check_features(name: str, info: Mapping[str, Any]) -> None:
   features = untrusted.field(info, 'features', dict)
-  for side in FEATURES:
-    feature = untrusted.field(features, side, dict, {})
-    whole = feature.get('dtype') in ('int32', 'int64')
-    if feature.get('shape') != [None] or not whole:
+  for key in FEATURES:
+    feature = untrusted.field(features, key, dict, {})
+    is_integer = feature.get('dtype') in ('int32', 'int64')
+    if feature.get('shape') != [None] or not is_integer:
       raise ValueError(
-        f'the cached task {name} has no token ids {side!r}, it has '
+        f'the cached task {name} has no token ids {key!r}, it has '
         f'{_first_names(sorted(features))}; leave it out, or cache it tokenized'
       )
 
 
 def _first_names(names: Sequence[str]) -> str:
-  shown = ', '.join(names[:5])
-  return shown if len(names) <= 5 else f'{shown}, ...'
+  return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')

@@ -308,6 +308,6 @@ def _convert_errors(name: str):
   except op_error as e:
     reason = (e.message or str(e)).splitlines()[0]
     raise ValueError(
-      f'{name} cannot be read ({type(e).__name__}: {reason}); look at its '
-      'files, and copy them again if one is cut short'
+      f'{name} cannot be read ({type(e).__name__}: {reason}); check its '
+      'files, and copy them again if one is truncated'
     ) from None

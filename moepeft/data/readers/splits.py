@@ -33,7 +33,7 @@ def split_error(path: str, split: str, reason: str) -> ValueError:
 
 
 def split_name(split: str) -> str:
-  """'train' of 'train[:10%]'."""
+  """'train[:10%]' -> 'train'."""
   return split.partition('[')[0]
 
 
@@ -102,6 +102,6 @@ def split_files(path: str, folder: str, split: str, bad: BadRows) -> list[str]:
     f'{os.path.relpath(file, folder)} (no split)' for file in without_split
   ]
   if split_name(split) not in by_split:
-    names = ', '.join(by_split) or 'none, and no file of data'
-    raise split_error(path, split, f'there: {names}')
+    names = ', '.join(by_split) or 'none, and no data file'
+    raise split_error(path, split, f'it has: {names}')
   return by_split[split_name(split)]

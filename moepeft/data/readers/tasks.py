@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded tasks of moepeft.tasks, whose examples are generated."""
+"""The reader of the generated examples of moepeft.tasks."""
 
 import collections
 import dataclasses
@@ -12,27 +12,28 @@ from moepeft.data.dataset import TrainingData
 from moepeft.data.readers.reader import DataReader, ReadContext
 from moepeft.tasks import Example
 
-_ENDLESS = 1 << 60
-# Held-out examples of each task.
+# Larger than the number of examples of any run.
+_LENGTH = 1 << 60
+# Examples of each task.
 _HELD_OUT = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedExamples:
-  """Endless examples of tasks, each generated when it is looked up."""
+  """An endless sequence of examples, each generated on access."""
 
   names: tuple[str, ...]
   seed: int
 
   def __len__(self) -> int:
-    return _ENDLESS
+    return _LENGTH
 
-  def __getitem__(self, place: int) -> Example:
-    return tasks.example(self.names, place, seed=self.seed)
+  def __getitem__(self, index: int) -> Example:
+    return tasks.example(self.names, index, seed=self.seed)
 
 
 def open_tasks(data: ConfigDict, context: ReadContext) -> TrainingData:
-  """Opens the tasks that config.data.tasks names, each as often."""
+  """Opens the tasks in config.data.tasks, with equal rates."""
   names = tasks.task_names(data.tasks)
   counts = collections.Counter(names)
   return TrainingData(

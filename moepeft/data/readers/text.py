@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain text of local files, cut into chunks for the model."""
+"""The reader of plain text in local files, split into chunks."""
 
 from ml_collections import ConfigDict
 
@@ -13,13 +13,13 @@ def open_text(data: ConfigDict, context: ReadContext) -> TrainingData:
   """Opens text; the last chunks are held out.
 
   Raises:
-    ValueError: there is no path or no text, or the model cannot learn
-      config.data.pretraining_objective.
+    ValueError: there is no path or no text, or
+      config.data.pretraining_objective does not fit the model.
   """
   if not data.path:
     raise ValueError(
-      'set config.data.path to a .txt file, to .jsonl rows with a text, or to '
-      'a directory of them'
+      'set config.data.path to a .txt file, to .jsonl rows with text, or to a '
+      'directory of them'
     )
   seed = context.seed
   chunks = read_chunks(data, context.collator, data.path, context.vocab_size)

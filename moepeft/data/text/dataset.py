@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splits plain text into chunks, and makes training items of them.
+"""Splits plain text into chunks and builds training items from them.
 
 Documents are concatenated, each with EOS after it and, for a decoder, BOS
 before it if the tokenizer has one. The result is split into chunks of a row's
@@ -34,13 +34,13 @@ class TextChunks(Sequence):
   Attributes:
     ids: int32 [tokens].
     bounds: int64 [chunks, 2], start and end of each chunk in `ids`.
-    make: makes a training item of a chunk.
+    item_fn: builds a training item from a chunk.
     notes: lines for the user.
   """
 
   ids: np.ndarray
   bounds: np.ndarray
-  make: ItemFn
+  item_fn: ItemFn
   notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
@@ -51,17 +51,20 @@ class TextChunks(Sequence):
     return self.ids[start:end]
 
   def split(self, held_out: float) -> tuple['TextChunks', 'TextChunks']:
-    """Splits the chunks into (training, validation), the last chunks.
+    """Splits the chunks into (training, validation); validation comes last.
 
     Args:
-      held_out: the validation chunks' share.
+      held_out: the fraction of chunks that become validation.
 
     Raises:
       ValueError: no chunk is left to train on.
     """
     cut = len(self) - int(round(len(self) * held_out))
     if not cut:
-      raise ValueError(f'held_out={held_out} leaves no text to train on')
+      raise ValueError(
+        f'config.data.validation_fraction={held_out} leaves no text to train '
+        'on; lower it'
+      )
     return (
       dataclasses.replace(self, bounds=self.bounds[:cut]),
       dataclasses.replace(self, bounds=self.bounds[cut:]),
@@ -70,18 +73,19 @@ class TextChunks(Sequence):
   def random_items(
     self, chunks: grain.MapDataset, seed: int
   ) -> grain.MapDataset:
-    """Makes an item of each chunk, with another random generator each time."""
-    make = self.make
+    """Builds an item from each chunk; each has its own random generator."""
+    # A local name, so that the closure does not hold the ids.
+    item_fn = self.item_fn
 
     def make_item(index: int, ids: np.ndarray):
-      return make(ids, np.random.default_rng((seed, 1, index)))
+      return item_fn(ids, np.random.default_rng((seed, 1, index)))
 
     return chunks.map_with_index(make_item)
 
   def fixed_items(self, seed: int) -> list:
-    """Makes an item of each chunk, the same at each call."""
+    """Builds an item from each chunk, the same at each call."""
     return [
-      self.make(ids, np.random.default_rng((seed, 2, i)))
+      self.item_fn(ids, np.random.default_rng((seed, 2, i)))
       for i, ids in enumerate(self)
     ]
 
@@ -93,10 +97,10 @@ def read_chunks(
 
   Args:
     vocab_size: the size of the model's vocabulary, whose last ids are the
-      sentinels of a tokenizer of bytes.
+      sentinels of the byte tokenizer.
 
   Raises:
-    ValueError: there is no text, or config.data does not go with the model.
+    ValueError: there is no text, or config.data does not fit the model.
   """
   texts, bad = documents.read_documents(
     path, data.on_bad_row, data.ignore_fields
@@ -110,7 +114,7 @@ def read_chunks(
     else []
   )
   notes += bad.notes(path)
-  length, make = chunk_maker(data, collator, vocab_size)
+  length, item_fn = chunk_maker(data, collator, vocab_size)
   texts, filter_notes = documents.filter_documents(
     texts, data.quality_filters, data.dedup_threshold
   )
@@ -120,8 +124,8 @@ def read_chunks(
   )
   if not collator.packed:
     encoded = [np.concatenate(encoded)]
-  # The first token of a chunk is not predicted in next-token prediction, so it
-  # is the last token of the chunk before.
+  # Next-token prediction does not predict the first token of a chunk, so chunks
+  # overlap by one token.
   step = length - 1 if data.pretraining_objective == 'next' else length
   starts = np.cumsum([0, *map(len, encoded)])
   bounds = [
@@ -132,15 +136,15 @@ def read_chunks(
   ids = np.concatenate(encoded)
   notes.append(
     f'{path}: {len(ids):,} tokens of {len(texts):,} documents in '
-    f'{len(bounds):,} pieces of up to {length:,}'
+    f'{len(bounds):,} chunks of up to {length:,}'
   )
-  return TextChunks(ids, np.array(bounds, np.int64), make, tuple(notes))
+  return TextChunks(ids, np.array(bounds, np.int64), item_fn, tuple(notes))
 
 
 def encode_documents(
   tokenizer: Tokenizer, texts: Sequence[Document], add_bos: bool = False
 ) -> list[np.ndarray]:
-  """Tokenizes documents: int32 [n] each, with EOS.
+  """Tokenizes documents to int32 [n] each, with EOS.
 
   Args:
     add_bos: whether to add BOS, if the tokenizer has one.
@@ -159,11 +163,11 @@ def encode_documents(
 def chunk_maker(
   data: ConfigDict, collator: Collator, vocab_size: int
 ) -> tuple[int, ItemFn]:
-  """(tokens of a chunk, function that makes an item of it), by config.data.
+  """(tokens in a chunk, function that builds an item from it), by config.data.
 
   Raises:
-    ValueError: config.data.pretraining_objective is unknown, or does not go
-      with the model.
+    ValueError: config.data.pretraining_objective is unknown, or does not fit
+      the model.
   """
   if data.pretraining_objective not in PRETRAINING_OBJECTIVES:
     raise ValueError(
@@ -176,7 +180,7 @@ def chunk_maker(
     return _prefix_lm(collator)
   if not isinstance(collator, CausalCollator):
     raise ValueError(
-      "config.data.pretraining_objective='next' is of decoder-only models; "
+      "config.data.pretraining_objective='next' needs a decoder-only model; "
       "set it to 'spans' or 'prefix' for an encoder-decoder"
     )
   return collator.max_lengths[0] + 1, lambda ids, rng: Sample(
@@ -212,48 +216,48 @@ def _prefix_lm(collator: Collator) -> tuple[int, ItemFn]:
 def _span_corruption(
   data: ConfigDict, collator: Collator, vocab_size: int
 ) -> tuple[int, ItemFn]:
-  """The targets are the noise spans; a decoder has both in one row."""
-  noise, span = data.noise_density, data.mean_noise_span_length
+  """The targets are the noise spans; a decoder's row has inputs and targets."""
+  density, mean_span = data.noise_density, data.mean_noise_span_length
   eos = require_eos(collator.tokenizer)
-  if not 0 < noise < 1 or span < 1:
+  if not 0 < density < 1 or mean_span < 1:
     raise ValueError(
-      'config.data.noise_density is a share of the tokens, above 0 and below '
-      f'1, and config.data.mean_noise_span_length a length of at least 1; '
-      f'got {noise} and {span}'
+      'config.data.noise_density is a fraction of the tokens, above 0 and '
+      'below 1, and config.data.mean_noise_span_length is at least 1; got '
+      f'{density} and {mean_span}'
     )
   if isinstance(collator, CausalCollator):
     max_length = collator.max_lengths[0] + 1
     length = span_corruption.max_length(
-      lambda x, y: x + y <= max_length, noise, span
+      lambda x, y: x + y <= max_length, density, mean_span
     )
   else:
     inputs_length, targets_length = collator.max_lengths
     length = span_corruption.max_length(
-      lambda x, y: x <= inputs_length, noise, span
+      lambda x, y: x <= inputs_length, density, mean_span
     )
-    needed = span_corruption.sizes(length, noise, span)[1]
+    needed = span_corruption.sizes(length, density, mean_span)[1]
     if needed > targets_length:
       raise ValueError(
-        f'spans of {inputs_length} inputs have {needed} targets '
-        f'(config.data.noise_density={noise}, '
-        f'config.data.mean_noise_span_length={span}); set '
+        f'span corruption of {inputs_length} inputs has {needed} targets '
+        f'(config.data.noise_density={density}, '
+        f'config.data.mean_noise_span_length={mean_span}); set '
         f'config.data.targets_length to {needed}, it is {targets_length}'
       )
   sentinels = collator.tokenizer.sentinels(vocab_size)
-  needed = span_corruption.counts(length, noise, span)[1]
+  needed = span_corruption.counts(length, density, mean_span)[1]
   if needed > len(sentinels):
     raise ValueError(
-      f'pieces of {length} tokens have {needed} hidden spans, and '
+      f'chunks of {length} tokens have {needed} noise spans, and '
       f'{collator.tokenizer} has {len(sentinels)} sentinels (<extra_id_0>, '
-      "...; of bytes, the model's ids from 259 on); give a vocabulary that "
+      "...; for bytes, the model's ids from 259 on); use a vocabulary that "
       'has them, shorten the rows or raise config.data.mean_noise_span_length'
     )
 
-  def make(ids, rng):
-    noise_mask = span_corruption.noise_mask(len(ids), noise, span, rng)
-    x, y = span_corruption.corrupt(ids, noise_mask, sentinels, eos)
+  def make_item(ids, rng):
+    noise_mask = span_corruption.noise_mask(len(ids), density, mean_span, rng)
+    inputs, targets = span_corruption.corrupt(ids, noise_mask, sentinels, eos)
     if isinstance(collator, CausalCollator):
-      return decoder_only.make_sample(x, y)
-    return x, y
+      return decoder_only.make_sample(inputs, targets)
+    return inputs, targets
 
-  return length, make
+  return length, make_item

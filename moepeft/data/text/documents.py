@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain text from files: .txt as it is, .jsonl rows with a field `text`.
+"""Reads plain text from .txt files, and from .jsonl rows' field `text`.
 
-A .txt file is one document; its passages are what blank lines separate, or
-its lines where it has no blank line. A row of .jsonl is a document of one
-passage. Filters leave out passages; what stays keeps its place.
+A .txt file is one document; blank lines separate its passages, or each line is
+a passage if the file has no blank line. A row of .jsonl is a document of one
+passage. Filters remove passages and keep the order of the rest.
 """
 
 import dataclasses
 import os
 import re
+from collections.abc import Iterable
 
 from moepeft.data import fingerprint
 from moepeft.data.example import BadRow, BadRows
@@ -21,12 +22,12 @@ _BLANK = re.compile(r'\n[ \t]*\n\s*')
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text in passages.
+  """A text, split into passages.
 
   Attributes:
-    name: where it stands, for errors.
-    passages: not empty.
-    separator: what stands between two of them.
+    name: the file, and the line of a row, for errors.
+    passages: at least one, none of them blank.
+    separator: the text between two passages.
   """
 
   name: str
@@ -37,26 +38,26 @@ class Document:
 def read_documents(
   path: str, on_bad_row: str = 'error', ignore: str = ''
 ) -> tuple[list[Document], BadRows]:
-  """(the documents of a file or a directory of files, what was skipped).
+  """(the documents of a file or a directory of files, the bad rows).
 
   Args:
-    ignore: fields that may be left unused, of config.data.ignore_fields.
+    ignore: config.data.ignore_fields.
 
   Raises:
-    ValueError: nothing is there, a file cannot be read, or a bad row.
+    ValueError: there is no text, a file cannot be read, or a row is bad.
   """
   bad, texts = BadRows(on_bad_row, ignore), []
   for file in fingerprint.data_files(path, fingerprint.TEXT_FILES, bad):
     if '.jsonl' in os.path.basename(file).lower():
-      texts += _rows(file, bad)
+      texts += _read_jsonl(file, bad)
     else:
-      texts += _text(file)
+      texts += _read_txt(file)
   if not texts:
-    raise ValueError(f'{path} holds no text; expected at least a line')
+    raise ValueError(f'{path} has no text; expected at least one line')
   return texts, bad
 
 
-def _text(file: str) -> list[Document]:
+def _read_txt(file: str) -> list[Document]:
   text = fingerprint.read_text(file).strip()
   separator = '\n\n' if _BLANK.search(text) else '\n'
   parts = _BLANK.split(text) if separator == '\n\n' else text.split('\n')
@@ -64,8 +65,8 @@ def _text(file: str) -> list[Document]:
   return [Document(file, passages, separator)] if passages else []
 
 
-def _rows(file: str, bad: BadRows) -> list[Document]:
-  rows = []
+def _read_jsonl(file: str, bad: BadRows) -> list[Document]:
+  documents = []
   for where, row in jsonl_rows.read_lines(file, bad):
     fields = RowFields(row, unused=bad.unused)
     text = fields.get('text')
@@ -79,45 +80,44 @@ def _rows(file: str, bad: BadRows) -> list[Document]:
         )
       text = text.removeprefix(BYTE_ORDER_MARK).strip()
       fields.close({text})
-      rows.append(Document(where, (text,)))
+      documents.append(Document(where, (text,)))
     except BadRow as e:
       bad(where, e)
-  return rows
+  return documents
 
 
 def filter_documents(
-  texts: list[Document], names: str, least: float
+  texts: list[Document], names: str, threshold: float
 ) -> tuple[list[Document], list[str]]:
-  """(documents without the passages that go, lines that say how many, why).
+  """Removes passages by quality rules, then near duplicates.
 
   Args:
-    names: of rules of `moepeft.data.text.quality`, 'length,repetition'.
-    least: the similarity of near duplicates; 0 to leave them in.
+    names: rules of `moepeft.data.text.quality`, 'length,repetition'.
+    threshold: the similarity of near duplicates; 0 keeps them.
+
+  Returns:
+    The documents that remain, and a line for each filter, for the user.
 
   Raises:
-    ValueError: there is no such rule, or nothing stays.
+    ValueError: there is no such rule, or no passage remains.
   """
-  lines, total = [], sum(len(document.passages) for document in texts)
-  for name, holds in quality.rules(names).items():
-    texts, dropped = _filter_passages(
-      texts, [holds(text) for text in _passages(texts)]
+  notes, total = [], sum(len(document.passages) for document in texts)
+  for name, rule in quality.rules(names).items():
+    texts, dropped = _filter_passages(texts, map(rule, _passages(texts)))
+    description = rule.__doc__.rstrip('.')
+    notes.append(f'{dropped:,} passages fail the rule {name!r} ({description})')
+  if threshold:
+    is_duplicate = dedup.near_duplicates(_passages(texts), threshold)
+    texts, dropped = _filter_passages(texts, [not x for x in is_duplicate])
+    notes.append(
+      f'{dropped:,} passages are near duplicates (similarity {threshold})'
     )
-    description = holds.__doc__.rstrip('.')
-    lines.append(
-      f'{dropped:,} passages go by the rule {name!r} ({description})'
-    )
-  if least:
-    again = dedup.near_duplicates(_passages(texts), least)
-    texts, dropped = _filter_passages(
-      texts, [not repeated for repeated in again]
-    )
-    lines.append(f'{dropped:,} passages go as near duplicates ({least} alike)')
   if not texts:
     raise ValueError(
-      f'none of {total:,} passages is left: {"; ".join(lines)}; ask less of '
-      'them in config.data.quality_filters or config.data.dedup_threshold'
+      f'no passage of {total:,} remains: {"; ".join(notes)}; loosen '
+      'config.data.quality_filters or config.data.dedup_threshold'
     )
-  return texts, lines
+  return texts, notes
 
 
 def _passages(texts: list[Document]) -> list[str]:
@@ -125,12 +125,12 @@ def _passages(texts: list[Document]) -> list[str]:
 
 
 def _filter_passages(
-  texts: list[Document], keep: list[bool]
+  texts: list[Document], keep: Iterable[bool]
 ) -> tuple[list[Document], int]:
-  """(documents of the passages that are kept, how many are not)."""
+  """(documents with the passages to keep, number of passages dropped)."""
   flags, documents = iter(keep), []
   for document in texts:
     passages = tuple(text for text in document.passages if next(flags))
     if passages:
       documents.append(dataclasses.replace(document, passages=passages))
-  return documents, keep.count(False)
+  return documents, len(_passages(texts)) - len(_passages(documents))

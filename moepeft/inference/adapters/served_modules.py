@@ -29,6 +29,8 @@ class SwitchedAdapter(nn.Module):
   """
 
   adapter: nn.Module
+  # Other adapters of the row are identities where this one is on.
+  exclusive = True
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:

@@ -13,7 +13,7 @@ FAMILY = ModelFamily(
   module=Bert,
   architecture='encoder',
   sizes=SIZES,
-  config=functools.partial(config_fields.released, 'BERT', SIZES),
+  config=functools.partial(config_fields.released_config, 'BERT', SIZES),
   from_fields=functools.partial(config_fields.from_fields, BertConfig),
   sites=sites,
   axis_sizes=weights.axis_sizes,
@@ -28,7 +28,7 @@ FAMILY = ModelFamily(
     module_name=weights.hf_module,
     module_names=weights.hf_modules,
     peft_task='FEATURE_EXTRACTION',
-    # Neither the embedding nor the head takes an adapter of peft's.
+    # No peft adapters of the embedding and the head.
     peft_ends=lambda config: {},
     field_types={
       'type_vocab_size': SIZE,

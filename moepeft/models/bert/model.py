@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BERT (Devlin et al., arXiv:1810.04805): an encoder alone, its norms after
-the sums, learned positions, token types. The names of its weights in other
-formats are in `bert.weights`."""
+"""BERT (Devlin et al., arXiv:1810.04805): an encoder with post-norms.
+
+The module `bert.weights` maps weights to their names in other formats.
+"""
 
 import dataclasses
 from typing import ClassVar
@@ -23,15 +24,15 @@ from moepeft.nn.norms import NormForm
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-  """The shape of a BERT.
+  """Sizes and options of a BERT model.
 
   Attributes:
-    length: learned positions.
-    types: token types.
-    activation: of `nn.mlp.ACTIVATIONS`; of the head's transform too.
-    pooler: whether it has one: tanh(W x + b) of a row's first token.
-    masked: whether it has a head that tells masked tokens.
-    tied: whether that head is the embedding's transpose.
+    length: the number of learned positions.
+    types: the number of token types.
+    activation: a key of `nn.mlp.ACTIVATIONS`, for feed-forward and head.
+    pooler: whether there is a pooler, tanh(W x + b) of a row's first token.
+    masked: whether there is a masked language modeling head.
+    tied: whether that head is the transpose of the embedding.
   """
 
   vocab: int = 30522
@@ -76,7 +77,7 @@ def _bert(d_model: int, heads: int, layers: int) -> BertConfig:
   )
 
 
-# From the config.json of the uncased models; 'tiny' is ours, for bytes.
+# From the config.json of the uncased models; 'tiny' is for byte tokenizers.
 SIZES = {
   'tiny': dataclasses.replace(_bert(128, 4, 4), vocab=259),
   'minilm-l6': _bert(384, 12, 6),
@@ -86,7 +87,7 @@ SIZES = {
 
 
 def sites(config: BertConfig) -> dict[str, str]:
-  """Every site's path and its role, which methods' defaults go by."""
+  """Maps the path of each adapter site to its role."""
   mlp = feed_forward(gated=False)
   roles = {'embed': 'embed', 'embed_norm': 'norm'}
   roles |= {f'encoder/self{part}': role for part, role in ATTENTION.items()}
@@ -100,7 +101,7 @@ def sites(config: BertConfig) -> dict[str, str]:
 
 
 class BertBlock(Transformer):
-  """One layer: self-attention and a feed-forward, a norm after each sum."""
+  """One layer: self-attention and feed-forward, each with a post-norm."""
 
   config: BertConfig
 
@@ -122,7 +123,7 @@ class BertBlock(Transformer):
       **self.dtypes,
     )
     run = lambda attention, y: attention(y, ctx, mask=mask)  # noqa: E731
-    x = self._summed('self', attention, run, x, ctx)
+    x = self._post_norm_residual('self', attention, run, x, ctx)
     mlp = Mlp(
       c.d_model,
       c.ffn,
@@ -135,10 +136,12 @@ class BertBlock(Transformer):
       name='mlp',
       **self.dtypes,
     )
-    return self._summed('mlp', mlp, lambda mlp, y: mlp(y, ctx), x, ctx)
+    return self._post_norm_residual(
+      'mlp', mlp, lambda mlp, y: mlp(y, ctx), x, ctx
+    )
 
-  def _summed(self, name, module, run, x, ctx):
-    """norm(x + dropout(sublayer(x))), the sublayer a site of its own."""
+  def _post_norm_residual(self, name, module, run, x, ctx):
+    """norm(x + dropout(sublayer(x))); adapters may wrap the sublayer."""
     hook = SublayerHook(
       f'encoder/{name}', self.adapter_map, name=f'around_{name}'
     )
@@ -148,20 +151,20 @@ class BertBlock(Transformer):
 
 
 class BertStack(Transformer):
-  """All layers, from normed embeddings to states."""
+  """All layers, from normalized embeddings to hidden states."""
 
   config: BertConfig
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
     block = BertBlock(**self.shared, parent=None)
-    real, segments = ctx.token_mask, ctx.segment_ids
+    token_mask, segments = ctx.token_mask, ctx.segment_ids
     return self.scan_layers(
       block,
       self.config.layers,
       x,
       ctx,
-      attention_mask(real, real, segments, segments),
+      attention_mask(token_mask, token_mask, segments, segments),
     )
 
 
@@ -170,9 +173,9 @@ class Encoded:
   """The outputs of an encoder.
 
   Attributes:
-    states: [b, t, d] of the last layer.
-    pooled: [b, d], None without a pooler.
-    logits: float32 [b, t, v], None without a head.
+    states: [b, t, d], hidden states of the last layer.
+    pooled: [b, d]; None without a pooler.
+    logits: float32 [b, t, v]; None without a head.
   """
 
   states: Array
@@ -181,7 +184,7 @@ class Encoded:
 
 
 class Bert(Transformer):
-  """An encoder; `__call__` gives all that it has, `encode` its states alone."""
+  """The encoder; `__call__` returns all outputs, `encode` hidden states."""
 
   config: BertConfig
 
@@ -190,13 +193,13 @@ class Bert(Transformer):
     check_implementation(self.attention)
     if self.attention == 'chunked':
       raise ValueError(
-        "config.model.attention is 'chunked', which BERT has not: its tokens "
-        "see all others; take 'naive' or 'fused'"
+        "config.model.attention is 'chunked', which BERT does not support, as "
+        "its attention is not causal; use 'naive' or 'fused'"
       )
-    self.embed = self._table(c.vocab, 'embed', 'v', self.adapter_map)
-    # Not the site 'embed': that is the tokens'.
-    self.positions = self._table(c.length, 'positions', 'p', AdapterMap())
-    self.types = self._table(c.types, 'types', 'y', AdapterMap())
+    self.embed = self._embedding(c.vocab, 'embed', 'v', self.adapter_map)
+    # Without adapters: the site 'embed' is the token embedding.
+    self.positions = self._embedding(c.length, 'positions', 'p', AdapterMap())
+    self.types = self._embedding(c.types, 'types', 'y', AdapterMap())
     self.embed_norm = c.norm_form.at(
       'embed_norm', self.adapter_map, self.param_dtype
     )
@@ -213,7 +216,7 @@ class Bert(Transformer):
         c.d_model, c.vocab, self.adapter_map, bias=True, **self.dtypes
       )
 
-  def _table(self, size, site, letter, adapter_map) -> Embedding:
+  def _embedding(self, size, site, letter, adapter_map) -> Embedding:
     return Embedding(
       size,
       self.config.d_model,
@@ -225,7 +228,7 @@ class Bert(Transformer):
     )
 
   def _square(self, site) -> Linear:
-    """A projection from d to as many."""
+    """A projection [d, d]."""
     d = self.config.d_model
     return Linear(
       'btd,dc->btc',
@@ -238,14 +241,13 @@ class Bert(Transformer):
     )
 
   def __call__(self, batch: Batch, train: bool = False) -> Encoded:
-    """States, and what the pooler and the head make of them.
+    """Computes hidden states, pooled output and logits.
 
     Args:
       batch: `inputs` int [b, t] and, optionally, `inputs_mask` (bool, False
-        on padding; default: all real), `inputs_types` (int, default: zeros)
-        and of packed rows `inputs_segments` and `inputs_positions` (int).
-        Others are not looked at.
-      train: dropout and router noise on (rngs 'dropout' and 'router').
+        on padding; default: no padding), `inputs_types` (int, default: zeros)
+        and, for packed rows, `inputs_segments` and `inputs_positions` (int).
+      train: enables dropout and router noise (rngs 'dropout' and 'router').
     """
     ctx = context(batch, 'inputs', batch['inputs'], train)
     states = self.encode(batch['inputs'], ctx, batch.get('inputs_types'))
@@ -260,7 +262,7 @@ class Bert(Transformer):
   def encode(
     self, ids: Array, ctx: Context, types: Array | None = None
   ) -> Array:
-    """ids [b, t] -> states [b, t, d].
+    """ids [b, t] -> hidden states [b, t, d].
 
     Raises:
       ValueError: rows are longer than the learned positions.
@@ -268,12 +270,12 @@ class Bert(Transformer):
     length = self.config.length
     if ids.shape[1] > length:
       raise ValueError(
-        f'the model has learned {length} positions; got rows of '
+        f'the model has {length} learned positions; got rows of '
         f'{ids.shape[1]} tokens: make them shorter'
       )
     if ctx.positions is None:
-      places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-      ctx = ctx.replace(positions=places)
+      positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+      ctx = ctx.replace(positions=positions)
     types = jnp.zeros_like(ids) if types is None else types
     x = self.embed(ids, ctx) + self.types(types, ctx)
     x = self.embed_norm(x + self.positions(ctx.positions, ctx), ctx)

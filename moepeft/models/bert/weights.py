@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BERT's arrays and config in Hugging Face's files."""
+"""Maps BERT's arrays and config to Hugging Face's files."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ TENSOR_NAMES = TensorNames(
   head=f'{_HEAD}.decoder.weight',
   embedding='bert.embeddings.word_embeddings.weight',
   prefix='bert.',
-  # A constant, and a head that tells whether one text follows another.
+  # Constants, and the next sentence prediction head.
   ignored=r'bert\.embeddings\.(position|token_type)_ids'
   r'|cls\.seq_relationship\.(weight|bias)',
   renamed={
@@ -63,8 +63,8 @@ def axis_sizes(config: BertConfig) -> dict[str, int]:
 
 def tensor_names(fields: Mapping[str, Any]) -> TensorNames:
   """See `family.HuggingFaceFormat`."""
-  # One bias for a tied head, which older files repeat; two for one of its
-  # own, of which the decoder's is what counts.
+  # A tied head has one bias, which older files store twice. An untied head has
+  # two biases, of which only the decoder's is used.
   tied = fields.get('tie_word_embeddings') is not False
   unused = _BIASES[not tied].replace('.', r'\.')
   return dataclasses.replace(
@@ -89,7 +89,7 @@ def projections(config: BertConfig) -> dict[str, tuple[str, str]]:
 def hf_module(site: str, config: BertConfig) -> str:
   """'encoder/self/q' -> 'encoder.layer.{l}.attention.self.query'.
 
-  Below 'bert.' where there is a head.
+  The name starts with 'bert.' if there is a head.
   """
   name = _MODULES[site.removeprefix('encoder/')]
   return f'{_prefix(config)}encoder.layer.{{l}}.{name}'
@@ -115,8 +115,8 @@ def hf_rules(config: BertConfig) -> tuple[Rule, ...]:
   """Rules for `BertModel` or `BertForMaskedLM`; kernels are [out, in]."""
   rules = [
     Rule('embed/embedding', TENSOR_NAMES.embedding, 'vd', 'vd'),
-    _table('positions', 'position', 'p'),
-    _table('types', 'token_type', 'y'),
+    _embedding('positions', 'position', 'p'),
+    _embedding('types', 'token_type', 'y'),
     *_norm('embed_norm', 'bert.embeddings.LayerNorm'),
   ]
   for site, axes in projections(config).items():
@@ -135,16 +135,23 @@ def hf_rules(config: BertConfig) -> tuple[Rule, ...]:
   return tuple(rules)
 
 
-def _table(name: str, stored_name: str, letter: str) -> Rule:
+def _embedding(name: str, stored_name: str, letter: str) -> Rule:
   stored_name = f'bert.embeddings.{stored_name}_embeddings.weight'
   return Rule(f'{name}/embedding', stored_name, f'{letter}d', f'{letter}d')
 
 
-def _dense(path: str, module: str, inner: str, outer: str) -> list[Rule]:
+def _dense(
+  path: str, module: str, input_axes: str, output_axes: str
+) -> list[Rule]:
   weight, bias = f'{module}.weight', f'{module}.bias'
   return [
-    Rule(f'{path}/kernel', weight, inner + outer, f'({outer})({inner})'),
-    Rule(f'{path}/bias', bias, outer, f'({outer})'),
+    Rule(
+      f'{path}/kernel',
+      weight,
+      input_axes + output_axes,
+      f'({output_axes})({input_axes})',
+    ),
+    Rule(f'{path}/bias', bias, output_axes, f'({output_axes})'),
   ]
 
 
@@ -173,17 +180,15 @@ _OPTIONAL = {
 def from_hf_fields(fields: Mapping[str, Any], tied: bool) -> BertConfig:
   """Reads a `config.json`.
 
-  It does not say whether there are a pooler and a head;
-  `TENSOR_NAMES.parts` does.
+  The pooler and the head are detected by `TENSOR_NAMES.parts`.
 
   Raises:
-    CheckpointError: a size is absent, or an option is one that is not
-      supported.
+    CheckpointError: a size is missing, or an option is not supported.
   """
-  absent = [key for key in _SIZES.values() if fields.get(key) is None]
-  if absent:
+  missing = [key for key in _SIZES.values() if fields.get(key) is None]
+  if missing:
     raise CheckpointError(
-      f'config.json lacks {", ".join(absent)}: expected the config of a BERT; '
+      f'config.json lacks {", ".join(missing)}: expected the config of a BERT; '
       'write it again with save_pretrained'
     )
   _check(fields)
@@ -204,8 +209,8 @@ def _check(fields: Mapping[str, Any]) -> None:
   for key in ('is_decoder', 'add_cross_attention'):
     if fields.get(key):
       raise CheckpointError(
-        f'config.json has {key}: expected a BERT that is an encoder; decoders '
-        'of its kind are not supported'
+        f'config.json has {key}: expected an encoder; BERT decoders are not '
+        'supported'
       )
   positions = fields.get('position_embedding_type') or 'absolute'
   if positions != 'absolute':

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoder-only models: one module, one config a family."""
+"""Decoder-only models: one module with a config for each family."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder's arrays: their axes, and their names in checkpoint formats."""
+"""Axes of a decoder's arrays, and their names in checkpoint formats."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -44,8 +44,8 @@ def projections(config: DecoderConfig) -> dict[str, tuple[str, str]]:
   }
 
 
-def biased(config: DecoderConfig) -> set[str]:
-  """The projections that have a bias."""
+def sites_with_bias(config: DecoderConfig) -> set[str]:
+  """The sites of the projections that have a bias."""
   attention = 'qkv' if config.attention_bias else ''
   attention += 'o' if config.out_bias else ''
   mlp = {
@@ -63,14 +63,15 @@ class DecoderNames:
   A module's arrays are '<module>.weight' and '<module>.bias'.
 
   Attributes:
-    layer: the start of the names in layer {l}, 'model.layers.{l}.'.
-    modules: {site below 'decoder/': module in a layer}, of projections and of
-      norms of queries and keys. Projections that share a module are parts of
-      one array, of equal size.
-    norms: the same of the norms before sublayers.
-    post_norms: that of all norms where outputs of sublayers are normed too.
+    layer: the prefix of names in layer {l}, 'model.layers.{l}.'.
+    modules: {site below 'decoder/': module in a layer} of projections and of
+      query and key norms. Projections with the same module are equal parts of
+      a fused array.
+    norms: {site: module} of the norms before sublayers.
+    post_norms: {site: module} of all norms of models that also normalize the
+      outputs of sublayers.
     embedding, positions, norm, head: modules outside of layers; `positions` is
-      '' where the format has no table of them.
+      '' if the format has no position embedding.
     kernel_axes: 'out in' or 'in out'.
     prefix, ignored: see `hf_tensor_names.TensorNames`.
   """
@@ -100,28 +101,28 @@ class DecoderNames:
     """'decoder/self/q' -> 'model.layers.{l}.self_attn.q_proj'.
 
     Raises:
-      CheckpointError: the format has no name for it.
+      CheckpointError: the format has no name for the site.
     """
-    outside = {
+    top_modules = {
       'embed': self.embedding,
       'positions': self.positions,
       'decoder/norm': self.norm,
       'head': self.head,
     }
-    if name := outside.get(site):
+    if name := top_modules.get(site):
       return name
     return self._in_layer(site.removeprefix('decoder/'), self.modules)
 
   def _in_layer(self, site: str, modules: Mapping[str, str]) -> str:
     if site not in modules:
       raise CheckpointError(
-        f'the checkpoint format has no name for {site}: expected the options '
-        "of the model's family; keep such a model as moepeft has it"
+        f'the checkpoint format has no name for {site}, which models of this '
+        "family lack; use moepeft's own checkpoints"
       )
     return self.layer + modules[site]
 
   def rules(self, config: DecoderConfig) -> tuple[Rule, ...]:
-    """Rules for every array.
+    """The rules of all arrays.
 
     Raises:
       CheckpointError: the format has no name for an array.
@@ -149,20 +150,33 @@ class DecoderNames:
 
   def _projection(self, site: str, config: DecoderConfig) -> list[Rule]:
     sites, module = projections(config), self.module(site)
-    inner, outer = sites[site]
-    shared = [path for path in sites if self.module(path) == module]
+    input_axes, output_axes = sites[site]
+    fused_sites = [path for path in sites if self.module(path) == module]
     name = in_layers(site)
-    part, stored = (shared.index(site), len(shared)), f'({outer})'
-    if len(shared) > 1:
-      stored = f'(*{outer})'
-    kernel = f'{stored}({inner})'
+    part, stored_outputs = (
+      (fused_sites.index(site), len(fused_sites)),
+      f'({output_axes})',
+    )
+    if len(fused_sites) > 1:
+      stored_outputs = f'(*{output_axes})'
+    kernel = f'{stored_outputs}({input_axes})'
     if self.kernel_axes == 'in out':
-      kernel = f'({inner}){stored}'
+      kernel = f'({input_axes}){stored_outputs}'
     rules = [
-      Rule(f'{name}/kernel', f'{module}.weight', inner + outer, kernel, part)
+      Rule(
+        f'{name}/kernel',
+        f'{module}.weight',
+        input_axes + output_axes,
+        kernel,
+        part,
+      )
     ]
-    if site in biased(config):
-      rules.append(Rule(f'{name}/bias', f'{module}.bias', outer, stored, part))
+    if site in sites_with_bias(config):
+      rules.append(
+        Rule(
+          f'{name}/bias', f'{module}.bias', output_axes, stored_outputs, part
+        )
+      )
     return rules
 
 

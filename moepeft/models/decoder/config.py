@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options in which decoder-only models differ."""
+"""The config of decoder-only models."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,27 +15,27 @@ POSITIONS = ('rope', 'learned', 'sinusoidal', 'alibi')
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """The shape of a decoder, and the options of its family.
+  """Sizes and options of a decoder-only model.
 
   Attributes:
-    family: a key of `models.FAMILIES`, which has the names of the weights.
-    kv_heads: heads of keys and values; queries are grouped on them.
-    gated, activation: as of `nn.mlp.Mlp`.
-    tied: whether the head is the embedding's transpose.
+    family: a key of `models.FAMILIES`, which defines the weights' names.
+    kv_heads: the number of key and value heads (grouped-query attention).
+    gated, activation: see `nn.mlp.Mlp`.
+    tied: whether the head is the transpose of the embedding.
     positions: 'rope', 'learned', 'sinusoidal' (arXiv:1706.03762) or 'alibi'
       (arXiv:2108.12409).
-    length: rows of a learned table of positions; else what the model was
-      trained for.
-    rope: its frequencies.
-    centred, eps, norm_offset: the norms'; see `nn.norms.NormForm`.
-    post_norms: whether a sublayer's output is normed too (Gemma 2).
-    qk_norm: whether heads of q and k are normed (Qwen3).
-    attention_bias, out_bias, mlp_bias: which projections have biases.
-    scale: of the attention logits; 0 for head_dim ** -0.5.
+    length: the number of learned positions, or else the training length.
+    rope: the RoPE frequencies.
+    centred, eps, norm_offset: see `nn.norms.NormForm`.
+    post_norms: whether sublayer outputs are normalized, too (Gemma 2).
+    qk_norm: whether the heads of q and k are normalized (Qwen3).
+    attention_bias: whether q, k and v have biases.
+    out_bias: whether the attention output projection has a bias.
+    mlp_bias: whether the feed-forward projections have biases.
+    scale: the scale of attention logits; 0 for head_dim ** -0.5.
     attention_cap, logits_cap: soft caps (Gemma 2); 0 for none.
-    window: tokens that a windowed layer sees; 0 for all.
-    windowed: whether each layer is windowed; () for all where there is a
-      window.
+    window: the sliding window in tokens; 0 for none.
+    windowed: whether each layer uses the window; () for all layers.
     scale_embedding: whether embeddings are scaled by d_model ** 0.5 (Gemma).
   """
 
@@ -80,12 +80,12 @@ class DecoderConfig:
       )
     if self.positions == 'rope' and self.head_dim % 2:
       raise ValueError(
-        f'head_dim is even, since RoPE turns pairs; got {self.head_dim}'
+        f'head_dim is even, as RoPE rotates pairs; got {self.head_dim}'
       )
     if self.positions == 'sinusoidal' and self.d_model % 2:
       raise ValueError(
-        'd_model is even, since sines and cosines come in pairs; got '
-        f'{self.d_model}'
+        'd_model is even, as half of the positions are sines and half cosines; '
+        f'got {self.d_model}'
       )
     self._check_windowed()
 
@@ -96,7 +96,7 @@ class DecoderConfig:
       )
     if self.windowed and len(self.windowed) != self.layers:
       raise ValueError(
-        f'windowed says it of each of the {self.layers} layers; got '
+        f'windowed has a value for each of the {self.layers} layers; got '
         f'{len(self.windowed)}'
       )
 
@@ -126,7 +126,7 @@ _MINIMUMS = {
 }
 
 
-# YaRN takes logarithms of rotations, and of a base above 1.
+# YaRN computes logarithms of `fast`, `slow` and `theta`.
 _ROPE_MINIMUMS = {
   'theta': 1,
   'factor': 0.1,
@@ -150,10 +150,10 @@ def _check_rope(rope: Rope) -> None:
 
 
 def from_fields(fields: Mapping[str, Any]) -> DecoderConfig:
-  """The config whose `dataclasses.asdict` went through JSON.
+  """Makes a config from its `dataclasses.asdict`, which may be from JSON.
 
   Raises:
-    ValueError: a field is unknown or cannot be; the message begins with its
+    ValueError: a field is unknown or invalid; the message starts with its
       name.
   """
   config_fields.check_names(DecoderConfig, fields)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entries of FAMILIES whose module is `decoder.model.Decoder`."""
+"""Makes the entries of FAMILIES whose module is `decoder.model.Decoder`."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from moepeft.models.family import GgufFormat, HuggingFaceFormat, ModelFamily
 from moepeft.models.hf_fields import FieldType
 from moepeft.models.weight_mapping import CheckpointError
 
-# The names of LlamaForCausalLM and of the many classes that were made of it.
+# The names of LlamaForCausalLM and of similar classes.
 LLAMA_NAMES = DecoderNames(
   layer='model.layers.{l}.',
   modules={
@@ -43,22 +43,22 @@ LLAMA_NAMES = DecoderNames(
   norm='model.norm',
   head='lm_head',
   prefix='model.',
-  # Frequencies of RoPE, which older files keep.
+  # RoPE frequencies in older files.
   ignored=r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq',
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderFormat:
-  """A family of decoders in Hugging Face's directories.
+  """The Hugging Face format of a family of decoders.
 
   Attributes:
     model_types: the values of `model_type` in config.json.
     from_fields: (config.json, tied) -> config.
-    to_fields: config -> config.json. Loading what it gives must give the
-      config again; one that Hugging Face's class cannot have is refused.
-    tied: whether the head is the embedding where config.json is silent.
-    names: of the arrays.
+    to_fields: config -> config.json. A config that `from_fields` does not
+      restore is refused.
+    tied: whether the head is tied if config.json does not say so.
+    names: the names of the arrays.
     field_types, aliases: see `family.HuggingFaceFormat`.
   """
 
@@ -76,14 +76,14 @@ class DecoderFormat:
     """Reads a `config.json`.
 
     Raises:
-      CheckpointError: the family can not have an option that it states.
+      CheckpointError: the family does not support an option.
     """
     if tied and not fields.get('tie_word_embeddings', self.tied):
       raise CheckpointError(
-        'config.json says that the head is not the embedding '
-        '(tie_word_embeddings is false, or absent and false in this family), '
-        'and the files hold no head: expected a model that was saved as one '
-        'for causal language modelling'
+        'config.json says that the head is not tied (tie_word_embeddings is '
+        'false, or missing and false in this family), but the files hold no '
+        'head: expected a model that was saved as one for causal language '
+        'modeling'
       )
     return self.from_fields(fields, bool(tied))
 
@@ -91,20 +91,19 @@ class DecoderFormat:
     """The content of a `config.json`.
 
     Raises:
-      CheckpointError: it can not state all that the config states.
+      CheckpointError: config.json cannot represent an option.
     """
     fields = self.to_fields(config)
     loaded = _normalized(self.from_fields(fields, config.tied))
-    lost = [
+    unsupported = [
       name
       for name, value in _normalized(config).items()
       if loaded[name] != value
     ]
-    if lost:
+    if unsupported:
       raise CheckpointError(
-        f"Hugging Face's {fields['model_type']} has no words for this model's "
-        f'{", ".join(lost)}: expected the options of its family; '
-        'keep such a model as moepeft has it'
+        f"Hugging Face's {fields['model_type']} does not support this model's "
+        f"{', '.join(unsupported)}; use moepeft's own checkpoints"
       )
     return fields
 
@@ -115,18 +114,18 @@ def decoder_family(
   hf: DecoderFormat,
   gguf: GgufFormat | None = None,
 ) -> ModelFamily:
-  """An entry of FAMILIES.
+  """Makes an entry of FAMILIES.
 
   Args:
     title: the family's name in messages.
     sizes: {size: config} of released models.
-    hf, gguf: the forms in which its checkpoints are.
+    hf, gguf: the checkpoint formats.
   """
   return ModelFamily(
     module=Decoder,
     architecture='decoder',
     sizes=sizes,
-    config=functools.partial(config_fields.released, title, sizes),
+    config=functools.partial(config_fields.released_config, title, sizes),
     from_fields=from_fields,
     sites=sites,
     axis_sizes=arrays.axis_sizes,
@@ -156,7 +155,7 @@ def _module_names(names: DecoderNames, config: DecoderConfig) -> set[str]:
 
 
 def _normalized(config: DecoderConfig) -> dict[str, Any]:
-  """The fields in one of the ways to state them; no file has the dropout."""
+  """The fields in a canonical form, without dropout, which no file has."""
   fields = dataclasses.asdict(config)
   fields['scale'] = config.scale or config.head_dim**-0.5
   windowed = config.windowed or (True,) * config.layers

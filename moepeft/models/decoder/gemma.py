@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 1 and 2 (arXiv:2403.08295, 2408.00118): scaled embeddings, norms that
-store scale - 1; 2 adds norms after sublayers, soft caps and windows."""
+"""Gemma 1 and 2 (arXiv:2403.08295, 2408.00118).
+
+Both have scaled embeddings and norms that store scale - 1. Gemma 2 adds norms
+after sublayers, soft caps and sliding windows.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -51,18 +54,18 @@ def _gemma2(d_model, heads, kv_heads, ffn, layers) -> DecoderConfig:
 
 
 def _alternating(layers: int) -> tuple[bool, ...]:
-  """The first layer is windowed, the second sees everything, and so on."""
+  """Layers alternate: the first has a window, the second full attention."""
   return tuple(layer % 2 == 0 for layer in range(layers))
 
 
-_USUAL = {
+_HF_DEFAULTS = {
   'max_position_embeddings': 8192,
   'sliding_window': 4096,
   'attn_logit_softcapping': 50.0,
   'final_logit_softcapping': 30.0,
 }
 
-# From the models' own config.json.
+# From the models' config.json.
 SIZES = {
   '2b': dataclasses.replace(
     _SIZE, d_model=2048, heads=8, kv_heads=1, ffn=16384, layers=18
@@ -72,7 +75,7 @@ SIZES = {
   ),
   '2-2b': _gemma2(2304, 8, 4, 9216, 26),
   '2-9b': _gemma2(3584, 16, 8, 14336, 42),
-  # Its queries are scaled as if heads x head size were the width.
+  # Its attention scale is (d_model / heads) ** -0.5.
   '2-27b': dataclasses.replace(
     _gemma2(4608, 32, 16, 36864, 46), head_dim=128, scale=144**-0.5
   ),
@@ -87,12 +90,12 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
       'generates text; encoders are not supported'
     )
   # Defaults of transformers' class.
-  fields = _USUAL | fields
+  fields = _HF_DEFAULTS | fields
   is_gemma2 = fields['model_type'] == 'gemma2'
   # Each class reads one of the two names and ignores the other.
   activation = fields.get('hidden_activation' if is_gemma2 else 'hidden_act')
   if activation is None or (not is_gemma2 and activation == 'gelu'):
-    # Gemma 1's files say 'gelu' and have always meant the tanh form.
+    # 'gelu' in Gemma 1's files is the tanh approximation.
     activation = 'gelu_pytorch_tanh'
   shape = shape_from_hf(
     {**fields, 'hidden_activation': activation},
@@ -152,7 +155,7 @@ def _gguf_fields(
   fields = gguf.llama_fields(architecture, metadata, rope_factors)
   if architecture == 'gemma':
     return fields
-  # The scale is not in the file: llama.cpp knows the largest by its depth.
+  # The file lacks the scale; llama.cpp also detects 27B by its depth.
   of_27b = fields['hidden_size'] // fields['num_attention_heads']
   is_27b = fields['num_hidden_layers'] == 46
   return fields | {

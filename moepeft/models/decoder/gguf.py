@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoders in GGUF files: names of arrays, and configs from the metadata.
+"""Maps the arrays and metadata of decoders in GGUF files.
 
-The form is that of llama.cpp (ggml-org/ggml, docs/gguf.md).
+llama.cpp defines the format (ggml-org/ggml, docs/gguf.md).
 """
 
 import dataclasses
@@ -56,15 +56,15 @@ JOINED_QKV_NAMES = dataclasses.replace(
 
 
 def as_stored_by_hf(
-  name: str, array: np.ndarray, form: GgufFormat, config: DecoderConfig
+  name: str, array: np.ndarray, gguf_format: GgufFormat, config: DecoderConfig
 ) -> np.ndarray:
-  """Undoes changes of llama.cpp's converter.
+  """Undoes the changes of llama.cpp's converter.
 
-  Rows of queries and keys are in the order of its own RoPE in some families,
-  and norms of Gemma hold the whole scale.
+  In some families, the rows of queries and keys are in the order of llama.cpp's
+  RoPE. Norms of Gemma are stored with their offset.
   """
   module = name.split('.')[-2]
-  if form.interleaved_rope and module in ('attn_q', 'attn_k'):
+  if gguf_format.interleaved_rope and module in ('attn_q', 'attn_k'):
     pairs = array.reshape(-1, config.head_dim // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
   if config.norm_offset and module.endswith('_norm'):
@@ -82,13 +82,13 @@ def config_from_metadata(
   """The config of a file.
 
   Args:
-    families: of which one reads the file.
-    metadata: its key-value pairs.
-    shapes: of its tensors, NumPy's order.
+    families: all model families.
+    metadata: the file's key-value metadata.
+    shapes: {name: shape} of its tensors, in NumPy's order.
     rope_factors: the array ROPE, float [h / 2], or None.
 
   Raises:
-    CheckpointError: an architecture or option that is not supported.
+    CheckpointError: the architecture or an option is not supported.
   """
   architecture = metadata.get('general.architecture')
   candidates = [family for family in families if family.gguf]
@@ -101,7 +101,7 @@ def config_from_metadata(
       f'{", ".join(dict.fromkeys(architectures))}'
     )
   values = {
-    key.removeprefix(f'{architecture}.'): _plain(value)
+    key.removeprefix(f'{architecture}.'): _shortest_float(value)
     for key, value in metadata.items()
     if key.startswith(f'{architecture}.')
   }
@@ -116,7 +116,7 @@ def config_from_metadata(
   except KeyError as error:
     raise CheckpointError(
       f'the metadata of the GGUF file lack {architecture}.{error.args[0]}: it '
-      'is damaged or of an old form; convert the model again'
+      'is damaged or has an old format; convert the model again'
     ) from None
   vocab = shapes.get(EMBEDDING, (0,))[0]
   fields |= {'vocab_size': vocab, 'tie_word_embeddings': tied}
@@ -132,8 +132,7 @@ def config_from_metadata(
   )
 
 
-# Sizes, at least 1; other numbers above 0 if they are not said to be none; and
-# texts.
+# Metadata keys of sizes, at least 1, and of other numbers, at least 0.
 _SIZES = """
   embedding_length attention.head_count attention.head_count_kv block_count
   attention.key_length rope.dimension_count feed_forward_length context_length
@@ -151,13 +150,13 @@ _NUMBERS = """
 def _check(values: Mapping[str, Any]) -> None:
   """
   Raises:
-    CheckpointError: a value of the metadata is of another type or range, or
-      the model is one that is not supported.
+    CheckpointError: a metadata value has a wrong type or range, or the model
+      is not supported.
   """
   if values.get('expert_count'):
     raise CheckpointError(
-      'the GGUF file is of a mixture-of-experts model: expected a dense one; '
-      'they are not supported'
+      'the GGUF file has a mixture-of-experts model, which is not supported: '
+      'use a dense model'
     )
   for number_type, minimum, names in (
     (int, 1, _SIZES),
@@ -165,11 +164,11 @@ def _check(values: Mapping[str, Any]) -> None:
   ):
     for name in names.split():
       value = values.get(name)
-      # Lists, one value a layer, are refused below.
+      # Lists of one value per layer are refused below.
       if value is None or isinstance(value, list):
         continue
-      number = isinstance(value, number_type) and not isinstance(value, bool)
-      if not number or not minimum <= value < 2**31:
+      is_number = isinstance(value, number_type) and not isinstance(value, bool)
+      if not is_number or not minimum <= value < 2**31:
         raise CheckpointError(
           f'the GGUF file has {name} = {value!r:.60} in its metadata, expected '
           f'a number of at least {minimum}: convert the model again'
@@ -188,7 +187,7 @@ def _check(values: Mapping[str, Any]) -> None:
     )
 
 
-def _plain(value: Any) -> Any:
+def _shortest_float(value: Any) -> Any:
   """1e-05 instead of the float32's 9.999999747378752e-06."""
   return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -196,18 +195,18 @@ def _plain(value: Any) -> Any:
 def llama_fields(
   architecture: str, metadata: Mapping[str, Any], rope_factors: Any
 ) -> dict[str, Any]:
-  """config.json in Llama's form; see `family.GgufFormat.fields`.
+  """The fields of config.json of Llama; see `family.GgufFormat.fields`.
 
   Raises:
     KeyError: the metadata lack a size.
-    CheckpointError: RoPE covers a part of a head.
+    CheckpointError: RoPE rotates only a part of a head.
   """
   d_model = metadata['embedding_length']
   heads = metadata['attention.head_count']
   head_dim = metadata.get('attention.key_length') or d_model // heads
   if metadata.get('rope.dimension_count', head_dim) != head_dim:
     raise CheckpointError(
-      f'the GGUF file turns {metadata["rope.dimension_count"]} of the '
+      f'the GGUF file rotates {metadata["rope.dimension_count"]} of the '
       f'{head_dim} features of a head: expected RoPE over whole heads'
     )
   return {
@@ -238,7 +237,7 @@ def _rope(
 ) -> dict[str, Any]:
   """Hugging Face's `rope_parameters`."""
   theta = metadata.get('rope.freq_base', 10000.0)
-  # Files from before the other keys have this one, of linear scaling.
+  # Old files have this key, for linear scaling.
   if 'rope.scale_linear' in metadata:
     linear = {'rope.scaling.factor': metadata['rope.scale_linear']}
     metadata = linear | dict(metadata)
@@ -261,22 +260,24 @@ def _rope(
 def _llama3(
   theta: float, head_dim: int, rope_factors: np.ndarray
 ) -> dict[str, Any]:
-  """Llama 3.1's `rope_parameters`, from the factors that they give.
+  """Infers Llama 3.1's `rope_parameters` from the factors of RoPE.
 
-  Between the long waves and the short ones the weight of the unscaled
-  frequency is linear in the frequency. Only high / low and original / low
-  follow from it: low is 1, as in every release.
+  Between long and short wavelengths, the weight of the unscaled frequency is
+  linear in the frequency. This determines high / low and original / low only;
+  low is 1, as in all releases.
   """
-  plain, _ = frequencies(Rope(theta=theta), head_dim)
+  unscaled, _ = frequencies(Rope(theta=theta), head_dim)
   factor, high, original = rope_factors.max(), 4.0, 8192.0
-  between = (rope_factors > 1.001) & (rope_factors < factor * 0.999)
-  if between.sum() > 1:
+  is_interpolated = (rope_factors > 1.001) & (rope_factors < factor * 0.999)
+  if is_interpolated.sum() > 1:
     weight = (1 / rope_factors - 1 / factor) / (1 - 1 / factor)
-    slope, start = np.polyfit(plain[between], weight[between], 1)
+    slope, start = np.polyfit(
+      unscaled[is_interpolated], weight[is_interpolated], 1
+    )
     high, original = 1 - 1 / start, -slope / start * 2 * np.pi
   rope = Rope(theta, 'llama3', factor, round(original), 1.0, high)
   scaled, _ = frequencies(rope, head_dim)
-  if not np.allclose(plain / rope_factors, scaled, rtol=1e-3):
+  if not np.allclose(unscaled / rope_factors, scaled, rtol=1e-3):
     raise CheckpointError(
       f'the factors of RoPE in the GGUF file ({ROPE}) are not those of Llama '
       '3.1: expected its scaling; read the Hugging Face directory instead'

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-2 (Radford et al., 2019, "Language Models are Unsupervised Multitask
-Learners"): learned positions, centred norms, biases, one array for q, k, v."""
+Learners"): learned positions, LayerNorm, biases, a fused array of q, k, v."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ NAMES = DecoderNames(
   head='lm_head',
   kernel_axes='in out',
   prefix='transformer.',
-  # The causal mask, which older files keep.
+  # The causal mask in older files.
   ignored=r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',
 )
 _SIZE = DecoderConfig(
@@ -63,7 +63,7 @@ def _gpt2(d_model, heads, layers) -> DecoderConfig:
   )
 
 
-# From the models' own config.json; 'tiny' is ours, for bytes.
+# From the models' config.json; 'tiny' is for byte tokenizers.
 SIZES = {
   'tiny': dataclasses.replace(
     _gpt2(128, 4, 4), vocab=259, head_dim=32, length=512
@@ -79,21 +79,19 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
   """Reads a `config.json`.
 
   Raises:
-    CheckpointError: a size is absent, or an option is one that is not
-      supported.
+    CheckpointError: a size is missing, or an option is not supported.
   """
   required = ('vocab_size', 'n_embd', 'n_head', 'n_layer')
-  absent = [key for key in required if fields.get(key) is None]
-  if absent:
+  missing = [key for key in required if fields.get(key) is None]
+  if missing:
     raise CheckpointError(
-      f'config.json lacks {", ".join(absent)}: expected the config of a gpt2 '
+      f'config.json lacks {", ".join(missing)}: expected the config of a gpt2 '
       'model; write it again with save_pretrained'
     )
   for key in ('scale_attn_by_inverse_layer_idx', 'add_cross_attention'):
     if fields.get(key):
       raise CheckpointError(
-        f'config.json has {key}: expected a GPT-2 without it; it is not '
-        'supported'
+        f'config.json has {key}, which is not supported: use a GPT-2 without it'
       )
   d_model, heads = fields['n_embd'], fields['n_head']
   return dataclasses.replace(
@@ -126,7 +124,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     'n_inner': config.ffn,
     'n_layer': config.layers,
     'n_positions': config.length,
-    # Of older files, where llama.cpp's converter looks for it.
+    # An older name, which llama.cpp's converter reads.
     'n_ctx': config.length,
     'activation_function': activation_to_hf(config),
     'layer_norm_epsilon': config.eps,

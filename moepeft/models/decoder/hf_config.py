@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.json` of decoders in the form of Llama's, which many families share.
+"""Reads and writes `config.json` of families with Llama's fields.
 
-Values that transformers takes where a file is silent are the family's.
+Each family passes transformers' defaults of missing fields.
 """
 
 from collections.abc import Mapping
@@ -23,15 +23,13 @@ ACTIVATIONS = {
 def shape_from_hf(
   fields: Mapping[str, Any], family: str, tied: bool, kv_heads: int = 0
 ) -> DecoderConfig:
-  """The options that all families of this form have.
+  """Reads the options that all families with Llama's fields share.
 
   Args:
-    kv_heads: those that transformers takes where the file is silent; 0 for as
-      many as heads.
+    kv_heads: the default in transformers; 0 for the number of heads.
 
   Raises:
-    CheckpointError: a size is absent, or an option is one that is not
-      supported.
+    CheckpointError: a size is missing, or an option is not supported.
   """
   required = {
     'vocab': 'vocab_size',
@@ -40,10 +38,10 @@ def shape_from_hf(
     'ffn': 'intermediate_size',
     'layers': 'num_hidden_layers',
   }
-  absent = [key for key in required.values() if fields.get(key) is None]
-  if absent:
+  missing = [key for key in required.values() if fields.get(key) is None]
+  if missing:
     raise CheckpointError(
-      f'config.json lacks {", ".join(absent)}: expected the config of a '
+      f'config.json lacks {", ".join(missing)}: expected the config of a '
       f'{family} model; write it again with save_pretrained'
     )
   sizes = {field: fields[hf_field] for field, hf_field in required.items()}
@@ -65,7 +63,7 @@ def shape_from_hf(
 
 
 def shape_to_hf(config: DecoderConfig) -> dict[str, Any]:
-  """The content of a `config.json` that all families of this form share."""
+  """The fields of `config.json` that all families with Llama's fields share."""
   rope = rope_to_hf(config.rope)
   fields = {
     'vocab_size': config.vocab,
@@ -80,7 +78,7 @@ def shape_to_hf(config: DecoderConfig) -> dict[str, Any]:
     'hidden_act': activation_to_hf(config),
     'tie_word_embeddings': config.tied,
     'rope_parameters': rope,
-    # Of transformers 4.
+    # For transformers 4.
     'rope_theta': config.rope.theta,
   }
   if config.rope.kind != 'default':
@@ -91,10 +89,10 @@ def shape_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def activation_from_hf(name: str) -> str:
-  """The name in `nn.mlp.ACTIVATIONS` of an activation of transformers.
+  """Maps an activation of transformers to a key of `nn.mlp.ACTIVATIONS`.
 
   Raises:
-    CheckpointError: it is not supported.
+    CheckpointError: the activation is not supported.
   """
   if name not in ACTIVATIONS:
     raise CheckpointError(
@@ -116,8 +114,8 @@ def windows_from_hf(
   """`window` and `windowed` of a family whose layers differ.
 
   Args:
-    default_windowed: whether each layer is windowed where there is no
-      'layer_types'.
+    default_windowed: whether each layer is windowed, if 'layer_types' is
+      missing.
   """
   window = fields.get('sliding_window') or 0
   if not fields.get('use_sliding_window') or not window:

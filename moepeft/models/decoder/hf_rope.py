@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions in Hugging Face's `config.json`."""
+"""Reads and writes RoPE options in Hugging Face's `config.json`."""
 
 import math
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from typing import Any
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.nn.rope import KINDS, Rope
 
-# Hugging Face's names of what scales a Rope.
-_ROPE = {
+# {field of Rope: its name in config.json}.
+_HF_NAMES = {
   'factor': 'factor',
   'original': 'original_max_position_embeddings',
   'low': 'low_freq_factor',
@@ -19,7 +19,7 @@ _ROPE = {
   'attention': 'attention_factor',
   'truncate': 'truncate',
 }
-_ROPE_OF = {
+_FIELDS_BY_KIND = {
   'default': (),
   'linear': ('factor',),
   'llama3': ('factor', 'original', 'low', 'high'),
@@ -31,10 +31,10 @@ def rope_from_hf(fields: Mapping[str, Any]) -> Rope:
   """Reads `rope_parameters` (transformers 5) or `rope_theta` and
   `rope_scaling` (4).
 
-  Where a file says things twice, the one that `transformers` goes by counts.
+  If a file has both, the value that `transformers` uses is read.
 
   Raises:
-    CheckpointError: a scaling that is not supported.
+    CheckpointError: the scaling is not supported.
   """
   parameters = fields.get('rope_scaling') or fields.get('rope_parameters') or {}
   rope_type = parameters.get('rope_type') or parameters.get('type') or 'default'
@@ -49,22 +49,22 @@ def rope_from_hf(fields: Mapping[str, Any]) -> Rope:
   if unsupported:
     raise CheckpointError(
       f'the RoPE scaling in config.json is {unsupported}: supported are '
-      f'{", ".join(KINDS)}, over whole heads and alike in all layers; take a '
-      'model of another scaling'
+      f'{", ".join(KINDS)}, over whole heads and equal in all layers; use a '
+      'model with another scaling'
     )
   settings = {
-    name: parameters[_ROPE[name]]
-    for name in _ROPE_OF[rope_type]
-    if parameters.get(_ROPE[name]) is not None
-    # Nought of these means to transformers that nothing is said.
-    and (parameters[_ROPE[name]] or name not in ('fast', 'slow'))
+    name: parameters[_HF_NAMES[name]]
+    for name in _FIELDS_BY_KIND[rope_type]
+    if parameters.get(_HF_NAMES[name]) is not None
+    # transformers treats 0 as missing here.
+    and (parameters[_HF_NAMES[name]] or name not in ('fast', 'slow'))
   }
   if rope_type == 'linear' and 'factor' not in settings:
     raise CheckpointError(
-      'the RoPE scaling in config.json is linear and lacks factor: expected by '
-      'how much contexts get longer; take the config.json of the model'
+      'the RoPE scaling in config.json is linear, but its factor is missing: '
+      'use the config.json of the model'
     )
-  if 'original' in _ROPE_OF[rope_type]:
+  if 'original' in _FIELDS_BY_KIND[rope_type]:
     length = fields.get('max_position_embeddings') or 2048
     default = settings.get('original', length)
     original = fields.get('original_max_position_embeddings') or default
@@ -78,7 +78,7 @@ def rope_from_hf(fields: Mapping[str, Any]) -> Rope:
 def _mscale_attention(
   parameters: Mapping[str, Any], factor: float
 ) -> dict[str, float]:
-  """YaRN's factor of queries and keys, by the fields of DeepSeek's models."""
+  """YaRN's attention factor from the fields of DeepSeek's models."""
   scales = [parameters.get(key) for key in ('mscale', 'mscale_all_dim')]
   if not all(scales):
     return {}
@@ -91,9 +91,9 @@ def _mscale_attention(
 def rope_to_hf(rope: Rope) -> dict[str, Any]:
   """The content of `rope_parameters`."""
   fields = {'rope_type': rope.kind, 'rope_theta': rope.theta}
-  for name in _ROPE_OF[rope.kind]:
+  for name in _FIELDS_BY_KIND[rope.kind]:
     value = getattr(rope, name)
-    # What is absent there is the usual here.
+    # Fields with default values are omitted.
     if (name, value) not in (('attention', 0.0), ('truncate', True)):
-      fields[_ROPE[name]] = value
+      fields[_HF_NAMES[name]] = value
   return fields

@@ -119,7 +119,7 @@ FAMILY = decoder_family(
     {'llama': 'llama'},
     gguf.llama_fields,
     gguf.NAMES.rules,
-    # Mistral's files have the architecture 'llama' too, and a sliding window.
+    # Mistral's files also have the architecture 'llama', but a sliding window.
     accepts=lambda metadata: not metadata.get(gguf.WINDOW),
     bias_from_tensors=True,
     interleaved_rope=True,

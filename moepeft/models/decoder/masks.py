@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokens that a token of a decoder sees, as masks or in a few numbers."""
+"""Attention masks of decoders, as arrays or in a structured form."""
 
 from collections.abc import Sequence
 
@@ -11,28 +11,27 @@ from moepeft.nn.attention_mask import NO_WINDOW, AttentionMask, CausalMask
 
 
 def masks(window: int, ctx: Context) -> tuple[Array, Array | None]:
-  """The keys that each query sees, bool [b, 1, t, s]; the same in windowed
-  layers, None without a window.
+  """(mask, mask with the window or None without one), bool [b, 1, t, s].
 
-  In decoding s is the cache, where a token's place is its position.
+  In decoding, s is the cache, indexed by position.
   """
   if ctx.decode:
-    at, keys = ctx.positions[:, :, None], jnp.arange(ctx.cache_length)
-    visible = keys <= at
-    windowed = visible & (keys > at - window)
+    queries, keys = ctx.positions[:, :, None], jnp.arange(ctx.cache_length)
+    visible = keys <= queries
+    windowed = visible & (keys > queries - window)
     return visible[:, None], windowed[:, None] if window else None
-  real, segments = ctx.token_mask, ctx.segment_ids
-  see = lambda window: attention_mask(  # noqa: E731
-    real, real, segments, segments, causal=True, window=window
+  token_mask, segments = ctx.token_mask, ctx.segment_ids
+  make_mask = lambda window: attention_mask(  # noqa: E731
+    token_mask, token_mask, segments, segments, causal=True, window=window
   )
-  return see(0), see(window) if window else None
+  return make_mask(0), make_mask(window) if window else None
 
 
 def segment_mask(slopes: Sequence[float] | None, ctx: Context) -> AttentionMask:
-  """The content of `masks` without a window, in a few numbers a token.
+  """The structured form of `masks` without a window.
 
   Args:
-    slopes: of ALiBi, one a head, or None.
+    slopes: ALiBi's slope of each head, or None.
   """
   shape = ctx.positions.shape
   if slopes is not None:
@@ -49,20 +48,24 @@ def segment_mask(slopes: Sequence[float] | None, ctx: Context) -> AttentionMask:
     if query_segments is None:
       query_segments = jnp.zeros(shape, jnp.int32)
     key_segments = jnp.where(ctx.token_mask, query_segments, -1)
-  whole = jnp.int32(NO_WINDOW)
-  return AttentionMask(query, keys, query_segments, key_segments, whole, slopes)
+  no_window = jnp.int32(NO_WINDOW)
+  return AttentionMask(
+    query, keys, query_segments, key_segments, no_window, slopes
+  )
 
 
 def row_causal_mask(
   window: int, windowed: Sequence[bool], ctx: Context
 ) -> CausalMask | None:
-  """The content of `masks` in a row's length; None where that is not enough:
-  in decoding, in packed rows, and where layers differ.
+  """The causal form of `masks`.
+
+  It is None if that form does not suffice: in decoding, for packed rows, and if
+  only some layers have a window.
 
   Args:
     windowed: whether each layer has the window; () for all.
   """
-  mixed = window and len(set(windowed)) > 1
-  if ctx.decode or ctx.segment_ids is not None or mixed:
+  layers_differ = window and len(set(windowed)) > 1
+  if ctx.decode or ctx.segment_ids is not None or layers_differ:
     return None
   return CausalMask(ctx.token_mask, window if all(windowed) else 0)

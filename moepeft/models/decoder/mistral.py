@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistral (arXiv:2310.06825): a Llama whose layers may see a window only."""
+"""Mistral (arXiv:2310.06825): Llama with an optional sliding window."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ _7B = DecoderConfig(
   length=32768,
 )
 
-# From the models' own config.json.
+# From the models' config.json.
 SIZES = {
   '7b-v0.1': dataclasses.replace(_7B, window=4096),
   '7b-v0.2': dataclasses.replace(_7B, rope=Rope(theta=1e6)),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoder-only models: one module for the families that differ in options.
+"""The Flax module of all decoder-only families.
 
-A family (`llama`, `qwen3`, ...) has its sizes and the names of its weights; a
-`DecoderConfig` has the options of the computation.
+A family (`llama`, `qwen3`, ...) defines its sizes and the names of its weights,
+a `DecoderConfig` the options of the computation.
 """
 
 import flax.linen as nn
@@ -23,7 +23,7 @@ from moepeft.nn.positions import alibi, alibi_slopes, sinusoidal
 
 
 def sites(config: DecoderConfig) -> dict[str, str]:
-  """Every site's path and its role, which methods' defaults go by."""
+  """Maps the path of each adapter site to its role."""
   attention, mlp = ATTENTION, feed_forward(config.gated)
   if config.qk_norm:
     attention = attention | {'/q_norm': 'norm', '/k_norm': 'norm'}
@@ -44,7 +44,7 @@ class DecoderBlock(Transformer):
   @nn.compact
   def __call__(self, x, ctx, bias, mask, window_mask, structured_mask):
     c = self.config
-    # All layers are one program: which of them are windowed is data.
+    # An array, as all layers share one compiled program.
     windowed = jnp.array(c.windowed or (True,) * c.layers)
     if window_mask is not None:
       mask = jnp.where(windowed[ctx.layer], window_mask, mask)
@@ -88,7 +88,7 @@ class DecoderBlock(Transformer):
     return self._residual('mlp', mlp, lambda mlp, y: mlp(y, ctx), x, ctx)
 
   def _residual(self, name, module, run, x, ctx):
-    """x + dropout(norm?(sublayer(norm(x)))), the sublayer a site of its own."""
+    """x + dropout(norm?(sublayer(norm(x)))); adapters may wrap the sublayer."""
     c = self.config
     hook = SublayerHook(
       f'decoder/{name}', self.adapter_map, name=f'around_{name}'
@@ -103,7 +103,7 @@ class DecoderBlock(Transformer):
 
 
 class DecoderStack(Transformer):
-  """All layers and the last norm, from embedded tokens to states."""
+  """All layers and the final norm, from embeddings to hidden states."""
 
   config: DecoderConfig
 
@@ -119,8 +119,8 @@ class DecoderStack(Transformer):
     if structured_mask is None:
       mask, window_mask = masks(c.window, ctx)
     if slopes and structured_mask is None:
-      cached = jnp.arange(ctx.cache_length)
-      keys = cached if ctx.decode else ctx.positions
+      cache_positions = jnp.arange(ctx.cache_length)
+      keys = cache_positions if ctx.decode else ctx.positions
       bias = alibi(c.heads, ctx.positions, keys)
     block = DecoderBlock(**self.shared, parent=None)
     drop = nn.Dropout(c.dropout, broadcast_dims=(1,))
@@ -141,26 +141,26 @@ class DecoderStack(Transformer):
 
 
 class Decoder(Transformer):
-  """Decoder-only; `__call__` is training's, `extend` is for decoding."""
+  """A decoder-only model; `__call__` is for training, `extend` for decoding."""
 
   config: DecoderConfig
 
   def setup(self):
     c = self.config
     check_implementation(self.attention)
-    small = 0.02
+    stddev = 0.02
     self.embed = Embedding(
-      c.vocab, c.d_model, self.adapter_map, stddev=small, **self.dtypes
+      c.vocab, c.d_model, self.adapter_map, stddev=stddev, **self.dtypes
     )
     if c.positions == 'learned':
-      # Not the site 'embed': that is the tokens'.
+      # Without adapters: the site 'embed' is the token embedding.
       self.positions = Embedding(
         c.length,
         c.d_model,
         AdapterMap(),
         site='positions',
         letter='p',
-        stddev=small,
+        stddev=stddev,
         **self.dtypes,
       )
     self.decoder = DecoderStack(**self.shared)
@@ -171,54 +171,53 @@ class Decoder(Transformer):
   def __call__(
     self, batch: Batch, train: bool = False, routing: Routing | None = None
   ) -> Array:
-    """Logits float32 [b, t, v] of a batch: of what follows each token.
+    """Computes the logits of the next tokens of a batch, float32 [b, t, v].
 
     Args:
       batch: `inputs` int [b, t] and, optionally, `inputs_mask` (bool, False
-        on the padding after a row's tokens; default: all real), and of packed
-        rows `inputs_segments` and `inputs_positions` (int). Others are not
-        looked at.
-      train: dropout and router noise on (rngs 'dropout' and 'router').
-      routing: [layers, b, t, e] of an earlier pass, as one through `states`,
-        instead of what the layers' routers would give.
+        on the padding after a row's tokens; default: no padding), and, for
+        packed rows, `inputs_segments` and `inputs_positions` (int).
+      train: enables dropout and router noise (rngs 'dropout' and 'router').
+      routing: [layers, b, t, e] of an earlier pass, for example of `states`;
+        replaces the outputs of the routers.
     """
     ids = batch['inputs']
     ctx = context(batch, 'inputs', ids, train).replace(routing=routing)
     return self.logits(self.states(ids, ctx), ctx)
 
   def extend(self, ids: Array, ctx: Context) -> Array:
-    """ids [b, t] after what the cache holds -> logits [b, t, v].
+    """ids [b, t] that continue the cached tokens -> logits [b, t, v].
 
-    Rows stand at places of their own: ctx.positions int [b, t] counts up
-    from each row's first new place, at which it is written (`ctx.decode`
-    and `ctx.cache_length` set, 'cache' mutable). Padding after a row's end
-    is written too and overwritten by what comes next: it is never seen.
+    Needs `ctx.decode`, `ctx.cache_length` and a mutable collection 'cache'.
+    Rows may have different lengths: ctx.positions int [b, t] counts from the
+    first new position of each row, at which the cache is written. Padding after
+    a row's end is never attended to, and later tokens overwrite it.
     """
     return self.logits(self.states(ids, ctx), ctx)
 
   def states(self, ids: Array, ctx: Context) -> Array:
-    """ids [b, t] -> the last norm's output [b, t, d]."""
+    """ids [b, t] -> outputs of the final norm [b, t, d]."""
     c = self.config
-    # Packed rows too: how long their texts are is not known here.
+    # Also for packed rows, as the lengths of their texts are unknown here.
     learned = c.positions == 'learned'
     if learned and not ctx.decode and ids.shape[1] > c.length:
       raise ValueError(
-        f'the model has learned {c.length} positions; got rows of '
+        f'the model has {c.length} learned positions; got rows of '
         f'{ids.shape[1]} tokens: make them shorter (config.data.length)'
       )
     if ctx.positions is None:
-      places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-      ctx = ctx.replace(positions=places)
+      positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+      ctx = ctx.replace(positions=positions)
     x = self.embed(ids, ctx)
     if c.scale_embedding:
       x = x * jnp.asarray(c.d_model**0.5, x.dtype)
     if learned:
-      places = ctx.positions
+      positions = ctx.positions
       if ctx.decode:
-        # Padding may stand beyond the table; a NaN there would spread, since
-        # a weight of zero times NaN is NaN.
-        places = jnp.minimum(places, c.length - 1)
-      x = x + self.positions(places, ctx)
+        # Positions of padding may exceed the table, which would give NaN, and a
+        # zero attention weight times NaN is NaN.
+        positions = jnp.minimum(positions, c.length - 1)
+      x = x + self.positions(positions, ctx)
     elif c.positions == 'sinusoidal':
       x = x + sinusoidal(ctx.positions, c.d_model).astype(x.dtype)
     return self.decoder(x, ctx)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2 and 2.5 (arXiv:2407.10671, 2412.15115): biases at q, k and v."""
+"""Qwen2 and 2.5 (arXiv:2407.10671, 2412.15115): biases of q, k and v."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ _SIZE = DecoderConfig(
   rope=Rope(theta=1e6),
 )
 
-# Of 2.5's base models, from their own config.json.
+# The base models of Qwen2.5, from their config.json.
 SIZES = {
   '2.5-0.5b': dataclasses.replace(
     _SIZE, d_model=896, heads=14, kv_heads=2, ffn=4864, layers=24
@@ -70,7 +70,7 @@ def shape_by_depth(
 ) -> DecoderConfig:
   """Reads a `config.json` of Qwen 2 or 3; see `hf_config.shape_from_hf`.
 
-  Layers before `max_window_layers` see everything.
+  Layers before `max_window_layers` have full attention.
   """
   # Defaults of transformers' classes.
   fields = {

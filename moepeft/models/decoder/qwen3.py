@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3 (arXiv:2505.09388): heads of q and k are normed, no biases."""
+"""Qwen3 (arXiv:2505.09388): norms of q and k heads, no biases."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ _SIZE = DecoderConfig(
   rope=Rope(theta=1e6),
 )
 
-# From the models' own config.json.
+# From the models' config.json.
 SIZES = {
   '0.6b': dataclasses.replace(
     _SIZE, d_model=1024, heads=16, ffn=3072, layers=28

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry 't5' of FAMILIES; mT5 (arXiv:2010.11934) is of this family too."""
+"""The entry 't5' of FAMILIES, which includes mT5 (arXiv:2010.11934)."""
 
 import functools
 
@@ -46,7 +46,7 @@ FAMILY = ModelFamily(
     module_name=weights.hf_module,
     module_names=_module_names,
     peft_task='SEQ_2_SEQ_LM',
-    # peft puts no adapters at the embedding that both stacks share.
+    # peft does not adapt the embedding that encoder and decoder share.
     peft_ends=lambda config: {'head': ('d', 'v')},
     field_types={
       **dict.fromkeys(_SIZE_FIELDS, SIZE),

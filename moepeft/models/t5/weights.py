@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T5's arrays and config in Hugging Face (`transformers`) and in T5X.
+"""Maps T5's arrays and config to Hugging Face's and T5X's.
 
-T5X's model is flaxformer's; the adapters of the released code are in
-`moepeft.checkpoints.t5x.adapters`. Axis letters beyond the legend: p buckets of
-relative positions.
+T5X uses flaxformer's model. `moepeft.checkpoints.t5x.adapters` maps the
+adapters of the released code. The axis letter p is for buckets of relative
+positions.
 """
 
 import re
@@ -40,7 +40,7 @@ _T5X_NORMS = {
   'decoder/cross': 'pre_cross_attention_layer_norm',
   'decoder/mlp': 'pre_mlp_layer_norm',
 }
-# Duplicates of shared.weight, and a bias that T5 1.0's files hold unused.
+# Duplicates of shared.weight, and an unused bias in T5 1.0's files.
 _IGNORED = (
   r'(encoder|decoder)\.embed_tokens\.weight',
   r'decoder\.block\.0\.layer\.1\.EncDecAttention\.'
@@ -97,12 +97,19 @@ def hf_module(site: str, config: T5Config) -> str:
 def hf_rules(config: T5Config) -> tuple[Rule, ...]:
   """Rules for `T5ForConditionalGeneration`; its kernels are [out, in]."""
   rules = [Rule('embed/embedding', TENSOR_NAMES.embedding, 'vd', 'vd')]
-  for site, (inner, outer) in projections(config).items():
+  for site, (input_axes, output_axes) in projections(config).items():
     name, stored_name = (
       in_layers(site) + '/kernel',
       hf_module(site, config) + '.weight',
     )
-    rules.append(Rule(name, stored_name, inner + outer, f'({outer})({inner})'))
+    rules.append(
+      Rule(
+        name,
+        stored_name,
+        input_axes + output_axes,
+        f'({output_axes})({input_axes})',
+      )
+    )
   for stack, subs in SUBLAYERS.items():
     for i, sub in enumerate(subs):
       name = f'{stack}/layers/{{l}}/{sub}/norm/scale'
@@ -128,14 +135,21 @@ def t5x_module(site: str) -> str:
 def t5x_rules(config: T5Config) -> tuple[Rule, ...]:
   """Rules for flaxformer's T5 in T5X; its kernels are [in, out]."""
   rules = [Rule('embed/embedding', 'token_embedder/embedding', 'vd', 'vd')]
-  for site, (inner, outer) in projections(config).items():
+  for site, (input_axes, output_axes) in projections(config).items():
     name, stored_name = (
       in_layers(site) + '/kernel',
       t5x_module(site) + '/kernel',
     )
-    rules.append(Rule(name, stored_name, inner + outer, f'({inner})({outer})'))
-  for place, norm in _T5X_NORMS.items():
-    stack, sub = place.split('/')
+    rules.append(
+      Rule(
+        name,
+        stored_name,
+        input_axes + output_axes,
+        f'({input_axes})({output_axes})',
+      )
+    )
+  for sublayer, norm in _T5X_NORMS.items():
+    stack, sub = sublayer.split('/')
     name = f'{stack}/layers/{{l}}/{sub}/norm/scale'
     rules.append(Rule(name, f'{stack}/layers_{{l}}/{norm}/scale', 'd', 'd'))
   for stack in SUBLAYERS:
@@ -156,29 +170,29 @@ def from_hf_fields(fields: Mapping[str, Any], tied: bool) -> T5Config:
 
   Args:
     fields: its content.
-    tied: whether the weights hold no head of their own. What they hold
-      decides, as in transformers 5, not `tie_word_embeddings`.
+    tied: whether the files have no separate head. As in transformers 5, this
+      decides, not `tie_word_embeddings`.
 
   Raises:
-    CheckpointError: a size is absent, or the activation is another one.
+    CheckpointError: a size is missing, or the activation is not supported.
   """
-  absent = [key for key in _HF_SIZES.values() if fields.get(key) is None]
-  if absent:
+  missing = [key for key in _HF_SIZES.values() if fields.get(key) is None]
+  if missing:
     raise CheckpointError(
-      f'config.json lacks {", ".join(absent)}: expected the config of a T5; '
+      f'config.json lacks {", ".join(missing)}: expected the config of a T5; '
       'write it again with save_pretrained'
     )
-  start = fields.get('decoder_start_token_id')
-  if start:
+  start_token = fields.get('decoder_start_token_id')
+  if start_token:
     raise CheckpointError(
-      f'config.json has decoder_start_token_id {start}: expected 0, the '
-      'padding, which decoders of T5 start from; others are not supported'
+      f'config.json has decoder_start_token_id {start_token}: expected 0, the '
+      'id of padding; other start tokens are not supported'
     )
   multilingual = fields.get('model_type') == 'mt5'
   default = 'gated-gelu' if multilingual else 'relu'
   projection = fields.get('feed_forward_proj') or default
   gated, activation = _activation(projection)
-  scaled = _scaled_mt5 if multilingual else _scaled
+  scales_head = _mt5_scales_head if multilingual else _scales_head
   layers = fields['num_layers']
   optional = {
     name: fields[hf_name]
@@ -192,32 +206,31 @@ def from_hf_fields(fields: Mapping[str, Any], tied: bool) -> T5Config:
     gated=gated,
     activation=activation,
     tied=tied,
-    scale_head=scaled(fields, tied),
+    scale_head=scales_head(fields, tied),
   )
 
 
-def _scaled(fields: Mapping[str, Any], tied: bool) -> bool:
+def _scales_head(fields: Mapping[str, Any], tied: bool) -> bool:
   """Whether a T5 scales its head's input.
 
-  `tie_word_embeddings` says it in files of transformers 4, whatever the head
-  is; version 5 always writes `true` there, and `scale_decoder_outputs` beside
-  it.
+  In files of transformers 4, `tie_word_embeddings` says so, even for an untied
+  head. Version 5 always writes `true` and adds `scale_decoder_outputs`.
   """
   del tied
   default = fields.get('tie_word_embeddings') is not False
-  scaled = fields.get('scale_decoder_outputs')
-  return default if scaled is None else scaled
+  scales_head = fields.get('scale_decoder_outputs')
+  return default if scales_head is None else scales_head
 
 
-def _scaled_mt5(fields: Mapping[str, Any], tied: bool) -> bool:
+def _mt5_scales_head(fields: Mapping[str, Any], tied: bool) -> bool:
   """Whether an mT5 scales its head's input.
 
-  transformers 5 never does, and writes `tie_word_embeddings: true` for all of
-  them; version 4 does where that is true, which ties the head.
+  transformers 5 never scales, and always writes `tie_word_embeddings: true`.
+  Version 4 scales if that is true, and then ties the head.
   """
   major = (fields.get('transformers_version') or '4').partition('.')[0]
-  stated_tied = fields.get('tie_word_embeddings') is True
-  return tied and stated_tied and major.isdigit() and int(major) < 5
+  is_stated = fields.get('tie_word_embeddings') is True
+  return tied and is_stated and major.isdigit() and int(major) < 5
 
 
 _HF_SIZES = {
@@ -234,8 +247,8 @@ _HF_OPTIONAL = {
   'eps': 'layer_norm_epsilon',
   'dropout': 'dropout_rate',
 }
-# Hugging Face's names of activations, ours for each; the first that has ours
-# is written.
+# {activation in Hugging Face: key of `nn.mlp.ACTIVATIONS`}; of several names,
+# the first one is written.
 _ACTIVATIONS = {
   'gelu_new': 'gelu',
   'relu': 'relu',
@@ -243,12 +256,12 @@ _ACTIVATIONS = {
   'silu': 'silu',
   'gelu_pytorch_tanh': 'gelu',
 }
-# It has always meant the tanh form.
+# In T5, this is the tanh approximation of GELU.
 _GATED_GELU = 'gated-gelu'
 
 
 def _activation(projection: str) -> tuple[bool, str]:
-  """(gated, ours) of `feed_forward_proj`."""
+  """(gated, activation) of `feed_forward_proj`."""
   if projection == _GATED_GELU:
     return True, 'gelu'
   name = projection.removeprefix('gated-')
@@ -262,17 +275,17 @@ def _activation(projection: str) -> tuple[bool, str]:
 
 
 def _projection_to_hf(config: T5Config) -> str:
-  """`feed_forward_proj` of a config.
+  """The field `feed_forward_proj` of a config.
 
   Raises:
-    CheckpointError: it has no word for it.
+    CheckpointError: transformers has no such projection.
   """
   if config.gated and config.activation == 'gelu':
     return _GATED_GELU
   if config.gated and config.activation == 'gelu_exact':
     raise CheckpointError(
-      "Hugging Face's T5 has no word for a gated GELU in its exact form "
-      "('gated-gelu' is the tanh form): keep such a model as moepeft has it"
+      "Hugging Face's T5 does not support an exact gated GELU ('gated-gelu' is "
+      "the tanh approximation): use moepeft's own checkpoints"
     )
   name = next(
     hf_name
@@ -300,14 +313,14 @@ def to_hf_fields(config: T5Config) -> dict[str, Any]:
 
 
 def config_from_t5x(shapes: Mapping[str, Shape]) -> T5Config:
-  """Infers the config from the arrays' shapes; T5X's checkpoints hold none.
+  """Infers the config from the arrays' shapes, as T5X's checkpoints lack it.
 
-  Heads are the rows of the relative position bias, a head's size is the
-  query's width by them; a gated feed-forward is taken for 1.1's gelu, one
-  that is not for 1.0's relu, and a tied head is scaled, as in flaxformer.
+  The relative position bias gives the number of heads, which divide the width
+  of the query. A gated feed-forward has the gelu of 1.1, others the relu of
+  1.0. A tied head is scaled, as in flaxformer.
 
   Raises:
-    CheckpointError: an array that this needs is absent.
+    CheckpointError: a necessary array is missing.
   """
   names = {
     'embed': 'token_embedder/embedding',
@@ -315,11 +328,12 @@ def config_from_t5x(shapes: Mapping[str, Shape]) -> T5Config:
     'query': 'encoder/layers_0/attention/query/kernel',
     'wo': 'encoder/layers_0/mlp/wo/kernel',
   }
-  absent = [name for name in names.values() if name not in shapes]
-  if absent:
+  missing = [name for name in names.values() if name not in shapes]
+  if missing:
     raise CheckpointError(
-      f'no {", ".join(absent)} among the {len(shapes)} arrays: expected the '
-      "names of flaxformer's T5, layers apart; other models are not supported"
+      f'no {", ".join(missing)} among the {len(shapes)} arrays: expected the '
+      "names of flaxformer's T5 without scanned layers; other models are not "
+      'supported'
     )
   embed, bias, query, wo = (shapes[name] for name in names.values())
   gated = 'encoder/layers_0/mlp/wi_0/kernel' in shapes

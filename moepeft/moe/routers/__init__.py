@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers, one a file."""
+"""The routers, one per file."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A control: a fixed random gate, never trained."""
+"""A baseline: a fixed random gate that is not trained."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,16 +24,17 @@ from moepeft.nn.initializers import Constant, peft_param
 
 
 class Random(nn.Module):
-  """Each token goes to k experts that a fixed random projection picks.
+  """Routes each token to k experts by a fixed random projection.
 
-  The same activation always meets the same experts, in training and after,
-  and the gate learns nothing: as in SMoE-Dropout (Chen et al.,
-  arXiv:2303.01610), and in spirit hash layers (Roller et al.,
-  arXiv:2106.04426). Each row sums to one. No parameters: the projection is a
-  function of the site, the layer and `seed`.
+  Equal activations always have the same experts, in training and after it, as
+  in SMoE-Dropout (Chen et al., arXiv:2303.01610); hash layers (Roller et al.,
+  arXiv:2106.04426) are similar. Each row sums to one. There are no parameters:
+  the projection is a function of the site, the layer and `seed`.
 
   Attributes:
-    experts: e; k: experts a token; seed: of the projection.
+    experts: e.
+    k: the number of experts per token.
+    seed: the seed of the projection.
   """
 
   experts: int = option(1, EXPERTS)
@@ -57,7 +58,7 @@ def projection(
   layer: Array | int | None = None,
 ) -> Array:
   """The kernel float32 [i, e] of the router at a module's path."""
-  # Scanned or not, a layer's path differs in 'layers' or 'layers_3' only.
+  # The path has 'layers' or, without a scan, 'layers_3'.
   site = '/'.join(p for p in path if not p.startswith('layers'))
   rng = jax.random.fold_in(jax.random.key(seed), _hash(site))
   if layer is not None:

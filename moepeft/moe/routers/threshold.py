@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import Range, option
 from moepeft.core.types import Array, Context, Routing
-from moepeft.moe.gate import LinearGate, gate_logits, normalized
+from moepeft.moe.gate import LinearGate, gate_logits, normalize
 from moepeft.moe.router import RouterLoss, RouterSpec
 from moepeft.moe.router_stats import RouterStats
 from moepeft.nn.initializers import kaiming, peft_param
@@ -45,7 +45,7 @@ class Threshold(LinearGate):
     margin = jnp.where(available, softmax(noisy) - threshold, 0)
     return Routing(
       logits,
-      normalized(jnp.maximum(margin, 0)),
+      normalize(jnp.maximum(margin, 0)),
       selects=True,
       aux={
         'selected': (margin >= 0) & available,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import Range, option
 from moepeft.core.types import Array, Context, Routing
-from moepeft.moe.gate import LinearGate, normalized, sorted_mass
+from moepeft.moe.gate import LinearGate, normalize, sorted_mass
 from moepeft.moe.router import RouterSpec
 from moepeft.nn.numerics import softmax
 
@@ -37,7 +37,7 @@ class TopP(LinearGate):
     needed = mass - probabilities < self.p
     weights = jnp.where(needed, probabilities, 0)
     if self.renormalize:
-      weights = normalized(weights)
+      weights = normalize(weights)
     return Routing(logits, weights, selects=True)
 
 

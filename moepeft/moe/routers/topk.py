@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import option
 from moepeft.core.types import Array, Context, Routing
-from moepeft.moe.gate import EXPERTS, LinearGate, check_k, normalized, top_mask
+from moepeft.moe.gate import EXPERTS, LinearGate, check_k, normalize, top_mask
 from moepeft.moe.router import RouterSpec
 from moepeft.nn.numerics import softmax
 
@@ -14,13 +14,13 @@ from moepeft.nn.numerics import softmax
 class TopK(LinearGate):
   """weights = softmax(x W) on the k largest, zero elsewhere.
 
-  A row sums to one where `renormalize`, else to the k largest probabilities
-  (the released code): about k / e at first, so that a mixture of vectors does
-  not start at the base model. The semantics decides where it is not given.
+  With `renormalize`, a row sums to one. Otherwise it sums to the k largest
+  probabilities (the released code), initially about k / e, so that a mixture of
+  vectors does not start at the base model. The semantics sets the default.
 
   Attributes:
-    k: how many of its experts a token uses.
-    renormalize: whether the kept probabilities are scaled to sum to one.
+    k: the number of experts per token.
+    renormalize: whether the k probabilities are scaled to sum to one.
   """
 
   k: int = option(1, EXPERTS)
@@ -33,7 +33,7 @@ class TopK(LinearGate):
     probabilities = softmax(noisy)
     weights = jnp.where(top_mask(probabilities, self.k), probabilities, 0)
     if self.renormalize:
-      weights = normalized(weights)
+      weights = normalize(weights)
     return Routing(logits, weights, k=self.k)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A control: every expert with the same weight; nothing to learn."""
+"""A baseline: every expert has the same weight; there are no parameters."""
 
 import flax.linen as nn
 import jax.numpy as jnp

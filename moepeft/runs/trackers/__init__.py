@@ -77,7 +77,7 @@ def specs(names: str) -> list[TrackerSpec]:
   """The entries of config.log.trackers, which are separated by commas.
 
   Raises:
-    ValueError: there is no tracker of one of the names.
+    ValueError: a tracker is unknown.
   """
   parts = (name.strip() for name in names.split(','))
   return [TRACKERS.lookup(name) for name in parts if name]

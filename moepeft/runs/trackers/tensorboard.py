@@ -19,17 +19,17 @@ from moepeft.runs.trackers import TrackerSpec, scalars
 
 
 class TensorBoard:
-  """Event files in a folder; on going on, curves are cut at the step.
+  """Event files in a folder; a resumed run drops the events after its step.
 
-  The events are written as they come, not by tensorboardX's thread: that
-  would die of a full disk, and the loop wait for it without end.
+  Events are written without tensorboardX's thread: it would end on a full disk,
+  and the training loop would wait for it forever.
   """
 
   def __init__(self, folder: str, step: int = 0):
     os.makedirs(folder, exist_ok=True)
-    # The step, as files of one second would have one name.
+    # The suffix is the step, as files of the same second have the same name.
     self._events = EventsWriter(os.path.join(folder, 'events'), f'.{step:09}')
-    # What earlier files hold of this step and later is then left out.
+    # TensorBoard then ignores events of earlier files from this step on.
     start = SessionLog(status=SessionLog.START)
     self._add(Event(step=step + 1 if step else 0, session_log=start))
     self._events.flush()
@@ -45,7 +45,7 @@ class TensorBoard:
       kind, shares = metrics_log.share_array(routing[site])
       values += _histogram(f'{kind}/{name}', shares).value
     self._add(Event(step=row['step'], summary=Summary(value=values)))
-    # With the system, so that a kill leaves no gap before a checkpoint.
+    # Flushed to the system, so that a kill leaves no gap before a checkpoint.
     self._events.flush()
 
   def close(self) -> None:
@@ -57,8 +57,7 @@ class TensorBoard:
 
 
 def _histogram(tag: str, shares: np.ndarray) -> Summary:
-  """A histogram with a bar an expert: its share, the mean over the layers that
-  have it."""
+  """A histogram with a bar per expert: its mean share over the layers."""
   shares = np.nanmean(shares, axis=0)
   experts = np.arange(len(shares))
   return summary.histogram_raw(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights & Biases, in the project config.log.wandb_project."""
+"""A tracker that logs to Weights & Biases."""
 
 import os
 import uuid
@@ -14,7 +14,7 @@ _ID_FILE = 'wandb_id'
 
 
 class WandB:
-  """A run of Weights & Biases, the same one each time that a run goes on."""
+  """A Weights & Biases run; a resumed run continues the same one."""
 
   def __init__(self, workdir: str, project: str, config: Mapping[str, Any]):
     try:
@@ -34,14 +34,14 @@ class WandB:
       )
     except wandb.errors.Error as e:
       reason = (str(e).splitlines() or [type(e).__name__])[0]
-      # Without its cause, whose trace may hold the key.
+      # `from None`, as the traceback of the cause may contain the API key.
       raise ValueError(
-        f'Weights & Biases did not begin the run ({secrets.redact(reason)}); '
+        f'Weights & Biases did not start the run ({secrets.redact(reason)}); '
         "run `wandb login`, or leave 'wandb' out of config.log.trackers"
       ) from None
 
   def write(self, row: Mapping[str, Any]) -> None:
-    # It drops steps that it has; after a resume these are the same numbers.
+    # wandb ignores steps that it has; after a resume their values are equal.
     self._run.log(scalars(row), step=row['step'])
 
   def close(self) -> None:
@@ -49,7 +49,7 @@ class WandB:
 
 
 def _wandb_id(workdir: str) -> str:
-  """The run's id at Weights & Biases, kept in the work directory."""
+  """The run's id at Weights & Biases, saved in the work directory."""
   path = os.path.join(workdir, _ID_FILE)
   if os.path.exists(path):
     return files.read_text(path).strip()

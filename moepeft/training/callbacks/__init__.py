@@ -27,22 +27,22 @@ CALLBACKS = Registry(
 
 
 def build_callbacks(config: ConfigDict) -> list[Callback]:
-  """The callbacks that a config turns on, in the order in which they run.
+  """The callbacks that a config enables, in the order in which they run.
 
   Raises:
-    ValueError: config.callbacks names one that there is not, or a callback
-      refuses a value.
+    ValueError: config.callbacks has an unknown name, or a callback refuses a
+      value.
   """
-  named = [name.strip() for name in config.callbacks.split(',') if name.strip()]
-  entries = {name: CALLBACKS.lookup(name) for name in named}
+  names = [name.strip() for name in config.callbacks.split(',') if name.strip()]
+  entries = {name: CALLBACKS.lookup(name) for name in names}
   for name, entry in CALLBACKS.items():
-    if any(_value(config, key) for key in entry.enabled_by):
+    if any(_config_value(config, key) for key in entry.enabled_by):
       entries.setdefault(name, entry)
   ordered = sorted(entries.values(), key=lambda entry: entry.order)
   return [entry.build(config) for entry in ordered]
 
 
-def _value(config: ConfigDict, key: str) -> object:
+def _config_value(config: ConfigDict, key: str) -> object:
   for part in key.split('.'):
     config = config[part]
   return config

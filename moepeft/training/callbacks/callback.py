@@ -23,15 +23,16 @@ class Callback:
     """Called after each step.
 
     Args:
-      batch: the step's, on the host.
-      metrics: the step's, on the device; reading one waits for the step.
+      batch: the batch of the step, on the host.
+      metrics: metrics of the step, on the device; reading one waits for the
+        step.
     """
 
   def on_end(self, loop: TrainingLoop) -> None:
-    """Called after the last step, also where a signal ended the run."""
+    """Called after the last step, also if a signal ended the run."""
 
   def close(self) -> None:
-    """Called when the run ends in whatever way, an error among them."""
+    """Called when the run ends, with or without an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +40,12 @@ class CallbackEntry:
   """A callback in the registry `CALLBACKS`.
 
   Attributes:
-    build: config -> the callback. Called before any data is read, so that a
-      value which is not allowed is refused early, with a ValueError.
-    enabled_by: keys of the config that turn the callback on, where one of
-      them is neither 0, '' nor False; () where config.callbacks has to name
-      it.
-    order: callbacks run in this order; equal ones as they are registered. At
-      30 metrics are written and validation is done, from 80 on the run is
-      saved.
+    build: config -> the callback. Called before any data is read, so that an
+      invalid value raises a ValueError early.
+    enabled_by: config keys; the callback is enabled if any of them is not 0, ''
+      or False. With (), it is enabled by its name in config.callbacks only.
+    order: callbacks run in ascending order, equal ones in registration order.
+      Metrics and validation have orders up to 30, saving starts at 80.
   """
 
   build: Callable[[ConfigDict], Callback]

@@ -8,10 +8,10 @@ from moepeft.training.callbacks.callback import Callback, CallbackEntry
 
 
 class Checkpointing(Callback):
-  """Saves every so many steps, the last one, and on request.
+  """Saves every `every_steps` steps, the last step, and on request.
 
-  A checkpoint is written while training goes on. An error of a write ends the
-  run at the next step, or at the end.
+  A checkpoint is written while training continues. A write error ends the run
+  at the next step, or at the end.
   """
 
   def __init__(self, every_steps: int):
@@ -23,11 +23,12 @@ class Checkpointing(Callback):
     if not due and not loop.is_last_step:
       return
     loop.save_requested = False
-    # First, as it refuses a broken state, which must not push out a good one.
+    # Raises if the state is not finite, before it replaces a good checkpoint.
     loop.flush_metrics()
     with loop.progress.paused('saving'):
       loop.run_progress = dataclasses.replace(
-        loop.run_progress, place=distributed.places(loop.batches.position())
+        loop.run_progress,
+        place=distributed.gather_positions(loop.batches.position()),
       )
       if loop.workdir:
         loop.workdir.check()

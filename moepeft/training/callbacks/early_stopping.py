@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Follows the validation loss: saves the best step, ends a run that stalls."""
+"""Saves the step of the best validation loss; stops a stalled run."""
 
 from moepeft.training.callbacks.callback import Callback, CallbackEntry
 
@@ -10,7 +10,8 @@ class ValidationLossTracking(Callback):
   def __init__(self, patience: int, save_best: bool):
     """
     Args:
-      patience: validations without a better loss that end the run; 0: never.
+      patience: number of validations without a better loss after which the run
+        ends; 0: never.
       save_best: whether a step with a better loss is saved.
     """
     self._patience, self._save_best = patience, save_best

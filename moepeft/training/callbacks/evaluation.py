@@ -8,12 +8,12 @@ from moepeft.core import distributed
 from moepeft.evaluation.summary import before_after_table
 from moepeft.training.callbacks.callback import Callback, CallbackEntry
 
-# Tasks that the table at the end has at most; before_after.png has all.
-_TABLE_ROWS = 12
+# The maximum number of tasks in the final table; before_after.png has all.
+_MAX_TABLE_ROWS = 12
 
 
 class HeldOutEvaluation(Callback):
-  """Validates every so many steps; ranks choices before and after training."""
+  """Validates during training; ranks choices before and after it."""
 
   def __init__(self, every_steps: int, before: bool, after: bool):
     """
@@ -34,7 +34,7 @@ class HeldOutEvaluation(Callback):
       if metrics := _validation_metrics(loop.before):
         loop.log(metrics)
     elif self._before and self._after:
-      # Not at the end, where damage to the file would cost the summary.
+      # Read now: a damaged file would prevent the summary at the end.
       loop.before = loop.run.before()
 
   def on_step(self, loop, batch, metrics):
@@ -61,13 +61,13 @@ class HeldOutEvaluation(Callback):
       loop.variables, 'after training', loop.step, loop.validation
     )
     if loop.workdir:
-      # Evaluating takes minutes, in which the directory may have gone.
+      # Evaluation takes minutes; the directory may have been removed since.
       loop.workdir.check()
     distributed.write_json(loop.run.after_file, loop.after)
     metrics = _validation_metrics(loop.after)
     if metrics and self._validated_step != loop.step:
       loop.log(metrics)
-    if 0 < len(loop.after['rows']) <= _TABLE_ROWS:
+    if 0 < len(loop.after['rows']) <= _MAX_TABLE_ROWS:
       print(before_after_table(loop.before.get('rows', []), loop.after['rows']))
 
 

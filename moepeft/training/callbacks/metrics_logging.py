@@ -5,7 +5,7 @@ from moepeft.training.callbacks.callback import Callback, CallbackEntry
 
 
 class MetricsLogging(Callback):
-  """Logs every so many steps."""
+  """Logs every `every_steps` steps."""
 
   def __init__(self, every_steps: int):
     self._every_steps = every_steps
@@ -13,7 +13,7 @@ class MetricsLogging(Callback):
   def on_step(self, loop, batch, metrics):
     loop.metrics.add(loop.step, batch, metrics)
     if loop.step == loop.first_step + 1:
-      # The first step was compiled in the time so far, which is not counted.
+      # The speed excludes the first step, which includes compilation.
       loop.progress.begin(loop.step)
     loop.progress.step(loop.step)
     if loop.is_due(self._every_steps):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws a run's curves while it trains and at its end."""
+"""Draws a run's plots during training and at its end."""
 
 from moepeft.core import distributed
 from moepeft.runs import plots
@@ -7,11 +7,11 @@ from moepeft.training.callbacks.callback import Callback, CallbackEntry
 
 
 class Plotting(Callback):
-  """Draws PNGs once a minute, where metrics are logged, and at the end."""
+  """Draws PNGs at log steps, at most once a minute, and at the end."""
 
   def on_start(self, loop):
-    self._draws = distributed.first()
-    self._plots = plots.Figures(loop.history, loop.run.plots_dir, self._draws)
+    self._enabled = distributed.first()
+    self._plots = plots.Figures(loop.history, loop.run.plots_dir, self._enabled)
 
   def on_step(self, loop, batch, metrics):
     if loop.metrics.flushed_step == loop.step:
@@ -20,7 +20,7 @@ class Plotting(Callback):
 
   def on_end(self, loop):
     self._plots.draw()
-    if self._draws and loop.after:
+    if self._enabled and loop.after:
       plots.draw_before_after(loop.before, loop.after, loop.run.plots_dir)
 
 

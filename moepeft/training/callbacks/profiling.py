@@ -22,12 +22,12 @@ class Profiling(Callback):
     self._is_tracing = False
 
   def on_start(self, loop):
-    self._start_before(loop, loop.step + 1)
+    self._maybe_start(loop, loop.step + 1)
 
   def on_step(self, loop, batch, metrics):
     if self._is_tracing and loop.step == self._last:
       self._stop(loop)
-    self._start_before(loop, loop.step + 1)
+    self._maybe_start(loop, loop.step + 1)
 
   def on_end(self, loop):
     if self._is_tracing:
@@ -37,15 +37,15 @@ class Profiling(Callback):
     if self._is_tracing:
       jax.profiler.stop_trace()
 
-  def _start_before(self, loop, step: int) -> None:
-    """Begins a trace where the next step is the first of those to trace.
+  def _maybe_start(self, loop, step: int) -> None:
+    """Starts a trace if the next step is the first to trace.
 
-    A run that goes on among them traces those that are left.
+    A run that resumes between `first` and `last` traces the rest.
     """
     is_first = step == max(self._first, loop.first_step + 1)
     if not is_first or step > self._last or not distributed.first():
       return
-    # The steps before are done, so that no work of theirs is in the trace.
+    # Wait for earlier steps, so that the trace does not contain their work.
     jax.block_until_ready(loop.state)
     jax.profiler.start_trace(loop.run.profile_dir)
     self._is_tracing = True

@@ -10,9 +10,8 @@ from moepeft.training.callbacks.callback import Callback, CallbackEntry
 class SignalHandling(Callback):
   """Turns SIGTERM and the first Ctrl-C into a request to stop.
 
-  A second Ctrl-C ends the process at once. Before the first step is done,
-  signals do what they did: compiling it takes minutes, and there is nothing
-  to save.
+  A second Ctrl-C ends the process at once. The handlers are installed after the
+  first step: its compilation takes minutes, and there is nothing to save.
   """
 
   def __init__(self):
@@ -25,10 +24,10 @@ class SignalHandling(Callback):
         number: signal.signal(number, self._receive)
         for number in (signal.SIGTERM, signal.SIGINT)
       }
-    # Several processes ask each other where they wait for the device anyway.
-    at_log = loop.metrics.flushed_step == loop.step
-    # A signal that comes while the step is saved is answered after one more.
-    if distributed.agree(self._received is not None, at_log):
+    # Processes synchronize at log steps, where they wait for the device anyway.
+    is_log_step = loop.metrics.flushed_step == loop.step
+    # A signal during the saving of a step takes effect after the next step.
+    if distributed.agree(self._received is not None, is_log_step):
       loop.signal = self._received or signal.SIGTERM
       loop.stop_requested = True
 

@@ -39,11 +39,11 @@ def make_schedule(
 
   Args:
     config: config.optimizer.
-    steps: of the run.
-    learning_rate: the peak; None for that of the config.
+    steps: the number of steps of the run.
+    learning_rate: the peak; None for the config's.
 
   Raises:
-    ValueError: there is no such schedule.
+    ValueError: the schedule is unknown.
   """
   peak = config.learning_rate if learning_rate is None else learning_rate
   warmup = config.warmup_steps
@@ -62,17 +62,17 @@ def make_optimizer(
   steps: int,
   padded: Mapping[str, PaddedAxis] = types.MappingProxyType({}),
 ) -> optax.GradientTransformation:
-  """Makes the transformation of gradients that a config names.
+  """Makes the gradient transformation that a config describes.
 
   Args:
     config: config.optimizer.
-    steps: of the run, for the schedule.
-    padded: {path of a parameter: its padded axis}, which no optimizer sees.
+    steps: the number of steps of the run, for the schedule.
+    padded: {path of a parameter: its padded axis}, hidden from the optimizer.
 
   Raises:
-    ValueError: there is no such optimizer or schedule, or config.groups is
-      not of its form. A pattern of it that matches no parameter is found by
-      the transformation's `init`.
+    ValueError: the optimizer or schedule is unknown, or config.groups has an
+      invalid form. The transformation's `init` raises it for a pattern that
+      matches no parameter.
   """
   spec = OPTIMIZERS.lookup(config.name)
   keys = {key: config[key] for key in spec.keys}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW (Loshchilov and Hutter, arXiv:1711.05101), as optax has it.
+"""AdamW (Loshchilov and Hutter, arXiv:1711.05101), optax's implementation.
 
-Weight decay is decoupled from the gradient and goes with the learning rate.
+Weight decay is decoupled from the gradient and scaled by the learning rate.
 """
 
 import optax

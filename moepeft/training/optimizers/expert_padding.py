@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers over arrays without the padding of unlike layers."""
+"""Optimizers for arrays padded to the largest number of experts of a layer."""
 
 from collections.abc import Mapping
 
@@ -15,10 +15,10 @@ from moepeft.nn.expert_padding import PaddedAxis
 def without_padding(
   optimizer: optax.GradientTransformation, padded: Mapping[str, PaddedAxis]
 ) -> optax.GradientTransformation:
-  """The optimizer, shown each layer's own array of each padded one.
+  """The optimizer applied to each layer's array without its padding.
 
-  So moments, clipping and the scale of a parameter are those of layers with
-  their true counts, and padding stays zero.
+  Moments, clipping and parameter scales are then those of unpadded layers, and
+  the padding stays zero.
 
   Args:
     padded: {path of a parameter: its padded axis}.
@@ -43,7 +43,7 @@ def without_padding(
       arrays = [changes[layer] for layer in axis.paths(name)]
       return axis.join(arrays, param.shape[axis.axis])
 
-    # Parameters of other groups are no leaves, and stay in their places.
+    # Masked parameters of other groups are not leaves, and are kept.
     return jax.tree_util.tree_map_with_path(join, params), state
 
   return optax.GradientTransformation(init, update)

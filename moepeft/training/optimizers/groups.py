@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning rates and weight decay by parameter pattern.
 
-config.optimizer.groups is a text:
+The form of config.optimizer.groups:
 
   '*/router/*: learning_rate=1e-4, weight_decay=0; */lora/b: learning_rate=2e-3'
 
-A pattern is matched with the whole path of a parameter, like
-'encoder/layers/self/q/molora/router/kernel'; * stands for any characters. The
-first pattern that matches decides; parameters without one keep the values of
-config.optimizer. A group's rate has the shape of config.optimizer.schedule.
+A pattern must match the whole path of a parameter, like
+'encoder/layers/self/q/molora/router/kernel'; * matches any characters. The
+first matching pattern applies; other parameters have the values of
+config.optimizer. A group's learning rate follows config.optimizer.schedule.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ _EXAMPLE = "'*/router/*: learning_rate=1e-4, weight_decay=0'"
 
 @dataclasses.dataclass(frozen=True)
 class ParameterGroup:
-  """The parameters that a pattern matches, and their own values.
+  """A pattern of parameters, with their learning rate and weight decay.
 
   Attributes:
-    pattern: of a parameter's path.
-    learning_rate, weight_decay: None for that of the optimizer.
+    pattern: matched against a parameter's path.
+    learning_rate, weight_decay: None for the value of config.optimizer.
   """
 
   pattern: str
@@ -47,7 +47,7 @@ def parse_groups(text: str) -> tuple[ParameterGroup, ...]:
   """Reads config.optimizer.groups.
 
   Raises:
-    ValueError: the text is not of the form, or a value is out of range.
+    ValueError: the text has an invalid form, or a value is out of range.
   """
   return tuple(_parse_group(part) for part in text.split(';') if part.strip())
 
@@ -85,7 +85,7 @@ def label_fn(groups: Sequence[ParameterGroup]) -> Callable[[Tree], Tree]:
 
   Raises:
     ValueError: (when called) a pattern matches no parameter that earlier
-      patterns leave.
+      patterns do not match.
   """
 
   def label(path: str) -> str:
@@ -104,13 +104,13 @@ def label_fn(groups: Sequence[ParameterGroup]) -> Callable[[Tree], Tree]:
     used = set(jax.tree.leaves(tree))
     for i, group in enumerate(groups):
       if f'group_{i}' not in used:
-        raise ValueError(_unmatched(group, groups[:i], params))
+        raise ValueError(_no_match_message(group, groups[:i], params))
     return tree
 
   return labels
 
 
-def _unmatched(
+def _no_match_message(
   group: ParameterGroup, earlier: Sequence[ParameterGroup], params: Tree
 ) -> str:
   flat, _ = jax.tree_util.tree_flatten_with_path(params)
@@ -120,8 +120,8 @@ def _unmatched(
   if any(fnmatch.fnmatchcase(path, group.pattern) for path in paths):
     patterns = ', '.join(repr(g.pattern) for g in earlier)
     return (
-      f'config.optimizer.groups: all that {group.pattern!r} matches is matched '
-      f'by an earlier pattern ({patterns}); put it first'
+      f'config.optimizer.groups: earlier patterns ({patterns}) match all '
+      f'parameters that {group.pattern!r} matches; put it first'
     )
   similar = nearest(group.pattern, paths) or paths[0]
   return (

@@ -13,10 +13,9 @@ class OptimizerSpec:
 
   Attributes:
     make: (learning_rate, weight_decay, **keys) -> GradientTransformation;
-      learning_rate is a schedule. Clipping and parameter groups are not its
-      concern.
-    keys: of config.optimizer, beyond those that every optimizer has; passed
-      to `make` by name.
+      learning_rate is a schedule. `make_optimizer` adds clipping and parameter
+      groups.
+    keys: further keys of config.optimizer, passed to `make` by name.
   """
 
   make: Callable[..., optax.GradientTransformation]
@@ -32,11 +31,11 @@ class ScheduleSpec:
   """A learning rate schedule and the keys that it reads.
 
   Attributes:
-    make: (learning_rate, steps, **keys) -> (step -> learning rate), from the
-      end of the warm-up on: its step 0 has the peak rate.
+    make: (learning_rate, steps, **keys) -> (step -> learning rate). Step 0 is
+      the end of the warm-up and has the peak rate.
     keys: as `OptimizerSpec.keys`.
-    depends_on_steps: whether the rate at a step depends on the number of steps
-      of the run, which may then not change when it goes on.
+    depends_on_steps: whether the rate at a step depends on the total number of
+      steps, which a resumed run must then not change.
   """
 
   make: Callable[..., optax.Schedule]

@@ -144,11 +144,11 @@ def test_scores_that_are_no_ranks_are_refused(tmp_path):
   path = str(tmp_path / 'model.gguf')
   # A unigram model's are logarithms; some converters write one for all.
   write(path, trained('unigram'))
-  with pytest.raises(CheckpointError, match='not the ranks of merges') as error:
+  with pytest.raises(CheckpointError, match='not ranks of merges') as error:
     gguf_tokenizer.read(path)
   assert '\n' not in str(error.value)
   write(path, trained(), scores=[-1000.0] * 400)
-  with pytest.raises(CheckpointError, match='not the ranks of merges'):
+  with pytest.raises(CheckpointError, match='not ranks of merges'):
     gguf_tokenizer.read(path)
 
 

@@ -310,7 +310,7 @@ def small(family):
   else:
     config = config_from_hf({**COMMON, 'model_type': family}, False)
   rng = np.random.default_rng(0)
-  shapes = weight_mapping.stacked_shapes(hf.expected(config))
+  shapes = weight_mapping.stacked_shapes(hf.model_entries(config))
   return config, weight_mapping.unflatten(
     {
       path: rng.normal(size=shape).astype(np.float32)
@@ -369,14 +369,14 @@ def test_files_stay_small_where_arrays_are_joined(tmp_path):
   [
     ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, "is 'dynamic'"),
     ({'rope_parameters': {'rope_type': 'longrope'}}, "is 'longrope'"),
-    ({'rope_scaling': {'type': 'linear'}}, 'lacks factor'),
+    ({'rope_scaling': {'type': 'linear'}}, 'its factor is missing'),
     (
       {'rope_scaling': {'rope_type': 'su', 'short_factor': [1.0]}},
       "is 'su'",
     ),
     ({'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary'),
     ({'rope_parameters': {'full_attention': {}}}, 'each type of layer'),
-    ({'quantization_config': {'bits': 4}}, 'quantised weights'),
+    ({'quantization_config': {'bits': 4}}, 'quantized weights'),
     ({'model_type': 'mamba'}, "family 'mamba'"),
     ({'hidden_act': 'swish2'}, "activation 'swish2'"),
     ({'tie_word_embeddings': False, 'headless': True}, 'hold no head'),
@@ -424,7 +424,7 @@ def test_special_ids_come_along_with_the_tokenizer(tmp_path):
 )
 def test_what_hugging_face_can_not_say_is_not_written(family, changes, lost):
   config = dataclasses.replace(small(family)[0], **changes)
-  with pytest.raises(CheckpointError, match='has no words') as error:
+  with pytest.raises(CheckpointError, match='does not support') as error:
     FAMILIES[config.family].hf.to_fields(config)
   for name in lost.split(', '):
     assert name in str(error.value)

@@ -255,14 +255,14 @@ def test_an_adapter_of_another_model_is_shown_as_a_diff(tmp_path):
 def test_methods_without_a_form_in_peft_are_refused(tmp_path):
   leaves = {'molora/a': '{in}er', 'molora/b': 'er{out}'}
   tree = adapter_tree(CONFIG, leaves, ['encoder/self/q'])
-  with pytest.raises(CheckpointError, match='peft has no form for'):
+  with pytest.raises(CheckpointError, match='peft cannot represent'):
     peft.save(tmp_path / 'a', CONFIG, AdapterWeights('molora(rank=7)', tree))
 
 
 def test_two_scales_at_one_module_are_refused(tmp_path):
   sites = ['encoder/mlp/act', 'encoder/mlp/hidden']
   tree = adapter_tree(CONFIG, OUT, sites)
-  with pytest.raises(CheckpointError, match='one scale a module'):
+  with pytest.raises(CheckpointError, match='one scale per module'):
     peft.save(tmp_path / 'a', CONFIG, AdapterWeights('ia3', tree))
 
 

@@ -187,7 +187,7 @@ ODD = [
   ({'rank_pattern': {'q_proj': 'x'}}, 'rank_pattern'),
   ({'rank_pattern': {'q_proj': 0}}, 'rank_pattern'),
   ({'rank_pattern': {'q_proj': 3}}, 'has the rank 2'),
-  ({'rank_pattern': {'(a+)+$': 3}}, 'plain pattern'),
+  ({'rank_pattern': {'(a+)+$': 3}}, 'simple pattern'),
   ({'rank_pattern': {'(': 3}}, 'regular expression'),
   ({'alpha_pattern': {'q_proj': None}}, 'alpha_pattern'),
   ({'bias': ['all']}, 'bias'),

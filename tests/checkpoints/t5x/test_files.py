@@ -143,7 +143,7 @@ def test_a_checkpoint_of_tensorflow_is_named(tmp_path, name):
   (tmp_path / name).write_text('model_checkpoint_path: "model.ckpt-9"\n')
   with pytest.raises(CheckpointError, match='a TensorFlow checkpoint'):
     form = checkpoint_formats.detect(str(tmp_path))
-    checkpoint_formats.FORMS[form].load(str(tmp_path))
+    checkpoint_formats.FORMATS[form].load(str(tmp_path))
 
 
 LEAF = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': 'a/'}}

@@ -292,7 +292,7 @@ def test_sites_of_no_released_module_are_refused():
 
 def test_a_config_that_t5x_cannot_imply_is_refused(tmp_path):
   config = dataclasses.replace(CONFIG, scale_head=True)
-  with pytest.raises(CheckpointError, match='hold no config'):
+  with pytest.raises(CheckpointError, match='have no config'):
     t5x.save(tmp_path / 'x', config, random_params(config))
 
 

@@ -242,7 +242,10 @@ def test_a_text_has_two_parts():
     (FILE.replace('no ||| yes', '[no, yes]'), "expected text in 'answer_choi"),
     (FILE.replace('{{ sentence2 }}', '{{ sen'), "'generate': 'jinja' is not J"),
     (FILE.replace('{{ sentence1 }} |||', ''), "'generate': expected '...' bet"),
-    (FILE.replace('generate', 'same thing!'), "'same_thing_' names 2 templa"),
+    (
+      FILE.replace('generate', 'same thing!'),
+      "2 templates have the name 'same_t",
+    ),
   ],
 )
 def test_a_wrong_file_is_named_and_so_is_its_template(tmp_path, text, said):
@@ -253,5 +256,5 @@ def test_a_wrong_file_is_named_and_so_is_its_template(tmp_path, text, said):
 
 
 def test_an_absent_file_is_named(tmp_path):
-  with pytest.raises(ValueError, match='holds 0 sets of templates'):
+  with pytest.raises(ValueError, match='has 0 sets of templates'):
     promptsource.find_templates(str(tmp_path / 'none.yaml'), 'd')

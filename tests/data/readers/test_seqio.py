@@ -410,7 +410,9 @@ def test_directories_without_tasks_are_told(tmp_path, p3):
     seqio_cache.mixture(p3, split='test')
   with pytest.raises(ValueError, match="1 of 2 tasks .* 'train': squad"):
     seqio_cache.mixture(p3, {'squad': 1, 'wiki_qa_exercise': 1})
-  with pytest.raises(ValueError, match='every rate or number of examples is 0'):
+  with pytest.raises(
+    ValueError, match='has a rate and a number of examples above 0'
+  ):
     seqio_cache.mixture(p3, {'wiki_qa_exercise': 0})
 
 

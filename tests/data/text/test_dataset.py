@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain text: documents, pieces, hidden spans and prefixes."""
+"""Plain text: documents, chunks, noise spans and prefixes."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_pieces_of_a_stream_predict_every_token_once(path):
   actual = text_dataset.read_chunks(
     data(path), CausalCollator(ByteTokenizer(), 5), path
   )
-  made = [actual.make(ids, None) for ids in actual]
+  made = [actual.item_fn(ids, None) for ids in actual]
   targets = np.concatenate([m.ids[1:] for m in made])
   joined = 'one two\nthree\n\nfour five six'
   # All bytes but the first, and EOS.
@@ -119,7 +119,7 @@ def test_rows_of_spans_are_full_and_lose_nothing(tmp_path):
   )
   whole, sentinels = [], set(range(259, 300))
   for ids in actual:
-    x, y = actual.make(ids, rng)
+    x, y = actual.item_fn(ids, rng)
     whole += restored(x.tolist(), y.tolist(), sentinels)
     if len(ids) == len(actual[0]):
       assert len(x) == 61 and len(y) <= 20 and x[1:].max() == 299
@@ -144,7 +144,7 @@ def test_a_decoder_reads_spans_in_one_row(path):
   actual = text_dataset.read_chunks(
     data(path, pretraining_objective='spans'), form, path, vocab_size=300
   )
-  made = actual.make(actual[0], np.random.default_rng(0))
+  made = actual.item_fn(actual[0], np.random.default_rng(0))
   assert 30 <= len(made.ids) <= 32
   (first,) = np.flatnonzero(np.diff(made.loss_mask)) + 1
   # The inputs end with EOS, and the answer begins with the first sentinel.
@@ -158,7 +158,9 @@ def test_a_prefix_is_given_and_the_rest_predicted(path):
     path,
   )
   rng = np.random.default_rng(0)
-  cuts = {int(actual.make(actual[0], rng).loss_mask.sum()) for _ in range(97)}
+  cuts = {
+    int(actual.item_fn(actual[0], rng).loss_mask.sum()) for _ in range(97)
+  }
   assert cuts == set(range(1, 10))
   pairs = text_dataset.read_chunks(
     data(path, pretraining_objective='prefix'),
@@ -166,7 +168,7 @@ def test_a_prefix_is_given_and_the_rest_predicted(path):
     path,
   )
   for _ in range(31):
-    x, y = pairs.make(pairs[0], rng)
+    x, y = pairs.item_fn(pairs[0], rng)
     assert len(x) <= 9 and 2 <= len(y) <= 5
     assert [*x[:-1], *y[:-1]] == pairs[0].tolist()
 
@@ -182,7 +184,7 @@ def test_text_is_held_out_at_the_end_and_drawn_in_epochs(path):
   form = CausalCollator(ByteTokenizer(), 3)
   actual = open_data(data(path, validation_fraction=0.2), 0, collator=form)
   stored = np.concatenate([s.ids[1:] for s in actual.held_out])
-  # 28 tokens are 9 pieces of 3 targets and one of less; the last two stay out.
+  # 28 tokens are 9 chunks of 3 targets and one of less; the last two stay out.
   assert ByteTokenizer().decode(stored.tolist()) == 'six'[-len(stored) + 1 :]
   epoch = [tuple(actual.train[i].ids) for i in range(8)]
   again = [tuple(actual.train[i].ids) for i in range(8, 16)]
@@ -194,7 +196,7 @@ def test_text_is_held_out_at_the_end_and_drawn_in_epochs(path):
   ('name', 'content', 'said'),
   [
     ('a.md', 'x', 'text is read from .txt'),
-    ('a.txt', ' \n', 'holds no text'),
+    ('a.txt', ' \n', 'has no text'),
     ('a.jsonl', '{"texts": "x"}', "line 1: expected text in 'text', got None"),
     ('a.jsonl', '{"text": "x"', 'line 1: not JSON'),
   ],

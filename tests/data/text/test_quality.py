@@ -86,11 +86,11 @@ def test_what_goes_is_counted_and_told(tmp_path):
   shown = ByteTokenizer().decode(actual.ids.tolist())
   assert shown == f'{GOOD}\n{words(0)}'
   assert actual.notes[:2] == (
-    "1 passages go by the rule 'length' (50 to 100,000 words)",
-    '2 passages go as near duplicates (0.8 alike)',
+    "1 passages fail the rule 'length' (50 to 100,000 words)",
+    '2 passages are near duplicates (similarity 0.8)',
   )
   path.write_text('short')
-  with pytest.raises(ValueError, match='none of 1 passages is left'):
+  with pytest.raises(ValueError, match='no passage of 1 remains'):
     text_dataset.read_chunks(
       data, CausalCollator(ByteTokenizer(), 31), str(path)
     )

@@ -650,7 +650,7 @@ def test_token_shares_of_older_logs_are_not_called_argmax_shares(tmp_path):
 def test_routing_without_runs_is_refused():
   done = commands.run('moepeft.tables', '--paper=t5_xl', '--routing')
   assert done.returncode == 2
-  assert '--routing is of runs' in done.stderr
+  assert '--routing is for runs' in done.stderr
 
 
 def test_rows_of_one_method_tell_their_router_losses(tmp_path):

@@ -114,7 +114,7 @@ def test_what_is_damaged_or_not_there_is_an_error(base, tmp_path):
   file.write_bytes(data)
   with pytest.raises(ValueError, match='damaged'):
     read_adapter(path, base)
-  with pytest.raises(ValueError, match='none of the known forms'):
+  with pytest.raises(ValueError, match='none of the known formats'):
     (tmp_path / 'empty').mkdir()
     read_adapter(str(tmp_path / 'empty'), base)
   with pytest.raises(ValueError, match='no checkpoint'):

@@ -67,4 +67,4 @@ def test_an_entry_is_enabled_by_keys_that_there_are(name):
   assert entry.enabled_by
   for key in entry.enabled_by:
     # An unknown key is an error here.
-    assert callbacks._value(config, key) is not None
+    assert callbacks._config_value(config, key) is not None

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints what a run's work directory shows, in a few lines.
+"""Summarizes the work directory of a training run.
 
   python summarize.py WORKDIR
 
-Needs moepeft beside it, where it ships, but neither JAX nor NumPy, so that it
-starts at once.
+Imports moepeft, but neither JAX nor NumPy, so that it starts fast.
 """
 
 import sys
@@ -13,16 +12,16 @@ from pathlib import Path
 try:
   from moepeft.runs import diagnosis
 except ModuleNotFoundError:
-  # A Python that moepeft is not installed for: the script lies within it.
+  # moepeft is not installed; this file is inside the package.
   sys.path.append(str(Path(__file__).resolve().parents[5]))
   from moepeft.runs import diagnosis
 
 
 def main(argv: list[str]) -> str:
-  """The summary.
+  """Returns the summary.
 
   Raises:
-    ValueError: there is no run, a sentence.
+    ValueError: there is no run.
   """
   if len(argv) != 1:
     raise ValueError('expected one argument, the work directory of a run')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists the keys of a config, and writes config files that are checked.
+"""Lists the keys of a config, and writes checked config files.
 
 python write_config.py keys [SECTION or word]
 python write_config.py write FILE.py 'About it.' key=value ...
@@ -25,62 +25,63 @@ _INNER = re.compile(r'      (\w+)=(.*?),?$')
 
 
 def main(argv: list[str]) -> str:
-  """Does what is asked and tells it.
+  """Runs the command; returns its output.
 
   Raises:
-    ValueError: it cannot be done, a sentence.
+    ValueError: an error with a message for the user.
   """
   match argv:
     case ['keys']:
       return keys('')
     case ['keys', word]:
       return keys(word)
-    case ['write', name, about, *settings]:
-      return write(name, about, settings)
+    case ['write', name, description, *settings]:
+      return write(name, description, settings)
   raise ValueError(
     "expected keys [WORD], or write FILE.py 'About it.' key=value ..."
   )
 
 
 def keys(word: str) -> str:
-  """The sections and the top's keys, or the keys that a word is in."""
+  """Lists the keys that contain a word; '' for sections and top-level keys."""
   c = config_lib.default()
-  values = dict(_flat(c))
+  values = dict(_flatten(c))
   if not word:
     sections = [
       key for key, value in c.items() if isinstance(value, ConfigDict)
     ]
     top = {key: value for key, value in values.items() if '.' not in key}
-    return f'sections: {", ".join(sections)}\n{_listed(top)}'
-  chosen = {k: v for k, v in values.items() if k.startswith(f'{word}.')}
-  chosen = chosen or {k: v for k, v in values.items() if word in k}
-  if not chosen:
+    return f'sections: {", ".join(sections)}\n{_format_keys(top)}'
+  matches = {k: v for k, v in values.items() if k.startswith(f'{word}.')}
+  matches = matches or {k: v for k, v in values.items() if word in k}
+  if not matches:
     raise ValueError(
       f'no key has {word!r} in it; keys without a word lists them'
     )
-  return _listed(chosen)
+  return _format_keys(matches)
 
 
-def _listed(values: dict) -> str:
-  about = dict(_remarks())
+def _format_keys(values: dict) -> str:
+  comments_by_key = dict(_key_comments())
   return '\n'.join(
-    f'{key}={value!r}' + (f'  # {about[key]}' if about.get(key) else '')
+    f'{key}={value!r}'
+    + (f'  # {comments_by_key[key]}' if comments_by_key.get(key) else '')
     for key, value in values.items()
   )
 
 
-def _flat(c: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
+def _flatten(c: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
   for key, value in c.items():
     if isinstance(value, ConfigDict) and len(value):
-      yield from _flat(value, f'{prefix}{key}.')
+      yield from _flatten(value, f'{prefix}{key}.')
     else:
       yield f'{prefix}{key}', value
 
 
-def _remarks() -> Iterator[tuple[str, str]]:
-  """(key, the comment above it) as moepeft/config/defaults.py has them.
+def _key_comments() -> Iterator[tuple[str, str]]:
+  """Yields (key, comment above it) from moepeft/config/defaults.py.
 
-  A section's keys stand in a function of its name: _optimizer, _data, ...
+  The keys of a section are in a function of its name: _optimizer, _data, ...
   """
   section, comments = '', []
   for line in inspect.getsource(config_lib).splitlines():
@@ -96,35 +97,39 @@ def _remarks() -> Iterator[tuple[str, str]]:
     comments = []
 
 
-def write(name: str, about: str, settings: list[str]) -> str:
+def write(name: str, description: str, settings: list[str]) -> str:
   """Checks the settings, writes the file, and reads it back by parsing it."""
   config_file.check_name(name)
   if os.path.lexists(name):
     raise ValueError(f'{name} exists; choose another name')
-  if not about.strip() or not about.isprintable() or len(about) > 500:
-    raise ValueError('say in a plain sentence what the experiment is')
-  c, changed = config_lib.default(), {}
+  if (
+    not description.strip()
+    or not description.isprintable()
+    or len(description) > 500
+  ):
+    raise ValueError('describe the experiment in one sentence')
+  c, values = config_lib.default(), {}
   for text in settings:
-    key, value = _read(c, text)
+    key, value = _parse_setting(c, text)
     _set(c, key, value)
-    changed[key] = value
-  if not changed:
+    values[key] = value
+  if not values:
     raise ValueError('name at least one key=value that the experiment changes')
-  counted = _check(c)
-  sentence = textwrap.fill(about.strip().rstrip('.') + '.', 77)
+  summary = _check(c)
+  docstring = textwrap.fill(description.strip().rstrip('.') + '.', 77)
   command = f'python -m moepeft.train --config={name} --workdir=DIR'
-  config = config_file.render_config(f'{sentence}\n\n{command}\n', changed)
-  again = config_lib.default()
+  config = config_file.render_config(f'{docstring}\n\n{command}\n', values)
+  parsed_config = config_lib.default()
   for key, value in config_file.parse_config(config).items():
-    _set(again, key, value)
-  if again.to_json() != c.to_json():
-    raise ValueError('the file does not say what was asked; report this')
-  _hand_over(name, config)
-  return f'wrote {name}\n{counted}\n\n{config}'
+    _set(parsed_config, key, value)
+  if parsed_config.to_json() != c.to_json():
+    raise ValueError('the written file has other values; report this bug')
+  _output(name, config)
+  return f'wrote {name}\n{summary}\n\n{config}'
 
 
-def _hand_over(name: str, config: str) -> None:
-  """To the agent, which looks at it and writes it; to a file without one."""
+def _output(name: str, config: str) -> None:
+  """Passes the file to the agent, which checks it, or else writes it."""
   if number := os.environ.get('MOEPEFT_OUTPUT'):
     with open(int(number), 'w', encoding='utf-8', closefd=False) as file:
       file.write(f'{name}\n{config}')
@@ -133,37 +138,39 @@ def _hand_over(name: str, config: str) -> None:
       file.write(config)
 
 
-def _read(c: ConfigDict, text: str) -> tuple[str, object]:
-  """'key=value' as the key and a value of the default's type."""
+def _parse_setting(c: ConfigDict, text: str) -> tuple[str, object]:
+  """Parses 'key=value' to the key and a value of the default's type."""
   key, equals, value = text.partition('=')
   key = key.strip().removeprefix('config.')
   if not equals:
     raise ValueError(f'expected key=value; got {text!r}')
-  keys_ = dict(_flat(c))
-  if key not in keys_:
-    near = [k for k in keys_ if k.split('.')[-1] == key.split('.')[-1]]
+  defaults = dict(_flatten(c))
+  if key not in defaults:
+    similar = [k for k in defaults if k.split('.')[-1] == key.split('.')[-1]]
     raise ValueError(
       f'there is no key {key!r}'
-      + (f'; did you mean {" or ".join(near)}?' if near else '')
+      + (f'; did you mean {" or ".join(similar)}?' if similar else '')
       + '; the script with `keys` lists them'
     )
-  like = keys_[key]
-  return key, value if isinstance(like, str) else _typed(key, value, like)
+  default = defaults[key]
+  return key, value if isinstance(default, str) else _parse_value(
+    key, value, default
+  )
 
 
-def _typed(key: str, text: str, like: object) -> object:
+def _parse_value(key: str, text: str, default: object) -> object:
   try:
     value = ast.literal_eval(text.strip())
   except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
     value = {'true': True, 'false': False}.get(text.strip().lower(), text)
-  if isinstance(like, float) and type(value) is int:
+  if isinstance(default, float) and type(value) is int:
     try:
       value = float(value)
     except OverflowError:
       raise ValueError(f'{key} is too large for a number: {text!r}') from None
-  if type(value) is not type(like):
+  if type(value) is not type(default):
     raise ValueError(
-      f'{key} is of type {type(like).__name__}, as {like!r}; got {text!r}'
+      f'{key} is of type {type(default).__name__}, as {default!r}; got {text!r}'
     )
   return value
 
@@ -176,12 +183,12 @@ def _set(c: ConfigDict, key: str, value: object) -> None:
 
 
 def _check(c: ConfigDict) -> str:
-  """Looks at the config as training would, and counts what it trains.
+  """Checks a config as training does; returns its parameter counts.
 
   Raises:
-    ValueError: training would refuse it.
+    ValueError: training would refuse the config.
   """
-  # Here, as `keys` does without them and JAX takes seconds to start.
+  # Imported here, as they import JAX, which takes seconds.
   from moepeft import objectives, registries
   from moepeft.checkpoints import base
   from moepeft.checkpoints.count_parameters import count
@@ -194,12 +201,12 @@ def _check(c: ConfigDict) -> str:
   try:
     _, shape = base.shape(c.model)
     objectives.check_model(c.objective, decoder_only(shape))
-    counted = count(c)
+    summary = count(c)
   except OSError as e:
     return f'not counted, as the base is not here: {e}'
   return (
-    f'trains {counted["peft"]:,} parameters, {counted["percent"]} % of the '
-    f'base ({counted["params"]:,})'
+    f'trains {summary["peft"]:,} parameters, {summary["percent"]} % of the '
+    f'base ({summary["params"]:,})'
   )
 
 

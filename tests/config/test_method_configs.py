@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""configs/methods has a config of each published mixture."""
+
+import importlib.util
+import re
+
+import pytest
+
+from moepeft import registries
+from moepeft.config.check import check
+from moepeft.models import FAMILIES
+from moepeft.moe import aux_losses
+from moepeft.peft import METHODS, build
+from tests import ROOT
+
+FOLDER = ROOT / 'configs' / 'methods'
+NAMES = sorted(path.stem for path in FOLDER.glob('*.py'))
+# Made of trained adapters by `moepeft.convert`, without training.
+UNTRAINED = {'arrow'}
+
+
+def read(name, values=''):
+  spec = importlib.util.spec_from_file_location(name, FOLDER / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(values)
+
+
+def test_every_preset_has_a_config():
+  presets = {name for name, entry in METHODS.items() if entry.expert}
+  assert {*NAMES} == presets - UNTRAINED
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('values', ['', 'model=smollm2,data=rows.json'])
+def test_a_config_is_valid_and_has_its_preset(name, values):
+  config = read(name, values)
+  check(config, registries.BY_KEY)
+  aux_losses.check_weights(config.router_losses)
+  family = FAMILIES['llama' if values else 't5']
+  sites = family.sites(family.sizes['smollm2-135m' if values else 'small'])
+  built = build(config.method, sites)
+  assert built.adapter_map.entries[0][1].name == name
+  assert config.objective == ('causal' if values else 'seq2seq')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_config_says_how_it_differs_and_its_scale(name):
+  text = (FOLDER / f'{name}.py').read_text()
+  assert re.search(r'^differs: \w', text, re.MULTILINE)
+  scale = re.search(r'^scale: (.*?)[,;.]', text, re.MULTILINE)[1]
+  family = FAMILIES['t5']
+  sites = family.sites(family.sizes['small'])
+  expert = build(name, sites).adapter_map.entries[0][1].expert
+  if hasattr(expert, 'alpha'):
+    alpha, rank, value = map(
+      float, re.search(r'= ([\d.]+) / ([\d.]+) = ([\d.]+)', scale).groups()
+    )
+    assert alpha / rank == value == expert.alpha / expert.rank
+  else:
+    assert scale == 'none'
