@@ -3,6 +3,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 
 from moepeft.core.types import Context, Routing
 from moepeft.moe import ROUTERS, aux_losses, router_state, router_stats
+from moepeft.moe.gate import INIT, gate_logits
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.moe.routers.topk import TopK
+from moepeft.nn.initializers import peft_param
 from moepeft.peft.method import options_of
 
 # As many features as 3, 4 and 7 experts can have alike.
@@ -103,6 +106,28 @@ def test_a_row_is_routed_by_itself_where_the_entry_says_so(name):
   other = run(router, X.at[1].set(9.0)).combine_weights[0]
   equal = np.array_equal(run(router).combine_weights[0], other)
   assert equal == ROUTERS[name].independent_of_batch
+
+
+class BatchMean(nn.Module):
+  """One routing for a whole batch, as peft's Lily averages its router's."""
+
+  experts: int = 3
+
+  @nn.compact
+  def __call__(self, x, ctx):
+    kernel = peft_param(self, 'kernel', INIT, (x.shape[-1], self.experts), 'ie')
+    logits = gate_logits(x, kernel)
+    mean = jnp.mean(jax.nn.softmax(logits), axis=(0, 1))
+    return Routing(logits, jnp.broadcast_to(mean, logits.shape))
+
+
+def test_the_contracts_fail_for_a_routing_of_the_whole_batch():
+  # No row is routed by itself, and no token by those before it.
+  weights = run(BatchMean()).combine_weights
+  other_row = run(BatchMean(), X.at[1].set(9.0)).combine_weights
+  later = run(BatchMean(), X.at[:, 3:].set(9.0)).combine_weights
+  assert not np.array_equal(weights[0], other_row[0])
+  assert not np.array_equal(weights[:, :3], later[:, :3])
 
 
 @pytest.mark.parametrize('name', ROUTERS)
