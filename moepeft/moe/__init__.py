@@ -19,6 +19,15 @@ ROUTERS: Registry = Registry(
     'threshold': 'threshold:ROUTER',
     'magnitude': 'magnitude:ROUTER',
     'arrow': 'arrow:ROUTER',
+    'top_p': 'top_p:ROUTER',
+    'sigmoid': 'sigmoid:ROUTER',
+    'relu': 'relu:ROUTER',
+    'hard': 'hard:ROUTER',
+    'gumbel': 'gumbel:ROUTER',
+    'sparsegen': 'sparsegen:ROUTER',
+    'entropy_adaptive': 'entropy_adaptive:ROUTER',
+    'noisy_topk': 'noisy_topk:ROUTER',
+    'low_rank': 'low_rank:ROUTER',
   },
 )
 # The router of a mixture whose method string names none.

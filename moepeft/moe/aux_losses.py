@@ -8,13 +8,15 @@ weight defaults to zero.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.scipy.special import entr
 
 from moepeft.core.ranges import Range, suggestion
 from moepeft.core.types import Array
 from moepeft.moe import ROUTERS
 from moepeft.moe.router import RouterLoss
-from moepeft.moe.router_stats import RouterStats
+from moepeft.moe.router_stats import RouterStats, over_experts
 
 
 def load_balance(sums: RouterStats) -> Array:
@@ -38,9 +40,52 @@ def entropy(sums: RouterStats) -> Array:
   return jnp.mean(sums.entropy / jnp.maximum(sums.count, 1))
 
 
+def importance(sums: RouterStats) -> Array:
+  """CV^2 of the experts' sums of combine weights: variance over mean squared.
+
+  Source: Shazeer et al., arXiv:1701.06538, equations 6 and 7.
+  """
+  available = None if sums.available is None else sums.available > 0
+  mean = over_experts(jnp.mean, sums.importance, available)
+  variance = over_experts(jnp.var, sums.importance, available)
+  # A site without a token has no mean.
+  return jnp.mean(variance / jnp.where(mean == 0, 1, mean**2))
+
+
+# Of ln e, HMoRA's targets of H(mean p) and of the mean of H(p).
+BALANCE, CERTAINTY = 0.98, 0.5
+
+
+def generalized_js(sums: RouterStats) -> Array:
+  """relu((BALANCE - CERTAINTY) ln e - (H(mean p) - mean H(p))) / ln e.
+
+  The generalised Jensen-Shannon divergence of the tokens' probabilities p:
+  large where each token is sure of its experts and all experts are used.
+  Source: HMoRA (openreview lTkHiXeuDl). Its released code also bounds H(mean p)
+  by BALANCE ln e, and each token's H(p) from below by CERTAINTY ln e, which is
+  no function of sums.
+  """
+  count = jnp.maximum(sums.count, 1)
+  mean = sums.probability / count[..., None]
+  # The slope of the entropy at 0 is infinite.
+  used = mean > 0
+  of_mean = jnp.sum(jnp.where(used, entr(jnp.where(used, mean, 1)), 0), axis=-1)
+  most = jnp.log(jnp.asarray(sums.experts, jnp.float32))
+  divergence = of_mean - sums.entropy / count
+  gap = jax.nn.relu((BALANCE - CERTAINTY) * most - divergence)
+  # One expert has no choice.
+  return jnp.mean(gap / jnp.where(most == 0, 1, most))
+
+
 # A negative weight maximizes a loss, such as the entropy.
 _WEIGHT = Range(-1_000, 1_000)
-LOSSES = {'load_balance': load_balance, 'z': router_z_loss, 'entropy': entropy}
+LOSSES = {
+  'load_balance': load_balance,
+  'z': router_z_loss,
+  'entropy': entropy,
+  'importance': importance,
+  'generalized_js': generalized_js,
+}
 
 
 def router_losses() -> dict[str, RouterLoss]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions for routers: the linear gate, its noise, top-k selection."""
+"""Functions for routers: the linear gate, its noise, selection."""
 
 import flax.linen as nn
 import jax
@@ -20,10 +20,11 @@ TEMPERATURE = Range(0, 1_000, above=True)
 KERNEL_INITS = ('normal', 'kaiming')
 
 
-class LinearGate(nn.Module):
-  """A router whose logits are linear in its input: x W / temperature.
+class ScoreGate(nn.Module):
+  """A router whose logits are scores of its input / temperature.
 
-  Parameters: kernel [i, e], float32; there is no bias.
+  The scores are x W; a subclass may replace `scores`. Parameters: kernel
+  [i, e], float32; there is no bias.
 
   Attributes:
     experts: e.
@@ -32,13 +33,39 @@ class LinearGate(nn.Module):
       torch.nn.Linear, and with it most other released codes.
     temperature: divides the logits.
     jitter: of the input, in training; see `jitter_input`.
-    dropout: of experts, in training; see `expert_dropout`.
   """
 
   experts: int = option(1, EXPERTS)
   kernel_init: str = option('normal', Choices(KERNEL_INITS), training_only=True)
   temperature: float = option(1.0, TEMPERATURE)
   jitter: float = option(0.0, JITTER, training_only=True)
+
+  @nn.nowrap
+  def scores(self, x: Array) -> Array:
+    """float32 [b, t, e] of the input [b, t, i]."""
+    return gate_logits(x, self.input_kernel(x, self.experts, 'ie'))
+
+  @nn.nowrap
+  def input_kernel(self, x: Array, outputs: int, axes: str) -> Array:
+    """The parameter `kernel` [i, outputs], drawn as `kernel_init` says."""
+    inputs = x.shape[-1]
+    init = {'normal': INIT, 'kaiming': kaiming(inputs)}[self.kernel_init]
+    return peft_param(self, 'kernel', init, (inputs, outputs), axes)
+
+  @nn.nowrap
+  def masked_logits(self, x: Array, ctx: Context) -> Array:
+    """float32 [b, t, e], -inf for experts that the layer does not have."""
+    scores = self.scores(jitter_input(self, x, self.jitter, ctx))
+    return mask_experts(scores / self.temperature, ctx)
+
+
+class LinearGate(ScoreGate):
+  """`ScoreGate` with expert dropout.
+
+  Attributes:
+    dropout: of experts, in training; see `expert_dropout`.
+  """
+
   dropout: float = option(0.0, DROPOUT, training_only=True)
 
   @nn.nowrap
@@ -47,11 +74,7 @@ class LinearGate(nn.Module):
 
     Both are -inf for experts that the layer does not have.
     """
-    inputs = x.shape[-1]
-    init = {'normal': INIT, 'kaiming': kaiming(inputs)}[self.kernel_init]
-    kernel = peft_param(self, 'kernel', init, (inputs, self.experts), 'ie')
-    logits = gate_logits(jitter_input(self, x, self.jitter, ctx), kernel)
-    logits = mask_experts(logits / self.temperature, ctx)
+    logits = self.masked_logits(x, ctx)
     return logits, expert_dropout(self, logits, self.dropout, ctx)
 
 
@@ -113,3 +136,28 @@ def top_mask(x: Array, k: int) -> Array:
   """bool [..., e]: the k largest in the last axis; the first of equal ones."""
   _, index = jax.lax.top_k(x, k)
   return jnp.sum(jax.nn.one_hot(index, x.shape[-1]), axis=-2) > 0
+
+
+def sorted_mass(p: Array) -> tuple[Array, Array]:
+  """(mass, rank) [..., e] of probabilities sorted from the largest down.
+
+  mass is the sum up to an expert and with it, rank counts from 0; ties go to
+  the first.
+  """
+  order = jnp.argsort(p, axis=-1, stable=True, descending=True)
+  rank = jnp.argsort(order, axis=-1)
+  sums = jnp.cumsum(jnp.take_along_axis(p, order, axis=-1), axis=-1)
+  return jnp.take_along_axis(sums, rank, axis=-1), rank
+
+
+def normalize(x: Array) -> Array:
+  """x divided by its sum over the last axis; zeros if the sum is 0."""
+  total = jnp.sum(x, axis=-1, keepdims=True)
+  return x / jnp.where(total == 0, 1, total)
+
+
+def straight_through(p: Array, index: Array) -> Array:
+  """One at `index` [...], zero elsewhere, with the gradient of p [..., e]."""
+  # The difference is zero, and not rounded into the sum.
+  hard = jax.nn.one_hot(index, p.shape[-1], dtype=p.dtype)
+  return hard + (p - jax.lax.stop_gradient(p))

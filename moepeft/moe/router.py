@@ -32,6 +32,7 @@ class RouterSpec:
       including `experts`.
     normalized: whether a token's combine weights sum to one, with the default
       options.
+    covers_tokens: whether every token has an expert, with the default options.
     causal: whether a token's routing depends on no later token of its row,
       outside of the prompt. A decoder needs a causal router.
     pools_prompt: whether the router reads the whole prompt
@@ -61,6 +62,7 @@ class RouterSpec:
 
   module: Any
   normalized: bool = True
+  covers_tokens: bool = True
   causal: bool = True
   pools_prompt: bool = False
   independent_of_batch: bool = True

@@ -14,6 +14,7 @@ from flax import struct
 from jax.scipy.special import entr
 
 from moepeft.core.types import Array, Context, Router, Routing, Tree
+from moepeft.moe.gate import normalize
 from moepeft.nn.numerics import to_f32
 
 
@@ -33,6 +34,7 @@ class RouterStats:
     probability: [e] sums of the softmax of the logits.
     entropy: [] sums of that softmax's entropy, in nats.
     log_z2: [] sums of the squared log-partition of the logits.
+    importance: [e] sums of the combine weights, with their gradient.
     aux: {name: [*any]} sums of `Routing.aux`.
     available: [e] the number of tokens in layers with the expert, `count` or
       0; None if every layer has all experts.
@@ -46,6 +48,7 @@ class RouterStats:
   probability: Array
   entropy: Array
   log_z2: Array
+  importance: Array
   aux: dict[str, Array] = struct.field(default_factory=dict)
   available: Array | None = None
   sparse: bool = struct.field(pytree_node=False, default=False)
@@ -79,8 +82,8 @@ def router_stats(
   # Experts with equal weights share the load, so that a uniform router has an
   # even load. Expert dropout may leave fewer than k experts.
   load = ((weights >= kth) & (weights > 0)).astype(jnp.float32)
-  load = _normalize(load)
-  normalized = _normalize(weights)
+  load = normalize(load)
+  normalized = normalize(weights)
   share = (weights > 0).astype(jnp.float32) if routing.sparse else normalized
   log_p = jax.nn.log_softmax(routing.logits, axis=-1)
   p = jnp.exp(log_p)
@@ -98,6 +101,9 @@ def router_stats(
     probability=jnp.sum(p * real[..., None], axis=token_axes),
     entropy=-jnp.sum(jnp.sum(p * finite_log_p, axis=-1) * real),
     log_z2=jnp.sum(log_z**2 * real),
+    importance=jnp.sum(
+      routing.combine_weights * real[..., None], axis=token_axes
+    ),
     aux={
       name: jnp.tensordot(real, to_f32(values), axes=real.ndim)
       for name, values in routing.aux.items()
@@ -105,12 +111,6 @@ def router_stats(
     available=None if expert_mask is None else jnp.sum(real) * expert_mask,
     sparse=routing.sparse,
   )
-
-
-def _normalize(x: Array) -> Array:
-  """x divided by its sum over the last axis; zeros if the sum is 0."""
-  total = jnp.sum(x, axis=-1, keepdims=True)
-  return x / jnp.where(total == 0, 1, total)
 
 
 def route(module: nn.Module, router: Router, x: Array, ctx: Context) -> Routing:
@@ -183,19 +183,19 @@ def statistics(sums: RouterStats) -> Statistics:
   count = jnp.maximum(sums.count, 1)
   share = sums.share / count[..., None]
   available = None if sums.available is None else sums.available > 0
-  mean = jnp.maximum(_over_experts(jnp.mean, share, available), 1e-9)
+  mean = jnp.maximum(over_experts(jnp.mean, share, available), 1e-9)
   return Statistics(
     share=share,
     weight_entropy=sums.weight_entropy / count,
     entropy=sums.entropy / count,
-    variation=_over_experts(jnp.std, share, available) / mean,
+    variation=over_experts(jnp.std, share, available) / mean,
     top=jnp.max(share, axis=-1),
     experts=None if available is None else sums.experts,
     sparse=sums.sparse,
   )
 
 
-def _over_experts(
+def over_experts(
   reduce: Callable, share: Array, available: Array | None
 ) -> Array:
   """A mean or standard deviation of shares [..., e] over a layer's experts."""

@@ -23,7 +23,15 @@ CTX = Context(token_mask=jnp.ones((2, 5), bool))
 
 
 # Options without which an entry's facts do not show.
-OPTIONS = {'magnitude': {'k': 2}}
+OPTIONS = {
+  'magnitude': {'k': 2},
+  # Logits are near zero at first: of three, two experts reach the sum.
+  'top_p': {'p': 0.5},
+  # By default the near uniform probabilities take all experts.
+  'entropy_adaptive': {'entropy_threshold': 1.0},
+  # Larger logits, or no expert is below the threshold.
+  'sparsegen': {'kernel_init': 'kaiming'},
+}
 
 
 def make(name, experts=3, **options):
@@ -79,9 +87,12 @@ def test_every_trained_parameter_has_a_gradient(name):
     {'peft': jax.random.key(1), 'router': jax.random.key(3)}, X, CTX
   )
 
+  # What makes noise is trained by training alone.
+  ctx = CTX.replace(train=True)
+
   def loss(variables):
     weights = router.apply(
-      variables, X, CTX, rngs={'router': jax.random.key(3)}
+      variables, X, ctx, rngs={'router': jax.random.key(3)}
     ).combine_weights
     return jnp.sum(weights * jnp.arange(3.0))
 
@@ -181,7 +192,8 @@ def test_experts_that_a_layer_does_not_have_get_no_weight(name):
   routing = run(make(name, 4), ctx=ctx)
   weights = np.asarray(routing.combine_weights)
   np.testing.assert_array_equal(weights[..., 2:], 0)
-  assert (weights[..., :2].sum(-1) > 0).all()
+  covered = (weights[..., :2].sum(-1) > 0).all()
+  assert covered == ROUTERS[name].covers_tokens
   np.testing.assert_array_equal(routing.logits[..., 2:], -np.inf)
 
 
@@ -274,7 +286,8 @@ def test_statistics_by_hand():
 def direct(weights, logits, mask):
   """(mean weight, token share, entropies) in float64, a token at a time."""
   tokens = [(w, z) for w, z, m in zip(weights, logits, mask, strict=True) if m]
-  mixed = [w / w.sum() for w, _ in tokens]
+  # A token without an expert counts for none.
+  mixed = [w / (w.sum() or 1) for w, _ in tokens]
   nats = [-sum(p * np.log(p) for p in w if p > 0) for w in mixed]
   soft = [np.exp(z - z.max()) / np.exp(z - z.max()).sum() for _, z in tokens]
   before = [-sum(p * np.log(p) for p in s) for s in soft]

@@ -4,6 +4,7 @@
 Axes: b 2, t 7; i 33 features, 3 for each of e 11 experts.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,25 @@ KERNEL = normal('kernel', INPUTS, E)
 W, BIAS, D = normal('w', INPUTS), normal('bias'), normal('d', E)
 
 
+U, V = normal('u', INPUTS, 5), normal('v', 5, E)
+MLP = {
+  'hidden_kernel': normal('hidden kernel', INPUTS, 5),
+  'hidden_bias': normal('hidden bias', 5),
+  'output_kernel': normal('output kernel', 5),
+  'output_bias': normal('output bias'),
+}
+
+
+def sparsity(x):
+  return equations.sparsity(
+    x,
+    MLP['hidden_kernel'],
+    MLP['hidden_bias'],
+    MLP['output_kernel'],
+    MLP['output_bias'],
+  )
+
+
 def per_expert(x):
   """FlyLoRA's experts of rank one; of larger ones, their sums."""
   return x.reshape(E, -1).sum(-1)
@@ -39,6 +59,11 @@ CASES = {
     {'temperature': 2.5},
     {'kernel': KERNEL},
     lambda x: equations.soft(x, KERNEL / 2.5),
+  ),
+  'flat': (
+    {'temperature': 20.0},
+    {'kernel': KERNEL},
+    lambda x: equations.soft(x, KERNEL / 20),
   ),
   'topk': (
     {'k': 3, 'renormalize': True},
@@ -55,13 +80,52 @@ CASES = {
     {'state_bias': D},
     lambda x: equations.magnitude(per_expert(x), D, 4),
   ),
+  'top_p': (
+    {},
+    {'kernel': KERNEL},
+    lambda x: equations.top_p(x, KERNEL, 0.8, False),
+  ),
+  'top_p_renormalized': (
+    {'p': 0.95, 'renormalize': True},
+    {'kernel': KERNEL},
+    lambda x: equations.top_p(x, KERNEL, 0.95, True),
+  ),
+  'sigmoid': ({}, {'kernel': KERNEL}, lambda x: equations.sigmoid(x @ KERNEL)),
+  'relu': ({}, {'kernel': KERNEL}, lambda x: equations.relu(x, KERNEL)),
+  'hard': ({}, {'kernel': KERNEL}, lambda x: equations.hard(x @ KERNEL)),
+  'gumbel': ({}, {'kernel': KERNEL}, lambda x: equations.hard(x @ KERNEL)),
+  'noisy_topk': (
+    {'k': 3},
+    {'kernel': KERNEL, 'noise_kernel': KERNEL},
+    lambda x: equations.top_k(x, KERNEL, 3, True),
+  ),
+  'low_rank': (
+    {'rank': 5},
+    {'kernel': U, 'up_kernel': V},
+    lambda x: equations.soft(x, U @ V),
+  ),
+  'sparsegen': (
+    {'hidden': 5, 'temperature': 4.0},
+    MLP | {'kernel': KERNEL},
+    lambda x: equations.sparsegen(x @ KERNEL / 4, sparsity(x)),
+  ),
+  'entropy_adaptive': (
+    # The tokens' entropies are on both sides.
+    {'entropy_threshold': 0.4},
+    {'kernel': KERNEL},
+    lambda x: equations.entropy_adaptive(x @ KERNEL, 0.75, 2, 0.4, 1.1),
+  ),
   'arrow': (
     {'k': 3, 'temperature': 0.5},
     {'kernel': KERNEL},
     lambda x: equations.arrow(x, KERNEL, 3, 0.5),
   ),
 }
-ROUTER_OF = {'temperature': 'softmax'}
+ROUTER_OF = {
+  'temperature': 'softmax',
+  'flat': 'softmax',
+  'top_p_renormalized': 'top_p',
+}
 
 
 def run(name):
@@ -111,3 +175,66 @@ def test_threshold_balance_equals_the_released_code():
   np.testing.assert_allclose(
     loss('threshold', 'threshold_balance'), expected, rtol=1e-4
   )
+
+
+# Losses of a router alone, of all its tokens in NumPy.
+OWN_LOSSES = {
+  ('relu', 'relu_l1'): lambda tokens: equations.l1(
+    [equations.relu(x, KERNEL) for x in tokens]
+  ),
+  ('sparsegen', 'sparsegen_balance'): lambda tokens: (
+    equations.sparsegen_balance([CASES['sparsegen'][2](x) for x in tokens])
+  ),
+  ('sparsegen', 'sparsegen_gap'): lambda tokens: equations.sparsegen_gap(
+    [(x @ KERNEL / 4, sparsity(x)) for x in tokens], 2
+  ),
+  ('sparsegen', 'sparsegen_slack'): lambda tokens: np.mean(
+    [1 - sparsity(x) for x in tokens]
+  ),
+  ('entropy_adaptive', 'tsallis_entropy'): lambda tokens: np.mean(
+    [equations.tsallis(equations.soft(x, KERNEL), 1.1) for x in tokens]
+  ),
+  ('entropy_adaptive', 'adaptive_balance'): lambda tokens: (
+    equations.adaptive_balance(
+      [
+        (CASES['entropy_adaptive'][2](x), equations.soft(x, KERNEL))
+        for x in tokens
+      ]
+    )
+  ),
+  ('topk', 'importance'): lambda tokens: equations.importance(
+    [equations.top_k(x, KERNEL, 3, True) for x in tokens]
+  ),
+  ('flat', 'generalized_js'): lambda tokens: equations.generalized_js(
+    [equations.soft(x, KERNEL / 20) for x in tokens], 0.98, 0.5
+  ),
+}
+
+
+@pytest.mark.parametrize(('router', 'name'), OWN_LOSSES)
+def test_losses_equal_their_equations(router, name):
+  expected = OWN_LOSSES[router, name](real_tokens())
+  assert expected > 0.01
+  # float32 logits of 33 products.
+  np.testing.assert_allclose(loss(router, name), expected, rtol=1e-4)
+
+
+def test_noisy_top_k_in_training_equals_the_equations():
+  x = jnp.asarray(X, jnp.float32)
+  tree = {'kernel': KERNEL, 'noise_kernel': KERNEL / 9}
+  tree = {k: jnp.asarray(a, jnp.float32) for k, a in tree.items()}
+  router = ROUTERS['noisy_topk'].module(experts=E, k=3)
+  rngs = {'router': jax.random.key(5)}
+  actual = router.apply({'peft': tree}, x, Context(train=True), rngs=rngs)
+  noise = jax.random.normal(
+    nn.apply(lambda m: m.make_rng('router'), router)({}, rngs=rngs),
+    (2, 7, E),
+  )
+  for row, place in np.ndindex(2, 7):
+    token = X[row, place]
+    expected = equations.noisy_top_k(
+      token, KERNEL, KERNEL / 9, np.float64(noise[row, place]), 3
+    )
+    np.testing.assert_allclose(
+      actual.combine_weights[row, place], expected, rtol=1e-4, atol=1e-6
+    )

@@ -77,3 +77,147 @@ def load_balance(tokens, k):
   for p in tokens:
     f[np.argsort(-p, kind='stable')[:k]] += 1 / k / count
   return experts * float(f @ (sum(tokens) / count))
+
+
+def sigmoid(z):
+  """MoA, arXiv:2506.05928: a gate for each expert by itself."""
+  return 1 / (1 + np.exp(-z))
+
+
+def relu(x, kernel):
+  """Wang et al., arXiv:2412.14711: R(x) = ReLU(x W)."""
+  return np.array([max(z, 0) for z in x @ kernel])
+
+
+def l1(weights):
+  """The same paper's regularisation: the mean over tokens of ||R(x)||_1.
+
+  Args:
+    weights: [e] of each token.
+  """
+  return sum(np.abs(w).sum() for w in weights) / len(weights)
+
+
+def top_p(x, kernel, p, renormalize):
+  """Huang et al., arXiv:2403.07652: the smallest set that sums to p."""
+  probabilities = softmax(x @ kernel)
+  weights = np.zeros_like(probabilities)
+  for e in np.argsort(-probabilities, kind='stable'):
+    weights[e] = probabilities[e]
+    if weights.sum() >= p:
+      break
+  return weights / weights.sum() if renormalize else weights
+
+
+def hard(z):
+  """Bengio et al., arXiv:1308.3432, section 4: the forward pass alone."""
+  return np.eye(len(z))[np.argmax(z)]
+
+
+def noisy_top_k(x, kernel, noise_kernel, noise, k):
+  """Shazeer et al., arXiv:1701.06538, equations 3 to 5."""
+  h = x @ kernel + noise * np.log1p(np.exp(x @ noise_kernel))
+  kept = np.argsort(-h, kind='stable')[:k]
+  weights = np.zeros_like(h)
+  weights[kept] = softmax(h[kept])
+  return weights
+
+
+def importance(weights):
+  """The same paper, equations 6 and 7, without w_importance.
+
+  Args:
+    weights: [e] of each token.
+  """
+  total = sum(weights)
+  return total.std() ** 2 / total.mean() ** 2
+
+
+def sparsity(x, hidden_kernel, hidden_bias, output_kernel, output_bias):
+  """LD-MoLE, arXiv:2509.25684; the released code's GlobalSparsegen, l."""
+  hidden = np.maximum(x @ hidden_kernel + hidden_bias, 0)
+  score = hidden @ output_kernel + output_bias
+  return -np.log1p(np.exp(-score)) + 0.99
+
+
+def sparsegen(z, sparsity):
+  """Laha et al., arXiv:1810.11975, sparsegen-lin: the nearest point of the
+  simplex to z / (1 - sparsity), by bisection of its threshold."""
+  z = z / (1 - sparsity)
+  low, high = z.min() - 1, z.max()
+  for _ in range(200):
+    middle = (low + high) / 2
+    if np.maximum(z - middle, 0).sum() > 1:
+      low = middle
+    else:
+      high = middle
+  return np.maximum(z - high, 0)
+
+
+def sparsegen_balance(weights):
+  """LoadBalancingLoss of LD-MoLE's released code.
+
+  Args:
+    weights: [e] of each token.
+  """
+  counts = sum((w > 0).astype(float) for w in weights)
+  freq, prop = counts / counts.sum(), sum(weights) / len(weights)
+  return len(freq) * float(freq @ prop)
+
+
+def sparsegen_gap(tokens, k):
+  """RegularizationLoss and lambda_interval_k of the same.
+
+  Args:
+    tokens: (z [e], sparsity) of each token.
+  """
+  gaps = []
+  for z, sparsity in tokens:
+    u = np.sort(z)[::-1]
+    lower = 1 - (u[:k].sum() - k * u[k])
+    gaps.append(max(lower - sparsity, 0))
+  return np.mean(gaps)
+
+
+def tsallis(p, q):
+  """Normalised, of p + 1e-5: tsallis_entropy of MoE-PEFT's branch."""
+  entropy = (1 - ((p + 1e-5) ** q).sum()) / (q - 1)
+  return entropy / ((1 - len(p) ** (1 - q)) / (q - 1))
+
+
+def entropy_adaptive(z, limit, least, threshold, q):
+  """DynMoLE, arXiv:2504.00661; _dynamic_routing of the released code."""
+  p = softmax(z)
+  if tsallis(p, q) > threshold:
+    return p
+  weights, total = np.zeros_like(p), 0
+  for place, e in enumerate(np.argsort(-p, kind='stable')):
+    total += p[e]
+    if place < least or total <= limit:
+      weights[e] = p[e]
+  return weights
+
+
+def adaptive_balance(tokens):
+  """The load balance of _dynamic_load_balancing_loss_func of the same.
+
+  Args:
+    tokens: (weights [e], p [e]) of each token.
+  """
+  weights = sum(w for w, _ in tokens) / len(tokens)
+  p = sum(p for _, p in tokens) / len(tokens)
+  return len(p) * float(weights @ p)
+
+
+def generalized_js(tokens, balance, certainty):
+  """HMoRA (openreview lTkHiXeuDl), without the released code's bounds.
+
+  Args:
+    tokens: p [e] of each token.
+  """
+  entropy = lambda p: -(p * np.log(p)).sum()  # noqa: E731
+  most = np.log(len(tokens[0]))
+  divergence = entropy(sum(tokens) / len(tokens)) - np.mean(
+    [entropy(p) for p in tokens]
+  )
+  return max((balance - certainty) * most - divergence, 0) / most

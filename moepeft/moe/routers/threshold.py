@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import Range, option
 from moepeft.core.types import Array, Context, Routing
-from moepeft.moe.gate import LinearGate, gate_logits
+from moepeft.moe.gate import LinearGate, gate_logits, normalize
 from moepeft.moe.router import RouterLoss, RouterSpec
 from moepeft.moe.router_stats import RouterStats
 from moepeft.nn.initializers import kaiming, peft_param
@@ -43,11 +43,9 @@ class Threshold(LinearGate):
     largest = self.max_threshold or 1 / jnp.sum(available, -1, keepdims=True)
     threshold = largest * jax.nn.sigmoid(gate_logits(x, kernel[:, None]) + bias)
     margin = jnp.where(available, softmax(noisy) - threshold, 0)
-    weights = jnp.maximum(margin, 0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
     return Routing(
       logits,
-      weights / jnp.where(total == 0, 1, total),
+      normalize(jnp.maximum(margin, 0)),
       selects=True,
       aux={
         'selected': (margin >= 0) & available,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import option
 from moepeft.core.types import Array, Context, Routing
-from moepeft.moe.gate import EXPERTS, LinearGate, check_k, top_mask
+from moepeft.moe.gate import EXPERTS, LinearGate, check_k, normalize, top_mask
 from moepeft.moe.router import RouterSpec
 from moepeft.nn.numerics import softmax
 
@@ -33,7 +33,7 @@ class TopK(LinearGate):
     probabilities = softmax(noisy)
     weights = jnp.where(top_mask(probabilities, self.k), probabilities, 0)
     if self.renormalize:
-      weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+      weights = normalize(weights)
     return Routing(logits, weights, k=self.k)
 
 
