@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Context
-from moepeft.nn.initializers import Normal, kaiming, peft_param
+from moepeft.nn.initializers import KaimingUniform, Normal, peft_param
 from moepeft.nn.low_rank_matmul import low_rank_matmul
 from moepeft.nn.numerics import to_f32
 
@@ -49,7 +49,7 @@ class ScoreGate(nn.Module):
   def input_kernel(self, x: Array, outputs: int, axes: str) -> Array:
     """The parameter `kernel` [i, outputs], drawn as `kernel_init` says."""
     inputs = x.shape[-1]
-    init = {'normal': INIT, 'kaiming': kaiming(inputs)}[self.kernel_init]
+    init = {'normal': INIT, 'kaiming': KaimingUniform(inputs)}[self.kernel_init]
     return peft_param(self, 'kernel', init, (inputs, outputs), axes)
 
   @nn.nowrap

@@ -60,16 +60,21 @@ class Constant:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Uniform:
-  """Independent draws from U(-bound, bound)."""
+class KaimingUniform:
+  """Independent draws from U(-1/sqrt(inputs), 1/sqrt(inputs)).
 
-  bound: float
+  It is torch.nn.Linear's initializer, kaiming_uniform_(a=sqrt(5)).
+  """
+
+  inputs: int
 
   def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
+    bound = self.inputs**-0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
   def draw(self, rng: np.random.Generator, shape, dtype) -> np.ndarray:
-    return rng.uniform(-self.bound, self.bound, shape).astype(dtype)
+    bound = self.inputs**-0.5
+    return rng.uniform(-bound, bound, shape).astype(dtype)
 
 
 @jax.tree_util.register_static
@@ -106,12 +111,7 @@ class SparseNormal:
     return values.reshape(shape).astype(dtype)
 
 
-Initializer = Normal | Constant | Uniform | SparseNormal
-
-
-def kaiming(inputs: int) -> Uniform:
-  """torch.nn.Linear's initializer, kaiming_uniform_(a=sqrt(5))."""
-  return Uniform(inputs**-0.5)
+Initializer = Normal | Constant | KaimingUniform | SparseNormal
 
 
 @jax.tree_util.register_static

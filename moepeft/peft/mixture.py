@@ -46,7 +46,7 @@ EXPERT_COUNTS = ('experts', 'experts_per_layer', 'from_adapters')
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-  """How a mixture combines its experts.
+  """The experts' weights and the way in which a mixture combines them.
 
   Attributes:
     experts: e, the number of them in the stacked parameters.
@@ -151,8 +151,8 @@ class Mixture(nn.Module):
     if self.identity_experts:
       weights = weights[..., : self.experts]
     if self.shared_experts:
-      ones = jnp.ones((*weights.shape[:-1], self.shared_experts))
-      weights = jnp.concatenate([weights, ones], axis=-1)
+      always_on = jnp.ones((*weights.shape[:-1], self.shared_experts))
+      weights = jnp.concatenate([weights, always_on], axis=-1)
     return weights
 
   def _with_expert_mask(self, ctx: Context) -> Context:

@@ -10,7 +10,7 @@ from moepeft.core.types import Array, Context, Routing
 from moepeft.moe.gate import LinearGate, gate_logits
 from moepeft.moe.router import RouterLoss, RouterSpec
 from moepeft.moe.router_stats import RouterStats
-from moepeft.nn.initializers import Constant, kaiming, peft_param
+from moepeft.nn.initializers import Constant, KaimingUniform, peft_param
 
 # 1 - l is at least this.
 EPSILON = 0.01
@@ -56,11 +56,13 @@ class Sparsegen(LinearGate):
     """l [b, t]."""
     inputs, size = x.shape[-1], self.hidden
     kernel = peft_param(
-      self, 'hidden_kernel', kaiming(inputs), (inputs, size), 'ir'
+      self, 'hidden_kernel', KaimingUniform(inputs), (inputs, size), 'ir'
     )
     bias = peft_param(self, 'hidden_bias', Constant(0), (size,), 'r')
     hidden = jax.nn.relu(gate_logits(x, kernel) + bias)
-    kernel = peft_param(self, 'output_kernel', kaiming(size), (size,), 'r')
+    kernel = peft_param(
+      self, 'output_kernel', KaimingUniform(size), (size,), 'r'
+    )
     bias = peft_param(self, 'output_bias', Constant(-2.5), (), '')
     score = gate_logits(hidden, kernel[:, None])[..., 0] + bias
     return jax.nn.log_sigmoid(score) + (1 - EPSILON)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from moepeft.core.ranges import Choices, option
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import BaseLayer
-from moepeft.nn.initializers import kaiming, peft_param
+from moepeft.nn.initializers import KaimingUniform, peft_param
 from moepeft.peft.method import Method
 from moepeft.peft.methods.lora import (
   ALPHA,
@@ -80,7 +80,7 @@ class FfnLora(nn.Module):
     def factors(name, inputs, outputs, axes):
       """A [in, e, r] and B [e, r, out]."""
       sizes, letter = ((e,), 'e') if mixing else ((), '')
-      init = INIT_A if self.a_init == 'normal' else kaiming(inputs)
+      init = INIT_A if self.a_init == 'normal' else KaimingUniform(inputs)
       shape_a = (inputs, *sizes, self.rank)
       shape_b = (*sizes, self.rank, outputs)
       a = peft_param(module, f'{name}_a', init, shape_a, f'{axes[0]}{letter}r')
@@ -89,12 +89,12 @@ class FfnLora(nn.Module):
       )
       return a.reshape(inputs, e, -1), b.reshape(e, -1, outputs)
 
-    def dropped(y, rate):
-      drop = nn.Dropout(rate)
-      return drop(y, deterministic=not ctx.train)
+    def drop(y, rate):
+      dropout = nn.Dropout(rate)
+      return dropout(y, deterministic=not ctx.train)
 
     gate_a, gate_b = factors('gate', d, ffn, 'df')
-    low = dropped(x, self.dropout)
+    low = drop(x, self.dropout)
     stacked = {'gate': (_first(down(low, gate_a)), gate_b)}
     if linear is not None:
       up_a, up_b = factors('up', d, ffn, 'df')
@@ -104,8 +104,9 @@ class FfnLora(nn.Module):
       mixing.weights() if mixing else jnp.ones((*x.shape[:2], 1), jnp.float32)
     ).astype(gate.dtype)
     # One mask for all experts, as for the hidden units of one feed-forward.
-    ones = jnp.ones_like(gate)
-    kept, kept_low = dropped(ones, base.dropout), dropped(ones, self.dropout)
+    dense = jnp.ones_like(gate)
+    mask = drop(dense, base.dropout)
+    low_rank_mask = drop(dense, self.dropout)
 
     def one_expert(total, expert):
       z, b = expert['gate']
@@ -113,9 +114,9 @@ class FfnLora(nn.Module):
       if linear is not None:
         z, b = expert['up']
         h = h * (linear + scale * up(z, b))
-      h = h * kept
+      h = h * mask
       total = total + expert['weight'][..., None] * h
-      return total, down(h * kept_low, expert['down_a'])
+      return total, down(h * low_rank_mask, expert['down_a'])
 
     stacked |= {'weight': _first(weights), 'down_a': _first(down_a, 1)}
     hidden, z = jax.lax.scan(
