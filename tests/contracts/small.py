@@ -62,6 +62,8 @@ METHODS = (
   f'moslora(rank=3, {_AT})',
   f'comol(experts=3, rank=2, dropout=0.0, {_AT})',
   "mixture(expert=bottleneck(size=3), experts=3, combine='parameters')",
+  f'dynmole(experts=3, rank=2, {_AT})',
+  f'ldmole(experts=3, rank=2, dropout=0.0, {_AT})',
   "tokens(new='3|5-7')",
   # The base's function where no placeholders stand; see
   # tests/peft/test_prompt_tuning.py.

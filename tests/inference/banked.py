@@ -43,6 +43,8 @@ ADAPTERS = {
   'bottlenecks': "mixture(expert=bottleneck(size=3), experts=3, share='up')",
   'moslora': f'moslora(rank=3, {_AT})',
   'comol': f'comol(experts=3, rank=2, {_AT})',
+  'dynmole': f'dynmole(experts=3, rank=2, {_AT})',
+  'ldmole': f'ldmole(experts=3, rank=2, {_AT})',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }
 # Gate and up have names of the family's.

@@ -64,6 +64,8 @@ def test_a_preset_is_its_text_and_options_replace_its_values(preset):
     ('adamole', 16 / 4),
     ('flylora', 2 / 1),
     ('comol', 16 / 16),
+    ('dynmole', 16 / 8),
+    ('ldmole', 16 / 8),
   ],
 )
 def test_the_scale_is_the_paper_s(preset, scale):

@@ -27,6 +27,8 @@ METHODS: Registry = Registry(
     'flylora': 'presets:FLYLORA',
     'arrow': 'presets:ARROW',
     'comol': 'presets:COMOL',
+    'dynmole': 'presets:DYNMOLE',
+    'ldmole': 'presets:LDMOLE',
     'tokens': 'tokens:METHOD',
     'prompt': 'prompt_tuning:METHOD',
   },

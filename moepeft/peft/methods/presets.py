@@ -110,3 +110,25 @@ COMOL = mixture_of(
   roles=_at(*_ATTENTION, 'down'),
   router="softmax(kernel_init='kaiming')",
 )
+
+# arXiv:2504.00661: more experts for tokens of which the router is not sure.
+DYNMOLE = mixture_of(
+  lora.METHOD,
+  values={'experts': 8, 'rank': 8, 'alpha': 16.0, 'a_init': 'kaiming'},
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
+  router="entropy_adaptive(kernel_init='kaiming')",
+)
+
+# arXiv:2509.25684: sparse weights whose sparsity each token learns.
+LDMOLE = mixture_of(
+  lora.METHOD,
+  values={
+    'experts': 8,
+    'rank': 8,
+    'alpha': 16.0,
+    'dropout': 0.1,
+    'a_init': 'kaiming',
+  },
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
+  router="sparsegen(kernel_init='kaiming')",
+)

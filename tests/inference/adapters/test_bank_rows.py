@@ -100,6 +100,8 @@ ONE_EACH = (
   'adamole(experts=3, rank=2)',
   'flylora(experts=5, router=magnitude(k=2))',
   'arrow(experts=3, rank=2)',
+  'dynmole(experts=3, rank=2)',
+  'ldmole(experts=3, rank=2)',
   'ffn_lora(rank=2)',
   'bottleneck(size=3)',
   'moslora(rank=3)',
