@@ -6,7 +6,7 @@ b batch, t query or target length, s key or source length, d model, n heads,
 k heads of keys and values where they are fewer, h head size, f ffn,
 v vocabulary, e experts, r rank, l layers, i what a router reads (a site's
 features in one axis), p positions or buckets of them, y token types, c what a
-projection makes of d where that is d once more.
+projection makes of d where that is d once more, g tasks (0 is padding).
 """
 
 from collections.abc import Callable
@@ -32,6 +32,7 @@ AXIS_NAMES = {
   's': 'keys',
   'y': 'token_types',
   'c': 'embed_out',
+  'g': 'tasks',
 }
 
 Array = jax.Array

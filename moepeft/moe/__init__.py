@@ -19,6 +19,13 @@ ROUTERS: Registry = Registry(
     'threshold': 'threshold:ROUTER',
     'magnitude': 'magnitude:ROUTER',
     'arrow': 'arrow:ROUTER',
+    'balanced': 'balanced:ROUTER',
+    'task': 'task:ROUTER',
+    'sentence': 'sentence:ROUTER',
+    'switch': 'switch:ROUTER',
+    'expert_choice': 'expert_choice:ROUTER',
+    'poly': 'poly:ROUTER',
+    'random_then_mean': 'random_then_mean:ROUTER',
   },
 )
 # The router of a mixture whose method string names none.
