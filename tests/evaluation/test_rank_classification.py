@@ -170,7 +170,7 @@ def test_the_score_of_a_model_is_that_of_a_plain_call():
 def test_a_router_of_tasks_ranks_as_it_was_trained(kind):
   """A choice's score is its likelihood as a row of training of that task."""
   method = (
-    "molora(experts=3, rank=2, router=task_table(tasks=['a', 'b']),"
+    "molora(experts=3, rank=2, router=task(tasks=['a', 'b']),"
     " targets='*/self/q|*/wo')"
   )
   with router_probes.registered():

@@ -18,10 +18,13 @@ from moepeft.moe.gate import (
 )
 from moepeft.moe.router import RouterSpec
 from moepeft.nn.initializers import Constant, Normal, peft_param
+from moepeft.nn.norms import layer_norm
 from moepeft.nn.numerics import softmax, to_f32
 
 # The released code's `router_init_scale`.
 SCALE = 0.01
+# That of torch.nn.LayerNorm.
+EPSILON = 1e-5
 
 
 class Sentence(nn.Module):
@@ -54,8 +57,8 @@ class Sentence(nn.Module):
     scale = peft_param(self, 'scale', Constant(1), (size,), 'i')
     bias = peft_param(self, 'bias', Constant(0), (size,), 'i')
     ids = example_ids(x, ctx)
-    mean = normalized(prompt_mean(x, ids, ctx)) * scale + bias
-    columns = (normalized(kernel.T) * kernel_scale).T
+    mean = layer_norm(prompt_mean(x, ids, ctx), scale, bias, EPSILON)
+    columns = layer_norm(kernel.T, kernel_scale, jnp.float32(0), EPSILON).T
     logits = mask_experts(gate_logits(mean, columns), ctx)
     logits = jnp.broadcast_to(logits, (*x.shape[:-1], self.experts))
     noisy = expert_dropout(self, logits, self.dropout, ctx, ids)
@@ -90,12 +93,6 @@ def prompt_mean(x: Array, ids: Array, ctx: Context) -> Array:
     )
     count = jnp.sum(same, axis=-1)
   return total / align(jnp.maximum(count, 1), total)
-
-
-def normalized(x: Array) -> Array:
-  """x with mean 0 and variance 1 along the last axis; torch's epsilon."""
-  x = x - jnp.mean(x, axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5)
 
 
 ROUTER = RouterSpec(Sentence, pools_prompt=True)

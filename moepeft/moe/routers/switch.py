@@ -42,7 +42,7 @@ class Switch(LinearGate):
 
 
 def earlier(chosen: Array, x: Array, ctx: Context) -> Array:
-  """How many earlier tokens of the example chose each expert.
+  """The number of earlier tokens of the example that chose each expert.
 
   Args:
     chosen: bool [b, t, ..., e].
