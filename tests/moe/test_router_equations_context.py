@@ -245,6 +245,27 @@ def test_a_task_by_hand():
   )
 
 
+def test_a_sentence_by_hand():
+  # The prompt's mean is (100, 0), its layer norm (1, -1); those of the columns
+  # of W are (1, -1) and (-1, 1). With the scale ln 3 / 4 the logits are
+  # ln 3 / 2 and -ln 3 / 2: p = (3/4, 1/4). Variances of 2,500 and more leave
+  # nothing of the epsilon, 1e-5. The answer and the padding do not count.
+  router = ROUTERS['sentence'].module(experts=2)
+  tree = {
+    'kernel': jnp.array([[100.0, -100.0], [-100.0, 100.0]]),
+    'kernel_scale': jnp.full(2, np.log(3) / 4),
+    'scale': jnp.ones(2),
+    'bias': jnp.zeros(2),
+  }
+  x = jnp.array([[[300.0, 0], [-100, 0], [-9000, 5], [7000, -7000]]])
+  ctx = Context(
+    token_mask=jnp.array([[True, True, True, False]]),
+    prompt_mask=jnp.array([[True, True, False, True]]),
+  )
+  weights = router.apply({'peft': tree}, x, ctx).combine_weights
+  np.testing.assert_allclose(weights, [[[0.75, 0.25]] * 4], rtol=1e-6)
+
+
 def test_poly_by_hand():
   # sigmoid(ln 3) = 3/4 and sigmoid(-ln 3) = 1/4; a masked expert has 0.
   router = ROUTERS['poly'].module(experts=3, tasks=('a',))
@@ -261,7 +282,6 @@ def test_poly_by_hand():
 
 def test_poly_draws_a_relaxed_bernoulli_variable_for_each_example():
   router = ROUTERS['poly'].module(experts=2, tasks=('a',))
-  # Of logits (x, -inf): z is the whole weight, so logits of two experts.
   tree = {'table': jnp.array([[0.0, 0.0], [1.0, 1.0]])}
   rows = 4001
   ctx = Context(task_ids=jnp.ones((rows, 3), jnp.int32), train=True)
@@ -273,7 +293,7 @@ def test_poly_draws_a_relaxed_bernoulli_variable_for_each_example():
   ).combine_weights
   np.testing.assert_array_equal(weights[:, :1], weights[:, 1:2])
   uniform = np.random.default_rng(0).random((rows, 2))
-  expected = [equations.poly(TABLE[1, 0] * 0 + 1.0, u) for u in uniform]
+  expected = [equations.poly(1.0, u) for u in uniform]
   # Weights of both samples: mean and deviation of 4,001 draws of deviation
   # 0.2 have a standard error of 0.003 each; differences are below four.
   actual = np.asarray(weights[:, 0, 0])

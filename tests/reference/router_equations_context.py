@@ -35,7 +35,7 @@ def next_bias(bias, counts, rate):
 
 
 def task(vector, kernel):
-  """Liu et al., arXiv:2310.18339, section 4.4: softmax of W times e_task."""
+  """Liu et al., arXiv:2310.18339, the task-motivated gate: softmax(W e)."""
   return softmax(vector @ kernel)
 
 
@@ -45,7 +45,7 @@ def layer_norm(x):
 
 
 def sentence(x, prompt, kernel, kernel_scale, scale, bias):
-  """Muqeeth et al., arXiv:2306.03745, section 3, and Router.forward of its code.
+  """Muqeeth et al., arXiv:2306.03745, section 3; Router.forward of its code.
 
   Args:
     prompt: the number of the tokens in the prompt.
@@ -80,7 +80,7 @@ def expert_choice(x, kernel, capacity_factor):
 
 
 def poly(logits, uniform=None):
-  """Ponti et al., arXiv:2202.13914, equations 3 and 4, at temperature 1.
+  """Ponti et al., arXiv:2202.13914, the Gumbel-sigmoid at temperature 1.
 
   Args:
     uniform: draws [e] from U(0, 1), in training.

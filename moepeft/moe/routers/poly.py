@@ -24,8 +24,8 @@ class Poly(nn.Module):
   In training z is a sample of the relaxed Bernoulli distribution with
   temperature 1, drawn for each example: logistic noise on the logits.
 
-  Source: Ponti et al., arXiv:2202.13914, equations 3 and 4; the start and the
-  test's sigmoid as in mttl and peft.
+  Source: Ponti et al., arXiv:2202.13914, its Gumbel-sigmoid; where the table
+  starts and the sigmoid after training, as in mttl and peft.
 
   Parameters: table [tasks + 1, e], whose first row is that of padding.
 

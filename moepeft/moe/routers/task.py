@@ -15,7 +15,7 @@ from moepeft.nn.numerics import softmax
 class TaskEmbedding(nn.Module):
   """weights = softmax(v W), v being the vector of a token's task.
 
-  Source: MOELoRA (Liu et al., arXiv:2310.18339), equations 7 and 8; the
+  Source: MOELoRA (Liu et al., arXiv:2310.18339), its task-motivated gate; the
   initialisers are those of torch.nn.Embedding and torch.nn.Linear, as in the
   released code.
 
