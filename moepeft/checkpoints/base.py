@@ -217,7 +217,9 @@ def example_batch(rows: int = 1) -> Batch:
   """A minimal batch to initialize a model of any family."""
   ids = jnp.zeros((rows, 2), jnp.int32)
   tasks = {f'{side}_tasks': ids for side in ('inputs', 'targets')}
-  return {'inputs': ids, 'decoder_inputs': ids} | tasks
+  # Without it no context has a prompt, which some routers read.
+  trained = {'targets_mask': jnp.ones((rows, 2), bool)}
+  return {'inputs': ids, 'decoder_inputs': ids} | tasks | trained
 
 
 def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:

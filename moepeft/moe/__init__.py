@@ -28,6 +28,13 @@ ROUTERS: Registry = Registry(
     'entropy_adaptive': 'entropy_adaptive:ROUTER',
     'noisy_topk': 'noisy_topk:ROUTER',
     'low_rank': 'low_rank:ROUTER',
+    'balanced': 'balanced:ROUTER',
+    'task': 'task:ROUTER',
+    'sentence': 'sentence:ROUTER',
+    'switch': 'switch:ROUTER',
+    'expert_choice': 'expert_choice:ROUTER',
+    'poly': 'poly:ROUTER',
+    'random_then_mean': 'random_then_mean:ROUTER',
   },
 )
 # The router of a mixture whose method string names none.

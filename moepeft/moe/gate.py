@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Context
-from moepeft.nn.initializers import KaimingUniform, Normal, peft_param
+from moepeft.nn.initializers import Normal, kaiming_uniform, peft_param
 from moepeft.nn.low_rank_matmul import low_rank_matmul
 from moepeft.nn.numerics import to_f32
 
@@ -49,7 +49,9 @@ class ScoreGate(nn.Module):
   def input_kernel(self, x: Array, outputs: int, axes: str) -> Array:
     """The parameter `kernel` [i, outputs], drawn as `kernel_init` says."""
     inputs = x.shape[-1]
-    init = {'normal': INIT, 'kaiming': KaimingUniform(inputs)}[self.kernel_init]
+    init = {'normal': INIT, 'kaiming': kaiming_uniform(inputs)}[
+      self.kernel_init
+    ]
     return peft_param(self, 'kernel', init, (inputs, outputs), axes)
 
   @nn.nowrap
@@ -100,6 +102,37 @@ def mask_experts(logits: Array, ctx: Context) -> Array:
   return jnp.where(ctx.expert_mask, logits, -jnp.inf)
 
 
+def example_ids(x: Array, ctx: Context) -> Array:
+  """int32 [b, t]: each token's example in its row, from 1; 0 on padding.
+
+  Args:
+    x: what the router reads, [b, t, ...].
+  """
+  ids = ctx.segment_ids
+  if ids is None:
+    ids = jnp.ones(x.shape[:2], jnp.int32)
+  return ids if ctx.token_mask is None else jnp.where(ctx.token_mask, ids, 0)
+
+
+def align(a: Array, x: Array) -> Array:
+  """An array [b, t] with axes of size 1 behind, as many as x [b, t, ...] has.
+
+  Routers of MoV's heads read [b, t, heads, i].
+  """
+  return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
+
+
+def same_in_example(draws: Array, ids: Array) -> Array:
+  """Draws [b, t, ...], those of one token for all tokens of its example.
+
+  Args:
+    ids: from `example_ids`.
+  """
+  # A row has at most as many examples as tokens.
+  index = align(jnp.maximum(ids - 1, 0), draws)
+  return jnp.take_along_axis(draws, index, axis=1)
+
+
 def jitter_input(
   module: nn.Module, x: Array, jitter: float, ctx: Context
 ) -> Array:
@@ -118,16 +151,25 @@ def jitter_input(
 
 
 def expert_dropout(
-  module: nn.Module, logits: Array, rate: float, ctx: Context
+  module: nn.Module,
+  logits: Array,
+  rate: float,
+  ctx: Context,
+  ids: Array | None = None,
 ) -> Array:
   """Removes each expert of a token with probability `rate`, in training only.
 
   The token's best expert always stays, so that the weights still sum to one.
   Source: expert dropout in SMEAR (arXiv:2306.03745), here per token.
+
+  Args:
+    ids: from `example_ids`, to draw per example instead of per token.
   """
   if not ctx.train or rate == 0:
     return logits
   keep = jax.random.bernoulli(module.make_rng('router'), 1 - rate, logits.shape)
+  if ids is not None:
+    keep = same_in_example(keep, ids)
   keep |= logits >= jnp.max(logits, axis=-1, keepdims=True)
   return jnp.where(keep, logits, -1e9)
 

@@ -15,6 +15,7 @@ from typing import Any
 import flax
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from moepeft.core.types import Array, Tree
@@ -36,6 +37,19 @@ def router_state(
   """
   state = peft_param(module, f'{_PREFIX}{name}', Constant(0), shape, axes)
   return jax.lax.stop_gradient(state)
+
+
+def against_load(bias: Array, rate: float, sums: RouterStats) -> Array:
+  """The next bias [e]: up by `rate` below the mean load, down above it.
+
+  Source: Wang et al., arXiv:2408.15664, algorithm 1. The mean is over the
+  experts that the layer has; the others' biases stay.
+  """
+  mean = jnp.sum(sums.share, axis=-1, keepdims=True) / sums.experts
+  step = rate * jnp.sign(mean - sums.share)
+  return bias + (
+    step if sums.available is None else jnp.where(sums.available > 0, step, 0)
+  )
 
 
 def is_state(path: str) -> bool:

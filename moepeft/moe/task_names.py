@@ -8,9 +8,14 @@ names. `Context.task_ids` has the index of the name in the list, from 1.
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
+from moepeft.core.ranges import Texts
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import AdapterMap
+
+# What the option `tasks` may be.
+TASKS = Texts('tasks', "['cola', 'mrpc']")
 
 
 def task_names(adapter_map: AdapterMap) -> tuple[str, ...]:
@@ -51,3 +56,33 @@ def require_task_ids(ctx: Context) -> Array:
       "('inputs_tasks', 'targets_tasks'); give them, or use another router"
     )
   return ctx.task_ids
+
+
+def task_rows(router: str, tasks: tuple[str, ...]) -> int:
+  """The rows of a table by task: those of the tasks, after that of padding.
+
+  Raises:
+    ValueError: there is no task.
+  """
+  if not tasks:
+    raise ValueError(
+      f'{router} has weights for each task and no names of any; write '
+      f"router={router}(tasks=['cola', 'mrpc']), with the names in your data"
+    )
+  return len(tasks) + 1
+
+
+def by_task(rows: Array, x: Array, ctx: Context) -> Array:
+  """Each token's row of a table [tasks + 1, e]: [b, t, ..., e].
+
+  Args:
+    x: what the router reads, [b, t, ..., i].
+
+  Raises:
+    ValueError: the batch has no task ids.
+  """
+  ids = require_task_ids(ctx)
+  shape = (*ids.shape, *(1,) * (x.ndim - 3), rows.shape[-1])
+  return jnp.broadcast_to(
+    rows[ids].reshape(shape), (*x.shape[:-1], rows.shape[-1])
+  )

@@ -60,21 +60,21 @@ class Constant:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class KaimingUniform:
-  """Independent draws from U(-1/sqrt(inputs), 1/sqrt(inputs)).
+class SymmetricUniform:
+  """Independent draws from U(-bound, bound)."""
 
-  It is torch.nn.Linear's initializer, kaiming_uniform_(a=sqrt(5)).
-  """
-
-  inputs: int
+  bound: float
 
   def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    bound = self.inputs**-0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
 
   def draw(self, rng: np.random.Generator, shape, dtype) -> np.ndarray:
-    bound = self.inputs**-0.5
-    return rng.uniform(-bound, bound, shape).astype(dtype)
+    return rng.uniform(-self.bound, self.bound, shape).astype(dtype)
+
+
+def kaiming_uniform(inputs: int) -> SymmetricUniform:
+  """torch.nn.Linear's initializer, kaiming_uniform_(a=sqrt(5))."""
+  return SymmetricUniform(inputs**-0.5)
 
 
 @jax.tree_util.register_static
@@ -111,7 +111,7 @@ class SparseNormal:
     return values.reshape(shape).astype(dtype)
 
 
-Initializer = Normal | Constant | KaimingUniform | SparseNormal
+Initializer = Normal | Constant | SymmetricUniform | SparseNormal
 
 
 @jax.tree_util.register_static

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.core.types import Context
 from moepeft.moe import ROUTERS
 from moepeft.peft import METHODS
+from moepeft.peft.method import options_of
+from moepeft.peft.mixture import Mixture
+from tests.contracts.router_cases import context, make
 from tests.peft.test_semantics import adapter, call, normal, projection
 
 # At most float32's rounding of a weight that is exp(0) / exp(0).
@@ -26,14 +28,19 @@ def stacked(tree, axes):
 def test_one_low_rank_expert_is_lora(router, combine):
   f, x, _, inside, outside = projection('q')
   tree = {'a': normal('a', *inside, 19), 'b': normal('b', 19, *outside)}
-  mixture = adapter(
-    f"molora(experts=1, rank=19, router={router}, combine='{combine}')"
+  options = {'k': 1} if 'k' in options_of(ROUTERS[router].module) else {}
+  mixture = Mixture(
+    adapter('lora(rank=19)'),
+    experts=1,
+    router=make(router, 1, **options),
+    combine=combine,
   )
   experts = stacked(tree, {'a': 1, 'b': 0})
+  experts['router'] = parameters(router, mixture)
   expected = call(adapter('lora(rank=19)'), tree, f, x)
-  actual = call(
-    mixture, experts | {'router': parameters(router, mixture)}, f, x
-  )
+  tree, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (experts, x))
+  ctx = context(2, 7)
+  actual = jax.jit(lambda tree: mixture.apply({'peft': tree}, f, x, ctx))(tree)
   np.testing.assert_allclose(actual, expected, **CLOSE)
 
 
@@ -43,7 +50,7 @@ def parameters(name, mixture):
     mixture.router.init,
     {'peft': jax.random.key(0), 'router': jax.random.key(0)},
     jnp.zeros((2, 7, 11)),
-    Context(),
+    context(2, 7),
   )
   shapes = variables.get('peft', {})
   return {key: normal(f'{name}{key}', *a.shape) for key, a in shapes.items()}

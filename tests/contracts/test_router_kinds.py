@@ -23,13 +23,13 @@ from . import router_probes, small
 CLOSE = dict(rtol=2e-5, atol=2e-6)
 # One program of both: compiling is what takes long here.
 METHOD = (
-  'molora(experts=3, rank=2, router=balanced(k=2),'
+  'molora(experts=3, rank=2, router=balanced(k=2, rate=0.125),'
   " targets='encoder/self/k|decoder/mlp/wo')"
   ' + molora(experts=3, rank=2, router=squared,'
   " targets='encoder/mlp/wo|decoder/self/q')"
-  ' + molora(experts=3, rank=2, router=prompt_mean,'
+  ' + molora(experts=3, rank=2, router=sentence,'
   " targets='encoder/self/v|decoder/cross/q')"
-  ' + molora(experts=3, rank=2, router=task_table('
+  ' + molora(experts=3, rank=2, router=task('
   "tasks=['cola', 'mrpc', 'rte']), targets='*/self/o')"
 )
 BATCH = small.batch(rows=6)
@@ -239,7 +239,7 @@ def test_an_answer_does_not_move_its_own_routing():
 def test_a_task_trains_its_own_row_of_a_table(reference):
   trained, _ = reference
   start = weight_mapping.flatten(small.variables(METHOD, noise=0.1)['peft'])
-  tables = [p for p in trained if p.endswith('/o/molora_4/router/kernel')]
+  tables = [p for p in trained if p.endswith('/o/molora_4/router/embedding')]
   assert len(tables) == 2
   for path in tables:
     moved = np.abs(trained[path] - start[path]).max(axis=(0, 2))
@@ -249,8 +249,8 @@ def test_a_task_trains_its_own_row_of_a_table(reference):
 
 def test_routers_of_a_method_have_one_list_of_tasks():
   method = (
-    "molora(router=task_table(tasks=['a', 'b']), targets='*/q')"
-    " + molora(router=task_table(tasks=['b', 'a']), targets='*/v')"
+    "molora(router=task(tasks=['a', 'b']), targets='*/q')"
+    " + molora(router=task(tasks=['b', 'a']), targets='*/v')"
   )
   with pytest.raises(ValueError, match='the same list of tasks; got'):
     task_names.task_names(small.make(method)[1].adapter_map)
@@ -266,9 +266,9 @@ def test_a_batch_without_tasks_is_refused():
 def test_the_engine_refuses_a_router_that_its_caches_cannot_serve():
   from moepeft.inference.adapters.fixed import FixedAdapter
 
-  model, _ = small.make('molora(experts=3, router=prompt_mean)')
+  model, _ = small.make('molora(experts=3, router=sentence)')
   with pytest.raises(ValueError, match='router of molora reads the whole prom'):
     FixedAdapter(model)
-  model, _ = small.make("molora(router=task_table(tasks=['cola', 'mrpc']))")
+  model, _ = small.make("molora(router=task(tasks=['cola', 'mrpc']))")
   with pytest.raises(ValueError, match='router of molora reads the task of'):
     FixedAdapter(model)

@@ -17,27 +17,12 @@ from moepeft.moe.routers.topk import TopK
 from moepeft.nn.initializers import peft_param
 from moepeft.peft.method import options_of
 
+from .router_cases import context, make
+
 # As many features as 3, 4 and 7 experts can have alike.
 X = jax.random.normal(jax.random.key(0), (2, 5, 84))
-CTX = Context(token_mask=jnp.ones((2, 5), bool))
-
-
-# Options without which an entry's facts do not show.
-OPTIONS = {
-  'magnitude': {'k': 2},
-  # Logits are near zero at first: of three, two experts reach the sum.
-  'top_p': {'p': 0.5},
-  # By default the near uniform probabilities take all experts.
-  'entropy_adaptive': {'entropy_threshold': 1.0},
-  # Larger logits, or no expert is below the threshold.
-  'sparsegen': {'kernel_init': 'kaiming'},
-}
-
-
-def make(name, experts=3, **options):
-  return ROUTERS[name].module(
-    experts=experts, **OPTIONS.get(name, {}), **options
-  )
+# A prompt of three tokens; the rows are of two tasks.
+CTX = context(2, 5)
 
 
 def run(router, x=X, ctx=CTX, seed=1):
@@ -87,16 +72,20 @@ def test_every_trained_parameter_has_a_gradient(name):
     {'peft': jax.random.key(1), 'router': jax.random.key(3)}, X, CTX
   )
 
-  # What makes noise is trained by training alone.
+  trained, state = router_state.split(variables['peft'])
+  # Noise kernels are trained in training only.
   ctx = CTX.replace(train=True)
 
-  def loss(variables):
+  def loss(trained):
     weights = router.apply(
-      variables, X, ctx, rngs={'router': jax.random.key(3)}
+      {'peft': router_state.join(trained, state)},
+      X,
+      ctx,
+      rngs={'router': jax.random.key(3)},
     ).combine_weights
     return jnp.sum(weights * jnp.arange(3.0))
 
-  for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(variables)):
+  for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(trained)):
     assert np.abs(gradient).max() > 0
 
 
@@ -148,9 +137,64 @@ def test_routers_are_causal_where_the_entry_says_so(name):
 
 
 @pytest.mark.parametrize('name', ROUTERS)
+def test_routers_read_the_whole_prompt_where_the_entry_says_so(name):
+  entry = ROUTERS[name]
+  if not entry.causal:
+    return
+  router = make(name)
+  # The last token of the prompt.
+  other = run(router, X.at[:, 2].set(9.0)).combine_weights[:, :2]
+  equal = np.array_equal(run(router).combine_weights[:, :2], other)
+  assert equal != entry.pools_prompt
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_heads_have_weights_of_their_own_shape(name):
+  heads = jnp.stack([X, X[..., ::-1]], axis=2)
+  weights = run(make(name), heads).combine_weights
+  assert weights.shape == (2, 5, 2, 3)
+  # Both heads are routed as they would be alone, by the same parameters.
+  for head in range(2):
+    np.testing.assert_allclose(
+      weights[:, :, head],
+      run(make(name), heads[:, :, head]).combine_weights,
+      rtol=1e-5,
+      # A gate of ReLU may be near zero: the rounding is that of its logits.
+      atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_a_packed_example_is_routed_as_alone(name):
+  """Examples of 3 and 2 tokens in one row, and padding behind them."""
+  ids = jnp.array([[1, 1, 1, 2, 2, 0, 0]])
+  prompt = jnp.array([[1, 1, 0, 1, 0, 0, 0]], bool)
+  tasks = jnp.array([[1, 1, 1, 2, 2, 0, 0]])
+  x = jax.random.normal(jax.random.key(7), (1, 7, 84))
+  ctx = Context(
+    token_mask=ids > 0, segment_ids=ids, prompt_mask=prompt, task_ids=tasks
+  )
+  router = make(name)
+  packed = run(router, x, ctx).combine_weights
+  for part in (slice(0, 3), slice(3, 5)):
+    alone = ctx.replace(
+      token_mask=ids[:, part] > 0,
+      segment_ids=None,
+      prompt_mask=prompt[:, part],
+      task_ids=tasks[:, part],
+    )
+    np.testing.assert_allclose(
+      packed[:, part],
+      run(router, x[:, part], alone).combine_weights,
+      # Sums over the prompt, in another order.
+      rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize('name', ROUTERS)
 def test_padding_never_moves_a_real_token(name):
   mask = jnp.arange(5)[None] < jnp.array([[5], [3]])
-  ctx = Context(token_mask=mask)
+  ctx = CTX.replace(token_mask=mask)
   router = make(name)
   other = jnp.where(mask[..., None], X, 100.0)
   expected = run(router, X, ctx).combine_weights[mask]
@@ -170,10 +214,10 @@ def test_padding_never_moves_a_real_token(name):
   ],
 )
 def test_noise_acts_in_training_only(name, noise):
-  quiet, noisy = (
-    make(name),
-    make(name, **{noise: 0.5}),
-  )
+  # A capacity is in tokens, all others are rates: large ones, as a router of
+  # sentences draws for two alone.
+  value = 1 if noise == 'capacity' else 0.9
+  quiet, noisy = make(name), make(name, **{noise: value})
   np.testing.assert_array_equal(
     run(quiet).combine_weights, run(noisy).combine_weights
   )
@@ -189,7 +233,9 @@ def test_noise_acts_in_training_only(name, noise):
 @pytest.mark.parametrize('name', ROUTERS)
 def test_experts_that_a_layer_does_not_have_get_no_weight(name):
   ctx = CTX.replace(expert_mask=jnp.array([True, True, False, False]))
-  routing = run(make(name, 4), ctx=ctx)
+  # Two experts that each take half of the tokens may leave one without.
+  every = {'capacity_factor': 2.0} if name == 'expert_choice' else {}
+  routing = run(make(name, 4, **every), ctx=ctx)
   weights = np.asarray(routing.combine_weights)
   np.testing.assert_array_equal(weights[..., 2:], 0)
   covered = (weights[..., :2].sum(-1) > 0).all()
@@ -286,7 +332,7 @@ def test_statistics_by_hand():
 def direct(weights, logits, mask):
   """(mean weight, token share, entropies) in float64, a token at a time."""
   tokens = [(w, z) for w, z, m in zip(weights, logits, mask, strict=True) if m]
-  # A token without an expert counts for none.
+  # A token may have no expert.
   mixed = [w / (w.sum() or 1) for w, _ in tokens]
   nats = [-sum(p * np.log(p) for p in w if p > 0) for w in mixed]
   soft = [np.exp(z - z.max()) / np.exp(z - z.max()).sum() for _, z in tokens]

@@ -31,7 +31,7 @@ from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.objectives import OBJECTIVES
 from moepeft.tasks import Example
 
-from ..contracts import router_probes, small, small_decoders
+from ..contracts import small, small_decoders
 
 WORDS = ByteTokenizer()
 V = WORDS.size
@@ -179,30 +179,28 @@ def test_the_score_of_a_model_is_that_of_a_plain_call():
 def test_a_router_of_tasks_ranks_as_it_was_trained(kind):
   """A choice's score is its likelihood as a row of training of that task."""
   method = (
-    "molora(experts=3, rank=2, router=task_table(tasks=['a', 'b']),"
+    "molora(experts=3, rank=2, router=task(tasks=['a', 'b']),"
     " targets='*/self/q|*/wo')"
   )
-  with router_probes.registered():
-    if kind == 'decoder':
-      config = dataclasses.replace(small_decoders.CONFIGS['llama'], vocab=263)
-      model, values = small_decoders.make(config, method, noise=0.1)
-    else:
-      config = dataclasses.replace(small.GATED, vocab=263)
-      model, _ = small.make(method, config)
-      values = small.variables(method, config, noise=0.1)
-    rows = [
-      Example(task, '', 0, 'abcd', 'yes', ('yes', 'no'), 0)
-      for task in ('a', 'b')
-    ]
-    ranker = Ranker(model, WORDS, 11, 5, 2)
-    scores = np.array(ranker.scores(values, ranker.prepare(rows)))
-    each = [
-      dataclasses.replace(row, targets=choice)
-      for row in rows
-      for choice in row.choices
-    ]
-    likelihood = Likelihood(model, WORDS, 11, 5, 4)
-    nll, _ = likelihood.sums(values, each)
+  if kind == 'decoder':
+    config = dataclasses.replace(small_decoders.CONFIGS['llama'], vocab=263)
+    model, values = small_decoders.make(config, method, noise=0.1)
+  else:
+    config = dataclasses.replace(small.GATED, vocab=263)
+    model, _ = small.make(method, config)
+    values = small.variables(method, config, noise=0.1)
+  rows = [
+    Example(task, '', 0, 'abcd', 'yes', ('yes', 'no'), 0) for task in ('a', 'b')
+  ]
+  ranker = Ranker(model, WORDS, 11, 5, 2)
+  scores = np.array(ranker.scores(values, ranker.prepare(rows)))
+  each = [
+    dataclasses.replace(row, targets=choice)
+    for row in rows
+    for choice in row.choices
+  ]
+  likelihood = Likelihood(model, WORDS, 11, 5, 4)
+  nll, _ = likelihood.sums(values, each)
   # Logits near ten in float32, in rows of other lengths.
   np.testing.assert_allclose(scores.reshape(-1), -nll, rtol=1e-4)
   assert np.abs(scores[0] - scores[1]).max() > 1e-2

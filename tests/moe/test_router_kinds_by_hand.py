@@ -15,6 +15,7 @@ from moepeft.moe import ROUTERS, aux_losses
 from moepeft.moe.router_stats import router_stats
 from moepeft.moe.routers.entropy_adaptive import tsallis_entropy
 from moepeft.moe.routers.sparsegen import lower_bound, sparsegen
+from tests.contracts.router_cases import context, make
 
 EVALUATION, TRAIN = Context(), Context(train=True)
 
@@ -220,9 +221,9 @@ def test_generalized_js_is_least_where_tokens_are_sure_and_differ():
 
 @pytest.mark.parametrize('name', ROUTERS)
 def test_losses_of_a_layer_with_fewer_experts_have_finite_gradients(name):
-  options = {'k': 2} if name in ('magnitude', 'noisy_topk') else {}
-  router = ROUTERS[name].module(experts=4, **options)
-  ctx = Context(expert_mask=jnp.array([True, True, False, False]))
+  router = make(name, 4)
+  mask = jnp.array([True, True, False, False])
+  ctx = context(1, 3).replace(expert_mask=mask)
   x = jax.random.normal(jax.random.key(0), (1, 3, 8))
   rngs = {'peft': jax.random.key(1), 'router': jax.random.key(2)}
   variables = router.init(rngs, x, ctx)

@@ -7,7 +7,7 @@ from moepeft.core.ranges import Range, option
 from moepeft.core.types import Array, Context, Routing
 from moepeft.moe.gate import LinearGate, gate_logits
 from moepeft.moe.router import RouterSpec
-from moepeft.nn.initializers import KaimingUniform, peft_param
+from moepeft.nn.initializers import kaiming_uniform, peft_param
 from moepeft.nn.numerics import softmax
 
 
@@ -30,7 +30,7 @@ class LowRank(LinearGate):
   def scores(self, x: Array) -> Array:
     down = self.input_kernel(x, self.rank, 'ir')
     shape = (self.rank, self.experts)
-    up = peft_param(self, 'up_kernel', KaimingUniform(self.rank), shape, 're')
+    up = peft_param(self, 'up_kernel', kaiming_uniform(self.rank), shape, 're')
     return gate_logits(gate_logits(x, down), up)
 
   @nn.compact

@@ -8,7 +8,7 @@ from moepeft.core.ranges import Range, option
 from moepeft.core.types import Array, Context, Routing
 from moepeft.moe.gate import EXPERTS, check_k, mask_experts, top_mask
 from moepeft.moe.router import RouterSpec
-from moepeft.moe.router_state import router_state
+from moepeft.moe.router_state import against_load, router_state
 from moepeft.moe.router_stats import RouterStats
 from moepeft.nn.numerics import to_f32
 
@@ -53,8 +53,7 @@ def update(
   router: Magnitude, state: dict[str, Array], sums: RouterStats
 ) -> dict[str, Array]:
   """d + rate * sign(the mean load - the expert's load)."""
-  mean = jnp.mean(sums.share, axis=-1, keepdims=True)
-  return {'bias': state['bias'] + router.rate * jnp.sign(mean - sums.share)}
+  return {'bias': against_load(state['bias'], router.rate, sums)}
 
 
 ROUTER = RouterSpec(

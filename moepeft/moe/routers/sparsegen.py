@@ -10,7 +10,7 @@ from moepeft.core.types import Array, Context, Routing
 from moepeft.moe.gate import LinearGate, gate_logits
 from moepeft.moe.router import RouterLoss, RouterSpec
 from moepeft.moe.router_stats import RouterStats
-from moepeft.nn.initializers import Constant, KaimingUniform, peft_param
+from moepeft.nn.initializers import Constant, kaiming_uniform, peft_param
 
 # 1 - l is at least this.
 EPSILON = 0.01
@@ -56,12 +56,12 @@ class Sparsegen(LinearGate):
     """l [b, t]."""
     inputs, size = x.shape[-1], self.hidden
     kernel = peft_param(
-      self, 'hidden_kernel', KaimingUniform(inputs), (inputs, size), 'ir'
+      self, 'hidden_kernel', kaiming_uniform(inputs), (inputs, size), 'ir'
     )
     bias = peft_param(self, 'hidden_bias', Constant(0), (size,), 'r')
     hidden = jax.nn.relu(gate_logits(x, kernel) + bias)
     kernel = peft_param(
-      self, 'output_kernel', KaimingUniform(size), (size,), 'r'
+      self, 'output_kernel', kaiming_uniform(size), (size,), 'r'
     )
     bias = peft_param(self, 'output_bias', Constant(-2.5), (), '')
     score = gate_logits(hidden, kernel[:, None])[..., 0] + bias
@@ -70,6 +70,8 @@ class Sparsegen(LinearGate):
 
 def sparsegen(z: Array, sparsity: Array) -> Array:
   """max(z - t, 0) / (1 - l), summing to one, [..., e] of l [..., 1] < 1."""
+  # Differences alone matter; large logits would be rounded.
+  z = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
   order = jax.lax.stop_gradient(jnp.flip(jnp.sort(z, axis=-1), axis=-1))
   count = jnp.arange(1, z.shape[-1] + 1)
   total = 1 - sparsity

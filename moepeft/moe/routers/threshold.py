@@ -10,7 +10,7 @@ from moepeft.core.types import Array, Context, Routing
 from moepeft.moe.gate import LinearGate, gate_logits, normalize
 from moepeft.moe.router import RouterLoss, RouterSpec
 from moepeft.moe.router_stats import RouterStats
-from moepeft.nn.initializers import KaimingUniform, peft_param
+from moepeft.nn.initializers import kaiming_uniform, peft_param
 from moepeft.nn.numerics import softmax
 
 
@@ -36,7 +36,7 @@ class Threshold(LinearGate):
   def __call__(self, x: Array, ctx: Context) -> Routing:
     inputs = x.shape[-1]
     logits, noisy = self.logits(x, ctx)
-    init = KaimingUniform(inputs)
+    init = kaiming_uniform(inputs)
     kernel = peft_param(self, 'threshold_kernel', init, (inputs,), 'i')
     bias = peft_param(self, 'threshold_bias', init, (), '')
     available = jnp.isfinite(logits)

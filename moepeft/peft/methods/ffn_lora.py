@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from moepeft.core.ranges import Choices, option
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import BaseLayer
-from moepeft.nn.initializers import KaimingUniform, peft_param
+from moepeft.nn.initializers import kaiming_uniform, peft_param
 from moepeft.peft.method import Method
 from moepeft.peft.methods.lora import (
   ALPHA,
@@ -80,7 +80,7 @@ class FfnLora(nn.Module):
     def factors(name, inputs, outputs, axes):
       """A [in, e, r] and B [e, r, out]."""
       sizes, letter = ((e,), 'e') if mixing else ((), '')
-      init = INIT_A if self.a_init == 'normal' else KaimingUniform(inputs)
+      init = INIT_A if self.a_init == 'normal' else kaiming_uniform(inputs)
       shape_a = (inputs, *sizes, self.rank)
       shape_b = (*sizes, self.rank, outputs)
       a = peft_param(module, f'{name}_a', init, shape_a, f'{axes[0]}{letter}r')

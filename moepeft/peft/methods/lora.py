@@ -19,9 +19,9 @@ from moepeft.nn.adapter_hook import (
 from moepeft.nn.initializers import (
   Constant,
   Initializer,
-  KaimingUniform,
   Normal,
   SparseNormal,
+  kaiming_uniform,
   peft_param,
 )
 from moepeft.nn.low_rank_matmul import low_rank_matmul
@@ -179,7 +179,7 @@ class Lora(nn.Module):
     if self.a_init == 'normal':
       return INIT_A
     if self.a_init == 'kaiming':
-      return KaimingUniform(math.prod(inside))
+      return kaiming_uniform(math.prod(inside))
     columns = math.prod(experts) * self.rank
     return SparseNormal(1 / columns, _DENSITY, len(inside), len(experts) + 1)
 

@@ -17,7 +17,7 @@ from moepeft.nn.adapter_hook import (
   flatten_features,
   kernel_letters,
 )
-from moepeft.nn.initializers import KaimingUniform, peft_param
+from moepeft.nn.initializers import kaiming_uniform, peft_param
 from moepeft.nn.numerics import to_f32
 from moepeft.peft.method import Method
 from moepeft.peft.methods import lora
@@ -46,7 +46,7 @@ class MosLora(lora.Lora):
     r = self.rank
     letter = 'e' if e else ''
     core = peft_param(
-      module, 'core', KaimingUniform(r), (*e, r, r), f'{letter}rr'
+      module, 'core', kaiming_uniform(r), (*e, r, r), f'{letter}rr'
     ).astype(dtype)
     drop = nn.Dropout(self.dropout)
     z = lora.down(drop(x, deterministic=not ctx.train).astype(dtype), a)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A learned choice of experts for each task: Polytropon."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moepeft.core.ranges import option
+from moepeft.core.types import Array, Context, Routing
+from moepeft.moe.gate import (
+  EXPERTS,
+  example_ids,
+  mask_experts,
+  same_in_example,
+)
+from moepeft.moe.router import RouterSpec
+from moepeft.moe.task_names import TASKS, by_task, task_rows
+from moepeft.nn.initializers import SymmetricUniform, peft_param
+
+
+class Poly(nn.Module):
+  """weights = z over their sum; z = sigmoid(the logits of a token's task).
+
+  In training z is a sample of the relaxed Bernoulli distribution with
+  temperature 1, drawn for each example: logistic noise on the logits.
+
+  Source: Ponti et al., arXiv:2202.13914, its Gumbel-sigmoid; where the table
+  starts and the sigmoid after training, as in mttl and peft.
+
+  Parameters: table [tasks + 1, e], whose first row is that of padding.
+
+  Attributes:
+    experts: e; tasks: names in the data.
+  """
+
+  experts: int = option(1, EXPERTS)
+  tasks: tuple[str, ...] = option((), TASKS)
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Context) -> Routing:
+    shape = (task_rows('poly', self.tasks), self.experts)
+    table = peft_param(self, 'table', SymmetricUniform(1e-3), shape, 'ge')
+    logits = mask_experts(by_task(table, x, ctx), ctx)
+    noisy = logits
+    if ctx.train:
+      noise = jax.random.logistic(self.make_rng('router'), logits.shape)
+      noisy += same_in_example(noise, example_ids(x, ctx))
+    z = jax.nn.sigmoid(noisy)
+    return Routing(logits, z / (jnp.sum(z, axis=-1, keepdims=True) + 1e-12))
+
+
+ROUTER = RouterSpec(Poly)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published routers that read more than one token, in NumPy, float64.
+
+Nothing of moepeft is imported. Each function takes the features x [t, i] of
+the real tokens of one example, or its task, and returns the weights of the
+experts, [t, e] or [e].
+"""
+
+import math
+
+import numpy as np
+
+
+def softmax(z):
+  e = np.exp(z - z.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+def balanced(x, kernel, bias, k, renormalize=False):
+  """Wang et al., arXiv:2408.15664, equations 1 and 3, of one token x [i]."""
+  p = softmax(x @ kernel)
+  chosen = np.argsort(-(p + bias), kind='stable')[:k]
+  weights = np.zeros_like(p)
+  weights[chosen] = p[chosen]
+  return weights / weights.sum() if renormalize else weights
+
+
+def next_bias(bias, counts, rate):
+  """Wang et al., arXiv:2408.15664, algorithm 1: b + u sign(mean - count)."""
+  mean = sum(counts) / len(counts)
+  return [
+    b + rate * ((c < mean) - (c > mean))
+    for b, c in zip(bias, counts, strict=True)
+  ]
+
+
+def task(vector, kernel):
+  """Liu et al., arXiv:2310.18339, the task-motivated gate: softmax(W e)."""
+  return softmax(vector @ kernel)
+
+
+def layer_norm(x):
+  """torch.nn.LayerNorm without its scale and bias."""
+  return (x - x.mean()) / math.sqrt(x.var() + 1e-5)
+
+
+def sentence(x, prompt, kernel, kernel_scale, scale, bias):
+  """Muqeeth et al., arXiv:2306.03745, section 3; Router.forward of its code.
+
+  Args:
+    prompt: the number of the tokens in the prompt.
+  """
+  v = layer_norm(sum(x[:prompt]) / prompt) * scale + bias
+  columns = [layer_norm(w) * kernel_scale for w in kernel.T]
+  return softmax(np.array([v @ w for w in columns]))
+
+
+def switch(x, kernel, capacity=math.inf):
+  """Fedus et al., arXiv:2101.03961, equations 1 and 2, and section 2.2."""
+  taken = [0] * kernel.shape[1]
+  weights = np.zeros((len(x), kernel.shape[1]))
+  for row, p in zip(weights, softmax(x @ kernel), strict=True):
+    best = p.argmax()
+    if taken[best] < capacity:
+      row[best] = p[best]
+      taken[best] += 1
+  return weights
+
+
+def expert_choice(x, kernel, capacity_factor):
+  """Zhou et al., arXiv:2202.09368, equations 1 and 2."""
+  s = softmax(x @ kernel)
+  tokens, experts = s.shape
+  k = math.ceil(capacity_factor * tokens / experts)
+  weights = np.zeros_like(s)
+  for e in range(experts):
+    chosen = np.argsort(-s[:, e], kind='stable')[:k]
+    weights[chosen, e] = s[chosen, e]
+  return weights
+
+
+def poly(logits, uniform=None):
+  """Ponti et al., arXiv:2202.13914, the Gumbel-sigmoid at temperature 1.
+
+  Args:
+    uniform: draws [e] from U(0, 1), in training.
+  """
+  noise = 0 if uniform is None else np.log(uniform / (1 - uniform))
+  z = 1 / (1 + np.exp(-(logits + noise)))
+  return z / z.sum()
