@@ -9,7 +9,8 @@ Without a model it trains the embedded T5 on the embedded tasks.
 
 differs: follows the released code (eshentw/LD-MoLE), whose script has a balance
   loss of 1.0, no loss of sparsity and 512 hidden units. One MLP for each width
-  serves the whole net there; here each site has its own, of 256 units.
+  serves the whole net there, of 256 units in the paper; here each site has its
+  own, of 16.
 scale: alpha / r = 16 / 8 = 2, times weights that sum to one.
 """
 

@@ -130,5 +130,6 @@ LDMOLE = mixture_of(
     'a_init': 'kaiming',
   },
   roles=_at(*_ATTENTION, *_FEED_FORWARD),
-  router="sparsegen(kernel_init='kaiming')",
+  # One MLP of 256 units for each width serves the whole net there.
+  router="sparsegen(hidden=16, kernel_init='kaiming')",
 )
