@@ -2,7 +2,7 @@
 """Families about numbers: comparing, adding and counting."""
 
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.lexicon import CATEGORIES, KINDS, NAMES, NOUNS
+from moepeft.tasks.lexicon import CATEGORIES, CATEGORY_NAMES, NAMES, NOUNS
 from moepeft.tasks.task import Instance, Task, Template
 
 _MEASURES = (
@@ -125,7 +125,7 @@ ARITHMETIC = Task(
 
 def draw_counting(dice: Dice) -> Instance:
   """Lists of five nouns, one to four of the kind that is asked: over 1e9."""
-  kind = dice.pick(KINDS)
+  kind = dice.pick(CATEGORY_NAMES)
   count = dice.between(1, 4)
   items = dice.sample(CATEGORIES[kind], count) + dice.sample(
     _REST[kind], 5 - count

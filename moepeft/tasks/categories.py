@@ -2,7 +2,13 @@
 """Families about the categories of nouns, over six kinds of 12 nouns each."""
 
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.lexicon import CATEGORIES, KINDS, LOOKS, NAMES, a
+from moepeft.tasks.lexicon import (
+  ADJECTIVES,
+  CATEGORIES,
+  CATEGORY_NAMES,
+  NAMES,
+  with_article,
+)
 from moepeft.tasks.task import Instance, Task, Template
 
 _TRUE_FALSE = (('Yes', 'True'), ('No', 'False'))
@@ -34,15 +40,17 @@ def _with_others(dice: Dice, kind: str, count: int) -> list[str]:
   return [
     kind,
     *dice.sample(
-      [candidate for candidate in KINDS if candidate != kind], count
+      [candidate for candidate in CATEGORY_NAMES if candidate != kind], count
     ),
   ]
 
 
 def draw_topic(dice: Dice) -> Instance:
   """24 names x 10 deeds x 8 looks x 72 nouns = 138,240."""
-  kinds = _with_others(dice, dice.pick(KINDS), 3)
-  noun_phrase = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kinds[0]])}')
+  kinds = _with_others(dice, dice.pick(CATEGORY_NAMES), 3)
+  noun_phrase = with_article(
+    f'{dice.pick(ADJECTIVES)} {dice.pick(CATEGORIES[kinds[0]])}'
+  )
   text = f'{dice.pick(NAMES)} {dice.pick(_DEEDS)} {noun_phrase}.'
   topics = [f'{kind}s' for kind in kinds]
   return Instance({'text': text}, topics[0], tuple(topics[1:]))
@@ -65,14 +73,16 @@ TOPIC = Task(
 
 def draw_membership(dice: Dice) -> Instance:
   """4,320 lists of nouns of two kinds x 6 kinds asked = 25,920."""
-  kind = dice.pick(KINDS)
+  kind = dice.pick(CATEGORY_NAMES)
   yes = dice.coin()
   kinds = _with_others(dice, kind, 2)
   kinds = dice.shuffled(kinds[:2] if yes else kinds[1:])
   items = ', '.join(dice.pick(CATEGORIES[k]) for k in kinds)
   answers = ('Yes', 'No') if yes else ('No', 'Yes')
   return Instance(
-    {'items': items, 'kind': kind, 'a_kind': a(kind)}, answers[0], answers[1:]
+    {'items': items, 'kind': kind, 'a_kind': with_article(kind)},
+    answers[0],
+    answers[1:],
   )
 
 
@@ -95,7 +105,7 @@ MEMBERSHIP = Task(
 
 def draw_odd_one_out(dice: Dice) -> Instance:
   """30 pairs of kinds x 4 places x 1,320 triples x 12 = 1.9 million."""
-  kind, odd_kind = dice.sample(KINDS, 2)
+  kind, odd_kind = dice.sample(CATEGORY_NAMES, 2)
   odd = dice.pick(CATEGORIES[odd_kind])
   same = dice.sample(CATEGORIES[kind], 3)
   items = dice.shuffled([odd, *same])
@@ -118,9 +128,11 @@ ODD_ONE_OUT = Task(
 
 def draw_profession(dice: Dice) -> Instance:
   """24 names x 6 needs x 8 looks x 72 nouns = 82,944."""
-  kinds = _with_others(dice, dice.pick(KINDS), 3)
+  kinds = _with_others(dice, dice.pick(CATEGORY_NAMES), 3)
   name = dice.pick(NAMES)
-  noun_phrase = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kinds[0]])}')
+  noun_phrase = with_article(
+    f'{dice.pick(ADJECTIVES)} {dice.pick(CATEGORIES[kinds[0]])}'
+  )
   text = f'{name} {dice.pick(_NEEDS)} {noun_phrase}.'
   experts = [_EXPERTS[kind] for kind in kinds]
   return Instance({'text': text, 'name': name}, experts[0], tuple(experts[1:]))
@@ -143,7 +155,7 @@ PROFESSION = Task(
 
 def draw_tidy(dice: Dice) -> Instance:
   """Half one kind (71,280 lists), half three and one (1.9 million)."""
-  kind, odd_kind = dice.sample(KINDS, 2)
+  kind, odd_kind = dice.sample(CATEGORY_NAMES, 2)
   tidy = dice.coin()
   items = dice.sample(CATEGORIES[kind], 4)
   if not tidy:

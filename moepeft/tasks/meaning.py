@@ -3,11 +3,11 @@
 
 from moepeft.tasks.dice import Dice
 from moepeft.tasks.lexicon import (
+  ANTONYMS,
   CATEGORIES,
-  KINDS,
+  CATEGORY_NAMES,
   MEN,
   NAMES,
-  OPPOSITES,
   PLACES,
   WOMEN,
   pronoun,
@@ -177,13 +177,13 @@ COMPLETION = Task(
 
 
 def _opposites(dice: Dice) -> tuple[str, str, str, list[str]]:
-  pairs = [dice.shuffled(pair) for pair in dice.sample(OPPOSITES, 5)]
+  pairs = [dice.shuffled(pair) for pair in dice.sample(ANTONYMS, 5)]
   (first, two), (three, four) = pairs[:2]
   return first, two, three, [four, *(pair[0] for pair in pairs[2:])]
 
 
 def _kinds(dice: Dice) -> tuple[str, str, str, list[str]]:
-  kinds = dice.sample(KINDS, 4)
+  kinds = dice.sample(CATEGORY_NAMES, 4)
   first, three = (dice.pick(CATEGORIES[kind]) for kind in kinds[:2])
   return first, kinds[0], three, [kinds[1], kinds[0], *kinds[2:]]
 

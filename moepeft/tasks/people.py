@@ -2,7 +2,7 @@
 """Families about who has what and who stands where, over 24 names."""
 
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.lexicon import NAMES, NOUNS, a
+from moepeft.tasks.lexicon import NAMES, NOUNS, with_article
 from moepeft.tasks.task import Instance, Task, Template
 
 _RANKS = ('first', 'second', 'third', 'last')
@@ -13,7 +13,7 @@ def _owners(dice: Dice) -> tuple[list[str], list[str], str]:
   """Three names, their things, and a sentence that says so."""
   names = dice.sample(NAMES, 3)
   nouns = dice.sample(NOUNS, 3)
-  has = [f'{names[i]} has {a(nouns[i])}' for i in range(3)]
+  has = [f'{names[i]} has {with_article(nouns[i])}' for i in range(3)]
   return names, nouns, f'{has[0]}, {has[1]} and {has[2]}.'
 
 

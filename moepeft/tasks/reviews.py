@@ -2,7 +2,13 @@
 """Families about opinions: two judgements, both good or both bad."""
 
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.lexicon import BLAME, NAMES, PRAISE, a, pronoun
+from moepeft.tasks.lexicon import (
+  NAMES,
+  NEGATIVE_WORDS,
+  POSITIVE_WORDS,
+  pronoun,
+  with_article,
+)
 from moepeft.tasks.task import Instance, Task, Template
 
 _VISITS = (
@@ -28,7 +34,7 @@ _HAPPY_UNHAPPY = (('positive', 'happy'), ('negative', 'unhappy'))
 
 
 def _judged(dice: Dice, parts: tuple[str, ...], good: bool) -> str:
-  words = dice.sample(PRAISE if good else BLAME, 2)
+  words = dice.sample(POSITIVE_WORDS if good else NEGATIVE_WORDS, 2)
   first, second = dice.sample(parts, 2)
   return f'the {first} was {words[0]} and the {second} was {words[1]}.'
 
@@ -69,7 +75,7 @@ def draw_verdict(dice: Dice) -> Instance:
   judged = _judged(dice, parts, good)
   answers = ('keep', 'return') if good else ('return', 'keep')
   fields = {
-    'report': f'{name} got {a(order)}: {judged}',
+    'report': f'{name} got {with_article(order)}: {judged}',
     'order': order,
     'name': name,
     'she': pronoun(name),

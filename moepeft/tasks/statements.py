@@ -2,7 +2,7 @@
 """Families about what statements say: what follows and who did what."""
 
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.lexicon import COMPARATIVES, NAMES, NOUNS, a
+from moepeft.tasks.lexicon import COMPARATIVES, NAMES, NOUNS, with_article
 from moepeft.tasks.task import Instance, Task, Template
 
 _TRUE_FALSE = (('Yes', 'True'), ('No', 'False'))
@@ -86,7 +86,7 @@ ENTAILMENT = Task(
 
 def _trade(dice: Dice, giver: str, receiver: str) -> tuple[str, str, str]:
   gave, took = dice.pick(_TRADES)
-  noun_phrase = a(dice.pick(NOUNS))
+  noun_phrase = with_article(dice.pick(NOUNS))
   return (
     f'{giver} {gave} {noun_phrase} to {receiver}',
     f'{receiver} {took} {noun_phrase} from {giver}',

@@ -3,24 +3,24 @@
 
 from moepeft.tasks.dice import Dice
 from moepeft.tasks.lexicon import (
-  BLAME,
   CATEGORIES,
-  KINDS,
+  CATEGORY_NAMES,
   NAMES,
+  NEGATIVE_WORDS,
   NOUNS,
-  PRAISE,
-  a,
+  POSITIVE_WORDS,
+  with_article,
 )
 from moepeft.tasks.task import Instance, Task, Template
 
 
 def draw_kind(dice: Dice) -> Instance:
   """72 nouns x 20 choices of wrong kinds, of which the noun alone counts."""
-  kind = dice.pick(KINDS)
-  wrong = dice.sample([k for k in KINDS if k != kind], 3)
+  kind = dice.pick(CATEGORY_NAMES)
+  wrong = dice.sample([k for k in CATEGORY_NAMES if k != kind], 3)
   number = str(dice.between(10, 99))
   noun = dice.pick(CATEGORIES[kind])
-  fields = {'noun': noun, 'one': a(noun), 'number': number}
+  fields = {'noun': noun, 'one': with_article(noun), 'number': number}
   return Instance(fields, kind, tuple(wrong))
 
 
@@ -41,7 +41,10 @@ def draw_opinion(dice: Dice) -> Instance:
   """16 words x 90 numbers = 1,440; the number keeps instances apart."""
   good = dice.coin()
   number = str(dice.between(10, 99))
-  fields = {'word': dice.pick(PRAISE if good else BLAME), 'number': number}
+  fields = {
+    'word': dice.pick(POSITIVE_WORDS if good else NEGATIVE_WORDS),
+    'number': number,
+  }
   answers = ('good', 'bad') if good else ('bad', 'good')
   return Instance(fields, answers[0], answers[1:])
 
@@ -90,7 +93,7 @@ RECALL = Task(
 
 _HOMES = dict(
   zip(
-    KINDS,
+    CATEGORY_NAMES,
     ('barn', 'bowl', 'shed', 'wardrobe', 'garage', 'orchestra'),
     strict=True,
   )
@@ -99,11 +102,11 @@ _HOMES = dict(
 
 def draw_storage(dice: Dice) -> Instance:
   """72 nouns x 90 numbers = 6,480; the number keeps instances apart."""
-  kind = dice.pick(KINDS)
+  kind = dice.pick(CATEGORY_NAMES)
   noun = dice.pick(CATEGORIES[kind])
   number = str(dice.between(10, 99))
   wrong = dice.sample([h for h in _HOMES.values() if h != _HOMES[kind]], 3)
-  fields = {'noun': noun, 'one': a(noun), 'number': number}
+  fields = {'noun': noun, 'one': with_article(noun), 'number': number}
   return Instance(fields, _HOMES[kind], tuple(wrong))
 
 
@@ -124,7 +127,7 @@ STORAGE = Task(
 def draw_stars(dice: Dice) -> Instance:
   """112 pairs of words of one colour x 90 numbers = 10,080."""
   good = dice.coin()
-  first, two = dice.sample(PRAISE if good else BLAME, 2)
+  first, two = dice.sample(POSITIVE_WORDS if good else NEGATIVE_WORDS, 2)
   fields = {'one': first, 'two': two, 'number': str(dice.between(10, 99))}
   answers = ('five', 'one') if good else ('one', 'five')
   return Instance(fields, answers[0], answers[1:])

@@ -86,7 +86,7 @@ class DecoderPrefill:
     positions = [self.cache_len(sequence) - 1 for sequence in batch]
     return np.array(tokens, np.int32), np.array(positions, np.int32)
 
-  def record_step(self, sequence: Sequence) -> None:
+  def record_cached_token(self, sequence: Sequence) -> None:
     """Records that a decode step has cached the token of `decode_inputs`."""
     sequence.slot.ids.append((sequence.answer or sequence.ids)[-1])
 
@@ -197,7 +197,7 @@ class EncoderDecoderPrefill:
     sizes = [len(sequence.ids) for sequence in batch]
     return tuple(np.array(a, np.int32) for a in (tokens, positions, sizes))
 
-  def record_step(self, sequence: Sequence) -> None:
+  def record_cached_token(self, sequence: Sequence) -> None:
     pass
 
   def encode(

@@ -29,7 +29,8 @@ class Sequence:
     previous: bool [v], the tokens in the repetition penalty; None without one.
     cancelled: whether the client cancelled the request, or `deliver` failed.
     started: the `time.monotonic` at which it got its adapter and slot.
-    finite: whether a step with its slot's cache has given finite logits.
+    has_finite_logits: whether a step with the cache of its slot gave finite
+      logits.
   """
 
   request: Request
@@ -45,7 +46,7 @@ class Sequence:
   previous: np.ndarray | None = None
   cancelled: bool = False
   started: float = 0.0
-  finite: bool = False
+  has_finite_logits: bool = False
 
   def set_adapter(self, adapter: AcquiredAdapter) -> None:
     """Sets the adapter, and puts its soft prompt before the prompt."""
@@ -66,7 +67,7 @@ class Sequence:
   def append(self, token: int) -> None:
     """Adds a token to the answer."""
     self.answer.append(token)
-    self.finite = True
+    self.has_finite_logits = True
     if self.previous is not None:
       self.previous[token] = True
 
