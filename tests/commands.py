@@ -7,6 +7,7 @@ files, and parses, prints and exits as `python -m` does.
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Mapping
 
 from tests import ROOT
 
@@ -31,6 +33,8 @@ _IMPORTED = (
     'moepeft.training.metrics_logger',
   ),
 )
+# Packages of extras, where they are installed.
+_OPTIONAL = ('openai',)
 _SERVER: list[subprocess.Popen] = []
 
 
@@ -39,8 +43,12 @@ def run(
   *args: object,
   cwd: str | os.PathLike = ROOT,
   stdin: str = '',
+  env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
-  """Runs `python -m MODULE ARGS` on CPU and returns how it ended."""
+  """Runs `python -m MODULE ARGS` on CPU and returns how it ended.
+
+  `env` replaces the environment; XLA_FLAGS count, as no device is in use yet.
+  """
   if not _SERVER or _SERVER[0].poll() is not None:
     _SERVER[:] = [
       subprocess.Popen(
@@ -60,6 +68,7 @@ def run(
     files = [os.path.join(folder, name) for name in ('in', 'out', 'err')]
     pathlib.Path(files[0]).write_text(stdin)
     request = {'command': command, 'cwd': str(cwd), 'files': files}
+    request['env'] = env and dict(env)
     print(json.dumps(request), file=server.stdin, flush=True)
     code = json.loads(server.stdout.readline())
     out, err = (pathlib.Path(path).read_text() for path in files[1:])
@@ -69,6 +78,9 @@ def run(
 def _serve() -> None:
   for name in _IMPORTED:
     importlib.import_module(name)
+  for name in _OPTIONAL:
+    with contextlib.suppress(ImportError):
+      importlib.import_module(name)
   # A fork neither walks through what is imported here nor copies it.
   gc.freeze()
   for line in sys.stdin:
@@ -80,8 +92,13 @@ def _serve() -> None:
     print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def _become(command: list[str], cwd: str, files: list[str]) -> int:
+def _become(
+  command: list[str], cwd: str, files: list[str], env: dict[str, str] | None
+) -> int:
   """Runs the command in this process; returns the code of its exit."""
+  if env is not None:
+    os.environ.clear()
+    os.environ.update(env)
   os.chdir(cwd)
   for number, (path, mode) in enumerate(
     zip(files, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)

@@ -6,7 +6,6 @@ import json
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from moepeft import config as config_lib
@@ -127,9 +126,4 @@ def parts_of(config, optimizer=None):
 
 def noisy(state, scale):
   """The state with an adapter off its start."""
-  rng = np.random.default_rng(0)
-  moved = jax.tree.map(
-    lambda a: a + scale * jnp.asarray(rng.standard_normal(a.shape, np.float32)),
-    state.trainable,
-  )
-  return state.replace(trainable=moved)
+  return state.replace(trainable=small.moved(state.trainable, scale, 0))

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 import moepeft
+from moepeft import config as config_lib
 from moepeft import library
+from moepeft.checkpoints import base as base_lib
 from tests import ROOT
+from tests.inference import banked
 
 _PROMPT = 'item 45: a ship is a kind of'
 
@@ -80,7 +83,15 @@ def test_evaluation_is_the_commands(model, tmp_path):
   assert row['accuracy'] == float(scores[0].sum() > scores[1].sum())
 
 
-def test_a_merged_model_answers_as_its_adapter_did(tmp_path):
+def test_a_merged_model_answers_as_its_adapter_did(model, tmp_path):
+  base = base_lib.load(config_lib.default().model)
+  method = "lora(rank=2, targets='*/q|*/wo')"
+  path, *_ = banked.save(tmp_path / 'lora', base, method, noise=0.1)
+  check_merged(moepeft.load('package:t5_tiny', path), model)
+
+
+@pytest.mark.slow
+def test_a_merged_run_answers_as_its_adapter_did(tmp_path):
   config = moepeft.load_config('configs/molora_t5.py')
   config.method = "lora(rank=2, targets='*/q|*/wo')"
   config.update(
@@ -95,9 +106,12 @@ def test_a_merged_model_answers_as_its_adapter_did(tmp_path):
   # Large, so that the adapter changes the answers' probabilities.
   config.optimizer.learning_rate = 0.1
   model = moepeft.fit(config, str(tmp_path / 'run'))
+  check_merged(model, moepeft.load(str(tmp_path / 'run'), checkpoint='base'))
+
+
+def check_merged(model, base):
   merged = model.merge()
   assert (model.method.split('(')[0], merged.method) == ('lora', 'none')
-  base = moepeft.load(str(tmp_path / 'run'), checkpoint='base')
   by_model, by_merged, by_base = (
     m.log_probs([_PROMPT], ['vehicle'])[0] for m in (model, merged, base)
   )

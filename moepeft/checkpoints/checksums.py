@@ -27,7 +27,7 @@ def checksums(tree: Tree) -> dict[str, str]:
   """
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   # All sums are dispatched before the first one is fetched.
-  lanes = [_lane_sums(jnp.asarray(leaf)) for _, leaf in flat]
+  lanes = [_lane_sums(leaf) for _, leaf in flat]
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): _text(leaf, sums)
     for (path, leaf), sums in zip(flat, lanes, strict=True)

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip('openai')
 
 from moepeft.agent import traces  # noqa: E402
-from tests import ROOT
+from tests import ROOT, commands
 from tests.agent.scripted import KEY, NAME, serving, text_reply, wants  # noqa: E402
 
 # A program starts within seconds; much more is a hang.
@@ -38,15 +38,8 @@ def environment(**more) -> dict[str, str]:
 
 
 def run(*arguments, **more):
-  return subprocess.run(
-    command(*arguments),
-    capture_output=True,
-    text=True,
-    timeout=_LONG,
-    env=environment(**more),
-    cwd=ROOT,
-    stdin=subprocess.DEVNULL,
-  )
+  env = environment(**more)
+  return commands.run('moepeft.agent', *arguments, env=env)
 
 
 def test_its_skills_and_its_prompt_are_shown_without_a_server():

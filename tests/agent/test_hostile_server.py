@@ -3,6 +3,7 @@
 
 import http.server
 import json
+import socket
 import threading
 
 import pytest
@@ -308,6 +309,11 @@ def test_numbers_out_of_range_are_refused(flag, capsys):
 
 
 def test_an_address_that_is_none_is_one_sentence(monkeypatch):
+  def unknown(*args, **options):
+    raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+
+  # Name servers that are not there take seconds to say so.
+  monkeypatch.setattr('socket.getaddrinfo', unknown)
   monkeypatch.setattr('time.sleep', lambda seconds: None)
   for url in ('x', 'http://[', 'http://x:99999/v1'):
     request = parser().parse_args(['?', f'--base_url={url}', '--skills='])

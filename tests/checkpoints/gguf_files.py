@@ -3,6 +3,7 @@
 would."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -108,15 +109,26 @@ def quantised(array, kind):
   try:
     return gguf.quantize(array, kind)
   except NotImplementedError:
-    size, width = gguf.GGML_QUANT_SIZES[kind]
+    size, _ = gguf.GGML_QUANT_SIZES[kind]
+    blocks = _random_blocks(kind)
     rng = np.random.default_rng(array.shape[0])
-    blocks = rng.integers(256, size=(4096, width), dtype=np.uint8)
-    # Some bytes are a block's scale, which may come out as inf or NaN.
-    with np.errstate(all='ignore'):
-      numbers = gguf.dequantize(blocks, kind)
-    blocks = blocks[(np.abs(numbers) < 1e4).all(axis=1)]
     chosen = rng.integers(len(blocks), size=array.size // size)
     return blocks[chosen].reshape(array.shape[0], -1)
+
+
+@functools.cache
+def _random_blocks(kind):
+  """Blocks of a kind, of finite numbers of a weight's size."""
+  import gguf
+
+  _, width = gguf.GGML_QUANT_SIZES[kind]
+  blocks = np.random.default_rng(0).integers(
+    256, size=(1024, width), dtype=np.uint8
+  )
+  # Some bytes are a block's scale, which may come out as inf or NaN.
+  with np.errstate(all='ignore'):
+    numbers = gguf.dequantize(blocks, kind)
+  return blocks[(np.abs(numbers) < 1e4).all(axis=1)]
 
 
 def as_converted(name, array, arch, config):

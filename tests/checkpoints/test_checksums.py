@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +14,8 @@ import pytest
 from moepeft.checkpoints.checksums import checksums
 from moepeft.checkpoints.manager import Checkpoints
 from moepeft.checkpoints.run_metadata import metadata_hash
-from tests import ROOT
 
+from .. import commands
 from .test_manager import DESCRIBED, blank, make_state
 
 M = 2**32
@@ -66,62 +64,16 @@ def test_every_flipped_bit_and_every_exchange_changes_a_checksum(dtype):
   assert checksums(moved)[''] not in seen
 
 
-_SHARDED = """
-import os, sys
-count, action, workdir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={count}'
-import json
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from moepeft.checkpoints import manager
-from moepeft.checkpoints.checksums import checksums
-from moepeft.core import sharding
-from tests.checkpoints.test_manager import DESCRIBED, make_state
-
-def refuse(*args):
-  raise AssertionError('an array was gathered')
-
-sharding.gather = refuse
-assert len(jax.devices()) == count
-values = jnp.arange(16 * 24, dtype=jnp.float32).reshape(16, 24) / 7
-
-def state_of(scale, step, devices):
-  mesh = Mesh(np.array(jax.devices()[:devices]), ('data',))
-  split, whole = NamedSharding(mesh, P('data')), NamedSharding(mesh, P())
-  tree = {'q': {'a': scale * values, 'b': scale * jnp.ones(5)}}
-  state = make_state(tree, step)
-  return jax.tree.map(
-    lambda x: jax.device_put(x, split if x.shape == values.shape else whole),
-    state,
-  )
-
-checkpoints = manager.Checkpoints(workdir, keep=2)
-if action == 'save':
-  state = state_of(1.0, 7, count)
-  checkpoints.save(state, DESCRIBED)
-  print(json.dumps(checksums((state.trainable, state.opt))))
-else:
-  for devices in (1, count):
-    start = state_of(0.0, 0, devices)
-    state = checkpoints.restore(start, DESCRIBED)
-    a, split = state.trainable['q']['a'], start.trainable['q']['a'].sharding
-    assert a.sharding.is_equivalent_to(split, 2)
-    assert len(a.addressable_shards) == devices
-    np.testing.assert_array_equal(a, values)
-    assert int(state.step) == 7
-    print(json.dumps(checksums((state.trainable, state.opt))))
-"""
-
-
 def sharded(count, action, workdir):
   """[{path: checksum}] in a process of so many devices: of the state that it
   saves, or restores on one and on all of them."""
-  result = subprocess.run(
-    [sys.executable, '-c', _SHARDED, str(count), action, str(workdir)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
+  flag = f'--xla_force_host_platform_device_count={count}'
+  env = os.environ | {
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {flag}',
+    'JAX_PLATFORMS': 'cpu',
+  }
+  result = commands.run(
+    'tests.checkpoints.sharded', count, action, workdir, env=env
   )
   assert result.returncode == 0, result.stderr
   return [json.loads(line) for line in result.stdout.splitlines()]

@@ -74,7 +74,12 @@ def save_inputs():
 @pytest.fixture
 def run(inputs, tmp_path, monkeypatch, capsys):
   """Runs the command in a directory with one input of each form."""
-  shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+  # T5X writes a thousand small files, which no conversion changes.
+  for path in inputs.iterdir():
+    if path.name in ('t5x', 'both', 'mixture'):
+      (tmp_path / path.name).symlink_to(path)
+    else:
+      shutil.copytree(path, tmp_path / path.name)
   monkeypatch.chdir(tmp_path)
 
   def run(*arguments):
@@ -310,7 +315,7 @@ def test_a_run_in_a_form_that_cannot_hold_it_is_refused(
     (['--input=mixture', '--output=out', '--to=peft'], 'cannot represent'),
     (['--input=/no/such', '--output=out', '--to=hf'], '/no/such is not'),
     (['--input=.', '--output=out', '--to=hf'], 'none of the known formats'),
-    (['--input=hf', '--output=t5x', '--to=hf'], 'already contains'),
+    (['--input=hf', '--output=peft', '--to=hf'], 'already contains'),
     (
       ['--input=peft', '--output=out', '--to=moepeft', '--base=moepeft'],
       'expected a base model',

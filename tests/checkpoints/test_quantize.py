@@ -129,11 +129,7 @@ def made(method, config):
 
 
 def noisy(variables):
-  rng = np.random.default_rng(1)
-  return jax.tree.map(
-    lambda a: a + 0.1 * rng.standard_normal(a.shape).astype(np.float32),
-    variables,
-  )
+  return small.moved(variables, 0.1, 1)
 
 
 CASES = [

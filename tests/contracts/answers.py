@@ -71,8 +71,9 @@ def uncached_logits(model, variables, prompt, answer, length=32):
   if not decoder_only:
     ids[1, 0, 1 : len(answer) + 1] = answer
     batch['decoder_inputs'], first = ids[1], 0
-  logits = _whole_call(model)(variables, batch)[0]
-  return np.array(logits[first : first + len(answer) + 1])
+  # Sliced by NumPy: JAX would compile a program for each length.
+  logits = np.array(_whole_call(model)(variables, batch))[0]
+  return logits[first : first + len(answer) + 1]
 
 
 def uncached_greedy(model, variables, prompt, count, penalty=1.0):

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -93,15 +92,18 @@ def batch(rows=3, s=7, t=5, vocab=37, seed=0):
   targets_mask = np.arange(t)[None] < np.maximum(lengths - 2, 2)[:, None]
   targets = rng.integers(2, vocab, (rows, t)) * targets_mask
   tasks = 1 + np.arange(rows, dtype=np.int32)[:, None] % 2
-  return {
-    'inputs': jnp.asarray(rng.integers(2, vocab, (rows, s)) * inputs_mask),
-    'decoder_inputs': jnp.asarray(np.pad(targets[:, :-1], ((0, 0), (1, 0)))),
-    'targets': jnp.asarray(targets),
-    'inputs_mask': jnp.asarray(inputs_mask),
-    'targets_mask': jnp.asarray(targets_mask),
-    'inputs_tasks': jnp.asarray(tasks * inputs_mask),
-    'targets_tasks': jnp.asarray(tasks * targets_mask),
-  }
+  # Put, as `jnp.asarray` compiles a program for each shape.
+  return jax.device_put(
+    {
+      'inputs': rng.integers(2, vocab, (rows, s)) * inputs_mask,
+      'decoder_inputs': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+      'targets': targets,
+      'inputs_mask': inputs_mask,
+      'targets_mask': targets_mask,
+      'inputs_tasks': tasks * inputs_mask,
+      'targets_tasks': tasks * targets_mask,
+    }
+  )
 
 
 def make(method, config=GATED, semantics='official', **options):
@@ -122,14 +124,24 @@ def variables(method, config=GATED, noise=0.0, semantics='official'):
   model, _ = make(method, config, semantics)
   peft = init_params(model, batch(), 1, params(config))['peft']
   if noise:
-    leaves, tree = jax.tree.flatten(peft)
-    keys = jax.random.split(jax.random.key(2), max(len(leaves), 1))
-    leaves = [
-      a + noise * jax.random.normal(k, a.shape)
-      for a, k in zip(leaves, keys, strict=False)
-    ]
-    peft = jax.tree.unflatten(tree, leaves)
+    peft = moved(peft, noise, 2)
   return {'params': params(config), 'peft': peft}
+
+
+def moved(tree, by, seed):
+  """The tree with normal noise of a standard deviation.
+
+  Drawn and added by NumPy: JAX compiles three programs for each shape, and
+  one more to take an array over by `jnp.asarray`.
+  """
+  rng = np.random.default_rng(seed)
+
+  def move(leaf):
+    leaf = np.asarray(leaf)
+    noise = (by * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+    return jax.device_put(leaf + noise)
+
+  return jax.tree.map(move, tree)
 
 
 @functools.cache
@@ -139,7 +151,10 @@ def params(config=GATED):
 
 
 def unstack(tree):
-  """layers on axis 0 -> layers_0, layers_1, ...: the form without scan."""
+  """layers on axis 0 -> layers_0, layers_1, ...: the form without scan.
+
+  NumPy slices what is not traced: JAX would compile a program for each shape.
+  """
   if not isinstance(tree, dict):
     return tree
   out = {}
@@ -147,7 +162,13 @@ def unstack(tree):
     if key == 'layers':
       depth = len(jax.tree.leaves(value)[0])
       for i in range(depth):
-        out[f'layers_{i}'] = jax.tree.map(lambda a, i=i: a[i], value)
+        out[f'layers_{i}'] = jax.tree.map(lambda a, i=i: _at(a, i), value)
     else:
       out[key] = unstack(value)
   return out
+
+
+def _at(array, i):
+  if isinstance(array, jax.core.Tracer):
+    return array[i]
+  return jax.device_put(np.asarray(array)[i])

@@ -14,6 +14,8 @@ from moepeft.nn.initializers import init_params
 from moepeft.nn.rope import Rope
 from moepeft.peft import build
 
+from . import small
+
 # Heads times head size (24) unlike d_model (13), 6 heads on 2, 3 layers.
 _LLAMA = DecoderConfig(
   vocab=37,
@@ -79,7 +81,7 @@ def batch(vocab=37, seed=0):
   mask = np.arange(11)[None] < np.array(LENGTHS)[:, None]
   ids = rng.integers(2, vocab, mask.shape) * mask
   rows = {'inputs': ids, 'inputs_mask': mask, 'inputs_tasks': mask * 1}
-  return {key: jnp.asarray(array) for key, array in rows.items()}
+  return jax.device_put(rows)
 
 
 def make(config, method='full', noise=0.0, **options):
@@ -94,17 +96,10 @@ def _variables(config, method, noise, dtype):
   """Weights so large that all of them matter; biases and scales too."""
   advice = build(method, sites(config)).adapter_map
   model = Decoder(config, advice, param_dtype=dtype)
-  rng = np.random.default_rng(1)
-
-  def move(by):
-    return lambda leaf: (
-      leaf + jnp.asarray(by * rng.normal(size=leaf.shape), leaf.dtype)
-    )
-
-  params = jax.tree.map(move(0.2), init_params(model, batch(), 3)['params'])
+  params = small.moved(init_params(model, batch(), 3)['params'], 0.2, 1)
   # After it: some adapters start from the base's weights.
   peft = init_params(model, batch(), 3, params)['peft']
-  return {'params': params, 'peft': jax.tree.map(move(noise), peft)}
+  return {'params': params, 'peft': small.moved(peft, noise, 2)}
 
 
 def place(positions, length):

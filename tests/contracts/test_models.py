@@ -4,8 +4,6 @@
 import dataclasses
 import os
 import re
-import subprocess
-import sys
 
 import flax.linen as nn
 import jax
@@ -16,8 +14,8 @@ import pytest
 from moepeft.models import FAMILIES
 from moepeft.models.t5 import model as t5
 from moepeft.nn.adapter_hook import AdapterMap
-from tests import ROOT
 
+from .. import commands
 from . import answers, small
 from .probes import Seen
 
@@ -140,19 +138,20 @@ def test_families_have_what_the_commands_ask_of_them():
 
 
 # Compiling for eight devices takes long: one site of heads and one without, and
-# a router with state, which have every kind of leaf.
+# a router with state, which have every kind of leaf; a decoder has one stack.
 _STATEFUL = (
-  'molora(experts=3, rank=2, router=balanced(k=2), '
-  "targets='decoder/self/q|encoder/mlp/wo')"
+  "molora(experts=3, rank=2, router=balanced(k=2), targets='*/self/q|*/mlp/wo')"
 )
 
 
 @pytest.mark.parametrize(
-  'methods',
+  ('family', 'methods'),
   [
-    (_STATEFUL,),
+    ('llama', (_STATEFUL,)),
     pytest.param(
+      't5',
       (
+        _STATEFUL,
         small.ONE_EACH[-1].replace('topk', 'balanced'),
         *small.ONE_EACH,
         'full',
@@ -161,15 +160,16 @@ _STATEFUL = (
     ),
   ],
 )
-def test_eight_virtual_devices_equal_one(methods, tmp_path):
+def test_eight_virtual_devices_equal_one(family, methods, tmp_path):
   path = tmp_path / 'trained.npz'
   flag = '--xla_force_host_platform_device_count=8'
   env = os.environ | {
     'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}',
     'JAX_PLATFORMS': 'cpu',
   }
-  command = [sys.executable, '-m', 'tests.contracts.devices', path, *methods]
-  subprocess.run(command, env=env, cwd=ROOT, check=True)
+  module = 'tests.contracts.devices'
+  done = commands.run(module, path, family, *methods, env=env)
+  assert done.returncode == 0, done.stderr
   arrays = np.load(path)
   one, eight = (
     {

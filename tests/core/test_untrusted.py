@@ -33,8 +33,10 @@ def test_deep_nesting_is_refused(depth):
   for text in (nested(depth), nested(depth, '{"a":[', ']}')):
     with pytest.raises(Malformed, match='deep'):
       parse_json(text)
-  with pytest.raises(Malformed, match='deep'):
-    parse_yaml(nested(min(depth, 5_000)))
+  # YAML takes seconds of deeper texts, which are refused at the same place.
+  if depth <= 5_000:
+    with pytest.raises(Malformed, match='deep'):
+      parse_yaml(nested(depth))
 
 
 def test_as_deep_as_allowed_is_read():

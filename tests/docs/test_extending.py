@@ -9,7 +9,6 @@ from which modules can be imported. A block whose first line is
 import ast
 import builtins
 import contextlib
-import gc
 import importlib
 import pathlib
 import re
@@ -67,10 +66,15 @@ def undone(directory: pathlib.Path):
 
 
 def _registries() -> list[Registry]:
-  # Those that the collector has frozen (tests/conftest.py) are not listed.
-  gc.unfreeze()
-  # Not by isinstance, which asks proxies for their class.
-  return [o for o in gc.get_objects() if type(o) is Registry]
+  # Each is a global of its package. Not by isinstance, which asks proxies for
+  # their class.
+  return [
+    value
+    for name, module in sys.modules.items()
+    if name.partition('.')[0] in ('builtins', 'moepeft')
+    for value in vars(module).values()
+    if type(value) is Registry
+  ]
 
 
 @pytest.fixture
@@ -129,8 +133,8 @@ def test_blocks_run_in_order_and_are_undone(tmp_path, monkeypatch):
   )
   assert [line for line, _ in python_blocks(page.read_text())] == [4, 13, 17]
   registry = Registry('color', 'no.package', {})
+  monkeypatch.setattr(builtins, 'registry', registry, raising=False)
   with undone(tmp_path):
-    monkeypatch.setattr(builtins, 'registry', registry, raising=False)
     with pytest.raises(KeyError) as error:
       execute(page, tmp_path)
     assert error.traceback[-1].lineno + 1 == 18  # pytest counts from zero

@@ -75,7 +75,10 @@ SHAPES = {
 
 @pytest.mark.parametrize(
   'shape',
-  ['embedded', pytest.param('large', marks=pytest.mark.slow), 'xl'],
+  [
+    'embedded',
+    *(pytest.param(s, marks=pytest.mark.slow) for s in ('large', 'xl')),
+  ],
 )
 def test_budgets_of_2_10_and_30_experts_are_equal_routers_included(shape):
   model, expected = SHAPES[shape]

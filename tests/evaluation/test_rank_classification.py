@@ -2,6 +2,7 @@
 """Rank classification by hand: the likeliest choice wins, EOS included."""
 
 import dataclasses
+import functools
 import json
 import types
 
@@ -91,9 +92,17 @@ def make_row(inputs, choices, label=0, idx=0):
   )
 
 
+@functools.cache
+def ranker_of(batch_size):
+  return Ranker(Bigram(), WORDS, 64, 16, batch_size)
+
+
 def predict(rows, values, batch_size=4):
-  ranker = Ranker(Bigram(), WORDS, 64, 16, batch_size)
+  ranker = ranker_of(batch_size)
   return ranker.predict(values, ranker.prepare(rows)).tolist()
+
+
+SCORES = jax.jit(functools.partial(score_choices, Bigram()))
 
 
 def scores(values, choices, length=7):
@@ -107,7 +116,7 @@ def scores(values, choices, length=7):
     'inputs': jnp.array([[5, 1]]),
     'inputs_mask': jnp.ones((1, 2), bool),
   }
-  return score_choices(Bigram(), values, batch, ids, mask)[0]
+  return np.asarray(SCORES(values, batch, ids, mask))[0]
 
 
 def test_a_score_is_the_sum_over_a_choice_s_tokens_and_its_eos():

@@ -28,7 +28,7 @@ from moepeft.models.decoder.model import Decoder, sites
 from moepeft.nn.initializers import init_params
 from moepeft.peft import build
 
-from ..contracts import small_decoders
+from ..contracts import small, small_decoders
 
 LENGTH = 47
 CONFIG = dataclasses.replace(
@@ -114,15 +114,13 @@ def decoder():
   model = Decoder(CONFIG, build(METHOD, sites(CONFIG)).adapter_map)
   clean = init_params(model, small_decoders.batch(), 3, params)['peft']
   contents = {'': clean, 'one': moved(clean, 0), 'two': moved(clean, 1)}
-  contents['nan'] = jax.tree.map(lambda a: a + jnp.nan, clean)
+  contents['nan'] = jax.tree.map(lambda a: np.full_like(a, np.nan), clean)
   return model, params, contents
 
 
 def moved(tree, seed):
   """Away from where it does nothing."""
-  rng = np.random.default_rng(seed)
-  off = lambda a: jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype)  # noqa: E731
-  return jax.tree.map(lambda a: a + off(a), tree)
+  return small.moved(tree, 0.2, seed)
 
 
 def banks():
@@ -143,8 +141,9 @@ def logprobs(ids, model, variables, places=LENGTH):
   row[0, : len(ids)] = ids
   mask = np.arange(places)[None] < len(ids)
   batch = {'inputs': row, 'inputs_mask': mask}
-  logits = _full(model)(variables, batch)[0, : len(ids)]
-  return np.asarray(jax.nn.log_softmax(logits))
+  logits = _full(model)(variables, batch)
+  # All places at once: each length would be a program.
+  return np.asarray(jax.nn.log_softmax(logits))[0, : len(ids)]
 
 
 def expected(ids, adapter=''):

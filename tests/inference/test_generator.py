@@ -74,9 +74,7 @@ def made(kind):
   else:
     model = Decoder(LEARNED if kind == 'learned' else DECODER)
     variables = init_params(model, {'inputs': jnp.zeros((1, 2), jnp.int32)}, 1)
-  keys = iter(jax.random.split(jax.random.key(2), 999))
-  moved = lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape)  # noqa: E731
-  variables = jax.tree.map(moved, variables)
+  variables = small.moved(variables, 0.3, 2)
   others = [i for i in range(263) if i not in LETTERS]
   kernel = np.array(variables['params']['head']['kernel'])
   kernel[:, others] = 0

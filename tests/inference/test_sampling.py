@@ -17,35 +17,45 @@ def kept(logits):
   return np.isfinite(np.asarray(logits)).astype(int).tolist()
 
 
+# Compiled once for all numbers.
+top_k, top_p, min_p = map(
+  jax.jit, (sampling.top_k, sampling.top_p, sampling.min_p)
+)
+
+
 def drawer(sampling_config):
-  """(logits, keys) -> ids, compiled."""
-  return jax.jit(
-    lambda x, keys: sampling.sample_tokens(x, sampling_config, keys)
-  )
+  """(logits, seeds) -> ids, compiled."""
+
+  @jax.jit
+  def draw(logits, seeds):
+    keys = jax.vmap(jax.random.key)(seeds)
+    return sampling.sample_tokens(logits, sampling_config, keys)
+
+  return draw
 
 
 def test_top_k_keeps_the_greatest_and_their_equals():
-  assert kept(sampling.top_k(LOGITS, 1)) == [[0, 0, 1, 0]]
-  assert kept(sampling.top_k(LOGITS, 2)) == [[1, 0, 1, 0]]
-  assert kept(sampling.top_k(LOGITS, 3)) == [[1, 1, 1, 1]]
-  assert kept(sampling.top_k(LOGITS, 99)) == [[1, 1, 1, 1]]
+  assert kept(top_k(LOGITS, 1)) == [[0, 0, 1, 0]]
+  assert kept(top_k(LOGITS, 2)) == [[1, 0, 1, 0]]
+  assert kept(top_k(LOGITS, 3)) == [[1, 1, 1, 1]]
+  assert kept(top_k(LOGITS, 99)) == [[1, 1, 1, 1]]
 
 
 def test_top_p_keeps_the_fewest_that_reach_it():
   # 0.5 reaches 0.4; 0.5 + 0.25 reaches 0.6; then one of two equals, the one
   # of the greater id, reaches 0.8.
-  assert kept(sampling.top_p(LOGITS, 0.4)) == [[0, 0, 1, 0]]
-  assert kept(sampling.top_p(LOGITS, 0.6)) == [[1, 0, 1, 0]]
-  assert kept(sampling.top_p(LOGITS, 0.8)) == [[1, 0, 1, 1]]
-  assert kept(sampling.top_p(LOGITS, 1.0)) == [[1, 1, 1, 1]]
-  assert kept(sampling.top_p(LOGITS, 1e-6)) == [[0, 0, 1, 0]]
+  assert kept(top_p(LOGITS, 0.4)) == [[0, 0, 1, 0]]
+  assert kept(top_p(LOGITS, 0.6)) == [[1, 0, 1, 0]]
+  assert kept(top_p(LOGITS, 0.8)) == [[1, 0, 1, 1]]
+  assert kept(top_p(LOGITS, 1.0)) == [[1, 1, 1, 1]]
+  assert kept(top_p(LOGITS, 1e-6)) == [[0, 0, 1, 0]]
 
 
 def test_min_p_keeps_a_share_of_the_most_probable():
   # 0.25 is half of 0.5, 0.125 a quarter.
-  assert kept(sampling.min_p(LOGITS, 0.3)) == [[1, 0, 1, 0]]
-  assert kept(sampling.min_p(LOGITS, 0.2)) == [[1, 1, 1, 1]]
-  assert kept(sampling.min_p(LOGITS, 1.0)) == [[0, 0, 1, 0]]
+  assert kept(min_p(LOGITS, 0.3)) == [[1, 0, 1, 0]]
+  assert kept(min_p(LOGITS, 0.2)) == [[1, 1, 1, 1]]
+  assert kept(min_p(LOGITS, 1.0)) == [[0, 0, 1, 0]]
 
 
 def test_a_penalty_makes_what_was_there_less_likely():
@@ -58,30 +68,30 @@ def test_a_penalty_makes_what_was_there_less_likely():
 
 def test_rows_may_have_numbers_of_their_own():
   logits = jnp.tile(LOGITS, (3, 1))
-  assert kept(sampling.top_k(logits, jnp.array([1, 2, 4]))) == [
+  assert kept(top_k(logits, jnp.array([1, 2, 4]))) == [
     [0, 0, 1, 0],
     [1, 0, 1, 0],
     [1, 1, 1, 1],
   ]
-  assert kept(sampling.top_p(logits, jnp.array([0.4, 0.6, 1.0]))) == [
+  assert kept(top_p(logits, jnp.array([0.4, 0.6, 1.0]))) == [
     [0, 0, 1, 0],
     [1, 0, 1, 0],
     [1, 1, 1, 1],
   ]
   # Rows at 0 are greedy beside one that is drawn.
   s = Sampling(temperature=jnp.array([0.0, 0.0, 50.0]))
-  keys = jax.vmap(jax.random.key)(jnp.arange(99))
+  seeds = np.arange(99)
   draw = drawer(s)
-  drawn = [draw(logits, keys[i : i + 3]) for i in range(9)]
+  drawn = [draw(logits, seeds[i : i + 3]) for i in range(9)]
   assert {int(row[0]) for row in drawn} == {2}
   assert len({int(row[2]) for row in drawn}) > 1
 
 
 def test_draws_follow_the_filtered_probabilities():
   n = 4000
-  keys = jax.vmap(jax.random.key)(jnp.arange(n))
+  seeds = np.arange(n)
   s = Sampling(temperature=2.0, top_k=2)
-  drawn = drawer(s)(jnp.tile(LOGITS, (n, 1)), keys)
+  drawn = drawer(s)(jnp.tile(LOGITS, (n, 1)), seeds)
   counts = np.bincount(drawn, minlength=4) / n
   # At temperature 2 they go as square roots: sqrt(1/2) : sqrt(1/4).
   share = 2**0.5 / (1 + 2**0.5)
@@ -90,12 +100,12 @@ def test_draws_follow_the_filtered_probabilities():
 
 
 def test_a_draw_is_its_rows_own():
-  logits = jax.random.normal(jax.random.key(0), (7, 53))
-  keys = jax.vmap(jax.random.key)(jnp.arange(7))
+  logits = np.random.default_rng(0).standard_normal((7, 53), np.float32)
+  seeds = np.arange(7)
   s = Sampling(temperature=1.3, top_p=0.9, min_p=0.01)
   draw = drawer(s)
-  together = draw(logits, keys)
-  alone = [draw(logits[i : i + 1], keys[i : i + 1])[0] for i in range(7)]
+  together = draw(logits, seeds)
+  alone = [draw(logits[i : i + 1], seeds[i : i + 1])[0] for i in range(7)]
   assert together.tolist() == [int(token) for token in alone]
   assert len(set(together.tolist())) > 1
 
@@ -143,7 +153,7 @@ def test_filters_equal_those_of_transformers():
   for reference, actual in pairs:
     expected = reference(torch.tensor(ids), torch.tensor(logits)).numpy()
     # One division or product each.
-    np.testing.assert_allclose(actual(jnp.asarray(logits)), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(actual)(logits), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -174,12 +184,16 @@ def test_filters_stand_in_the_order_of_transformers(values):
   seen = np.zeros(logits.shape, bool)
   np.put_along_axis(seen, ids, True, axis=1)
   expected = chain(torch.tensor(ids), torch.tensor(logits)).numpy()
-  candidate = jnp.asarray(logits)
-  if 'repetition_penalty' in values:
-    candidate = sampling.apply_repetition_penalty(
-      candidate, seen, values['repetition_penalty']
-    )
-  actual = sampling.filter_logits(candidate, Sampling(**values))
+
+  @jax.jit
+  def filtered(candidate):
+    if 'repetition_penalty' in values:
+      candidate = sampling.apply_repetition_penalty(
+        candidate, seen, values['repetition_penalty']
+      )
+    return sampling.filter_logits(candidate, Sampling(**values))
+
+  actual = filtered(logits)
   # A division and a product each.
   np.testing.assert_allclose(actual, expected, rtol=1e-6)
   # Of each row something is left and something taken out.

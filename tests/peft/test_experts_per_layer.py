@@ -107,20 +107,24 @@ def test_a_masked_router_and_its_sums_are_those_of_fewer_experts(name):
   options = {'k': 2} if name == 'topk' else {}
   kernel = jax.random.normal(jax.random.key(5), (7, 5))
   module = ROUTERS[name].module
-  actual = run(module(experts=5, **options), MASK, kernel)
-  expected = run(module(experts=3, **options), None, kernel[:, :3])
-  np.testing.assert_array_equal(actual.combine_weights[..., 3:], 0)
-  np.testing.assert_allclose(
-    actual.combine_weights[..., :3], expected.combine_weights, rtol=1e-6
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def routed(router, mask, kernel):
+    routing = run(router, mask, kernel)
+    sums = router_stats(routing, None, mask)
+    losses = [loss(sums) for loss in aux_losses.LOSSES.values()]
+    return routing.combine_weights, sums.experts, losses, statistics(sums)
+
+  weights, experts, losses, actual = routed(
+    module(experts=5, **options), MASK, kernel
   )
-  actual, expected = (
-    router_stats(actual, None, MASK),
-    router_stats(expected, None),
+  fewer_weights, fewer, fewer_losses, expected = routed(
+    module(experts=3, **options), None, kernel[:, :3]
   )
-  assert float(actual.experts) == expected.experts == 3
-  for loss in aux_losses.LOSSES.values():
-    np.testing.assert_allclose(loss(actual), loss(expected), rtol=1e-6)
-  actual, expected = statistics(actual), statistics(expected)
+  np.testing.assert_array_equal(weights[..., 3:], 0)
+  np.testing.assert_allclose(weights[..., :3], fewer_weights, rtol=1e-6)
+  assert float(experts) == float(fewer) == 3
+  np.testing.assert_allclose(losses, fewer_losses, rtol=1e-6)
   np.testing.assert_allclose(actual.share[:3], expected.share, rtol=1e-6)
   for key in ('entropy', 'weight_entropy', 'variation', 'top'):
     # Of the share of a uniform router, the deviation is float32 rounding.
@@ -158,9 +162,10 @@ def test_gradients_with_noise_and_losses_are_finite_and_none_of_absent_experts(
   assert (weights.sum(-1) > 0.1).all()
 
 
-@pytest.mark.parametrize(
-  'remat', ['full', pytest.param('none', marks=pytest.mark.slow)]
-)
+# Of an adapter at one site, with its gradients and an optimizer:
+# tests/training/test_expert_padding.py.
+@pytest.mark.slow
+@pytest.mark.parametrize('remat', ['full', 'none'])
 def test_scanned_layers_equal_layers_one_by_one(remat):
   variables = small.variables(MOLA, noise=0.3)
 
@@ -202,9 +207,13 @@ def check_padding_has_no_gradient(slopes, padded):
 def test_the_mask_is_that_of_the_layer():
   model, _ = small.make(MOLA)
   variables = small.variables(MOLA, noise=0.3)
-  collect_all = functools.partial(model.apply, mutable=['routing', 'weights'])
-  _, changed = jax.jit(collect_all)(variables, small.batch())
-  sites = collect(changed['routing'])
+
+  @jax.jit
+  def collected(variables, batch):
+    _, changed = model.apply(variables, batch, mutable=['routing', 'weights'])
+    return collect(changed['routing']), changed
+
+  sites, changed = collected(variables, small.batch())
   actual = {site: np.asarray(sums.experts) for site, sums in sites.items()}
   encoder = actual['encoder/layers/self/q/molora']
   np.testing.assert_array_equal(encoder, [1, 4])
@@ -253,12 +262,15 @@ def test_logs_plots_alarms_and_tables_take_the_layers_own_experts():
 
 
 def test_a_site_without_a_real_token_has_zeros():
-  logits = jnp.where(MASK, jnp.zeros((1, 2, 5)), -jnp.inf)
-  routing = Routing(logits, jax.nn.softmax(logits))
-  sums = router_stats(routing, jnp.zeros((1, 2), bool), MASK)
-  values = statistics(sums)
-  assert float(values.variation) == float(values.top) == 0
-  assert float(aux_losses.load_balance(sums)) == 0
+  @jax.jit
+  def of_padding(mask):
+    logits = jnp.where(mask, jnp.zeros((1, 2, 5)), -jnp.inf)
+    routing = Routing(logits, jax.nn.softmax(logits))
+    sums = router_stats(routing, jnp.zeros((1, 2), bool), mask)
+    return statistics(sums), aux_losses.load_balance(sums)
+
+  values, balance = of_padding(MASK)
+  assert float(values.variation) == float(values.top) == float(balance) == 0
 
 
 def card():

@@ -76,7 +76,7 @@ def has_adapter(name):
 def naive_weights(name):
   """({adapter's T5X name: array}, {base's T5X name: array}), float64."""
   arrays = cases.below(cases.load(name).expected, 'params/')
-  weights = {k: jnp.asarray(array, 'float64') for k, array in arrays.items()}
+  weights = {k: np.asarray(array, 'float64') for k, array in arrays.items()}
   actual = {
     k: array for k, array in weights.items() if t5x_adapters.is_adapter(k)
   }
@@ -90,29 +90,36 @@ def naive_logits(name, adapter, base):
   return naive.logits(adapter | base, **inputs, top_k=top_k)
 
 
-def naive_gradients(name, weights=None):
-  """({T5X name: gradient of the mean loss} of the adapter, logits)."""
+@functools.cache
+def naive_gradients(name):
+  """(adapter, base) -> ({T5X name: gradient of the mean loss}, logits)."""
 
   def loss(adapter, base):
     targets = cases.load(name).batch['targets']
     logits = naive_logits(name, adapter, base)
     return naive.mean_token_nll(logits, targets), logits
 
-  weights = naive_weights(name) if weights is None else weights
-  return jax.jit(jax.grad(loss, has_aux=True))(*weights)
+  return jax.jit(jax.grad(loss, has_aux=True))
 
 
 def our_loss(name):
   """(loss of (adapter, base) -> (mean loss, logits), adapter, base)."""
   case = cases.load(name)
   model = case.model.clone(dtype=jnp.float64)
-  cast = functools.partial(jnp.asarray, dtype='float64')
+  cast = functools.partial(np.asarray, dtype='float64')
   variables = jax.tree.map(cast, {'peft': {}} | case.variables)
 
   def loss(tree, params):
+    logits = None
+
+    def apply(*args, **options):
+      nonlocal logits
+      logits, sown = model.apply(*args, **options)
+      return logits, sown
+
     variables = {'params': params, 'peft': tree}
-    sums = loss_sums(model.apply, variables, case.batch, None)
-    return mean_loss(*sums), model.apply(variables, case.batch)
+    sums = loss_sums(apply, variables, case.batch, None)
+    return mean_loss(*sums), logits
 
   return loss, variables['peft'], variables['params']
 
@@ -121,7 +128,9 @@ def our_gradients(name):
   """The same of ours."""
   case = cases.load(name)
   loss, *variables = our_loss(name)
-  tree, logits = jax.jit(jax.grad(loss, has_aux=True))(*variables)
+  gradients = jax.jit(jax.grad(loss, has_aux=True))(*variables)
+  # Sliced by NumPy: JAX would compile a program for each shape.
+  tree, logits = jax.tree.map(np.asarray, gradients)
   if case.adapter is None:
     return {}, logits
   written = t5x_adapters.write(
@@ -135,7 +144,7 @@ def in_float64(name):
   """Gradients and logits of ours, and those of `naive`; NumPy arrays."""
   with jax.enable_x64(True):
     actual = our_gradients(name)
-    expected = naive_gradients(name)
+    expected = naive_gradients(name)(*naive_weights(name))
     return jax.tree.map(np.asarray, (actual, expected))
 
 
@@ -154,12 +163,12 @@ def float64_noise(name, samples=4):
 
   def rounded(leaf):
     away = np.where(rng.integers(2, size=leaf.shape), np.inf, -np.inf)
-    return jnp.asarray(np.nextafter(np.asarray(leaf), away))
+    return np.nextafter(leaf, away)
 
   with jax.enable_x64(True):
     for _ in range(samples):
       weights = jax.tree.map(rounded, naive_weights(name))
-      moved, moved_logits = naive_gradients(name, weights)
+      moved, moved_logits = naive_gradients(name)(*weights)
       for key, array in moved.items():
         error = cases.relative_error(array, gradients[key])
         noise[key] = max(noise[key], error)

@@ -117,10 +117,10 @@ def trained(clock, weight_decay=0.0, apart=False):
     return optax.apply_updates(params, changes), state
 
   params = form(start())
-  state = optimizer.init(params)
+  state = jax.jit(optimizer.init)(params)
   for gradient in gradients():
     params, state = update(params, state, form(gradient))
-  return weight_mapping.flatten(params), state
+  return weight_mapping.flatten(jax.tree.map(np.asarray, params)), state
 
 
 @pytest.mark.parametrize('clock', [CLOCK, 0])

@@ -94,7 +94,7 @@ def train(model, params, peft, optimizer):
     updates, state = optimizer.update(gradient, state, peft)
     return jax.tree.map(jnp.add, peft, updates), state, value
 
-  state, losses = optimizer.init(peft), []
+  state, losses = jax.jit(optimizer.init)(peft), []
   for batch in batches():
     peft, state, value = step(peft, state, batch)
     losses.append(float(value))

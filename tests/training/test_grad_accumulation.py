@@ -50,7 +50,7 @@ def step(parts, method=MOLORA, batch=BATCH, optimizer=None, **options):
   config = config_of(parts, **options)
   run = jax.jit(build_train_step(config, model, built, optimizer))
   after, aux = run(state, batch)
-  change = jax.tree.map(jnp.subtract, after.trainable, state.trainable)
+  change = jax.tree.map(np.subtract, after.trainable, state.trainable)
   return change, after.opt, aux
 
 
@@ -110,7 +110,7 @@ def test_a_model_of_many_layers_is_trained_the_same_in_parts():
     state = test_update.make_state(variables, optimizer)
     update = jax.jit(build_train_step(config, model, built, optimizer))
     after, aux = update(state, BATCH)
-    change = jax.tree.map(jnp.subtract, after.trainable, state.trainable)
+    change = jax.tree.map(np.subtract, after.trainable, state.trainable)
     return change, aux
 
   check_equal(run(3), run(1))

@@ -53,12 +53,15 @@ def make(method, noise=0.0):
   built = build(method, {'head': 'query'})
   model = Projection(built.adapter_map)
   variables = init_params(model, {'decoder_inputs': BATCH['decoder_inputs']}, 0)
-  rng = np.random.default_rng(0)
-  moved = jax.tree.map(
-    lambda a: a + noise * jnp.asarray(rng.standard_normal(a.shape, np.float32)),
-    variables['peft'],
-  )
-  return model, built, {**variables, 'peft': moved}
+  peft = small.moved(variables['peft'], noise, 0)
+  return model, built, {**variables, 'peft': peft}
+
+
+@functools.cache
+def evaluated(method, noise):
+  """The sums of the losses of a batch, without noise."""
+  model, _, variables = make(method, noise)
+  return jax.jit(lambda v: loss_sums(model.apply, v, BATCH, None))(variables)
 
 
 def make_state(variables, optimizer):
@@ -66,7 +69,7 @@ def make_state(variables, optimizer):
     step=jnp.int32(0),
     trainable=variables['peft'],
     frozen=variables['params'],
-    opt=optimizer.init(variables['peft']),
+    opt=jax.jit(optimizer.init)(variables['peft']),
     rng=jax.random.key(0),
   )
 
@@ -103,10 +106,10 @@ def test_a_router_loss_moves_the_router_by_its_own_gradient(name):
     return aux_losses.LOSSES[name](sums)
 
   before = adapter(state)['router']['kernel']
-  value, slope = jax.value_and_grad(loss)(before)
+  value, slope = jax.jit(jax.value_and_grad(loss))(before)
   # Float32 rounding of a value near one, before the rate and the weight.
   np.testing.assert_allclose(aux['router_loss'], 0.5 * value, rtol=1e-6)
-  moved = adapter(after)['router']['kernel'] - before
+  moved = np.asarray(adapter(after)['router']['kernel']) - np.asarray(before)
   assert np.abs(slope).max() > 1e-5
   np.testing.assert_allclose(moved, -2.0 * 0.5 * slope, atol=1e-7)
 
@@ -125,8 +128,7 @@ def test_without_router_losses_a_router_waits_for_its_experts():
 
 def test_an_update_descends_the_mean_loss_and_counts():
   run, state = update(MOLORA, optax.sgd(0.1), noise=0.1)
-  model, _, variables = make(MOLORA, 0.1)
-  expected = mean_loss(*loss_sums(model.apply, variables, BATCH, None))
+  expected = mean_loss(*evaluated(MOLORA, 0.1))
   after, aux = run(state, BATCH)
   # No noise here: the loss of training is that of evaluation.
   np.testing.assert_allclose(aux['loss'], expected, rtol=1e-6)
@@ -134,7 +136,7 @@ def test_an_update_descends_the_mean_loss_and_counts():
   _, later = run(after, BATCH)
   assert float(later['loss']) < float(aux['loss'])
   # The rate times the norm of the gradient is how far SGD goes.
-  moved = jax.tree.map(jnp.subtract, after.trainable, state.trainable)
+  moved = jax.tree.map(np.subtract, after.trainable, state.trainable)
   np.testing.assert_allclose(
     optax.global_norm(moved), 0.1 * aux['gradient_norm'], rtol=1e-4
   )
@@ -165,10 +167,7 @@ def test_every_step_has_noise_of_its_own_which_the_seed_decides(method):
 @pytest.mark.parametrize('method', NOISY)
 def test_noise_is_off_in_evaluation(method):
   # Evaluation gets no rngs at all; noise that were on would ask for one.
-  actual, expected = (
-    loss_sums(model.apply, variables, BATCH, None)[0]
-    for model, _, variables in (make(method, 0.5), make(NOISY[method], 0.5))
-  )
+  actual, expected = (evaluated(m, 0.5)[0] for m in (method, NOISY[method]))
   assert float(actual) == float(expected)
 
 

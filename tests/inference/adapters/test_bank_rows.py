@@ -86,7 +86,7 @@ def test_a_row_of_the_base_is_near_the_base_in_a_batch_of_all(mixed):
 
 
 # The formulas of the last four show it. DoRA takes 20 s to compile, so the fast
-# suite has MoV alone.
+# suite has (IA)^3 alone.
 ONE_EACH = (
   'dora(rank=3)',
   'mov(experts=3, router=topk(k=2))',
@@ -101,7 +101,7 @@ ONE_EACH = (
 @pytest.mark.parametrize(
   'method',
   [
-    pytest.param(m, marks=() if m.startswith('mov') else pytest.mark.slow)
+    pytest.param(m, marks=() if m == 'ia3' else pytest.mark.slow)
     for m in ONE_EACH
   ],
 )

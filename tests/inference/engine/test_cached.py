@@ -68,9 +68,7 @@ def make(method, config):
   built = build(method, decoder.sites(config))
   model = Decoder(config, built.adapter_map)
   variables = init_params(model, {'inputs': jnp.zeros((1, 2), jnp.int32)}, 1)
-  keys = iter(jax.random.split(jax.random.key(2), 999))
-  moved = lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape)  # noqa: E731
-  return model, jax.tree.map(moved, variables)
+  return model, small.moved(variables, 0.3, 2)
 
 
 def check_in_float64(model, variables, prompts):

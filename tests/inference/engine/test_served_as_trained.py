@@ -27,6 +27,8 @@ LLAMA, QWEN2 = (small_decoders.CONFIGS[name] for name in ('llama', 'qwen2'))
 ALL = tuple(banked.ADAPTERS)
 # Base, adapters, and whether all layers are one program.
 CONFIGS = {
+  # Low ranks, scales and routing; test_bank_rows.py has DoRA and two LoRA.
+  'decoder, few': (QWEN2, ('ia3', 'molora', 'mov'), False),
   'decoder': (QWEN2, FEW, False),
   't5': (small.GATED, FEW, False),
   'decoder, scanned': (LLAMA, ('molora', 'large'), True),
@@ -35,7 +37,7 @@ CONFIGS = {
   't5, all': (small.RELU, ALL, False),
 }
 # The others are tried by the slow suite.
-QUICK = ('decoder',)
+QUICK = ('decoder, few',)
 
 
 def test_every_kind_of_adapter_is_tried():
