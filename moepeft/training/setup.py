@@ -406,7 +406,7 @@ def _with_precomputed_reference(
     or config.preference.reference != reference_model.PRECOMPUTED
   ):
     return data
-  log_p = reference_model.precomputed(
+  log_p = reference_model.precompute_logps(
     workdir,
     data.preferences,
     collator,
