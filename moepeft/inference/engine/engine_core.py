@@ -94,7 +94,7 @@ class EngineCore:
     event = Finished(
       reason,
       len(sequence.request.prompt_ids),
-      sequence.cached,
+      sequence.num_cached_tokens,
       len(sequence.answer),
       message,
     )

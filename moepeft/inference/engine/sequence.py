@@ -24,7 +24,7 @@ class Sequence:
     answer: the answer's tokens so far.
     prefilled: whether the prompt is in the cache; in a decoder-only model all
       of it but the last token, which is the first decode step's input.
-    cached: the number of prompt tokens taken from the cache.
+    num_cached_tokens: the number of prompt tokens taken from the cache.
     prompt_logprobs: the prompt's log-probabilities, if requested.
     previous: bool [v], the tokens in the repetition penalty; None without one.
     cancelled: whether the client cancelled the request, or `deliver` failed.
@@ -41,7 +41,7 @@ class Sequence:
   adapter: AcquiredAdapter | None = None
   answer: list[int] = dataclasses.field(default_factory=list)
   prefilled: bool = False
-  cached: int = 0
+  num_cached_tokens: int = 0
   prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
   previous: np.ndarray | None = None
   cancelled: bool = False

@@ -177,7 +177,7 @@ class ToolCallParser:
         self._emit_call()
         self._call_text, self._text = '', self._text[position + 1 :]
         self._state = (
-          self._read_closing if self._format.closing else self._read_content
+          self._skip_closing if self._format.closing else self._read_content
         )
         return True
     self._call_text += self._text
@@ -209,7 +209,7 @@ class ToolCallParser:
     self._text = self._text[position:]
     return True
 
-  def _read_closing(self) -> bool:
+  def _skip_closing(self) -> bool:
     text, closing = self._text.lstrip(), self._format.closing
     if len(text) < len(closing) and closing.startswith(text):
       return False
