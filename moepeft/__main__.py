@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program moepeft, which runs the commands as subcommands.
+"""The command line `moepeft COMMAND`, which runs `python -m moepeft.COMMAND`.
 
-`moepeft train --config=FILE` and `python -m moepeft train --config=FILE` equal
-`python -m moepeft.train --config=FILE`. Without a command, it lists them.
+Without a command it prints the list of commands.
 """
 
 import runpy
 import sys
 from collections.abc import Sequence
 
-from moepeft.core.ranges import shortened, suggestion
+from moepeft.core.ranges import short_repr, suggestion
 
 COMMANDS = {
-  'train': 'train an adapter, or a whole model, by a config',
+  'train': 'train an adapter or a full model from a config',
   'evaluate': 'measure a run on held-out data or on a file of rows',
   'generate': 'answer prompts with a run or a model, or talk to it',
   'serve': "serve a model and its adapters with OpenAI's API",
@@ -27,17 +26,17 @@ COMMANDS = {
 
 
 def help_text() -> str:
-  """The list of commands."""
+  """Returns the usage line and the list of commands."""
   width = max(map(len, COMMANDS))
   lines = [
-    f'  moepeft {name:{width}}  {about}' for name, about in COMMANDS.items()
+    f'  moepeft {name:{width}}  {summary}' for name, summary in COMMANDS.items()
   ]
   title = 'usage: moepeft COMMAND [OPTIONS]; each command has --help:'
   return '\n'.join([title, '', *lines, ''])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs a command; without a name, lists the commands.
+  """Runs a command; without arguments, prints the list of commands.
 
   Args:
     argv: the arguments; by default those of the process.
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
   if name not in COMMANDS:
     print(
-      f'error: moepeft has no command {shortened(name)}; there are '
+      f'error: moepeft has no command {short_repr(name)}; commands are '
       f'{", ".join(COMMANDS)}{suggestion(name, COMMANDS)}',
       file=sys.stderr,
     )

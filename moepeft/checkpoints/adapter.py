@@ -225,7 +225,7 @@ def config_of(metadata: Mapping[str, Any]) -> Any:
   return FAMILIES[family].from_fields(metadata['model']['config'])
 
 
-def instances(method: str) -> dict[str, Spec]:
+def method_instances(method: str) -> dict[str, Spec]:
   """{name in the tree: spec} of each adapter; names are lora, then lora_2."""
   specs: dict[str, Spec] = {}
   for spec in method_string.parse_method(method):

@@ -26,7 +26,7 @@ FORMATS = {'hf': hf, 'gguf': gguf, 't5x': t5x, 'peft': peft, 'moepeft': adapter}
 # A file that identifies the format of a directory.
 _MARKER_FILES = {
   'moepeft': adapter.METADATA_FILE,
-  'peft': peft.CONFIG,
+  'peft': peft.CONFIG_FILE,
   'hf': 'config.json',
 }
 

@@ -109,5 +109,5 @@ def _kernel_specs(config: Any) -> Iterator[tuple[str, Shape, int]]:
   family = hf.family_of(config)
   sizes = family.axis_sizes(config)
   for site, (inner, outer) in family.projections(config).items():
-    path = f'{weight_mapping.in_layers(site)}/kernel'.replace('/{l}', '')
+    path = f'{weight_mapping.path_in_layers(site)}/kernel'.replace('/{l}', '')
     yield path, weight_mapping.axes_shape(inner + outer, sizes), len(inner)

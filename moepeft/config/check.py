@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from moepeft.config import renamed, suggestions
 from moepeft.config.defaults import default
 from moepeft.config.ranges import ALLOWED, TEXTS
-from moepeft.core.ranges import Choices, nearest, shortened
+from moepeft.core.ranges import Choices, nearest, short_repr
 
 # Sections of keys that the config does not list.
 _OPEN_SECTIONS = ('router_losses',)
@@ -146,7 +146,7 @@ def check_ranges(config: ConfigDict) -> None:
   for key in TEXTS:
     if not isinstance(_value(config, key), str):
       raise ValueError(
-        f'config.{key} is a text; got {shortened(_value(config, key))}'
+        f'config.{key} is a text; got {short_repr(_value(config, key))}'
       )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moepeft.core.ranges import shortened, suggestion
+from moepeft.core.ranges import short_repr, suggestion
 from moepeft.core.untrusted import parse_literal
 
 
@@ -409,7 +409,7 @@ def values(text: str, /, **defaults: Any) -> ConfigDict:
       )
     if key not in defaults:
       raise ValueError(
-        f'this config has no value {shortened(key)}; it has '
+        f'this config has no value {short_repr(key)}; it has '
         f'{", ".join(defaults) or "none"}{suggestion(key, defaults)}'
       )
     result[key] = _parse_value(value, defaults[key], key)
@@ -440,6 +440,6 @@ def _parse_value(text: str, default: Any, key: str) -> Any:
   if type(value) is not type(default):
     raise ValueError(
       f'the value {key} is of type {type(default).__name__}; got '
-      f'{shortened(text)}'
+      f'{short_repr(text)}'
     )
   return value

@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 
-from moepeft.core.ranges import shortened
+from moepeft.core.ranges import short_repr
 
 
 def module_names(text: str) -> list[str]:
@@ -22,7 +22,7 @@ def module_names(text: str) -> list[str]:
       example = name.removesuffix('.py').replace('/', '.')
       raise ValueError(
         '--imports takes names of Python modules, as an import statement '
-        f'does; got {shortened(name)}'
+        f'does; got {short_repr(name)}'
         + (f', write {example}' if name.endswith('.py') else '')
       )
   return modules

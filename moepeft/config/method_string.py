@@ -9,7 +9,7 @@ adapt the same module. `moepeft.peft.method_text` resolves the names.
 import ast
 import dataclasses
 
-from moepeft.core.ranges import shortened
+from moepeft.core.ranges import short_repr
 
 # In characters; usual method strings have fewer than 200.
 _MAX_LENGTH = 10_000
@@ -52,7 +52,7 @@ def parse(text: str) -> Spec:
   specs = parse_method(text)
   if len(specs) != 1:
     raise ValueError(
-      f'expected one spec, got {len(specs)} in {shortened(text)}'
+      f'expected one spec, got {len(specs)} in {short_repr(text)}'
     )
   return specs[0]
 
@@ -87,7 +87,9 @@ def _parse_spec(node: ast.expr, text: str) -> Spec:
     raise _syntax_error(text)
   options = tuple((k.arg, _parse_value(k.value, text)) for k in node.keywords)
   if len(dict(options)) != len(options):
-    raise ValueError(f'an option is given twice in {shortened(text)}; keep one')
+    raise ValueError(
+      f'an option is given twice in {short_repr(text)}; keep one'
+    )
   return Spec(node.func.id, options)
 
 
@@ -112,7 +114,7 @@ def _format(value: Value) -> str:
 
 def _syntax_error(text: str) -> ValueError:
   return ValueError(
-    f'cannot read the method {shortened(text)}: write it like '
+    f'cannot read the method {short_repr(text)}: write it like '
     "'molora(experts=10, rank=4, router=topk(k=2))', options by name, several "
     "methods joined by ' + '"
   )

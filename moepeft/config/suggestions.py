@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from moepeft.config import renamed
 from moepeft.config.defaults import default
-from moepeft.core.ranges import nearest, shortened
+from moepeft.core.ranges import nearest, short_repr
 
 # A section whose keys are fields of the model's config.
 _SHAPE = 'model.shape'
@@ -75,7 +75,7 @@ def wrong_type(arg: str) -> str:
       try:
         parse(value)
       except ValueError:
-        return f'config.{key} is {expected}; got {shortened(value)}'
+        return f'config.{key} is {expected}; got {short_repr(value)}'
   return ''
 
 

@@ -57,7 +57,7 @@ class Range:
       ValueError: the value is out of range; the message begins with `name`.
     """
     if value not in self:
-      raise ValueError(f'{name} is {self}; got {shortened(value)}')
+      raise ValueError(f'{name} is {self}; got {short_repr(value)}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Choices:
     if value not in self:
       listed = ', '.join(choice or "''" for choice in self.names)
       raise ValueError(
-        f'{name} is one of {listed}; got {shortened(value)}'
+        f'{name} is one of {listed}; got {short_repr(value)}'
         f'{suggestion(value, self.names)}'
       )
 
@@ -109,7 +109,7 @@ class IntegerList:
       ValueError: the value is no such list; the message begins with `name`.
     """
     if value not in self:
-      raise ValueError(f'{name} is {self}; got {shortened(value)}')
+      raise ValueError(f'{name} is {self}; got {short_repr(value)}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Texts:
     if not is_list or not all(isinstance(v, str) and v for v in value):
       raise ValueError(
         f'{name} is a list of {self.kind} like {self.example}; got '
-        f'{shortened(value)}'
+        f'{short_repr(value)}'
       )
 
 
@@ -165,7 +165,7 @@ def suggestion(name: Any, names: Iterable[str]) -> str:
   return f'; did you mean {close!r}?' if close else ''
 
 
-def shortened(value: Any, max_length: int = 80) -> str:
+def short_repr(value: Any, max_length: int = 80) -> str:
   """The repr of a value for a message, truncated if it is long."""
   try:
     text = repr(value)

@@ -17,7 +17,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moepeft.core.ranges import shortened, suggestion
+from moepeft.core.ranges import short_repr, suggestion
 
 
 class Registry(Mapping[str, Any]):
@@ -59,7 +59,7 @@ class Registry(Mapping[str, Any]):
     """
     if name not in self:
       raise ValueError(
-        f'there is no {self.kind} {shortened(name)}; there are '
+        f'there is no {self.kind} {short_repr(name)}; there are '
         f'{", ".join(self)}{suggestion(name, self)}'
       )
     return self[name]

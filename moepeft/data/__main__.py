@@ -23,7 +23,7 @@ from moepeft.core.types import Batch
 from moepeft.data import load_tokenizer, open_data
 from moepeft.data.batching.collators import Collator, make_model_collator
 from moepeft.data.dataset import TrainingData
-from moepeft.data.loader import WINDOW
+from moepeft.data.loader import WINDOW_SIZE
 from moepeft.data.preference.dataset import PairCollator
 from moepeft.data.preview import row_lines
 from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
@@ -41,7 +41,7 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   """Prints a summary of a config's data, and decoded rows.
 
   Args:
-    windows: the number of windows of `WINDOW` examples to read.
+    windows: the number of windows of `WINDOW_SIZE` examples to read.
     rows: the number of rows of the first batch to decode.
     only: whether to print the decoded rows only.
   """
@@ -55,8 +55,8 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   source = open_data(
     data, config.seed, vocab_size=shape.vocab, collator=collator
   )
-  names, items = first_items(source, windows * WINDOW)
-  batch = collator.rows(0, collator.encode(items[:WINDOW]))
+  names, items = first_items(source, windows * WINDOW_SIZE)
+  batch = collator.rows(0, collator.encode(items[:WINDOW_SIZE]))
   if only:
     print(*source.notes, sep='\n', file=sys.stderr)
   else:
@@ -124,7 +124,9 @@ def print_summary(
     print(f'{replay_shares(source, trained)}\n')
   for side, name in enumerate(sides[: len(collator.lengths)]):
     print(histogram(sizes[:, side], name, max_lengths[side]))
-  windows = [items[i : i + WINDOW] for i in range(0, len(items), WINDOW)]
+  windows = [
+    items[i : i + WINDOW_SIZE] for i in range(0, len(items), WINDOW_SIZE)
+  ]
   batches = [
     collator.rows(i, collator.encode(part)) for i, part in enumerate(windows)
   ]
@@ -298,7 +300,7 @@ if __name__ == '__main__':
   _WINDOWS = flags.DEFINE_integer(
     'windows',
     4,
-    f'How much to look at, in {WINDOW:,} examples.',
+    f'How much to look at, in {WINDOW_SIZE:,} examples.',
     lower_bound=1,
     upper_bound=100_000,
   )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches in a fixed order, made ahead, with a position that can be saved.
+"""Loads training batches in a reproducible order, with a resumable position.
 
-Examples are encoded and packed in windows of `WINDOW`. A window is a pure
-function of its number, so the stream is the same with any number of worker
-processes, and two numbers say where in it a run stands.
+Examples are encoded and packed in windows of `WINDOW_SIZE` examples. A window
+is a pure function of its index, so the batches do not depend on the number of
+worker processes, and a window and a row in it are the position of a run.
 """
 
 import multiprocessing
@@ -22,15 +22,15 @@ from moepeft.data.batching.collators import Collator, Rows, make_model_collator
 from moepeft.data.dataset import TrainingData
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 
-WINDOW = 1024
+WINDOW_SIZE = 1024
 _PREFETCHED_BATCHES = 2
 
 
-class Windows(Protocol):
-  """A source of windows: the rows of `WINDOW` encoded examples each."""
+class WindowSource(Protocol):
+  """A sequence of windows; each is the rows of `WINDOW_SIZE` examples."""
 
-  def open(self, window: int) -> Iterator[Rows]:
-    """Iterates over the rows of `window` and all windows after it."""
+  def iterate_from(self, window: int) -> Iterator[Rows]:
+    """Yields the rows of each window, from the index `window` on."""
 
 
 class ExampleWindows:
@@ -43,20 +43,26 @@ class ExampleWindows:
     shard: tuple[int, int] = (0, 1),
     workers: int = 0,
   ):
-    """Reads every `shard[1]`-th window, in `workers` processes if any."""
+    """
+    Args:
+      shard: (i, n): reads the windows i, i + n, i + 2n, ...
+      workers: the number of processes that encode windows; 0 for none.
+    """
 
     def make_rows(window: int, items: Sequence) -> Rows:
       return collator.rows(window, collator.encode(items))
 
-    windows = examples.batch(WINDOW, batch_fn=list).map_with_index(make_rows)
+    windows = examples.batch(WINDOW_SIZE, batch_fn=list).map_with_index(
+      make_rows
+    )
     self._windows = windows[shard[0] :: shard[1]]
     self._workers = workers
 
-  def open(self, window: int) -> Iterator[Rows]:
-    serial = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    windows = self._windows[window:].to_iter_dataset(serial)
+  def iterate_from(self, window: int) -> Iterator[Rows]:
+    no_threads = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    windows = self._windows[window:].to_iter_dataset(no_threads)
     if self._workers:
-      # Grain reads absl's flags here, and a notebook never parses them.
+      # Grain reads absl's flags here, which are not parsed in a notebook.
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
       options = grain.MultiprocessingOptions(num_workers=self._workers)
@@ -87,37 +93,37 @@ class StreamWindows:
   ):
     """
     Args:
-      open_stream: (index) -> {'inputs', 'targets'} of each example from that
-        index on.
+      open_stream: (index) -> iterator over the examples from that index on,
+        each {'inputs': ids, 'targets': ids}.
     """
     self._open_stream, self._collator = open_stream, collator
 
-  def open(self, window: int) -> Iterator[Rows]:
-    examples = self._open_stream(window * WINDOW)
+  def iterate_from(self, window: int) -> Iterator[Rows]:
+    examples = self._open_stream(window * WINDOW_SIZE)
     while True:
-      window_examples = [next(examples) for _ in range(WINDOW)]
+      window_examples = [next(examples) for _ in range(WINDOW_SIZE)]
       pairs = [(e['inputs'], e['targets']) for e in window_examples]
       yield self._collator.rows(window, self._collator.encode(pairs))
       window += 1
 
 
-class _Batches(grain.DatasetIterator):
+class _BatchIterator(grain.DatasetIterator):
   """Cuts windows into batches; see `Loader`."""
 
-  def __init__(self, windows: Windows, batch_size: int):
+  def __init__(self, windows: WindowSource, batch_size: int):
     super().__init__()
-    self._source, self._batch_size = windows, batch_size
+    self._window_source, self._batch_size = windows, batch_size
     self.set_state({'window': 0, 'row': 0})
 
   def __next__(self) -> Batch:
-    parts, missing = [], self._batch_size
-    while missing:
+    parts, rows_needed = [], self._batch_size
+    while rows_needed:
       if self._rows is None:
         self._rows = next(self._windows)
       count = len(next(iter(self._rows.values())))
-      end = min(self._row + missing, count)
+      end = min(self._row + rows_needed, count)
       parts.append({k: v[self._row : end] for k, v in self._rows.items()})
-      missing -= end - self._row
+      rows_needed -= end - self._row
       self._row = end
       if end == count:
         self._window, self._row, self._rows = self._window + 1, 0, None
@@ -130,24 +136,24 @@ class _Batches(grain.DatasetIterator):
 
   def set_state(self, state: dict[str, int]) -> None:
     self._window, self._row = int(state['window']), int(state['row'])
-    self._windows = self._source.open(self._window)
+    self._windows = self._window_source.iterate_from(self._window)
     self._rows = None
 
 
-class _Dataset(grain.IterDataset):
-  def __init__(self, windows: Windows, batch_size: int):
+class _BatchDataset(grain.IterDataset):
+  def __init__(self, windows: WindowSource, batch_size: int):
     super().__init__()
-    self._arguments = windows, batch_size
+    self._windows, self._batch_size = windows, batch_size
 
-  def __iter__(self) -> _Batches:
-    return _Batches(*self._arguments)
+  def __iter__(self) -> _BatchIterator:
+    return _BatchIterator(self._windows, self._batch_size)
 
 
 class Loader:
-  """An endless iterator of batches that a thread makes ahead."""
+  """An endless iterator over batches, which a thread prefetches."""
 
-  def __init__(self, windows: Windows, batch_size: int):
-    batches = _Dataset(windows, batch_size)
+  def __init__(self, windows: WindowSource, batch_size: int):
+    batches = _BatchDataset(windows, batch_size)
     self._batches = iter(
       grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=_PREFETCHED_BATCHES
@@ -161,12 +167,12 @@ class Loader:
     return next(self._batches)
 
   def position(self) -> np.ndarray:
-    """The next batch's start: int64 [2], window and row in it."""
+    """Returns the start of the next batch: int64 [2], (window, row)."""
     state = self._batches.get_state()
     return np.array([state['window'], state['row']], np.int64)
 
   def seek(self, position: Any) -> None:
-    """Makes the next batch the one that began at `position`."""
+    """Continues with the batch that starts at `position`."""
     window, row = (int(n) for n in position)
     self._batches.set_state({'window': window, 'row': row})
 
@@ -188,31 +194,32 @@ def make_loader(
 
   Args:
     batch_size: rows in a batch of this host.
-    shard: (this host, number of hosts); each host reads other windows.
-    model: the model or its config; None for an encoder-decoder.
-    collator: makes the batches; by default the model's collator.
+    shard: (index of this host, number of hosts); hosts share out the windows.
+    model: the model or its config, which selects the collator; None for an
+      encoder-decoder.
+    collator: the collator to use instead.
   """
   collator = collator or make_model_collator(data, tokenizer, model, seed)
   if source.open_stream is not None:
-    # A stream prefetches and shards by itself.
+    # `open_stream` reads this host's shard and prefetches already.
     return Loader(StreamWindows(source.open_stream, collator), batch_size)
   windows = ExampleWindows(source.train, collator, shard, data.num_workers)
   return Loader(windows, batch_size)
 
 
-def truncation_note(
+def truncation_warning(
   source: TrainingData, collator: Collator, rows: int = 500
 ) -> str:
-  """A line that says how many of the first examples are too long.
+  """Returns a line with the number of truncated examples among the first rows.
 
-  It is '' where none is, and for a stream, which truncates as it reads.
+  Returns '' if there is none, and for a stream, whose reader truncates.
   """
   if source.train is None:
     return ''
-  cut = collator.count_cut([source.train[i] for i in range(rows)])
-  if not cut:
+  count = collator.count_truncated([source.train[i] for i in range(rows)])
+  if not count:
     return ''
   return (
-    f'{cut} of the first {rows} training examples are cut; raise '
+    f'{count} of the first {rows} training examples are cut; raise '
     f'{collator.length_keys} to keep them whole\n'
   )

@@ -67,7 +67,9 @@ class Likelihood:
 
   def cut(self, examples: Sequence[Example]) -> np.ndarray:
     """Whether each example's inputs or targets are truncated: bool [n]."""
-    return np.array([self._collator.count_cut([e]) for e in examples], bool)
+    return np.array(
+      [self._collator.count_truncated([e]) for e in examples], bool
+    )
 
   def sums(
     self,

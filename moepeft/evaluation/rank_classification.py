@@ -224,7 +224,7 @@ class Ranker:
       choices, choices_cut = zip(
         *[targets[c] for c in example.choices], strict=True
       )
-      ids = packing.prepend(self._prefix_ids, ids)
+      ids = packing.prepend_prefix(self._prefix_ids, ids)
       task = task_id(self._tasks, example.task)
       cut = is_cut or any(choices_cut)
       encoded.append(EncodedExample(ids, choices, cut, task))

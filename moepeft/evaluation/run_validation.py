@@ -96,7 +96,7 @@ def _with_reference(
     initial_params = base_lib.with_adapter(
       initial_params, built, config.model.adapter, base
     )
-  log_p = reference_model.precomputed(
+  log_p = reference_model.precompute_logps(
     workdir,
     sources.preferences,
     collator,

@@ -83,13 +83,13 @@ def search(
     RequestRefused: a prompt and its answer do not fit.
     ArithmeticError: the model's logits are NaN or infinite.
   """
-  if core.scheduler.busy:
+  if core.scheduler.has_unfinished:
     raise RetryLater
   waiting = collections.deque(BeamSearch(r, beams) for r in requests)
   searches, active = [*waiting], []
   try:
     while waiting or active:
-      while waiting and core.scheduler.slots.free() >= beams.count:
+      while waiting and core.scheduler.prefix_cache.free() >= beams.count:
         active.append(waiting.popleft())
         active[-1].start(core)
       _step(core, active)
@@ -113,7 +113,7 @@ def _step(core: EngineCore, active: 'list[BeamSearch]') -> None:
   if not finite[: len(batch)].all():
     raise ArithmeticError(sampler.NOT_FINITE)
   for row in batch:
-    core.prefill.record_step(row)
+    core.prefill.record_cached_token(row)
   first_row = 0
   for search in active:
     rows = slice(first_row, first_row + len(search.rows))
@@ -176,8 +176,8 @@ class BeamSearch:
     for row in self.rows:
       if clear:
         row.slot.ids = []
-        core.runner.clear(row.slot.number)
-      core.scheduler.slots.release(row.slot)
+        core.runner.clear_slot(row.slot.number)
+      core.scheduler.prefix_cache.release(row.slot)
     if self.rows:
       core.runner.adapters.release(self.rows[0].adapter)
     self.rows = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.core.ranges import Range, shortened, suggestion
+from moepeft.core.ranges import Range, short_repr, suggestion
 
 # XLA indexes arrays with 32 bits. Layers have a lower limit, as they are listed
 # one by one.
@@ -40,7 +40,7 @@ def check(config: Any, minimums: Mapping[str, float], prefix: str = '') -> None:
       # bool is a subclass of int.
       is_bool = field.type is not bool and isinstance(value, (bool, np.bool_))
       if is_bool or not isinstance(value, types):
-        raise ValueError(f'{name} is {expectation}; got {shortened(value)}')
+        raise ValueError(f'{name} is {expectation}; got {short_repr(value)}')
     if field.type in (int, float):
       minimum = minimums.get(field.name, -_MAX_VALUE)
       maximum = _MAX_LAYERS if field.name.endswith('layers') else _MAX_VALUE
@@ -51,7 +51,7 @@ def check_one_of(name: str, value: Any, choices: Any) -> None:
   """Raises a ValueError with the field's name if `value` is not a choice."""
   if value not in choices:
     raise ValueError(
-      f'{name} is one of {", ".join(choices)}; got {shortened(value)}'
+      f'{name} is one of {", ".join(choices)}; got {short_repr(value)}'
       f'{suggestion(value, choices)}'
     )
 

@@ -65,7 +65,7 @@ class Entry:
     return self.rule.name.replace('/{l}', '')
 
 
-def in_layers(site: str) -> str:
+def path_in_layers(site: str) -> str:
   """'decoder/self/q' -> 'decoder/layers/{l}/self/q'."""
   stack, rest = site.split('/', 1)
   return f'{stack}/layers/{{l}}/{rest}'

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives: pure functions `(apply, variables, batch, rngs) -> (sum, aux)`.
+"""Objectives: loss functions `(apply, variables, batch, rngs) -> (sum, aux)`.
 
-A new one is a file and a line in OBJECTIVES; docs/extending/objective.md has a
-worked example. `moepeft.objectives.objective` states the contract.
+`moepeft.objectives.objective` defines their interface. To add one, write a file
+and a line in OBJECTIVES; docs/extending/objective.md has an example.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ OBJECTIVES: Registry = Registry(
 
 
 def check_config(config: ConfigDict) -> ObjectiveSpec:
-  """Looks at config.objective and at the keys that objectives read.
+  """Checks config.objective and the keys that objectives read.
 
   Raises:
     ValueError: there is no such objective, a value is out of range, or a key
@@ -45,10 +45,10 @@ def check_config(config: ConfigDict) -> ObjectiveSpec:
 def build_objective(
   config: ConfigDict, reference: Callable | None = None
 ) -> Objective:
-  """Builds the objective that config.objective names, with its settings.
+  """Builds the objective of config.objective with the config's settings.
 
   Args:
-    reference: from `moepeft.objectives.reference_model.make_reference`.
+    reference: result of `moepeft.objectives.reference_model.make_reference`.
 
   Raises:
     ValueError: as `check_config`.
@@ -60,10 +60,10 @@ def build_objective(
 def build_validation_objective(
   config: ConfigDict, reference: Callable | None = None
 ) -> Objective:
-  """Builds what the validation of a run measures.
+  """Builds the objective that validation measures.
 
-  Preference objectives are validated by their own loss. Likelihoods are
-  validated by plain NLL whatever config.loss is, so that runs compare.
+  A preference objective is validated with its own loss, and a likelihood with
+  plain NLL for any config.loss, so that runs are comparable.
   """
   spec = OBJECTIVES.lookup(config.objective)
   if not spec.validates_itself:
@@ -72,25 +72,25 @@ def build_validation_objective(
 
 
 def check_model(name: str, decoder_only: bool) -> None:
-  """Refuses an objective that cannot train this kind of model.
+  """Checks that an objective can train a model of this architecture.
 
   Args:
-    name: of the objective.
+    name: the name of the objective.
     decoder_only: whether the model is a decoder without an encoder.
 
   Raises:
-    ValueError: the message names the objectives that can.
+    ValueError: it cannot; the message lists objectives that can.
   """
   architecture = 'decoder' if decoder_only else 'encoder-decoder'
-  needed = OBJECTIVES.lookup(name).architecture
-  if needed not in ('any', architecture):
-    fitting = (
+  required = OBJECTIVES.lookup(name).architecture
+  if required not in ('any', architecture):
+    alternatives = (
       candidate
       for candidate, spec in OBJECTIVES.items()
       if spec.architecture == architecture
     )
     raise ValueError(
-      f'config.objective={name!r} trains models of the kind {needed}, and this '
-      f'model is of the kind {architecture}; set it to '
-      f'{" or ".join(map(repr, fitting))}'
+      f'config.objective={name!r} trains models of the kind {required}, '
+      f'and this model is of the kind {architecture}; set it to '
+      f'{" or ".join(map(repr, alternatives))}'
     )

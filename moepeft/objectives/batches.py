@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of an objective: single rows, pairs, judged answers, or its own."""
+"""The collator of an objective's batches: single, pair, judged or custom."""
 
 from ml_collections import ConfigDict
 
@@ -9,7 +9,7 @@ from moepeft.objectives import OBJECTIVES
 
 
 def make_collator(config: ConfigDict, model_collator: Collator) -> Collator:
-  """Makes the collator of an objective's batches from the model's own.
+  """Makes an objective's collator from the model's collator.
 
   Raises:
     ValueError: config.data.source has no rows for this objective.

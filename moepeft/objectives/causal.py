@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maximum likelihood of the next token: `seq2seq`'s loss, of decoders alone.
+"""Maximum likelihood of the next token, for decoder-only models.
 
-Rows have inputs [b, t] and, as targets, the token that follows each;
-targets_mask is True on what is trained: all of a text in pretraining, the
-answers in fine-tuning.
+The loss function is that of `seq2seq`. Rows have inputs [b, t] and targets
+[b, t], the next tokens. targets_mask is True on the tokens to learn: all tokens
+in pretraining, and those of answers in fine-tuning.
 """
 
 import dataclasses

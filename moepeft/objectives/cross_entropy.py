@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token cross-entropy with label smoothing and z-loss, and means over tokens
-or sequences."""
+"""Cross-entropy with label smoothing and z-loss, averaged over tokens or
+sequences."""
 
 import dataclasses
 import functools
@@ -14,8 +14,8 @@ from moepeft.core.types import Array, Batch
 from moepeft.nn.numerics import to_f32
 from moepeft.objectives.objective import check_options
 
-PER = ('tokens', 'sequences')
-# Tokens of a row whose gradient is made at once.
+AVERAGE_OVER = ('tokens', 'sequences')
+# The gradient of the logits is computed for this many tokens of a row at once.
 _BLOCK = 16
 
 
@@ -24,17 +24,18 @@ class CrossEntropySettings:
   """Settings of config.loss.
 
   Attributes:
-    average_over: the loss is a mean over 'tokens', or over 'sequences' (of
-      each example's own mean over its tokens; T5X's AVERAGE_PER_SEQUENCE).
-    z_loss: weight of a token's squared log-partition (T5X's z_loss).
-    label_smoothing: the share of a target's probability that the rest of the
-      vocabulary gets.
+    average_over: 'tokens' for the mean over tokens; 'sequences' for the mean
+      over examples of each example's mean over tokens (T5X's
+      AVERAGE_PER_SEQUENCE).
+    z_loss: weight of the squared log-partition of each token, as in T5X.
+    label_smoothing: the probability that the target distribution gives to the
+      other tokens of the vocabulary together.
 
   Raises:
     ValueError: a value is out of range.
   """
 
-  average_over: str = option('tokens', Choices(PER))
+  average_over: str = option('tokens', Choices(AVERAGE_OVER))
   z_loss: float = option(0.0, Range(0, 1_000))
   label_smoothing: float = option(0.0, Range(0, 1, below=True))
 
@@ -47,11 +48,11 @@ DEFAULTS = CrossEntropySettings()
 
 @jax.custom_vjp
 def log_terms(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
-  """(log-partition, the target's logit, mean logit), each float32 [b, t].
+  """Returns (log-partition, target logit, mean logit), each float32 [b, t].
 
-  Every loss here is made of these. Their gradient is one pass over the logits
-  (softmax and one-hot are never stored), and [b, t, v] is held once: the
-  gradient takes the place of the logits. In reverse mode only.
+  All losses of this file are functions of these three. The gradient is written
+  over the logits block by block, so memory holds [b, t, v] once, and no softmax
+  or one-hot array. Only reverse-mode differentiation works.
 
   Args:
     logits: [b, t, v].
@@ -69,20 +70,23 @@ def _log_terms_forward(logits, targets):
 
 
 def _log_terms_backward(residuals, cotangents):
-  """Block by block along t, each in its logits' place: no second [b, t, v]."""
+  """Writes the gradient over the logits, in blocks of tokens."""
   logits, targets, log_z = residuals
   t = targets.shape[1]
   block = max(n for n in range(1, _BLOCK + 1) if t % n == 0)
 
   def write(i, buffer):
-    cut = functools.partial(
+    get_block = functools.partial(
       jax.lax.dynamic_slice_in_dim,
       start_index=i * block,
       slice_size=block,
       axis=1,
     )
     gradient = _logits_gradient(
-      cut(buffer), cut(targets), cut(log_z), *map(cut, cotangents)
+      get_block(buffer),
+      get_block(targets),
+      get_block(log_z),
+      *map(get_block, cotangents),
     )
     return jax.lax.dynamic_update_slice_in_dim(
       buffer, gradient, i * block, axis=1
@@ -92,7 +96,7 @@ def _log_terms_backward(residuals, cotangents):
 
 
 def _logits_gradient(logits, targets, log_z, d_log_z, d_target, d_mean):
-  """The gradient of the terms, times cotangents [b, t]: as logits [b, t, v]."""
+  """The vector-Jacobian product with cotangents [b, t]: [b, t, v]."""
   p = jnp.exp(to_f32(logits) - log_z[..., None])
   is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
   gradient = p * d_log_z[..., None]
@@ -113,11 +117,11 @@ def token_losses(logits: Array, targets: Array) -> Array:
 def token_nll_and_loss(
   logits: Array, targets: Array, settings: CrossEntropySettings
 ) -> tuple[Array, Array]:
-  """(-log p, the same with smoothed labels and the z-loss): [b, t] each.
+  """Returns (-log p, the training loss of `settings`), each [b, t].
 
-  The smoothed target has 1 - s at the label and s / (v - 1) elsewhere; its
-  own entropy is subtracted, so that the best prediction costs nothing. Both
-  terms are those of T5X's `compute_weighted_cross_entropy`.
+  The smoothed target distribution is 1 - s at the label and s / (v - 1)
+  elsewhere; its entropy is subtracted, so that the minimum of the loss is 0.
+  Both terms are as in T5X's `compute_weighted_cross_entropy`.
 
   Args:
     logits: [b, t, v].
@@ -127,23 +131,23 @@ def token_nll_and_loss(
   nll = losses = log_z - target_logits
   if settings.label_smoothing:
     v, s = logits.shape[-1], settings.label_smoothing
-    # -log p summed over the vocabulary, less the label's.
-    rest = v * (log_z - mean_logit) - nll
+    # The sum of -log p over the vocabulary without the label.
+    others_nll = v * (log_z - mean_logit) - nll
     entropy = -(1 - s) * math.log(1 - s) - s * math.log(s / (v - 1))
-    losses = (1 - s) * nll + s / (v - 1) * rest - entropy
+    losses = (1 - s) * nll + s / (v - 1) * others_nll - entropy
   return nll, losses + settings.z_loss * log_z**2 if settings.z_loss else losses
 
 
-def loss_divisors(batch: Batch, per: str) -> tuple[Array, Array]:
-  """Divisors of each target's loss, and of their sum: [b, t] and [].
+def loss_divisors(batch: Batch, average_over: str) -> tuple[Array, Array]:
+  """Returns the divisor of each target's loss, int [b, t], and of the sum, [].
 
-  Per tokens, 1 and the real targets. Per sequences, the real targets of its
-  own example and the examples that have one; an example is a segment where
-  the batch has `targets_segments` (int [b, t], 0 on padding), else a row. All
-  are whole numbers, and the first is at least 1.
+  Over tokens they are 1 and the number of targets. Over sequences they are the
+  number of targets in the example, at least 1, and the number of examples with
+  targets. Padding is not counted. An example is a segment if the batch has
+  `targets_segments` (int [b, t], 0 on padding), otherwise a row.
   """
   mask = batch['targets_mask']
-  if per == 'tokens':
+  if average_over == 'tokens':
     return jnp.ones(mask.shape, jnp.int32), jnp.sum(mask)
   segments = batch.get('targets_segments')
   if segments is None:
@@ -157,7 +161,7 @@ def loss_divisors(batch: Batch, per: str) -> tuple[Array, Array]:
 
 
 def mean_loss(total: Array, aux: dict[str, Array]) -> Array:
-  """The mean loss of an objective's (sum, aux); zero where the weight is."""
+  """The mean loss of an objective's (sum, aux); 0 if the weight is 0."""
   weight = aux['weight']
   return total / jnp.where(weight > 0, weight, 1)
 
@@ -165,6 +169,6 @@ def mean_loss(total: Array, aux: dict[str, Array]) -> Array:
 def sequence_log_likelihood(
   logits: Array, targets: Array, mask: Array
 ) -> Array:
-  """Sum of log-probabilities of the real targets, EOS included: [b]."""
+  """Sum of the log-probabilities of the targets, EOS included: [b]."""
   losses = token_losses(logits, targets)
   return -jnp.sum(jnp.where(mask, losses, 0), axis=-1)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Direct preference optimization (Rafailov et al., arXiv:2305.18290), and the
-hinge, IPO and robust losses of the same pairs.
+"""Direct preference optimization (Rafailov et al., arXiv:2305.18290), with its
+sigmoid loss or a hinge, IPO or robust loss.
 
 The log-ratio of an answer is log pi(y|x) - log pi_ref(y|x), summed over its
-tokens; h is the chosen answer's log-ratio less the rejected one's. Papers are
-cited without numbers of equations, which differ between their versions.
+tokens. h is the log-ratio of the chosen answer minus that of the rejected one.
+Equation numbers are not cited, because they differ between paper versions.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ class DPOSettings:
 
   Attributes:
     loss: one of LOSSES.
-    beta: weight of a log-ratio.
-    label_smoothing: the share of pairs whose order is taken to be wrong.
-    sft_weight: weight of the chosen answer's mean -log p of a token, by answer
-      as in Pang et al., arXiv:2404.19733 (TRL: of all tokens of a batch).
+    beta: the factor of log-ratios.
+    label_smoothing: the assumed probability that a label is flipped.
+    sft_weight: weight of the mean -log p over the chosen answer's tokens, per
+      answer as in Pang et al., arXiv:2404.19733 (TRL: over a batch's tokens).
 
   Raises:
     ValueError: a value is out of range; the message names its key.
@@ -44,13 +44,13 @@ class DPOSettings:
     check_options(self, 'preference')
     if self.label_smoothing and self.loss in ('hinge', 'ipo'):
       raise ValueError(
-        'config.preference.label_smoothing is of the losses sigmoid and '
-        f'robust; with {self.loss!r} it does nothing, set it to 0'
+        'config.preference.label_smoothing has no effect on the loss '
+        f'{self.loss!r}, only on sigmoid and robust; set it to 0'
       )
     if self.loss == 'robust' and not self.label_smoothing:
       raise ValueError(
         "config.preference.loss='robust' without label_smoothing is 'sigmoid'; "
-        'set config.preference.label_smoothing to the share of wrong labels'
+        'set config.preference.label_smoothing to the share of flipped labels'
       )
 
 
@@ -62,25 +62,24 @@ def loss_sums(
   settings: DPOSettings,
   reference: paired_batch.ReferenceFn | None = None,
 ) -> tuple[Array, dict[str, Tree]]:
-  """Sums the losses of pairs, and statistics of them.
+  """Sums the losses and statistics of pairs.
 
   Args:
-    apply: the policy's.
-    variables: {'params': ..., 'peft': ...}, and the reference's own.
-    batch: a model's batch twice, its keys after 'chosen_' and 'rejected_',
-      packed or not (a pair has the same segment on both sides), and
-      'chosen_reference' and 'rejected_reference' [b, t] where they were
-      computed before training.
-    rngs: as of `seq2seq.loss_sums`; the reference never gets any.
-    reference: for batches without reference arrays.
+    apply: the policy model's `apply`.
+    variables: {'params': ..., 'peft': ...}, and 'reference' if there is one.
+    batch: two batches of the model, with the key prefixes 'chosen_' and
+      'rejected_'; if packed, a pair has the same segment in both. If they were
+      precomputed, also 'chosen_reference' and 'rejected_reference' [b, t].
+    rngs: as in `seq2seq.loss_sums`; the reference gets none.
+    reference: the reference, for batches without reference arrays.
 
   Returns:
-    The sum, and {'weight': pairs; 'tokens', 'nll', 'correct': of the chosen
-    answers, as of `seq2seq.loss_sums`; 'metrics': {name: [sum, count]} of
-    rewards_chosen, rewards_rejected (beta times an answer's log-ratio),
-    margins, accuracies, and kl (half the squared log-ratio of a token, the
-    mean over both answers: to second order the divergence of policy and
-    reference where answers are the reference's; never negative); 'routing'}.
+    (sum, aux). aux is {'weight': the number of pairs; 'tokens', 'nll',
+    'correct': as in `seq2seq.loss_sums`, of the chosen answers; 'routing';
+    'metrics'}. The metrics are rewards_chosen and rewards_rejected (beta times
+    the log-ratio), margins, accuracies, and kl: half the squared log-ratio per
+    token, over both answers. It is never negative, and to second order the KL
+    divergence of policy and reference if the reference sampled the answers.
   """
   pairs = paired_batch.answer_logps(
     apply, variables, batch, rngs, PAIR, reference
@@ -110,7 +109,7 @@ DPO = ObjectiveSpec(
 def pair_losses(
   log_ratios: Array, mean_log_ratios: Array, settings: DPOSettings
 ) -> Array:
-  """The loss that the settings name: [a, 2], [a, 2] -> [a]."""
+  """The loss of each pair by `settings.loss`: [a, 2], [a, 2] -> [a]."""
   h = log_ratios[:, 0] - log_ratios[:, 1]
   beta, smoothing = settings.beta, settings.label_smoothing
   if settings.loss == 'hinge':
@@ -138,22 +137,22 @@ def sigmoid_loss(
 def robust_loss(
   h: Array, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> Array:
-  """The loss that flipped labels leave unbiased: [b].
+  """An unbiased estimate of the sigmoid loss under flipped labels: [b].
 
   Source: Chowdhury et al., arXiv:2403.00409: ((1 - s) L(h) - s L(-h)) /
-  (1 - 2 s), L the sigmoid loss; each comparison is the wrong way round with
-  probability s.
+  (1 - 2 s), where L is the sigmoid loss and s the probability that a label is
+  flipped.
   """
   s = label_smoothing
-  right, wrong = sigmoid_loss(h, beta), sigmoid_loss(-h, beta)
-  return ((1 - s) * right - s * wrong) / (1 - 2 * s)
+  loss, flipped_loss = sigmoid_loss(h, beta), sigmoid_loss(-h, beta)
+  return ((1 - s) * loss - s * flipped_loss) / (1 - 2 * s)
 
 
 def hinge_loss(h: Array, beta: float = 0.1) -> Array:
   """max(0, 1 - beta h): [b].
 
-  Source: Liu et al., arXiv:2309.06657: the loss of SLiC (Zhao et al.,
-  arXiv:2305.10425, without a reference there) of log-ratios.
+  Source: Liu et al., arXiv:2309.06657: SLiC's loss (Zhao et al.,
+  arXiv:2305.10425, which has no reference model) on log-ratios.
   """
   return jax.nn.relu(1 - beta * h)
 
@@ -161,12 +160,11 @@ def hinge_loss(h: Array, beta: float = 0.1) -> Array:
 def ipo_loss(mean_h: Array, beta: float = 0.1) -> Array:
   """(h - 1 / (2 beta))^2: [b].
 
-  Source: Azar et al., arXiv:2310.12036, whose tau is beta and whose h is of
-  sums. Here as in TRL, which asked the authors, it is of means over each
-  answer's tokens: the target 1 / (2 beta) then does not ask more of a short
-  answer's token than of a long one's.
+  Source: Azar et al., arXiv:2310.12036, with tau for beta and log-ratios summed
+  over tokens. Here they are means over tokens, as in TRL after a question to
+  the authors, so that the target 1 / (2 beta) does not depend on the length.
 
   Args:
-    mean_h: the chosen's mean log-ratio less the rejected's.
+    mean_h: the mean log-ratio of the chosen answer minus that of the rejected.
   """
   return (mean_h - 1 / (2 * beta)) ** 2

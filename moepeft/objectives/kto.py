@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers judged one by one: KTO (Ethayarajh et al., arXiv:2402.01306)."""
+"""KTO: unpaired answers with a label (Ethayarajh et al., arXiv:2402.01306)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from moepeft.core.types import JUDGED, Array, Batch, Tree
 from moepeft.objectives import paired_batch
 from moepeft.objectives.objective import ObjectiveSpec, check_options
 
-# A judged answer, and the answer to another prompt behind the same one.
+# Key prefixes: the labelled answer, and the answer of another prompt.
 _ANSWER, _MISMATCHED = JUDGED
 
 
@@ -21,9 +21,9 @@ class KTOSettings:
   """Settings of config.preference.
 
   Attributes:
-    beta: weight of a log-ratio.
-    desirable_weight, undesirable_weight: those of good and of bad answers.
-    sft_weight: weight of a good answer's mean -log p of a token.
+    beta: the factor of log-ratios.
+    desirable_weight, undesirable_weight: weights of good and of bad answers.
+    sft_weight: weight of the mean -log p over a good answer's tokens.
 
   Raises:
     ValueError: a value is out of range; the message names its key.
@@ -45,10 +45,10 @@ def prepare_rows(
   rng: Array | None,
   reference: paired_batch.ReferenceFn | None = None,
 ) -> dict[str, Array]:
-  """Computes the log-ratios of mismatched answers, without noise.
+  """Computes the log-ratios of mismatched answers, without dropout.
 
   Returns:
-    {'kl_ratio': as 'label'}.
+    {'kl_ratio': array of the shape of 'label'}.
   """
   del rng
   answers = paired_batch.answer_logps(
@@ -59,7 +59,7 @@ def prepare_rows(
 
 
 def prepare_batch(batch: Batch) -> Batch:
-  """Returns the batch with its KL baseline beside every answer, 'z_ref'."""
+  """Adds 'z_ref', the KL baseline of the batch, in the shape of 'label'."""
   log_ratios = batch['kl_ratio']
   lengths = paired_batch.answer_lengths(batch, _ANSWER)
   z_ref = kl_baseline(log_ratios, (lengths > 0).reshape(log_ratios.shape))
@@ -74,20 +74,20 @@ def loss_sums(
   settings: KTOSettings,
   reference: paired_batch.ReferenceFn | None = None,
 ) -> tuple[Array, dict[str, Tree]]:
-  """Sums the losses of answers, and statistics of them.
+  """Sums the losses and statistics of answers.
 
   Args:
-    batch: a model's batch, 'label' bool [b] (packed: [b, t], of each segment
-      from 1 on), 'z_ref' like it by `prepare_batch`, and 'reference' [b, t]
-      where it was computed before training.
-    apply, variables, rngs, reference: as of `dpo.loss_sums`.
+    batch: a batch of the model with 'label' bool [b] (packed: [b, t], entry i
+      for segment i + 1), 'z_ref' of the same shape from `prepare_batch`, and
+      'reference' [b, t] if it was precomputed.
+    apply, variables, rngs, reference: as in `dpo.loss_sums`.
 
   Returns:
-    The sum, and aux as of `dpo.loss_sums`, its 'weight' counting answers.
-    rewards_chosen is of good answers and rewards_rejected of bad ones;
-    'margins' is the distance of a reward from the baseline, positive above it
-    for a good answer and below it for a bad one; 'accuracies' is the share
-    of positive margins, and 'z_ref' the baseline. 'nll' is of good answers.
+    (sum, aux) as in `dpo.loss_sums`, where 'weight' is the number of answers
+    and 'nll' is of good answers. Metrics: rewards_chosen of good answers and
+    rewards_rejected of bad ones; margins, beta (log-ratio - z_ref) of good
+    answers and minus that of bad ones; accuracies, the share of positive
+    margins; z_ref.
   """
   answers = paired_batch.answer_logps(
     apply, variables, batch, rngs, (_ANSWER,), reference
@@ -139,13 +139,13 @@ def kto_loss(
 ) -> Array:
   """lambda (1 - sigma(+-beta (log-ratio - z_ref))): [b].
 
-  Source: Ethayarajh et al., arXiv:2402.01306: lambda_y - v(x, y), which is
-  not negative.
+  Source: Ethayarajh et al., arXiv:2402.01306, as lambda_y - v(x, y), which is
+  never negative.
 
   Args:
-    log_ratios: [b], of each answer, summed over its tokens.
-    label: bool [b], whether it is a good one.
-    z_ref: [] or [b], from `kl_baseline`; no gradient goes through it.
+    log_ratios: [b], the log-ratio of each answer, summed over its tokens.
+    label: bool [b], whether the answer is good.
+    z_ref: [] or [b], from `kl_baseline`; it gets no gradient.
     desirable, undesirable: lambda of good and of bad answers.
   """
   gain = beta * (log_ratios - jax.lax.stop_gradient(z_ref))
@@ -156,14 +156,14 @@ def kto_loss(
 def kl_baseline(log_ratios: Array, mask: Array) -> Array:
   """max(0, mean log-ratio) of mismatched answers, without gradient: [].
 
-  An estimate of KL(pi || pi_ref) by answers to other prompts, as in
-  arXiv:2402.01306 and TRL. Here it is of the whole batch, however many parts
-  it is computed in (TRL: of each part), and a prompt's other answer is always
-  the same one (TRL: of its neighbor in each batch).
+  It estimates KL(pi || pi_ref) from answers to other prompts, as in
+  arXiv:2402.01306 and TRL. The mean is over the whole batch (TRL: over each
+  microbatch), and a prompt always has the same mismatched answer (TRL: that of
+  its neighbor in the batch).
 
   Args:
-    log_ratios: [b], of each prompt with the answer to another.
-    mask: bool [b], the rows that count.
+    log_ratios: [b], of each prompt with the answer to another prompt.
+    mask: bool [b], False on padding.
   """
   total = jnp.sum(jnp.where(mask, log_ratios, 0))
   mean = total / jnp.maximum(jnp.sum(mask), 1)

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry entry of an objective, and an objective with its settings.
+"""The registry entry of an objective, and an objective bound to settings.
 
-A loss function is pure: (apply, variables, batch, rngs) -> (sum, aux). The sum
-is divided by aux['weight'], which depends on the data alone, so that the parts
-of a batch add up to the whole. aux['metrics'] holds values to log beside the
-loss, {name: [sum, count]}.
+A loss function is pure: (apply, variables, batch, rngs) -> (sum, aux). The
+training step divides the sum by aux['weight'], which depends only on the data,
+so that gradients of microbatches add up. aux['metrics'] has values to log,
+{name: [sum, count]}.
 
-`prepare_rows` and `prepare_batch` run before the gradient is taken. The first
-computes arrays for each row by the current policy, part by part and without
-gradient; the second needs the whole batch. KTO computes its KL baseline there.
-Learning from samples fits the same two: PPO and GRPO sample answers to the
-batch's prompts in `prepare_rows` and compute advantages, which are means over
-a prompt's group of rows, in `prepare_batch`.
+`prepare_rows` and `prepare_batch` run before the gradient. `prepare_rows`
+computes arrays for each row of a microbatch with the current policy, without
+gradients. `prepare_batch` gets the whole batch; KTO computes its KL baseline in
+it. PPO and GRPO would sample answers in `prepare_rows`, and compute advantages,
+which need means over a prompt's rows, in `prepare_batch`.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ LossFn = Callable[..., tuple[Array, dict[str, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """An objective with its settings, as a training step calls it.
+  """An objective bound to its settings, which a training step calls.
 
   Attributes:
     loss_fn: (apply, variables, rows, rngs) -> (sum, aux), for any rows of a
@@ -37,8 +36,7 @@ class Objective:
       which the step adds to the rows before it takes the gradient; rng is
       None in validation. None for an objective that adds no arrays.
     prepare_batch: batch -> batch, called with the whole batch and the arrays
-      of `prepare_rows`: the place for means over rows, as `loss_fn` sees some
-      of the rows only.
+      of `prepare_rows`; `loss_fn` may get only a part of the rows.
   """
 
   loss_fn: LossFn
@@ -51,7 +49,7 @@ class Objective:
     return self.loss_fn(apply, variables, rows, rngs)
 
   def prepare(self, apply: Callable, variables: Tree, batch: Batch) -> Batch:
-    """Returns the batch that `loss_fn` takes in validation: no noise."""
+    """Returns the batch for `loss_fn` in validation, without dropout."""
     if self.prepare_rows is None:
       return batch
     return self.prepare_batch(
@@ -61,28 +59,29 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class NoSettings:
-  """Settings of an objective that reads no key of a config."""
+  """The settings of an objective without config keys."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveSpec:
-  """A loss function and the facts that other code needs to know of it.
+  """The registry entry of an objective: a loss function and its properties.
 
   Attributes:
     loss_fn: (apply, variables, batch, rngs, settings=...) -> (sum, aux); with
-      `needs_reference` also reference=..., None where the batch has it.
+      `needs_reference` also reference=..., which is None if the batch has the
+      reference's log-probabilities.
     settings: frozen dataclass; its fields are keys of the config's `section`.
-    section: 'loss', 'preference', or a section of the user's own.
-    batch: 'single' (rows of the model's own form), 'pair' (a chosen and a
-      rejected answer) or 'judged' (an answer with a label).
-    architecture: of the models that it trains: 'encoder-decoder', 'decoder'
-      or 'any'.
+    section: 'loss', 'preference', or a section that the user adds.
+    batch: 'single' (rows of the model's collator), 'pair' (a chosen and a
+      rejected answer) or 'judged' (one answer with a label, as in KTO).
+    architecture: the architecture that it can train: 'encoder-decoder',
+      'decoder' or 'any'.
     needs_reference: whether it compares the policy with a reference model.
-    validates_itself: whether validation measures this objective with its
-      settings. Otherwise the settings are left at their defaults, so that the
-      validation losses of runs with different settings compare.
-    prepare_rows: as `Objective.prepare_rows`; with `needs_reference` it is
-      given reference=... too.
+    validates_itself: whether validation uses the settings of the run. Otherwise
+      it uses the defaults, so that the validation losses of runs with different
+      settings are comparable.
+    prepare_rows: as `Objective.prepare_rows`; with `needs_reference` it gets
+      reference=... too.
     prepare_batch: as `Objective.prepare_batch`.
     collator: (config.data, the model's collator) -> the collator that makes
       this objective's batches; None for the one that `batch` names.
@@ -101,12 +100,12 @@ class ObjectiveSpec:
 
   @property
   def answers_per_row(self) -> int:
-    """Sequences that the model reads for each row of a batch."""
+    """The number of sequences in the model's batch for each row."""
     return 1 if self.batch == 'single' else 2
 
   @property
   def config_keys(self) -> tuple[str, ...]:
-    """The keys of a config that change what this objective computes."""
+    """The config keys that this objective reads."""
     names = (field.name for field in dataclasses.fields(self.settings))
     keys = tuple(f'{self.section}.{name}' for name in names)
     return (*keys, 'preference.reference') if self.needs_reference else keys
@@ -128,8 +127,8 @@ class ObjectiveSpec:
 
     Args:
       settings: an instance of `settings`; None for the defaults.
-      reference: (variables, rows) -> log p of each target [b, t], for
-        `needs_reference` where batches have no 'reference' arrays.
+      reference: (variables, rows) -> log p of each target [b, t]; None if
+        batches have 'reference' arrays or the objective needs no reference.
     """
     settings = self.settings() if settings is None else settings
     bound = {'reference': reference} if self.needs_reference else {}
@@ -144,7 +143,7 @@ class ObjectiveSpec:
 
 
 def check_options(settings: Any, section: str) -> None:
-  """Looks at the fields of settings that were declared with `option`.
+  """Checks the fields of settings that are declared with `option`.
 
   Raises:
     ValueError: a value is out of range; the message names its config key.

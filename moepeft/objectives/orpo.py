@@ -19,7 +19,7 @@ class ORPOSettings:
   """Settings of config.preference.
 
   Attributes:
-    beta: weight of the odds ratio, the paper's lambda.
+    beta: weight of the odds-ratio loss, lambda in the paper.
 
   Raises:
     ValueError: a value is out of range; the message names its key.
@@ -38,13 +38,13 @@ def loss_sums(
   rngs: dict[str, Array] | None,
   settings: ORPOSettings,
 ) -> tuple[Array, dict[str, Tree]]:
-  """As `dpo.loss_sums`; a reward is beta times the mean log p of a token."""
+  """As `dpo.loss_sums`; a reward is beta times the mean log p over tokens."""
   beta = settings.beta
   pairs, chosen, rejected, metrics = paired_batch.mean_logp_pairs(
     apply, variables, batch, rngs, beta
   )
   losses = orpo_loss(chosen, rejected, beta)
-  # The chosen answer's likelihood is a term of the loss itself.
+  # No SFT term: the loss already contains the chosen answer's likelihood.
   return paired_batch.total_loss(pairs, losses, 0.0, metrics, pairs.mask)
 
 
@@ -54,22 +54,22 @@ ORPO = ObjectiveSpec(
 
 
 def log_odds(mean_logps: Array) -> Array:
-  """log(p / (1 - p)) of p = exp(mean log p), below 1: [b].
+  """log(p / (1 - p)) of p = exp(mean log p): [b].
 
-  A p of 1 in float32 would have no odds; it counts as 1 - 2^-24.
+  p is at most 1 - 2^-24, because p = 1 has no finite odds.
   """
-  below = jnp.minimum(mean_logps, -(2.0**-24))
-  return below - jnp.log(-jnp.expm1(below))
+  clipped = jnp.minimum(mean_logps, -(2.0**-24))
+  return clipped - jnp.log(-jnp.expm1(clipped))
 
 
 def orpo_loss(chosen: Array, rejected: Array, beta: float = 0.1) -> Array:
   """-chosen - beta log sigma(log odds(chosen) - log odds(rejected)): [b].
 
-  The first term is each answer's own mean; TRL takes it of prompt and answer,
-  and of all tokens of a batch at once.
+  The first term is the mean over each answer's tokens; in TRL it is one mean
+  over all tokens of a batch, including prompts.
 
   Args:
-    chosen, rejected: mean log p of an answer's tokens.
+    chosen, rejected: mean log p over the tokens of an answer, [b].
   """
   log_odds_ratio = log_odds(chosen) - log_odds(rejected)
   return -chosen - beta * jax.nn.log_sigmoid(log_odds_ratio)

@@ -19,10 +19,10 @@ from moepeft.objectives.cross_entropy import token_losses
 
 # The token whose logit is a reward model's score: padding.
 SCORE_TOKEN = 0
-# The error of a token's log-ratio in float32, in nats: an ulp of a logit of 32.
+# The float32 rounding error of a token's log-ratio in nats: an ulp of 32.
 _ROUNDING_ERROR = 4e-6
 # The keys of a side that models and objectives read.
-KEYS = (
+SIDE_KEYS = (
   'inputs',
   'inputs_mask',
   'inputs_segments',
@@ -98,7 +98,7 @@ def stack_sides(batch: Batch, sides: Sequence[str]) -> Batch:
   The sides of a row are neighbors, which one device holds.
   """
   rows = {}
-  for key in KEYS:
+  for key in SIDE_KEYS:
     if sides[0] + key in batch:
       parts = [batch[side + key] for side in sides]
       stacked = jnp.stack(parts, axis=1)
@@ -115,8 +115,10 @@ def token_logps(logits: Array, rows: Batch) -> Array:
 def last_token_score(
   logits: Array, mask: Array, segments: Array | None = None
 ) -> Array:
-  """The logit of SCORE_TOKEN at each answer's last target: [n, 1], packed
-  [n, t]; at the first position of a row without targets.
+  """The logit of SCORE_TOKEN at the last target of each answer.
+
+  In a row without targets it is the logit at the first position. The shape is
+  [n, 1], packed [n, t].
 
   Args:
     logits: [n, t, v].
@@ -143,10 +145,10 @@ def answer_logps(
   sides: Sequence[str],
   reference: ReferenceFn | None = None,
 ) -> PairLogps:
-  """One pass over all sides, and one of the reference if there is one.
+  """Runs the model on all sides, and the reference if there is one.
 
-  If `batch` has the reference's log-likelihoods, 'chosen_reference' [b, t],
-  which were computed before training, the pass of the reference is skipped.
+  If `batch` has precomputed log-probabilities of the reference,
+  'chosen_reference' [b, t], they are used instead of `reference`.
   """
   rows = stack_sides(batch, sides)
   logits, sown = apply(
@@ -166,8 +168,8 @@ def answer_logps(
   if reference_logps is None and reference is not None:
     reference_logps = jax.lax.stop_gradient(reference(variables, rows))
   if reference_logps is not None:
-    # The sum of the tokens' differences. The rounding error of a difference of
-    # sums over hundreds of tokens is as large as the change of a first step.
+    # Differences are taken per token, then summed. A difference of sums over
+    # hundreds of tokens has a rounding error as large as the first update.
     token_ratios = logps - reference_logps
     log_ratios = split_sides(_sum_answers(token_ratios, segments))
     squared_log_ratios = split_sides(
@@ -217,22 +219,22 @@ def _precomputed_logps(
 def total_loss(
   answers: PairLogps,
   losses: Array,
-  sft: float,
+  sft_weight: float,
   metrics: dict[str, Array],
-  good: Array,
+  is_good: Array,
 ) -> tuple[Array, dict[str, Tree]]:
-  """(sum, aux) of an objective with a loss for each answer or pair.
+  """Returns (sum, aux) of an objective with a loss per answer or pair.
 
   Args:
     losses: [a].
-    sft: the weight of the mean -log p of a good answer's tokens in its loss.
+    sft_weight: weight of the mean -log p over a good answer's tokens.
     metrics: {name: `metric_sums`}; 'kl' is added if there is a reference.
-    good: bool [a], the answers whose first side is to be learned; 'nll' and
-      'correct' count only these.
+    is_good: bool [a], whether the answer on the first side is good; the SFT
+      loss, 'tokens', 'nll' and 'correct' are of good answers only.
   """
-  mask, good = answers.mask, answers.mask & good
-  if sft:
-    losses = losses - sft * jnp.where(good, answers.mean_logps(0), 0)
+  mask, good = answers.mask, answers.mask & is_good
+  if sft_weight:
+    losses = losses - sft_weight * jnp.where(good, answers.mean_logps(0), 0)
   if answers.squared_log_ratios is not None:
     squares = 0.5 * jnp.sum(answers.squared_log_ratios, axis=1)
     tokens = jnp.sum(answers.tokens, axis=1)
@@ -248,7 +250,7 @@ def total_loss(
 
 
 def metric_sums(values: Array, mask: Array, counts: Array | int = 1) -> Array:
-  """[sum of values, sum of counts] under a mask: parts of a batch add up."""
+  """[sum of values, sum of counts] over a mask; microbatches add up."""
   counts = jnp.broadcast_to(counts, values.shape)
   stacked = jnp.stack([values, counts.astype(values.dtype)])
   return jax.lax.stop_gradient(jnp.sum(jnp.where(mask, stacked, 0), axis=1))
@@ -260,7 +262,7 @@ def pair_metrics(
   """Metrics of pairs' rewards [a].
 
   Args:
-    tie: the largest difference that counts as a tie, see `wins`.
+    tie: the largest margin that counts as a tie, see `wins`.
   """
   margins = chosen - rejected
   return {
@@ -272,14 +274,13 @@ def pair_metrics(
 
 
 def wins(margins: Array, tie: Array | float) -> Array:
-  """1 where a margin is above a tie, 0 where it is below; ties are half right,
-  as by chance: [b]."""
+  """1 for a margin above `tie`, 0 for one below -`tie`, 0.5 for a tie: [b]."""
   return 0.5 * (1 + jnp.sign(jnp.where(jnp.abs(margins) > tie, margins, 0)))
 
 
 def tie_threshold(answers: PairLogps) -> Array:
   """The rounding error of an answer's log-ratios: [a].
 
-  Policy and reference are two programs, so equal ones are rounded apart.
+  Policy and reference are two programs, so equal models differ by rounding.
   """
   return _ROUNDING_ERROR * jnp.sum(answers.lengths, axis=-1)

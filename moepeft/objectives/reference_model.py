@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference model of preference objectives: the base, frozen adapters, or
-log-likelihoods that were computed before training."""
+"""The reference model of preference objectives: the base model, the base with
+another adapter, or log-probabilities computed before training."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from moepeft.core.sharding import gather, round_up, shard_whole_batch
 from moepeft.core.types import Array, Batch, Tree
 from moepeft.data.preference.dataset import PairCollator, PreferenceDataset
 from moepeft.models import weight_mapping
-from moepeft.nn import initializers as start
+from moepeft.nn import initializers
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.objectives.paired_batch import (
   ReferenceFn,
@@ -36,30 +36,31 @@ BASE, PRECOMPUTED = 'base', 'precomputed'
 def make_reference(
   source: str, model: Any, built: Built, base: base_lib.Base
 ) -> tuple[ReferenceFn | None, Tree]:
-  """The reference model of a run, and the adapters that it needs.
+  """Returns the reference model of a run, and its adapter.
 
-  It is the frozen base with other adapters than the policy's, without dropout:
-  one more pass of the same weights, and no copy of them.
+  It shares the policy's frozen base weights, so it needs a second forward pass
+  but no copy of the weights. It has no dropout.
 
   Args:
     source: config.preference.reference.
     model, built: the policy and its method.
 
   Returns:
-    (variables, rows) -> log p of each target, 0 where there is none, [b, t],
-    and a tree that is to be `variables['reference']`; (None, {}) where batches
-    bring what was computed before.
+    (reference function, adapter tree for `variables['reference']`). The
+    function maps (variables, rows) to log p of each target [b, t], 0 on
+    padding. If the log-probabilities are precomputed, (None, {}).
 
   Raises:
-    ValueError: the base itself is trained, so that nothing of it stays; or
-      the path holds no adapter of this base.
+    ValueError: the method trains the base weights, or the path has no adapter
+      for this base model.
   """
   if source == PRECOMPUTED:
     return None, {}
   if built.trainable == 'params':
     raise ValueError(
-      f'{built.method} changes the base, which config.preference.reference='
-      f"{source!r} would measure against; set it to 'precomputed'"
+      f'{built.method} trains the base model, which the reference '
+      f'config.preference.reference={source!r} needs; set it to '
+      f'{PRECOMPUTED!r}'
     )
   if source == BASE:
     return reference_fn(model.clone(adapter_map=AdapterMap())), {}
@@ -73,7 +74,7 @@ def make_reference(
   semantics = adapter.semantics or built.semantics
   reference = build(adapter.method, base.family.sites(base.config), semantics)
   reference_model = model.clone(adapter_map=reference.adapter_map)
-  variables = start.init_params(
+  variables = initializers.init_params(
     reference_model, base_lib.example_batch(), 0, base.params
   )
   tree = base_lib.with_adapter(variables, reference, source, base)['peft']
@@ -81,8 +82,10 @@ def make_reference(
 
 
 def reference_fn(model: Any) -> ReferenceFn:
-  """log p of each target by a model without noise, its adapters those of
-  `variables['reference']`."""
+  """Returns (variables, rows) -> log p of each target [b, t], without dropout.
+
+  The model's adapter is `variables['reference']`, or none.
+  """
 
   def logps(variables: Tree, rows: Batch) -> Array:
     frozen = {k: v for k, v in variables.items() if k not in _POLICY_KEYS}
@@ -96,7 +99,7 @@ def reference_fn(model: Any) -> ReferenceFn:
 _POLICY_KEYS = ('peft', 'reference')
 
 
-def precomputed(
+def precompute_logps(
   workdir: str | None,
   preferences: PreferenceDataset,
   collator: PairCollator,
@@ -106,49 +109,51 @@ def precomputed(
   mesh: Mesh,
   rows: int,
 ) -> np.ndarray:
-  """Computes log p of every target of every item, by a run's first policy.
+  """Computes log p of all targets with the policy at the start of training.
 
-  The array is kept in `<workdir>/reference` with a key of its inputs: the
-  base's hash, the adapter's arrays, the method and the data's ids.
+  The array is cached in `<workdir>/reference` with a hash of its inputs: the
+  base, the adapter's arrays, the method and the data's token ids.
 
   Args:
-    workdir: None to keep no file.
-    preferences, collator: the items, and what makes batches of them.
-    model, variables: the policy with its adapter at the start of training.
+    workdir: None for no cache.
+    preferences, collator: the items, and the collator of their batches.
+    model, variables: the policy and its variables at the start of training.
     run_metadata: from `checkpoints.run_metadata`.
-    rows: of a batch, rounded up to the mesh's devices.
+    rows: batch size, which is rounded up to a multiple of the devices.
 
   Returns:
-    float32 [items, k, t], 0 where there is no target; on disk.
+    float32 [items, k, t], 0 on padding; memory-mapped if it was cached.
 
   Raises:
-    ValueError: the array that is kept there is of another base, adapter or
-      data, or is damaged.
+    ValueError: the cached array is damaged, or of another base, adapter or
+      data.
   """
   folder = workdir and Run(workdir).reference_dir
-  metadata = {'key': _key(preferences, collator, variables, run_metadata)}
+  metadata = {'key': _cache_key(preferences, collator, variables, run_metadata)}
   if folder and os.path.exists(os.path.join(folder, _METADATA_FILE)):
     if _read(folder, _METADATA_FILE, untrusted.read_json_object) != metadata:
       raise ValueError(
-        f'{folder} was computed of another base, adapter or data than those '
-        'of this run; put them back, or choose another --workdir'
+        f'{folder} was computed with another base, adapter or data than those '
+        'of this run; restore them, or choose another --workdir'
       )
-    array = _read(folder, _ARRAY, _read_array)
+    array = _read(folder, _ARRAY_FILE, _read_array)
     expected = (len(preferences.items), len(collator.sides))
     if array.dtype != np.float32 or array.shape[:2] != expected:
-      raise _damaged_error(folder, _ARRAY, f'{array.dtype} {list(array.shape)}')
+      raise _damaged_error(
+        folder, _ARRAY_FILE, f'{array.dtype} {list(array.shape)}'
+      )
     return array
   array = _compute_logps(preferences, collator, model, variables, mesh, rows)
   if folder and distributed.first():
     os.makedirs(folder, exist_ok=True)
     with tell_full_disk(folder, lambda: None):
-      np.save(os.path.join(folder, _ARRAY), array)
-    # Last: without it the array counts as none.
+      np.save(os.path.join(folder, _ARRAY_FILE), array)
+    # Written last, because the array is valid only with its metadata.
     distributed.write_json(os.path.join(folder, _METADATA_FILE), metadata)
   return array
 
 
-_ARRAY, _METADATA_FILE = 'log_p.npy', 'card.json'
+_ARRAY_FILE, _METADATA_FILE = 'log_p.npy', 'card.json'
 
 
 def _read(folder: str, name: str, read: Callable[[str], Any]) -> Any:
@@ -172,13 +177,13 @@ def _damaged_error(folder: str, name: str, reason: str) -> ValueError:
   )
 
 
-def _key(
+def _cache_key(
   preferences: PreferenceDataset,
   collator: PairCollator,
   variables: Tree,
   run_metadata,
 ) -> str:
-  start = {
+  adapter = {
     name: weight_mapping.array_hash(np.asarray(array))
     for name, array in weight_mapping.flatten(
       gather(variables.get('peft', {}))
@@ -191,7 +196,7 @@ def _key(
     ).items()
   }
   lengths, method = collator.lengths, run_metadata['method']
-  parts = [preferences.sha256, lengths, base, method, start]
+  parts = [preferences.sha256, lengths, base, method, adapter]
   text = json.dumps(parts, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 

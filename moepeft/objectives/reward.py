@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reward model of compared answers (Ouyang et al., arXiv:2203.02155).
+"""A reward model trained on pairs of answers (Ouyang et al., arXiv:2203.02155).
 
-The reward is a logit: that of token 0 after an answer's last token but one
-(its end is not read), where the whole answer has been seen. It is RankT5's
-choice (Zhuang et al., arXiv:2210.10634), the logit of a token that answers
-never use, padding's: no head is added, so any method is a reward model, and
-its adapter is all there is to keep.
+The reward of an answer is the logit of the padding token, id 0, at the position
+that predicts the answer's last token. As in RankT5 (Zhuang et al.,
+arXiv:2210.10634), the logit of an otherwise unused token replaces a new head,
+so a reward model is an adapter of any method.
 """
 
 from collections.abc import Callable
@@ -24,7 +23,7 @@ def loss_sums(
   rngs: dict[str, Array] | None,
   settings: NoSettings,
 ) -> tuple[Array, dict[str, Tree]]:
-  """As `dpo.loss_sums`; a reward is the logit itself."""
+  """As `dpo.loss_sums`; a reward is the logit."""
   del settings
   pairs = paired_batch.answer_logps(apply, variables, batch, rngs, PAIR)
   chosen, rejected = pairs.scores[:, 0], pairs.scores[:, 1]
@@ -39,7 +38,7 @@ REWARD = ObjectiveSpec(loss_fn=loss_sums, batch='pair')
 def bradley_terry_loss(chosen: Array, rejected: Array) -> Array:
   """-log sigma(r_chosen - r_rejected): [b].
 
-  Source: Ouyang et al., arXiv:2203.02155, of one pair a prompt: the
-  likelihood of Bradley and Terry's model.
+  Source: Ouyang et al., arXiv:2203.02155, with one pair per prompt. It is the
+  negative log-likelihood of the Bradley-Terry model.
   """
   return -jax.nn.log_sigmoid(chosen - rejected)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maximum likelihood of targets, of encoder-decoders."""
+"""Maximum likelihood of the targets, for encoder-decoders."""
 
 from collections.abc import Callable
 
@@ -22,24 +22,24 @@ def loss_sums(
   rngs: dict[str, Array] | None,
   settings: CrossEntropySettings = DEFAULTS,
 ) -> tuple[Array, dict[str, Tree]]:
-  """Sums the losses of the targets, and statistics of them.
+  """Sums the losses and statistics of the targets.
 
-  Everything is a sum, so that parts of a batch add up to the whole; the loss
-  is `mean_loss(total, aux)`.
+  All results are sums, so that microbatches add up; the loss of a batch is
+  `cross_entropy.mean_loss(sum, aux)`.
 
   Args:
     apply: the model's `apply`.
     variables: {'params': ..., 'peft': ...}.
-    batch: inputs, decoder_inputs (of encoder-decoders), targets and their
+    batch: inputs, decoder_inputs (for encoder-decoders), targets and their
       masks; packed rows have inputs_segments and targets_segments too.
-    rngs: keys 'dropout' and 'router' in training, None in evaluation.
-    settings: of config.loss; nothing in aux but 'weight' depends on them.
+    rngs: {'dropout': key, 'router': key} in training, None in evaluation.
+    settings: the settings of config.loss; in aux only 'weight' depends on them.
 
   Returns:
-    The sum in nats, and {'weight': the divisor, a function of the batch alone;
-    'tokens': real target tokens; 'nll': the sum of their -log p; 'correct':
-    the number of targets that are the most probable token; 'routing': router
-    statistics of every site}.
+    The sum in nats, and {'weight': the divisor, a function of the batch only;
+    'tokens': the number of targets without padding; 'nll': the sum of their
+    -log p; 'correct': the number of targets that are the most probable token;
+    'routing': router statistics of every site}.
   """
   logits, sown = apply(
     variables, batch, train=rngs is not None, rngs=rngs, mutable=['routing']

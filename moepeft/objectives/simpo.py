@@ -17,10 +17,10 @@ class SimPOSettings:
   """Settings of config.preference.
 
   Attributes:
-    beta: weight of the mean log p of a token.
-    margin: the target margin, over beta.
-    label_smoothing: the share of pairs whose order is taken to be wrong.
-    sft_weight: weight of the chosen answer's mean -log p of a token.
+    beta: the factor of the mean log p over tokens.
+    margin: the target margin divided by beta.
+    label_smoothing: the assumed probability that a label is flipped.
+    sft_weight: weight of the mean -log p over the chosen answer's tokens.
 
   Raises:
     ValueError: a value is out of range; the message names its key.
@@ -42,7 +42,7 @@ def loss_sums(
   rngs: dict[str, Array] | None,
   settings: SimPOSettings,
 ) -> tuple[Array, dict[str, Tree]]:
-  """As `dpo.loss_sums`; a reward is beta times the mean log p of a token."""
+  """As `dpo.loss_sums`; a reward is beta times the mean log p over tokens."""
   beta = settings.beta
   pairs, chosen, rejected, metrics = paired_batch.mean_logp_pairs(
     apply, variables, batch, rngs, beta
@@ -69,10 +69,10 @@ def simpo_loss(
 ) -> Array:
   """-log sigma(beta (chosen - rejected - margin)): [b].
 
-  The paper's gamma is beta times `margin` (TRL sets gamma itself: margin is
-  simpo_gamma / beta); it uses beta 2 and more. Smoothed as DPO's loss is.
+  gamma in the paper, and `simpo_gamma` in TRL, is beta times `margin`. The
+  paper has beta from 2 up. Label smoothing is as in `dpo.sigmoid_loss`.
 
   Args:
-    chosen, rejected: mean log p of an answer's tokens.
+    chosen, rejected: mean log p over the tokens of an answer, [b].
   """
   return sigmoid_loss(chosen - rejected - margin, beta, label_smoothing)

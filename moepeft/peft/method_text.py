@@ -16,7 +16,7 @@ import flax.linen as nn
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.config.ranges import SEMANTICS
-from moepeft.core.ranges import IntegerList, shortened, suggestion
+from moepeft.core.ranges import IntegerList, short_repr, suggestion
 from moepeft.moe import ROUTERS
 from moepeft.peft.method import Method, Option, options_of
 from moepeft.peft.methods import METHODS
@@ -190,7 +190,7 @@ def method_entry(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Method:
   if not isinstance(expert, str) or not expert:
     raise ValueError(
       f'{spec.name} has an expert like lora or lora(rank=4); got '
-      f'{shortened(expert)}'
+      f'{short_repr(expert)}'
     )
   expert_method = _find(expert, methods, 'method')
   if not can_be_expert(expert_method):
@@ -333,7 +333,8 @@ def _check(spec: Spec, options: Mapping[str, Option]) -> None:
     ):
       kind = 'list' if expected is tuple else expected.__name__
       raise ValueError(
-        f"{spec.name}'s option {name} is of type {kind}; got {shortened(value)}"
+        f"{spec.name}'s option {name} is of type {kind}; got "
+        f'{short_repr(value)}'
       )
     if option.allowed is not None:
       option.allowed.check(f"{spec.name}'s option {name}", value)

@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded tasks: a generated multi-task set in the spirit of P3.
+"""The embedded tasks: a generated multi-task dataset, similar to P3.
 
-Group A pretrains a small base, methods adapt to group B, and nothing is ever
-trained on group C. A task of B asks for something that A taught, in new
-instructions and with labels that A never uses, so a base begins near chance
-and has to learn the mapping rather than the skill:
+Group A is for pretraining a small base model, group B for adapting it with a
+method, and group C is for evaluation only. Each task of B needs a skill of A
+with new instructions and new labels, so the base model starts near chance and
+has to learn the mapping to labels rather than the skill:
 
-    B           asks for                          after A taught
-    storage     category -> where it is kept      kind
-    profession  category -> who knows about it    kind, topic
-    stars       praise or blame -> five, one      opinion
-    verdict     praise or blame -> keep, return   opinion, sentiment
+    task of B   mapping                          tasks of A with its skill
+    storage     category -> storage place        kind
+    profession  category -> expert               kind, topic
+    stars       positive, negative -> five, one  opinion
+    verdict     positive, negative -> keep,      opinion, sentiment
+                return
 
-Templates marked held out word a task in a way that training never sees; a
-tenth of each task's instances is held out too (`Task.split_of`). A new task is
-a draw and its templates in one file and a line in `TASKS`, or a module of a
-user's that calls `TASKS.register`.
+The last templates of a task and a tenth of its instances are held out from
+training (`Task.split_of`). To add a task, write a draw function and templates
+in one file and a line in `TASKS`, or call `TASKS.register` in your own module.
 """
 
 import zlib
 
 from moepeft.core.ranges import suggestion
 from moepeft.core.registry import Registry
-from moepeft.tasks.dice import Dice as Dice
+from moepeft.tasks.stable_random import StableRandom as StableRandom
 from moepeft.tasks.task import Example as Example
 from moepeft.tasks.task import Instance as Instance
 from moepeft.tasks.task import Task as Task
@@ -66,14 +66,14 @@ GROUPS = ('A', 'B', 'C')
 
 
 def task_names(text: str) -> tuple[str, ...]:
-  """The names of the tasks of some groups, or a choice of tasks.
+  """Returns the names of the tasks that a selection of groups and tasks has.
 
   Args:
-    text: groups and tasks with commas between them; groups may be written
-      together: 'A', 'AB', 'topic,owner', 'B,topic'.
+    text: groups and tasks, separated by commas; the commas between groups are
+      optional: 'A', 'AB', 'topic,owner', 'B,topic'.
 
   Raises:
-    ValueError: a group or task that does not exist.
+    ValueError: a group or task does not exist.
   """
   names = []
   for part in text.split(','):
@@ -98,21 +98,21 @@ def example(
   split: str = 'train',
   templates: str = 'train',
 ) -> Example:
-  """Example `index` of an endless stream: a pure function of its arguments.
+  """Returns example `index` of an infinite stream, as a pure function.
 
-  The tasks take turns, in the order of `names`. The example of a task's n-th
-  turn depends on the seed, split and templates but not on the other tasks.
+  The tasks alternate in the order of `names`. The n-th example of a task
+  depends on the seed, split and templates but not on the other tasks.
 
   Args:
-    names: of tasks, as from `task_names`.
-    index: place in the stream, from 0.
-    seed: names the stream, from 0.
-    split: 'train' or 'held_out' instances.
-    templates: 'train', 'held_out' or 'all' wordings.
+    names: task names, from `task_names`.
+    index: the index in the stream, at least 0.
+    seed: the seed of the stream, at least 0.
+    split: the split of the instances, 'train' or 'held_out'.
+    templates: 'train', 'held_out' or 'all'.
 
   Raises:
-    ValueError: no tasks, an unknown split or kind of templates, or a
-      negative seed or index.
+    ValueError: there are no names, the split or templates do not exist, or the
+      seed or index is negative.
   """
   if not names:
     raise ValueError('a stream needs at least one task; see task_names')
@@ -122,15 +122,15 @@ def example(
     )
   if split not in ('train', 'held_out'):
     raise ValueError(f'a split is train or held_out; got {split!r}')
-  turn, place = divmod(index, len(names))
-  task = TASKS[names[place]]
-  dice = Dice(seed, zlib.crc32(task.name.encode()), turn)
-  instance = task.draw(dice)
+  task_index, name_index = divmod(index, len(names))
+  task = TASKS[names[name_index]]
+  rng = StableRandom(seed, zlib.crc32(task.name.encode()), task_index)
+  instance = task.draw(rng)
   while task.split_of(instance) != split:
-    instance = task.draw(dice)
-  template = dice.pick(task.templates_of(templates))
+    instance = task.draw(rng)
+  template = rng.choice(task.templates_of(templates))
   answers = (instance.answer, *instance.distractors)
-  order = dice.shuffled(range(len(answers)))
+  order = rng.shuffled(range(len(answers)))
   inputs, choices = template.render(instance, [answers[i] for i in order])
   label = order.index(0)
   return Example(
@@ -147,7 +147,7 @@ def examples(
   templates: str = 'train',
   start: int = 0,
 ) -> list[Example]:
-  """Examples `start` to `start + count` of the stream of `example`."""
+  """Returns `count` examples of the stream of `example`, from `start` on."""
   return [
     example(names, index, seed=seed, split=split, templates=templates)
     for index in range(start, start + count)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families about numbers: comparing, adding and counting."""
+"""Tasks about numbers: comparison, arithmetic and counting."""
 
-from moepeft.tasks.dice import Dice
-from moepeft.tasks.lexicon import CATEGORIES, KINDS, NAMES, NOUNS
+from moepeft.tasks.lexicon import CATEGORIES, CATEGORY_NAMES, NAMES, NOUNS
+from moepeft.tasks.stable_random import StableRandom
 from moepeft.tasks.task import Instance, Task, Template
 
 _MEASURES = (
@@ -10,7 +10,7 @@ _MEASURES = (
   ('scored {} points', 'Who got more points?'),
   ('has {} coins', 'Who has more coins?'),
 )
-_GOODS = tuple(
+_ITEMS = tuple(
   'coins cards books stamps shells apples eggs pens beads cups keys '
   'balls'.split()
 )
@@ -21,23 +21,23 @@ _CHANGES = (
   ('gives away {}', -1),
 )
 _COUNTS = ('one', 'two', 'three', 'four')
-_REST = {
+_OTHER_NOUNS = {
   kind: tuple(noun for noun in NOUNS if noun not in nouns)
   for kind, nouns in CATEGORIES.items()
 }
 
 
-def _two_numbers(dice: Dice) -> tuple[int, int]:
-  """Two numbers of two digits that differ in their tens."""
-  first, second = dice.sample(range(1, 10), 2)
-  return 10 * first + dice.below(10), 10 * second + dice.below(10)
+def _two_numbers(rng: StableRandom) -> tuple[int, int]:
+  """Two numbers of two digits with different tens."""
+  first, second = rng.sample(range(1, 10), 2)
+  return 10 * first + rng.randbelow(10), 10 * second + rng.randbelow(10)
 
 
-def draw_comparison(dice: Dice) -> Instance:
-  """552 pairs of names x 7,200 of numbers x 3 measures = 12 million."""
-  names = dice.sample(NAMES, 2)
-  numbers = _two_numbers(dice)
-  claim, question = dice.pick(_MEASURES)
+def draw_comparison(rng: StableRandom) -> Instance:
+  """Instances: 552 pairs of names x 7,200 of numbers x 3 measures = 12e6."""
+  names = rng.sample(NAMES, 2)
+  numbers = _two_numbers(rng)
+  claim, question = rng.choice(_MEASURES)
   first_claim, second_claim = (claim.format(n) for n in numbers)
   facts = f'{names[0]} {first_claim} and {names[1]} {second_claim}.'
   if numbers[0] < numbers[1]:
@@ -63,11 +63,11 @@ COMPARISON = Task(
 )
 
 
-def draw_result(dice: Dice) -> Instance:
-  """552 pairs of names x 7,200 of numbers x 2 questions = 7.9 million."""
-  names = dice.sample(NAMES, 2)
-  numbers = _two_numbers(dice)
-  index = dice.below(2)
+def draw_result(rng: StableRandom) -> Instance:
+  """Instances: 552 pairs of names x 7,200 of numbers x 2 questions = 7.9e6."""
+  names = rng.sample(NAMES, 2)
+  numbers = _two_numbers(rng)
+  index = rng.randbelow(2)
   win = numbers[index] > numbers[1 - index]
   facts = (
     f'{names[0]} scored {numbers[0]} points'
@@ -93,18 +93,19 @@ RESULT = Task(
 )
 
 
-def draw_arithmetic(dice: Dice) -> Instance:
-  """24 names x 12 goods x 60 x 11 numbers x 4 changes = 760,320."""
-  name, goods = dice.pick(NAMES), dice.pick(_GOODS)
-  start, step = dice.between(20, 79), dice.between(2, 12)
-  change, sign = dice.pick(_CHANGES)
+def draw_arithmetic(rng: StableRandom) -> Instance:
+  """Instances: 24 names x 12 items x 60 x 11 numbers x 4 changes = 760,320."""
+  name, items = rng.choice(NAMES), rng.choice(_ITEMS)
+  start, step = rng.randint(20, 79), rng.randint(2, 12)
+  change, sign = rng.choice(_CHANGES)
   total = start + sign * step
-  below = dice.below(4)  # so that the answer is at each rank equally often
-  wrong = [total - d for d in dice.sample((1, 2, 5), min(below, 3))]
-  wrong += [total + d for d in dice.sample((1, 2, 5), 3 - below)]
-  story = f'{name} has {start} {goods} and {change.format(step)}.'
+  # The answer is equally often the smallest, second, ... of the choices.
+  smaller_count = rng.randbelow(4)
+  wrong = [total - d for d in rng.sample((1, 2, 5), min(smaller_count, 3))]
+  wrong += [total + d for d in rng.sample((1, 2, 5), 3 - smaller_count)]
+  story = f'{name} has {start} {items} and {change.format(step)}.'
   return Instance(
-    {'story': story, 'name': name, 'goods': goods},
+    {'story': story, 'name': name, 'goods': items},
     str(total),
     tuple(str(n) for n in wrong),
   )
@@ -123,16 +124,16 @@ ARITHMETIC = Task(
 )
 
 
-def draw_counting(dice: Dice) -> Instance:
-  """Lists of five nouns, one to four of the kind that is asked: over 1e9."""
-  kind = dice.pick(KINDS)
-  count = dice.between(1, 4)
-  items = dice.sample(CATEGORIES[kind], count) + dice.sample(
-    _REST[kind], 5 - count
+def draw_counting(rng: StableRandom) -> Instance:
+  """Instances: over 1e9 lists of 5 nouns, 1 to 4 of the category."""
+  kind = rng.choice(CATEGORY_NAMES)
+  count = rng.randint(1, 4)
+  items = rng.sample(CATEGORIES[kind], count) + rng.sample(
+    _OTHER_NOUNS[kind], 5 - count
   )
   answer = _COUNTS[count - 1]
   return Instance(
-    {'items': ', '.join(dice.shuffled(items)), 'kind': kind},
+    {'items': ', '.join(rng.shuffled(items)), 'kind': kind},
     answer,
     tuple(word for word in _COUNTS if word != answer),
   )

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families about the categories of nouns, over six kinds of 12 nouns each."""
+"""Tasks about the categories of nouns: six categories of 12 nouns each."""
 
-from moepeft.tasks.dice import Dice
-from moepeft.tasks.lexicon import CATEGORIES, KINDS, LOOKS, NAMES, a
+from moepeft.tasks.lexicon import (
+  ADJECTIVES,
+  CATEGORIES,
+  CATEGORY_NAMES,
+  NAMES,
+  with_article,
+)
+from moepeft.tasks.stable_random import StableRandom
 from moepeft.tasks.task import Instance, Task, Template
 
 _TRUE_FALSE = (('Yes', 'True'), ('No', 'False'))
 
-_DEEDS = tuple(
+_VERBS = tuple(
   'bought found drew lost chose spotted wanted described painted '
   'borrowed'.split()
 )
-_NEEDS = (
+_REQUESTS = (
   'asks about',
   'wonders about',
   'needs help with',
@@ -29,21 +35,25 @@ _EXPERTS = {
 }
 
 
-def _with_others(dice: Dice, kind: str, count: int) -> list[str]:
-  """`kind` and `count` other kinds."""
+def _with_other_categories(
+  rng: StableRandom, kind: str, count: int
+) -> list[str]:
+  """Returns `kind` and `count` other categories."""
   return [
     kind,
-    *dice.sample(
-      [candidate for candidate in KINDS if candidate != kind], count
+    *rng.sample(
+      [candidate for candidate in CATEGORY_NAMES if candidate != kind], count
     ),
   ]
 
 
-def draw_topic(dice: Dice) -> Instance:
-  """24 names x 10 deeds x 8 looks x 72 nouns = 138,240."""
-  kinds = _with_others(dice, dice.pick(KINDS), 3)
-  noun_phrase = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kinds[0]])}')
-  text = f'{dice.pick(NAMES)} {dice.pick(_DEEDS)} {noun_phrase}.'
+def draw_topic(rng: StableRandom) -> Instance:
+  """Instances: 24 names x 10 verbs x 8 adjectives x 72 nouns = 138,240."""
+  kinds = _with_other_categories(rng, rng.choice(CATEGORY_NAMES), 3)
+  noun_phrase = with_article(
+    f'{rng.choice(ADJECTIVES)} {rng.choice(CATEGORIES[kinds[0]])}'
+  )
+  text = f'{rng.choice(NAMES)} {rng.choice(_VERBS)} {noun_phrase}.'
   topics = [f'{kind}s' for kind in kinds]
   return Instance({'text': text}, topics[0], tuple(topics[1:]))
 
@@ -63,16 +73,18 @@ TOPIC = Task(
 )
 
 
-def draw_membership(dice: Dice) -> Instance:
-  """4,320 lists of nouns of two kinds x 6 kinds asked = 25,920."""
-  kind = dice.pick(KINDS)
-  yes = dice.coin()
-  kinds = _with_others(dice, kind, 2)
-  kinds = dice.shuffled(kinds[:2] if yes else kinds[1:])
-  items = ', '.join(dice.pick(CATEGORIES[k]) for k in kinds)
+def draw_membership(rng: StableRandom) -> Instance:
+  """Instances: 4,320 pairs of nouns x 6 categories in question = 25,920."""
+  kind = rng.choice(CATEGORY_NAMES)
+  yes = rng.random_bool()
+  kinds = _with_other_categories(rng, kind, 2)
+  kinds = rng.shuffled(kinds[:2] if yes else kinds[1:])
+  items = ', '.join(rng.choice(CATEGORIES[k]) for k in kinds)
   answers = ('Yes', 'No') if yes else ('No', 'Yes')
   return Instance(
-    {'items': items, 'kind': kind, 'a_kind': a(kind)}, answers[0], answers[1:]
+    {'items': items, 'kind': kind, 'a_kind': with_article(kind)},
+    answers[0],
+    answers[1:],
   )
 
 
@@ -93,12 +105,12 @@ MEMBERSHIP = Task(
 )
 
 
-def draw_odd_one_out(dice: Dice) -> Instance:
-  """30 pairs of kinds x 4 places x 1,320 triples x 12 = 1.9 million."""
-  kind, odd_kind = dice.sample(KINDS, 2)
-  odd = dice.pick(CATEGORIES[odd_kind])
-  same = dice.sample(CATEGORIES[kind], 3)
-  items = dice.shuffled([odd, *same])
+def draw_odd_one_out(rng: StableRandom) -> Instance:
+  """Instances: 30 pairs of categories x 4 positions x 1,320 x 12 = 1.9e6."""
+  kind, odd_kind = rng.sample(CATEGORY_NAMES, 2)
+  odd = rng.choice(CATEGORIES[odd_kind])
+  same = rng.sample(CATEGORIES[kind], 3)
+  items = rng.shuffled([odd, *same])
   return Instance({'items': ', '.join(items)}, odd, tuple(same))
 
 
@@ -116,12 +128,14 @@ ODD_ONE_OUT = Task(
 )
 
 
-def draw_profession(dice: Dice) -> Instance:
-  """24 names x 6 needs x 8 looks x 72 nouns = 82,944."""
-  kinds = _with_others(dice, dice.pick(KINDS), 3)
-  name = dice.pick(NAMES)
-  noun_phrase = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kinds[0]])}')
-  text = f'{name} {dice.pick(_NEEDS)} {noun_phrase}.'
+def draw_profession(rng: StableRandom) -> Instance:
+  """Instances: 24 names x 6 requests x 8 adjectives x 72 nouns = 82,944."""
+  kinds = _with_other_categories(rng, rng.choice(CATEGORY_NAMES), 3)
+  name = rng.choice(NAMES)
+  noun_phrase = with_article(
+    f'{rng.choice(ADJECTIVES)} {rng.choice(CATEGORIES[kinds[0]])}'
+  )
+  text = f'{name} {rng.choice(_REQUESTS)} {noun_phrase}.'
   experts = [_EXPERTS[kind] for kind in kinds]
   return Instance({'text': text, 'name': name}, experts[0], tuple(experts[1:]))
 
@@ -141,13 +155,13 @@ PROFESSION = Task(
 )
 
 
-def draw_tidy(dice: Dice) -> Instance:
-  """Half one kind (71,280 lists), half three and one (1.9 million)."""
-  kind, odd_kind = dice.sample(KINDS, 2)
-  tidy = dice.coin()
-  items = dice.sample(CATEGORIES[kind], 4)
+def draw_tidy(rng: StableRandom) -> Instance:
+  """Instances: 71,280 lists of one category, 1.9e6 of three nouns and one."""
+  kind, odd_kind = rng.sample(CATEGORY_NAMES, 2)
+  tidy = rng.random_bool()
+  items = rng.sample(CATEGORIES[kind], 4)
   if not tidy:
-    items[dice.below(4)] = dice.pick(CATEGORIES[odd_kind])
+    items[rng.randbelow(4)] = rng.choice(CATEGORIES[odd_kind])
   answers = ('tidy', 'messy') if tidy else ('messy', 'tidy')
   return Instance({'items': ', '.join(items)}, answers[0], answers[1:])
 

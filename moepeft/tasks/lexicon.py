@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The closed vocabulary that all tasks share.
 
-Names differ in their first letters, and those of women come first in the
-alphabet. No noun is in two categories; all are singular and countable.
+No two names start with the same letter; women's names start with A to L, men's
+with M to Z. No noun is in two categories; all are singular and countable.
 """
 
 WOMEN = tuple(
@@ -34,24 +34,28 @@ CATEGORIES = {
     'oboe'.split()
   ),
 }
-KINDS = tuple(CATEGORIES)
+CATEGORY_NAMES = tuple(CATEGORIES)
 NOUNS = tuple(noun for nouns in CATEGORIES.values() for noun in nouns)
 
-LOOKS = tuple('small big old new plain odd clean dirty'.split())
+ADJECTIVES = tuple('small big old new plain odd clean dirty'.split())
 PLACES = tuple(
   'park market school station harbour library garden museum village castle '
   'bridge hospital'.split()
 )
 
-PRAISE = tuple('great lovely superb pleasant nice perfect fair fine'.split())
-BLAME = tuple('awful nasty poor dreadful bad terrible lousy grim'.split())
+POSITIVE_WORDS = tuple(
+  'great lovely superb pleasant nice perfect fair fine'.split()
+)
+NEGATIVE_WORDS = tuple(
+  'awful nasty poor dreadful bad terrible lousy grim'.split()
+)
 
 COMPARATIVES = tuple(
   'taller shorter older younger faster slower stronger weaker richer poorer '
   'louder quieter happier sadder braver wiser'.split()
 )
 
-OPPOSITES = (
+ANTONYMS = (
   ('big', 'small'),
   ('hot', 'cold'),
   ('old', 'new'),
@@ -79,11 +83,11 @@ OPPOSITES = (
 )
 
 
-def a(words: str) -> str:
-  """The words after their indefinite article: 'an old horse'."""
+def with_article(words: str) -> str:
+  """Puts an indefinite article before words: 'an old horse'."""
   return f'an {words}' if words[0] in 'aeiou' else f'a {words}'
 
 
 def pronoun(name: str) -> str:
-  """'she' or 'he'."""
+  """Returns 'she' or 'he' for a name."""
   return 'she' if name in WOMEN else 'he'

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families about what words and sentences mean; none of them is trained on."""
+"""Tasks about the meaning of words and sentences, for evaluation only."""
 
-from moepeft.tasks.dice import Dice
 from moepeft.tasks.lexicon import (
+  ANTONYMS,
   CATEGORIES,
-  KINDS,
+  CATEGORY_NAMES,
   MEN,
   NAMES,
-  OPPOSITES,
   PLACES,
   WOMEN,
   pronoun,
 )
+from moepeft.tasks.stable_random import StableRandom
 from moepeft.tasks.task import Instance, Task, Template
 
-_DEEDS = tuple(
+_VERBS = tuple(
   'called helped thanked followed praised hired invited visited met '
   'warned'.split()
 )
@@ -90,7 +90,7 @@ _SENSES = {
   },
 }
 
-_ENDINGS = (
+_STATE_ENDINGS = (
   ('thirsty', 'drank water'),
   ('hungry', 'ate some bread'),
   ('tired', 'took a nap'),
@@ -106,14 +106,14 @@ _ENDINGS = (
 )
 
 
-def draw_coreference(dice: Dice) -> Instance:
-  """A woman and a man: 288 pairs x 10 deeds x 8 reasons x 2 = 46,080."""
-  pair = dice.shuffled([dice.pick(WOMEN), dice.pick(MEN)])
-  who = dice.below(2)
-  she = pronoun(pair[who])
-  reason = dice.pick(_REASONS).format(she)
-  text = f'{pair[0]} {dice.pick(_DEEDS)} {pair[1]} {reason}.'
-  return Instance({'text': text, 'she': she}, pair[who], (pair[1 - who],))
+def draw_coreference(rng: StableRandom) -> Instance:
+  """Instances: 288 pairs of names x 10 verbs x 8 reasons x 2 = 46,080."""
+  pair = rng.shuffled([rng.choice(WOMEN), rng.choice(MEN)])
+  index = rng.randbelow(2)
+  she = pronoun(pair[index])
+  reason = rng.choice(_REASONS).format(she)
+  text = f'{pair[0]} {rng.choice(_VERBS)} {pair[1]} {reason}.'
+  return Instance({'text': text, 'she': she}, pair[index], (pair[1 - index],))
 
 
 COREFERENCE = Task(
@@ -129,12 +129,12 @@ COREFERENCE = Task(
 )
 
 
-def draw_word_sense(dice: Dice) -> Instance:
-  """48 uses of 12 words x 24 names x 8 days = 9,216."""
-  word = dice.pick(tuple(_SENSES))
-  sense, wrong_sense = dice.shuffled(tuple(_SENSES[word]))
-  use = dice.pick(_SENSES[word][sense])
-  text = f'{dice.pick(_DAYS)} {dice.pick(NAMES)} {use}.'
+def draw_word_sense(rng: StableRandom) -> Instance:
+  """Instances: 48 uses of 12 words x 24 names x 8 days = 9,216."""
+  word = rng.choice(tuple(_SENSES))
+  sense, wrong_sense = rng.shuffled(tuple(_SENSES[word]))
+  use = rng.choice(_SENSES[word][sense])
+  text = f'{rng.choice(_DAYS)} {rng.choice(NAMES)} {use}.'
   return Instance({'text': text, 'word': word}, sense, (wrong_sense,))
 
 
@@ -151,12 +151,12 @@ WORD_SENSE = Task(
 )
 
 
-def draw_completion(dice: Dice) -> Instance:
-  """8 days x 24 names x 12 places x 12 states = 27,648."""
-  states = dice.sample(_ENDINGS, 4)
-  name = dice.pick(NAMES)
+def draw_completion(rng: StableRandom) -> Instance:
+  """Instances: 8 days x 24 names x 12 places x 12 states = 27,648."""
+  states = rng.sample(_STATE_ENDINGS, 4)
+  name = rng.choice(NAMES)
   text = (
-    f'{dice.pick(_DAYS)}, near the {dice.pick(PLACES)},'
+    f'{rng.choice(_DAYS)}, near the {rng.choice(PLACES)},'
     f' {name} was {states[0][0]}, so {pronoun(name)}'
   )
   endings = [ending for _, ending in states]
@@ -176,21 +176,22 @@ COMPLETION = Task(
 )
 
 
-def _opposites(dice: Dice) -> tuple[str, str, str, list[str]]:
-  pairs = [dice.shuffled(pair) for pair in dice.sample(OPPOSITES, 5)]
+def _antonym_analogy(rng: StableRandom) -> tuple[str, str, str, list[str]]:
+  pairs = [rng.shuffled(pair) for pair in rng.sample(ANTONYMS, 5)]
   (first, two), (three, four) = pairs[:2]
   return first, two, three, [four, *(pair[0] for pair in pairs[2:])]
 
 
-def _kinds(dice: Dice) -> tuple[str, str, str, list[str]]:
-  kinds = dice.sample(KINDS, 4)
-  first, three = (dice.pick(CATEGORIES[kind]) for kind in kinds[:2])
+def _category_analogy(rng: StableRandom) -> tuple[str, str, str, list[str]]:
+  kinds = rng.sample(CATEGORY_NAMES, 4)
+  first, three = (rng.choice(CATEGORIES[kind]) for kind in kinds[:2])
   return first, kinds[0], three, [kinds[1], kinds[0], *kinds[2:]]
 
 
-def draw_analogy(dice: Dice) -> Instance:
-  """Half 4,320 pairs of nouns, half 2,208 pairs of adjectives."""
-  first, two, three, choices = dice.pick((_opposites, _kinds))(dice)
+def draw_analogy(rng: StableRandom) -> Instance:
+  """Instances: 4,320 pairs of nouns and 2,208 pairs of adjectives."""
+  draw_words = rng.choice((_antonym_analogy, _category_analogy))
+  first, two, three, choices = draw_words(rng)
   return Instance(
     {'one': first, 'two': two, 'three': three}, choices[0], tuple(choices[1:])
   )

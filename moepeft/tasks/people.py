@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families about who has what and who stands where, over 24 names."""
+"""Tasks about owners, phone numbers and ranks of people, with 24 names."""
 
-from moepeft.tasks.dice import Dice
-from moepeft.tasks.lexicon import NAMES, NOUNS, a
+from moepeft.tasks.lexicon import NAMES, NOUNS, with_article
+from moepeft.tasks.stable_random import StableRandom
 from moepeft.tasks.task import Instance, Task, Template
 
 _RANKS = ('first', 'second', 'third', 'last')
 _MEDALS = ('gold', 'silver', 'bronze')
 
 
-def _owners(dice: Dice) -> tuple[list[str], list[str], str]:
-  """Three names, their things, and a sentence that says so."""
-  names = dice.sample(NAMES, 3)
-  nouns = dice.sample(NOUNS, 3)
-  has = [f'{names[i]} has {a(nouns[i])}' for i in range(3)]
+def _ownership_facts(rng: StableRandom) -> tuple[list[str], list[str], str]:
+  """Returns three names, a noun for each, and a sentence of who has what."""
+  names = rng.sample(NAMES, 3)
+  nouns = rng.sample(NOUNS, 3)
+  has = [f'{names[i]} has {with_article(nouns[i])}' for i in range(3)]
   return names, nouns, f'{has[0]}, {has[1]} and {has[2]}.'
 
 
-def draw_lookup(dice: Dice) -> Instance:
-  """12,144 triples of names x 357,840 of nouns x 3 questions = 1e10."""
-  names, nouns, facts = _owners(dice)
-  index = dice.below(3)
+def draw_lookup(rng: StableRandom) -> Instance:
+  """Instances: 12,144 triples of names x 357,840 of nouns x 3 = 1e10."""
+  names, nouns, facts = _ownership_facts(rng)
+  index = rng.randbelow(3)
   answer = nouns.pop(index)
   return Instance({'facts': facts, 'name': names[index]}, answer, tuple(nouns))
 
@@ -40,16 +40,16 @@ LOOKUP = Task(
 )
 
 
-def draw_directory(dice: Dice) -> Instance:
-  """12,144 triples of names x 7e11 of numbers x 3 questions."""
-  names = dice.sample(NAMES, 3)
+def draw_directory(rng: StableRandom) -> Instance:
+  """Instances: 12,144 triples of names x 7e11 of numbers x 3 questions."""
+  names = rng.sample(NAMES, 3)
   numbers: list[str] = []
   while len(numbers) < 3:
-    number = str(dice.between(1000, 9999))
+    number = str(rng.randint(1000, 9999))
     if number not in numbers:
       numbers.append(number)
   lines = ', '.join(f'{names[i]} {numbers[i]}' for i in range(3))
-  index = dice.below(3)
+  index = rng.randbelow(3)
   answer = numbers.pop(index)
   return Instance(
     {'lines': lines, 'name': names[index]}, answer, tuple(numbers)
@@ -70,10 +70,10 @@ DIRECTORY = Task(
 )
 
 
-def draw_owner(dice: Dice) -> Instance:
-  """12,144 triples of names x 357,840 of nouns x 3 questions = 1e10."""
-  names, nouns, facts = _owners(dice)
-  index = dice.below(3)
+def draw_owner(rng: StableRandom) -> Instance:
+  """Instances: 12,144 triples of names x 357,840 of nouns x 3 = 1e10."""
+  names, nouns, facts = _ownership_facts(rng)
+  index = rng.randbelow(3)
   answer = names.pop(index)
   return Instance({'facts': facts, 'thing': nouns[index]}, answer, tuple(names))
 
@@ -92,11 +92,11 @@ OWNER = Task(
 )
 
 
-def draw_order(dice: Dice) -> Instance:
-  """255,024 queues of four x 4 ranks = 1.0 million."""
-  names = dice.sample(NAMES, 4)
+def draw_order(rng: StableRandom) -> Instance:
+  """Instances: 255,024 queues of four x 4 ranks = 1.0 million."""
+  names = rng.sample(NAMES, 4)
   queue = ', '.join(names)
-  index = dice.below(4)
+  index = rng.randbelow(4)
   answer = names.pop(index)
   return Instance({'queue': queue, 'rank': _RANKS[index]}, answer, tuple(names))
 
@@ -115,10 +115,10 @@ ORDER = Task(
 )
 
 
-def draw_medal(dice: Dice) -> Instance:
-  """12,144 finishes of three x 3 runners = 36,432."""
-  names = dice.sample(NAMES, 3)
-  index = dice.below(3)
+def draw_medal(rng: StableRandom) -> Instance:
+  """Instances: 12,144 orders of three runners x 3 questions = 36,432."""
+  names = rng.sample(NAMES, 3)
+  index = rng.randbelow(3)
   medals = list(_MEDALS)
   answer = medals.pop(index)
   return Instance(

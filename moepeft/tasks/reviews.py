@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families about opinions: two judgements, both good or both bad."""
+"""Sentiment tasks: reviews with two positive or two negative adjectives."""
 
-from moepeft.tasks.dice import Dice
-from moepeft.tasks.lexicon import BLAME, NAMES, PRAISE, a, pronoun
+from moepeft.tasks.lexicon import (
+  NAMES,
+  NEGATIVE_WORDS,
+  POSITIVE_WORDS,
+  pronoun,
+  with_article,
+)
+from moepeft.tasks.stable_random import StableRandom
 from moepeft.tasks.task import Instance, Task, Template
 
 _VISITS = (
@@ -27,20 +33,20 @@ _YES_NO = (('positive', 'Yes'), ('negative', 'No'))
 _HAPPY_UNHAPPY = (('positive', 'happy'), ('negative', 'unhappy'))
 
 
-def _judged(dice: Dice, parts: tuple[str, ...], good: bool) -> str:
-  words = dice.sample(PRAISE if good else BLAME, 2)
-  first, second = dice.sample(parts, 2)
+def _verdicts(rng: StableRandom, parts: tuple[str, ...], good: bool) -> str:
+  words = rng.sample(POSITIVE_WORDS if good else NEGATIVE_WORDS, 2)
+  first, second = rng.sample(parts, 2)
   return f'the {first} was {words[0]} and the {second} was {words[1]}.'
 
 
-def draw_sentiment(dice: Dice) -> Instance:
-  """24 names x 72 pairs of things x 112 of judgements = 193,536."""
-  good = dice.coin()
-  name = dice.pick(NAMES)
-  judged = _judged(dice, dice.pick(_VISITS), good)
+def draw_sentiment(rng: StableRandom) -> Instance:
+  """Instances: 24 names x 72 pairs of parts x 112 of adjectives = 193,536."""
+  good = rng.random_bool()
+  name = rng.choice(NAMES)
+  verdicts = _verdicts(rng, rng.choice(_VISITS), good)
   answers = ('positive', 'negative') if good else ('negative', 'positive')
   return Instance(
-    {'review': f'{name} says {judged}', 'name': name},
+    {'review': f'{name} says {verdicts}', 'name': name},
     answers[0],
     answers[1:],
   )
@@ -61,15 +67,15 @@ SENTIMENT = Task(
 )
 
 
-def draw_verdict(dice: Dice) -> Instance:
-  """24 names x 72 pairs of parts x 112 of judgements = 193,536."""
-  good = dice.coin()
-  name = dice.pick(NAMES)
-  order, parts = dice.pick(_ORDERS)
-  judged = _judged(dice, parts, good)
+def draw_verdict(rng: StableRandom) -> Instance:
+  """Instances: 24 names x 72 pairs of parts x 112 of adjectives = 193,536."""
+  good = rng.random_bool()
+  name = rng.choice(NAMES)
+  order, parts = rng.choice(_ORDERS)
+  verdicts = _verdicts(rng, parts, good)
   answers = ('keep', 'return') if good else ('return', 'keep')
   fields = {
-    'report': f'{name} got {a(order)}: {judged}',
+    'report': f'{name} got {with_article(order)}: {verdicts}',
     'order': order,
     'name': name,
     'she': pronoun(name),

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded tasks for SeqIO's users: importing this registers them.
+"""Registers the embedded tasks in SeqIO when it is imported.
 
-Each is a task of SeqIO, `moepeft_storage`, and each group a mixture,
-`moepeft_a`, `moepeft_b` and `moepeft_c`, whose tasks come equally often. The
-split 'train' is the first TRAIN examples of a task's stream with seed 0,
-'validation' the first VALIDATION of its held-out instances, in the wordings
-that training sees. Features are ids of SeqIO's ByteVocabulary, which are those
-of `moepeft.data.tokenizers.tokenizer.ByteTokenizer`. Needs the extra
-`moepeft[seqio]`.
+Each task has the name `moepeft_<task>`, such as `moepeft_storage`. Each group
+is a mixture with equal rates: `moepeft_a`, `moepeft_b` and `moepeft_c`. The
+split 'train' is the first TRAIN examples of a task's stream with seed 0, and
+'validation' the first VALIDATION examples with held-out instances and training
+templates. SeqIO's ByteVocabulary has the ids of
+`moepeft.data.tokenizers.tokenizer.ByteTokenizer`. Needs `moepeft[seqio]`.
 """
 
 import functools
@@ -24,26 +23,26 @@ from moepeft.tasks import GROUPS, TASKS, example, task_names
 
 TRAIN = 10_000
 VALIDATION = 1_000
-# moepeft's split, and how many of its examples SeqIO gets.
+# SeqIO's split -> (moepeft's split, number of examples).
 _SPLITS = {'train': ('train', TRAIN), 'validation': ('held_out', VALIDATION)}
 
 
 def accuracy(targets, predictions) -> dict[str, float]:
-  """Percent of the answers that are the target, blanks around it aside.
+  """Returns the exact match in percent, ignoring white space at the ends.
 
-  Not what moepeft itself reports, which ranks the choices of an example.
+  moepeft's own accuracy differs: it ranks the choices of an example.
   """
-  right = [
+  is_correct = [
     target.strip() == prediction.strip()
     for target, prediction in zip(targets, predictions, strict=True)
   ]
-  return {'accuracy': 100 * sum(right) / max(len(right), 1)}
+  return {'accuracy': 100 * sum(is_correct) / max(len(is_correct), 1)}
 
 
 def dataset(
   split: str, shuffle_files: bool, seed: int | None = None, *, name: str
 ) -> tf.data.Dataset:
-  """Texts inputs and targets, and idx; SeqIO shuffles, here nothing does."""
+  """Returns the texts `inputs` and `targets`, and `idx`, not shuffled."""
   del shuffle_files, seed
   instances, count = _SPLITS[split]
 

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families about what statements say: what follows and who did what."""
+"""Inference tasks: entailment, paraphrase and negation."""
 
-from moepeft.tasks.dice import Dice
-from moepeft.tasks.lexicon import COMPARATIVES, NAMES, NOUNS, a
+from moepeft.tasks.lexicon import COMPARATIVES, NAMES, NOUNS, with_article
+from moepeft.tasks.stable_random import StableRandom
 from moepeft.tasks.task import Instance, Task, Template
 
 _TRUE_FALSE = (('Yes', 'True'), ('No', 'False'))
 _TRUE_FALSE_UNKNOWN = (*_TRUE_FALSE, ('Maybe', 'Unknown'))
 
-_TRADES = (
+_TRADE_VERBS = (
   ('sold', 'bought'),
   ('lent', 'borrowed'),
   ('gave', 'got'),
 )
-_MEETINGS = tuple(
+_VERBS = tuple(
   'called helped thanked followed praised hired invited visited'.split()
 )
-_ACTS = (
+_VERB_FORMS = (
   ('sing', 'sang'),
   ('dance', 'danced'),
   ('call', 'called'),
@@ -38,20 +38,20 @@ _DENIALS = (
 )
 
 
-def draw_entailment(dice: Dice) -> Instance:
-  """8,832 premises, each x (1 true + 1 false + 88 open claims) = 794,880.
+def draw_entailment(rng: StableRandom) -> Instance:
+  """Instances: 8,832 premises x (1 true + 1 false + 88 open claims) = 794,880.
 
-  A third of the draws repeats the premise, a third turns it round and a third
-  claims something about another person.
+  In a third of the draws the claim is the premise, in a third its converse, and
+  in a third it is about another person.
   """
-  taller, shorter, stranger = dice.sample(NAMES, 3)
-  more = dice.pick(COMPARATIVES)
+  taller, shorter, stranger = rng.sample(NAMES, 3)
+  more = rng.choice(COMPARATIVES)
   pairs = {
     'Yes': (taller, shorter),
     'No': (shorter, taller),
-    'Maybe': dice.shuffled([dice.pick((taller, shorter)), stranger]),
+    'Maybe': rng.shuffled([rng.choice((taller, shorter)), stranger]),
   }
-  answer = dice.pick(tuple(pairs))
+  answer = rng.choice(tuple(pairs))
   first, second = pairs.pop(answer)
   return Instance(
     {
@@ -84,9 +84,11 @@ ENTAILMENT = Task(
 )
 
 
-def _trade(dice: Dice, giver: str, receiver: str) -> tuple[str, str, str]:
-  gave, took = dice.pick(_TRADES)
-  noun_phrase = a(dice.pick(NOUNS))
+def _trade_pair(
+  rng: StableRandom, giver: str, receiver: str
+) -> tuple[str, str, str]:
+  gave, took = rng.choice(_TRADE_VERBS)
+  noun_phrase = with_article(rng.choice(NOUNS))
   return (
     f'{giver} {gave} {noun_phrase} to {receiver}',
     f'{receiver} {took} {noun_phrase} from {giver}',
@@ -94,8 +96,10 @@ def _trade(dice: Dice, giver: str, receiver: str) -> tuple[str, str, str]:
   )
 
 
-def _meeting(dice: Dice, first: str, second: str) -> tuple[str, str, str]:
-  did = dice.pick(_MEETINGS)
+def _voice_pair(
+  rng: StableRandom, first: str, second: str
+) -> tuple[str, str, str]:
+  did = rng.choice(_VERBS)
   return (
     f'{first} {did} {second}',
     f'{second} was {did} by {first}',
@@ -103,13 +107,14 @@ def _meeting(dice: Dice, first: str, second: str) -> tuple[str, str, str]:
   )
 
 
-def draw_paraphrase(dice: Dice) -> Instance:
-  """552 pairs of names x (3 trades x 72 nouns + 8 meetings) x 4 = 494,592."""
-  first, two = dice.sample(NAMES, 2)
-  sentence, same, different = dice.pick((_trade, _meeting))(dice, first, two)
-  yes = dice.coin()
+def draw_paraphrase(rng: StableRandom) -> Instance:
+  """Instances: 552 pairs of names x (3 x 72 nouns + 8 verbs) x 4 = 494,592."""
+  first, two = rng.sample(NAMES, 2)
+  draw_sentences = rng.choice((_trade_pair, _voice_pair))
+  sentence, same, different = draw_sentences(rng, first, two)
+  yes = rng.random_bool()
   pair = [sentence, same if yes else different]
-  if dice.coin():
+  if rng.random_bool():
     pair.reverse()
   answers = ('Yes', 'No') if yes else ('No', 'Yes')
   return Instance({'one': pair[0], 'two': pair[1]}, answers[0], answers[1:])
@@ -128,15 +133,15 @@ PARAPHRASE = Task(
 )
 
 
-def draw_negation(dice: Dice) -> Instance:
-  """552 pairs of names x 12 acts x 4 denials x 2 questions = 52,992."""
-  doer, bystander = dice.sample(NAMES, 2)
-  act, past = dice.pick(_ACTS)
-  denial = dice.pick(_DENIALS)
+def draw_negation(rng: StableRandom) -> Instance:
+  """Instances: 552 pairs of names x 12 verbs x 4 denials x 2 = 52,992."""
+  doer, bystander = rng.sample(NAMES, 2)
+  act, past = rng.choice(_VERB_FORMS)
+  denial = rng.choice(_DENIALS)
   text = denial.format(doer=doer, other=bystander, act=act, past=past)
   answers = (doer, bystander)
   question = f'Who {past}?'
-  if dice.coin():
+  if rng.random_bool():
     answers = (bystander, doer)
     question = f'Who did not {act}?'
   return Instance({'text': text, 'question': question}, answers[0], answers[1:])

@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task: a draw of instances, and templates that word them."""
+"""A task: a function that draws instances, and templates that render them."""
 
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from moepeft.tasks.dice import Dice
+from moepeft.tasks.stable_random import StableRandom
 
-_HELD_OUT_ONE_IN = 10
+_HELD_OUT_DIVISOR = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One rendered example, scored by ranking its choices.
+  """A rendered example; evaluation ranks its choices.
 
   Attributes:
     task: the task's name.
     template: the template's name.
-    idx: the index in the stream that `example` was asked for.
-    inputs: text, at most 160 bytes.
-    targets: the answer, at most 16 bytes; equals `choices[label]`.
+    idx: the index in the stream of `moepeft.tasks.example`.
+    inputs: text of at most 160 bytes.
+    targets: the answer `choices[label]`, at most 16 bytes.
     choices: 2 to 4 distinct answers in random order.
-    label: the place of the answer among the choices.
+    label: the index of the right answer in `choices`.
   """
 
   task: str
@@ -35,10 +35,13 @@ class Example:
 
 
 class Instance(NamedTuple):
-  """One instance before it is worded.
+  """An instance of a task before a template renders it.
 
-  `fields` fill the templates and say which instance it is: two draws with
-  equal fields are the same instance and have the same answer.
+  Attributes:
+    fields: {name: text} for the templates. They identify the instance: draws
+      with equal fields have the same answer and are in the same split.
+    answer: the right answer.
+    distractors: wrong answers.
   """
 
   fields: dict[str, str]
@@ -48,69 +51,74 @@ class Instance(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """One wording.
+  """A prompt template.
 
   Attributes:
     name: unique in the task.
-    text: a `str.format` text over the fields; `{options}` lists the choices.
-    words: verbaliser, pairs (answer of the task, its wording here); other
-      answers are worded as they are.
+    text: a `str.format` string with the instance's fields; `{options}` lists
+      the choices.
+    verbalizer: pairs (answer of the task, text in this template); other answers
+      are their own text.
   """
 
   name: str
   text: str
-  words: tuple[tuple[str, str], ...] = ()
+  verbalizer: tuple[tuple[str, str], ...] = ()
 
   def render(
     self, instance: Instance, order: Sequence[str]
   ) -> tuple[str, tuple[str, ...]]:
-    """The inputs and the choices, the latter in the given order of answers."""
-    words = dict(self.words)
-    choices = tuple(words.get(answer, answer) for answer in order)
+    """Returns (inputs, choices).
+
+    Args:
+      order: the answers of the task in the order of the choices.
+    """
+    verbalizer = dict(self.verbalizer)
+    choices = tuple(verbalizer.get(answer, answer) for answer in order)
     inputs = self.text.format(**instance.fields, options=', '.join(choices))
     return inputs, choices
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """The entry of a task: instances, and templates of which some are held out.
+  """A registry entry of a task.
 
   Attributes:
     name: unique among the tasks.
-    group: 'A' (bases are pretrained on it), 'B' (methods adapt to it), 'C'
-      (never trained on), or '' for a task that is selected by name alone.
-    draw: one instance from the dice, over both splits.
-    templates: all wordings.
-    held_out: how many of the last templates are never trained on.
+    group: 'A' (for pretraining), 'B' (for adaptation), 'C' (for evaluation
+      only), or '' for a task that is selected only by its name.
+    draw: draws an instance of either split.
+    templates: all templates.
+    held_out: the number of templates, the last ones, that are not trained on.
   """
 
   name: str
   group: str
-  draw: Callable[[Dice], Instance]
+  draw: Callable[[StableRandom], Instance]
   templates: tuple[Template, ...]
   held_out: int = 1
 
   def templates_of(self, split: str) -> tuple[Template, ...]:
-    """The templates of 'train', 'held_out' or 'all'."""
-    cut = len(self.templates) - self.held_out
-    parts = {
-      'train': self.templates[:cut],
-      'held_out': self.templates[cut:],
+    """Returns the templates of 'train', 'held_out' or 'all'."""
+    train_count = len(self.templates) - self.held_out
+    by_split = {
+      'train': self.templates[:train_count],
+      'held_out': self.templates[train_count:],
       'all': self.templates,
     }
-    if split not in parts:
+    if split not in by_split:
       raise ValueError(
-        f'templates are one of {", ".join(parts)}; got {split!r}'
+        f'templates are one of {", ".join(by_split)}; got {split!r}'
       )
-    return parts[split]
+    return by_split[split]
 
   def split_of(self, instance: Instance) -> str:
-    """'held_out' for a fixed tenth of the instances, else 'train'.
+    """Returns 'held_out' for a fixed tenth of the instances, otherwise 'train'.
 
-    A hash of the fields decides, so the splits share no instance whatever
-    the seed, the template or the order of the choices.
+    It is a hash of the fields, so that the splits share no instance for any
+    seed, template or order of the choices.
     """
     fields = instance.fields
     key = '|'.join((self.name, *(fields[name] for name in sorted(fields))))
-    held_out = zlib.crc32(key.encode()) % _HELD_OUT_ONE_IN == 0
+    held_out = zlib.crc32(key.encode()) % _HELD_OUT_DIVISOR == 0
     return 'held_out' if held_out else 'train'

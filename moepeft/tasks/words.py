@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families of a few words each: short enough to learn a vocabulary from."""
+"""Tasks with inputs of a few words, which teach the vocabulary."""
 
-from moepeft.tasks.dice import Dice
 from moepeft.tasks.lexicon import (
-  BLAME,
   CATEGORIES,
-  KINDS,
+  CATEGORY_NAMES,
   NAMES,
+  NEGATIVE_WORDS,
   NOUNS,
-  PRAISE,
-  a,
+  POSITIVE_WORDS,
+  with_article,
 )
+from moepeft.tasks.stable_random import StableRandom
 from moepeft.tasks.task import Instance, Task, Template
 
 
-def draw_kind(dice: Dice) -> Instance:
-  """72 nouns x 20 choices of wrong kinds, of which the noun alone counts."""
-  kind = dice.pick(KINDS)
-  wrong = dice.sample([k for k in KINDS if k != kind], 3)
-  number = str(dice.between(10, 99))
-  noun = dice.pick(CATEGORIES[kind])
-  fields = {'noun': noun, 'one': a(noun), 'number': number}
+def draw_kind(rng: StableRandom) -> Instance:
+  """Instances: 72 nouns x 90 numbers = 6,480."""
+  kind = rng.choice(CATEGORY_NAMES)
+  wrong = rng.sample([k for k in CATEGORY_NAMES if k != kind], 3)
+  number = str(rng.randint(10, 99))
+  noun = rng.choice(CATEGORIES[kind])
+  fields = {'noun': noun, 'one': with_article(noun), 'number': number}
   return Instance(fields, kind, tuple(wrong))
 
 
@@ -37,11 +37,14 @@ KIND = Task(
 )
 
 
-def draw_opinion(dice: Dice) -> Instance:
-  """16 words x 90 numbers = 1,440; the number keeps instances apart."""
-  good = dice.coin()
-  number = str(dice.between(10, 99))
-  fields = {'word': dice.pick(PRAISE if good else BLAME), 'number': number}
+def draw_opinion(rng: StableRandom) -> Instance:
+  """Instances: 16 words x 90 numbers = 1,440."""
+  good = rng.random_bool()
+  number = str(rng.randint(10, 99))
+  fields = {
+    'word': rng.choice(POSITIVE_WORDS if good else NEGATIVE_WORDS),
+    'number': number,
+  }
   answers = ('good', 'bad') if good else ('bad', 'good')
   return Instance(fields, answers[0], answers[1:])
 
@@ -59,17 +62,17 @@ OPINION = Task(
 )
 
 
-def draw_recall(dice: Dice) -> Instance:
-  """One to three pairs: up to 12,144 triples of names x 357,840 of nouns.
+def draw_recall(rng: StableRandom) -> Instance:
+  """Instances: 1 to 3 pairs, up to 12,144 triples of names x 357,840 of nouns.
 
-  With one pair the answer is only read off, which is where looking up begins.
+  One pair is the easiest case: the answer is its noun.
   """
-  count = dice.between(1, 3)
-  names, nouns = dice.sample(NAMES, count), dice.sample(NOUNS, count + 1)
+  count = rng.randint(1, 3)
+  names, nouns = rng.sample(NAMES, count), rng.sample(NOUNS, count + 1)
   pairs = ', '.join(
     f'{name} {noun}' for name, noun in zip(names, nouns, strict=False)
   )
-  index = dice.below(count)
+  index = rng.randbelow(count)
   answer = nouns.pop(index)
   fields = {'pairs': pairs, 'name': names[index]}
   return Instance(fields, answer, tuple(nouns[: max(count - 1, 1)]))
@@ -88,23 +91,24 @@ RECALL = Task(
 )
 
 
-_HOMES = dict(
+_STORAGE_PLACES = dict(
   zip(
-    KINDS,
+    CATEGORY_NAMES,
     ('barn', 'bowl', 'shed', 'wardrobe', 'garage', 'orchestra'),
     strict=True,
   )
 )
 
 
-def draw_storage(dice: Dice) -> Instance:
-  """72 nouns x 90 numbers = 6,480; the number keeps instances apart."""
-  kind = dice.pick(KINDS)
-  noun = dice.pick(CATEGORIES[kind])
-  number = str(dice.between(10, 99))
-  wrong = dice.sample([h for h in _HOMES.values() if h != _HOMES[kind]], 3)
-  fields = {'noun': noun, 'one': a(noun), 'number': number}
-  return Instance(fields, _HOMES[kind], tuple(wrong))
+def draw_storage(rng: StableRandom) -> Instance:
+  """Instances: 72 nouns x 90 numbers = 6,480."""
+  kind = rng.choice(CATEGORY_NAMES)
+  noun = rng.choice(CATEGORIES[kind])
+  number = str(rng.randint(10, 99))
+  place = _STORAGE_PLACES[kind]
+  wrong = rng.sample([p for p in _STORAGE_PLACES.values() if p != place], 3)
+  fields = {'noun': noun, 'one': with_article(noun), 'number': number}
+  return Instance(fields, place, tuple(wrong))
 
 
 STORAGE = Task(
@@ -121,11 +125,11 @@ STORAGE = Task(
 )
 
 
-def draw_stars(dice: Dice) -> Instance:
-  """112 pairs of words of one colour x 90 numbers = 10,080."""
-  good = dice.coin()
-  first, two = dice.sample(PRAISE if good else BLAME, 2)
-  fields = {'one': first, 'two': two, 'number': str(dice.between(10, 99))}
+def draw_stars(rng: StableRandom) -> Instance:
+  """Instances: 112 pairs of words of one sentiment x 90 numbers = 10,080."""
+  good = rng.random_bool()
+  first, two = rng.sample(POSITIVE_WORDS if good else NEGATIVE_WORDS, 2)
+  fields = {'one': first, 'two': two, 'number': str(rng.randint(10, 99))}
   answers = ('five', 'one') if good else ('one', 'five')
   return Instance(fields, answers[0], answers[1:])
 

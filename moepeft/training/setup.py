@@ -27,7 +27,7 @@ from moepeft.data import (
   load_tokenizer,
   make_loader,
   open_data,
-  truncation_note,
+  truncation_warning,
 )
 from moepeft.data.batching.collators import (
   Collator,
@@ -176,7 +176,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     },
     padded,
   )
-  print(truncation_note(data, collator), end='', flush=True)
+  print(truncation_warning(data, collator), end='', flush=True)
   data = _with_precomputed_reference(
     config,
     data,
@@ -406,7 +406,7 @@ def _with_precomputed_reference(
     or config.preference.reference != reference_model.PRECOMPUTED
   ):
     return data
-  log_p = reference_model.precomputed(
+  log_p = reference_model.precompute_logps(
     workdir,
     data.preferences,
     collator,

@@ -94,7 +94,7 @@ def test_an_adapter_of_peft_is_refused(tmp_path):
   peft.save(tmp_path / 'a', CONFIG, LORA)
   module = 'encoder.block.1.layer.0.SelfAttention.q'
   name = f'base_model.model.{module}.lora_B.weight'
-  spoil(tmp_path / 'a' / peft.ARRAYS, name, np.nan)
+  spoil(tmp_path / 'a' / peft.WEIGHTS_FILE, name, np.nan)
   with pytest.raises(CheckpointError, match=f'{module}.lora_B'):
     peft.load(str(tmp_path / 'a'), CONFIG)
 

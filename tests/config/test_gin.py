@@ -68,7 +68,7 @@ def test_without_a_size_it_is_large_and_said():
   translated = load(RUN)
   assert flat(translated.config) == flat(twin('large', 'molora'))
   (note,) = translated.notes
-  assert gin_files.LARGE in note
+  assert gin_files.DEFAULT_MODEL_FILE in note
 
 
 def test_other_sizes_are_the_nearest_and_a_shape():

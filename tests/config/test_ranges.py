@@ -66,7 +66,7 @@ def test_every_default_is_allowed():
   ('key', 'names'),
   [
     ('preference.loss', dpo.LOSSES),
-    ('loss.average_over', loss.PER),
+    ('loss.average_over', loss.AVERAGE_OVER),
     ('model.quantize', ('', *quantize.FORMATS)),
     ('data.format', ('', *FORMATS)),
     ('data.train_on', chat_dataset.TRAIN_ON),

@@ -17,7 +17,7 @@ from moepeft import config as config_lib
 from moepeft.data import make_loader, mixing, open_data
 from moepeft.data.batching import packing
 from moepeft.data.batching.collators import Seq2SeqCollator
-from moepeft.data.loader import WINDOW, Loader, StreamWindows
+from moepeft.data.loader import WINDOW_SIZE, Loader, StreamWindows
 from moepeft.data.readers import jsonl_rows
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.tasks import Example
@@ -157,10 +157,10 @@ def test_decoder_inputs_are_shifted_within_each_example():
 def test_no_bin_holds_more_than_its_room_and_few_are_made():
   # Sizes 6, 5, 5, 4 of 10 fit two bins only as 6 + 4 and 5 + 5.
   lengths = np.array([[6, 1], [5, 1], [5, 1], [4, 1]])
-  made = packing.assign_bins(lengths, (10, 9))
+  made = packing.best_fit_bins(lengths, (10, 9))
   assert sorted(map(sorted, made)) == [[0, 3], [1, 2]]
   # The other side binds as well.
-  assert len(packing.assign_bins(lengths, (99, 1))) == 4
+  assert len(packing.best_fit_bins(lengths, (99, 1))) == 4
 
 
 @pytest.mark.skipif(not P3.exists(), reason='needs ../shared/data/p3')
@@ -281,8 +281,8 @@ def _alive(pid):
 
 
 def test_hosts_share_the_windows_among_them():
-  both = [opened(False, (host, 2), batch_size=WINDOW) for host in (0, 1)]
-  whole = opened(False, batch_size=WINDOW)
+  both = [opened(False, (host, 2), batch_size=WINDOW_SIZE) for host in (0, 1)]
+  whole = opened(False, batch_size=WINDOW_SIZE)
   for host in (0, 1, 0, 1):
     equal(next(both[host]), next(whole))
   for one in (*both, whole):
@@ -307,7 +307,7 @@ def test_a_stream_that_cannot_jump_is_read_from_its_place():
   equal(next(two), seen[7])
   two.close()
   # A generator begins when it is first read: the place 0 of `two` never was.
-  assert requests == [0, 2 * WINDOW]
+  assert requests == [0, 2 * WINDOW_SIZE]
 
 
 @pytest.mark.skipif(not P3.exists(), reason='needs ../shared/data/p3')

@@ -135,8 +135,8 @@ def _targets(root: Path):
     'hf config, Llama': ('llama', 'config.json', load),
     'hf weights': ('t5', 'model.safetensors', load),
     'hf index': ('shards', 'model.safetensors.index.json', load),
-    'peft config': ('peft', peft.CONFIG, lora_of),
-    'peft weights': ('peft', peft.ARRAYS, lora_of),
+    'peft config': ('peft', peft.CONFIG_FILE, lora_of),
+    'peft weights': ('peft', peft.WEIGHTS_FILE, lora_of),
     'own card': ('own', adapter.METADATA_FILE, lora_of),
     'own weights': ('own', adapter.ARRAYS, lora_of),
     't5x index': (

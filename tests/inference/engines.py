@@ -249,11 +249,11 @@ def running(model, params, banks, settings):
 def idle(engine):
   """Whether no request has anything, after all have ended."""
   stats = engine.stats()
-  slots = engine._core.scheduler.slots.slots
+  slots = engine._core.scheduler.prefix_cache.slots
   return (
     stats.running == stats.waiting == 0
     and not any(slot.busy for slot in slots)
-    and not engine._core.scheduler.busy
+    and not engine._core.scheduler.has_unfinished
   )
 
 

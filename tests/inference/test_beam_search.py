@@ -245,7 +245,7 @@ def test_an_engine_is_idle_after_a_search(folders):
   with pytest.raises(ValueError, match='5 beams need as many slots'):
     engine.beam_search(requests, BeamConfig(5))
   engine.beam_search(requests, BeamConfig(3))
-  assert engine._core.scheduler.slots.free() == 4
+  assert engine._core.scheduler.prefix_cache.free() == 4
   broken = jax.tree.map(lambda a: a * np.nan, variables['params'])
   engine.update_weights({'params': broken})
   with pytest.raises(ArithmeticError, match='NaN or infinite'):
@@ -256,7 +256,7 @@ def test_an_engine_is_idle_after_a_search(folders):
   assert answer.ids == answers.uncached_greedy(
     module, variables, (5, 6, 7), LENGTH
   )
-  assert engine._core.scheduler.slots.free() == 4
+  assert engine._core.scheduler.prefix_cache.free() == 4
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def test_placeholders_count_in_a_decoders_row():
   long = make_sample([9, 8, 7, 6], [5, 4])
   (actual,) = own.encode([long])
   assert actual.ids.tolist() == [*AHEAD, 8, 7, 6, 5, 4]
-  assert own.count_cut([long]) == 1
-  assert own.count_cut([make_sample([7, 6], [5, 4, 3])]) == 0
+  assert own.count_truncated([long]) == 1
+  assert own.count_truncated([make_sample([7, 6], [5, 4, 3])]) == 0
   rows = own.pad([actual])
   assert rows['inputs'].tolist() == [[*AHEAD, 8, 7, 6, 5]]
   assert rows['targets_mask'].tolist() == [[False] * 5 + [True] * 2]
@@ -88,8 +88,8 @@ def test_placeholders_stand_before_the_inputs_of_pairs_and_count():
     [101, 1],
     [5, 1],
   ]
-  assert own.count_cut([example('abc', 'b')]) == 1
-  assert own.count_cut([example('a', 'b')]) == 0
+  assert own.count_truncated([example('abc', 'b')]) == 1
+  assert own.count_truncated([example('a', 'b')]) == 0
 
 
 @pytest.mark.parametrize('predict', ['next', 'prefix', 'spans'])

@@ -172,7 +172,7 @@ def test_kto_pulls_good_answers_up_and_bad_ones_down():
     ({'loss': 'slic'}, 'one of sigmoid, hinge, ipo, robust'),
     ({'beta': 0.0}, 'beta is above 0'),
     ({'label_smoothing': 0.5}, 'below 0.5'),
-    ({'loss': 'ipo', 'label_smoothing': 0.1}, 'does nothing'),
+    ({'loss': 'ipo', 'label_smoothing': 0.1}, 'has no effect'),
     ({'sft_weight': -1.0}, 'sft_weight is at least 0'),
   ],
 )

@@ -141,7 +141,7 @@ def test_written_is_what_was_read(name, tmp_path):
   peft.save(tmp_path / 'x', base.config, adapter, like=like)
   assert selection(peft_config.read(tmp_path / 'x')) == selection(like)
   written, before = (
-    load_file(place / peft.ARRAYS) for place in (tmp_path / 'x', folder)
+    load_file(place / peft.WEIGHTS_FILE) for place in (tmp_path / 'x', folder)
   )
   assert written.keys() == before.keys()
   for key, array in before.items():

@@ -154,7 +154,10 @@ def test_written(name, tmp_path):
   if name in ADAPTERS:
     like = peft_config.read(folder)
     peft.save(tmp_path / 'x', case.config, case.adapter, like=like)
-    file, config = peft.ARRAYS, selection(peft_config.read(tmp_path / 'x'))
+    file, config = (
+      peft.WEIGHTS_FILE,
+      selection(peft_config.read(tmp_path / 'x')),
+    )
     assert config == selection(like)
     expected = load_file(folder / file)
   else:

@@ -212,7 +212,9 @@ def test_a_full_run_has_its_reference_from_before_training(
   again = card(places, 't5', **more, steps=5), str(tmp_path / 'cut')
   with pytest.raises(ValueError, match='has changed since the run'):
     train.train(*again)
-  with pytest.raises(ValueError, match='computed of another base, adapter or'):
+  with pytest.raises(
+    ValueError, match='computed with another base, adapter or'
+  ):
     train.train(*again, may_differ=('data.path',))
 
 

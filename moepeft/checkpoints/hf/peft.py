@@ -2,9 +2,9 @@
 """Reads and writes adapters of `peft`: LoRA, DoRA, (IA)^3, prompt tuning.
 
 An adapter is a directory with adapter_config.json and
-adapter_model.safetensors. (IA)^3 on the input of `wo`, one of peft's
-`feedforward_modules`, is moepeft's `ia3` at the site */mlp/hidden; on the input
-of other modules it is `ia3(on='input')`. The model family names the modules.
+adapter_model.safetensors. peft scales the inputs of `feedforward_modules`: at
+`wo` this is moepeft's `ia3` at the site */mlp/hidden, at other modules it is
+`ia3(on='input')`. Each model family defines its module names.
 """
 
 import re
@@ -18,32 +18,32 @@ from safetensors.numpy import save_file
 from moepeft.checkpoints import directory
 from moepeft.checkpoints.adapter import (
   AdapterWeights,
-  instances,
+  method_instances,
   site_patterns,
   sites_in,
 )
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft_config, peft_lora, peft_prompt
-from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, unique_module
+from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, site_module
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Entry, Rule, Shape
 from moepeft.peft.methods.ia3 import Ia3
 
-ARRAYS, CONFIG = 'adapter_model.safetensors', peft_config.FILE
-_PICKLE = 'adapter_model.bin'
+WEIGHTS_FILE, CONFIG_FILE = 'adapter_model.safetensors', peft_config.FILE
+_PICKLE_FILE = 'adapter_model.bin'
 _IA3_SUFFIX = '.ia3_l'
 
 
 def load(path: str, config: Any, dtype: Any = 'float32') -> AdapterWeights:
   """Reads an adapter's method and 'peft' tree.
 
-  Arrays of layers without a LoRA are zeros, whose gradients are zero, too;
-  arrays of layers without (IA)^3 are ones.
+  A layer that the adapter omits gets LoRA arrays of zeros, whose gradients are
+  also zero, or (IA)^3 scales of ones.
 
   Args:
-    config: the base model's config, which the adapter's files lack.
+    config: the base model's config; the adapter's files do not contain it.
     dtype: the dtype of the result; None keeps the file's.
 
   Raises:
@@ -52,13 +52,13 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> AdapterWeights:
   """
   fields, family = peft_config.read(path), hf.family_of(config)
   tensors = _open_tensors(Path(path))
-  if fields['peft_type'] == peft_prompt.KIND:
+  if fields['peft_type'] == peft_prompt.PEFT_TYPE:
     return peft_prompt.read(path, config, fields, tensors)
   rank_sizes, shapes, fetch_stored = {}, tensors.shapes, tensors.fetch
   if fields['peft_type'] == 'LORA':
-    read = peft_lora.read(config, fields, tensors)
-    method, rules, rank_sizes = read.method, read.rules, read.rank_sizes
-    shapes, fetch_stored = read.shapes, read.fetch
+    lora = peft_lora.read(config, fields, tensors)
+    method, rules, rank_sizes = lora.method, lora.rules, lora.rank_sizes
+    shapes, fetch_stored = lora.shapes, lora.fetch
   else:
     method, rules = _read_ia3(config, shapes)
   sizes = family.axis_sizes(config) | rank_sizes
@@ -67,15 +67,15 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> AdapterWeights:
   weight_mapping.check(
     {e.stored_name: e.stored_shape for e in entries},
     missing_shapes | shapes,
-    f'{Path(path) / ARRAYS} does not fit the model',
+    f'{Path(path) / WEIGHTS_FILE} does not fit the model',
     'give the base model that the adapter was trained on',
   )
-  stored = tensors.fetch(next(iter(shapes))).dtype
+  stored_dtype = tensors.fetch(next(iter(shapes))).dtype
 
   def fetch(name):
     if name in missing_shapes:
-      neutral = np.ones if name.endswith(_IA3_SUFFIX) else np.zeros
-      return neutral(missing_shapes[name], stored)
+      fill_value = 1 if name.endswith(_IA3_SUFFIX) else 0
+      return np.full(missing_shapes[name], fill_value, stored_dtype)
     return fetch_stored(name)
 
   return AdapterWeights(
@@ -97,18 +97,18 @@ def save(
 
   Args:
     base: path or name of the base model, for adapter_config.json.
-    like: an earlier adapter_config.json from `peft_config.read`; fields that
-      are still valid are kept.
+    like: the fields of an earlier adapter_config.json from `peft_config.read`;
+      with the same peft_type, those that this adapter does not set are copied.
 
   Raises:
     CheckpointError: peft cannot represent the method, or `path` is not empty.
   """
-  if [spec.name for spec in instances(adapter.method).values()] == ['prompt']:
+  if _is_prompt(adapter):
     fields, arrays = peft_prompt.write(config, adapter)
     _write(path, config, arrays, fields, base, like or {}, overwrite)
     return
   family = hf.family_of(config)
-  fields, rules, rank_sizes = _describe(config, adapter)
+  fields, rules, rank_sizes = _fields_and_rules(config, adapter)
   sizes = family.axis_sizes(config) | rank_sizes
   entries = weight_mapping.entries(rules, sizes, family.depths(config))
   arrays = {
@@ -116,28 +116,32 @@ def save(
     for entry, array in weight_mapping.write(entries, sizes, adapter.tree)
   }
   if 'r' in fields:
-    arrays = _without_zeros(arrays)
+    arrays = _drop_zero_modules(arrays)
   like = like or {}
-  inputs = {
+  input_scaled_modules = {
     module_of(name)
     for name, array in arrays.items()
     if 'r' not in fields and array.shape[0] == 1
   }
-  modules, adapted = family.hf.module_names(config), set(map(module_of, arrays))
-  earlier_fields = like if like.get('peft_type') == fields['peft_type'] else {}
-  fields |= peft_config.selection(modules, adapted, inputs, earlier_fields)
+  fields |= peft_config.selection(
+    family.hf.module_names(config),
+    set(map(module_of, arrays)),
+    input_scaled_modules,
+    like if like.get('peft_type') == fields['peft_type'] else {},
+  )
   _write(path, config, arrays, fields, base, like, overwrite)
 
 
 def check(config: Any, adapter: AdapterWeights) -> None:
-  """
+  """Checks that peft can represent an adapter.
+
   Raises:
-    CheckpointError: peft cannot represent the adapter.
+    CheckpointError: it cannot.
   """
-  if [spec.name for spec in instances(adapter.method).values()] == ['prompt']:
+  if _is_prompt(adapter):
     peft_prompt.write(config, adapter)
   else:
-    _describe(config, adapter)
+    _fields_and_rules(config, adapter)
 
 
 def _write(
@@ -156,31 +160,41 @@ def _write(
   if base or 'base_model_name_or_path' not in earlier_fields:
     earlier_fields['base_model_name_or_path'] = base
   with directory.atomic_directory(path, overwrite) as output_dir:
-    save_file(arrays, output_dir / ARRAYS, metadata={'format': 'pt'})
+    save_file(arrays, output_dir / WEIGHTS_FILE, metadata={'format': 'pt'})
     task = hf.family_of(config).hf.peft_task
-    fixed = {'inference_mode': True, 'task_type': task}
-    directory.write_json(output_dir / CONFIG, fixed | earlier_fields | fields)
+    defaults = {'inference_mode': True, 'task_type': task}
+    directory.write_json(
+      output_dir / CONFIG_FILE, defaults | earlier_fields | fields
+    )
+
+
+def _is_prompt(adapter: AdapterWeights) -> bool:
+  specs = method_instances(adapter.method).values()
+  return [spec.name for spec in specs] == ['prompt']
 
 
 def _open_tensors(folder: Path) -> directory.Tensors:
-  if not (folder / ARRAYS).exists() and (folder / _PICKLE).exists():
+  if not (folder / WEIGHTS_FILE).exists() and (folder / _PICKLE_FILE).exists():
     raise CheckpointError(
-      f'{folder} holds {_PICKLE}, a pickle, and no {ARRAYS}: load it with peft '
-      '(PeftModel.from_pretrained) and save it again (save_pretrained), which '
-      'writes safetensors'
+      f'{folder} holds {_PICKLE_FILE}, a pickle, and no {WEIGHTS_FILE}: load '
+      'it with peft (PeftModel.from_pretrained) and save it again '
+      '(save_pretrained), which writes safetensors'
     )
-  return directory.Tensors([folder / ARRAYS])
+  return directory.Tensors([folder / WEIGHTS_FILE])
 
 
 def _ia3_rule(config: Any, site: str, instance: str, on: str) -> Rule:
-  """The rule of a scale; in peft, [out, 1] for outputs, [1, in] for inputs."""
+  """The mapping rule of an (IA)^3 scale.
+
+  peft's array is [out, 1] if it scales outputs, and [1, in] if inputs.
+  """
   family = hf.family_of(config)
-  path = f'{weight_mapping.in_layers(site)}/{instance}/scale'
+  path = f'{weight_mapping.path_in_layers(site)}/{instance}/scale'
   if site in family.activations(config):
-    # Scaling the activation or the input of wo is the same function.
+    # A scale of an activation is a scale of the input of wo.
     site, on = site.rpartition('/')[0] + '/wo', 'input'
   input_axes, output_axes = family.projections(config)[site]
-  peft_name = f'{PREFIX}{unique_module(config, site)}.ia3_l'
+  peft_name = f'{PREFIX}{site_module(config, site)}.ia3_l'
   if on == 'input':
     return Rule(path, peft_name, input_axes, f'1({input_axes})')
   return Rule(path, peft_name, output_axes, f'({output_axes})1')
@@ -189,62 +203,77 @@ def _ia3_rule(config: Any, site: str, instance: str, on: str) -> Rule:
 def _read_ia3(config, shapes) -> tuple[str, list[Rule]]:
   family = hf.family_of(config)
   sites = family.projections(config) | family.activations(config)
-  outputs, inputs = [], []
+  output_sites, input_sites = [], []
   for site in family.projections(config):
     site_shapes = _shapes_at(config, site, 'ia3_l', shapes)
     if site_shapes and site_shapes[0][0] != 1:
-      outputs.append(site)
+      output_sites.append(site)
     elif site_shapes and site.endswith('/wo'):
-      outputs.append(site.removesuffix('/wo') + '/hidden')
+      output_sites.append(site.removesuffix('/wo') + '/hidden')
     elif site_shapes:
-      inputs.append(site)
+      input_sites.append(site)
   specs = []
-  if outputs:
-    specs.append(Spec('ia3', (('targets', site_patterns(outputs, sites)),)))
-  if inputs:
-    options = (('on', 'input'), ('targets', site_patterns(inputs, sites)))
-    specs.append(Spec('ia3', options))
+  if output_sites:
+    targets = site_patterns(output_sites, sites)
+    specs.append(Spec('ia3', (('targets', targets),)))
+  if input_sites:
+    targets = site_patterns(input_sites, sites)
+    specs.append(Spec('ia3', (('on', 'input'), ('targets', targets))))
   method = method_string.format_method(tuple(specs))
-  last = 'ia3_2' if outputs else 'ia3'
-  rules = [_ia3_rule(config, site, 'ia3', 'output') for site in outputs]
-  rules += [_ia3_rule(config, site, last, 'input') for site in inputs]
+  # The second method of a name is the instance with the suffix _2.
+  input_instance = 'ia3_2' if output_sites else 'ia3'
+  rules = [_ia3_rule(config, site, 'ia3', 'output') for site in output_sites]
+  rules += [
+    _ia3_rule(config, site, input_instance, 'input') for site in input_sites
+  ]
   return method, rules
 
 
-def _shapes_at(config: Any, site: str, leaf: str, shapes: Mapping[str, Shape]):
-  """The shapes of a module's arrays, over the layers that have it."""
+def _shapes_at(
+  config: Any, site: str, suffix: str, shapes: Mapping[str, Shape]
+):
+  """The shapes of the arrays at a site, one per layer that the file has."""
   module = re.escape(PREFIX + hf.family_of(config).hf.module_name(site, config))
-  pattern = module.replace(re.escape('{l}'), r'\d+') + re.escape(f'.{leaf}')
+  pattern = module.replace(re.escape('{l}'), r'\d+') + re.escape(f'.{suffix}')
   return [s for name, s in shapes.items() if re.fullmatch(pattern, name)]
 
 
 def _missing_arrays(
   entries: Sequence[Entry], shapes: Mapping[str, Shape]
 ) -> dict[str, Shape]:
-  """{name: shape} of the arrays of modules that the file lacks."""
+  """Returns {name: shape} of the arrays of modules that the file lacks.
+
+  Raises:
+    CheckpointError: the file is empty, or lacks a DoRA magnitude.
+  """
   if not shapes:
-    raise CheckpointError(f'{ARRAYS} holds no arrays: save the adapter again')
+    raise CheckpointError(
+      f'{WEIGHTS_FILE} holds no arrays: save the adapter again'
+    )
   stored_modules = {module_of(name) for name in shapes}
-  absent = {
+  missing_shapes = {
     e.stored_name: e.stored_shape
     for e in entries
     if module_of(e.stored_name) not in stored_modules
   }
-  missing_magnitudes = [name for name in absent if name.endswith('_vector')]
+  missing_magnitudes = [
+    name for name in missing_shapes if name.endswith('_vector')
+  ]
   if missing_magnitudes:
     raise CheckpointError(
-      f'{ARRAYS} has no magnitude of {module_of(missing_magnitudes[0])}: a '
-      'DoRA must have all layers of a module; merge it into its base with peft '
-      '(merge_and_unload) and convert the merged model'
+      f'{WEIGHTS_FILE} has no magnitude vector of '
+      f'{module_of(missing_magnitudes[0])}: a DoRA adapter must adapt a module '
+      'in all layers; merge it into its base with peft (merge_and_unload) and '
+      'convert the merged model'
     )
-  return absent
+  return missing_shapes
 
 
-def _describe(
+def _fields_and_rules(
   config: Any, adapter: AdapterWeights
 ) -> tuple[dict[str, Any], list[Rule], dict[str, int]]:
-  """(fields of adapter_config.json, rules, sizes of the rank letters)."""
-  specs = instances(adapter.method)
+  """(fields of adapter_config.json, rules, {rank axis in the rules: rank})."""
+  specs = method_instances(adapter.method)
   names = [spec.name for spec in specs.values()]
   if set(names) in ({'lora'}, {'dora'}):
     return peft_lora.describe(config, adapter.tree, specs)
@@ -252,8 +281,8 @@ def _describe(
     fields = {'peft_type': 'IA3', 'feedforward_modules': []}
     return fields, _all_ia3_rules(config, adapter, specs), {}
   raise CheckpointError(
-    f'peft cannot represent {adapter.method!r}: it has one lora, one dora, one '
-    'prompt, or ia3; write the moepeft format instead'
+    f'peft cannot represent {adapter.method!r}: an adapter of peft is lora, '
+    'dora, ia3 or one prompt; write the moepeft format instead'
   )
 
 
@@ -270,12 +299,12 @@ def _all_ia3_rules(
     rules += [_ia3_rule(config, site, instance, on) for site in adapter_sites]
   if len({rule.stored_name for rule in rules}) < len(rules):
     raise CheckpointError(
-      'peft has one scale per module: this adapter has several at wo (act, '
-      'hidden and wo count as one); write the moepeft format instead'
+      'peft has one scale per module: this adapter has several at wo, where '
+      'peft has those of act and hidden too; write the moepeft format instead'
     )
   return rules
 
 
-def _without_zeros(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _drop_zero_modules(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   used = {module_of(name) for name, array in arrays.items() if array.any()}
   return {n: array for n, array in arrays.items() if module_of(n) in used}

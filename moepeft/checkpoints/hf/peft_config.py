@@ -13,7 +13,7 @@ from moepeft.core import untrusted
 from moepeft.models.weight_mapping import CheckpointError
 
 FILE = 'adapter_config.json'
-_TYPES = ('LORA', 'IA3', peft_prompt.KIND)
+_TYPES = ('LORA', 'IA3', peft_prompt.PEFT_TYPE)
 # Fields that are read, or do not change the function of a trained adapter.
 # Other fields must be empty.
 _ACCEPTED_FIELDS = frozenset(
@@ -53,7 +53,7 @@ def read(path: str) -> dict[str, Any]:
   if not isinstance(kind, str) or kind not in _TYPES:
     raise CheckpointError(
       f'{path} is a peft adapter of the type {kind!r}; LORA, IA3 and '
-      f'{peft_prompt.KIND} are supported'
+      f'{peft_prompt.PEFT_TYPE} are supported'
     )
   try:
     _check(fields)
@@ -70,7 +70,7 @@ def read(path: str) -> dict[str, Any]:
       'with peft (merge_and_unload) and use the merged model'
     )
   accepted_fields = _ACCEPTED_FIELDS | (
-    _PROMPT_FIELDS if kind == peft_prompt.KIND else set()
+    _PROMPT_FIELDS if kind == peft_prompt.PEFT_TYPE else set()
   )
   for name, value in sorted(fields.items()):
     neutral = _ACCEPTED_VALUES.get(name, ())

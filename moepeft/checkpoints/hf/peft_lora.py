@@ -21,7 +21,7 @@ import numpy as np
 from moepeft.checkpoints.adapter import site_patterns, sites_in
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft_config
-from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, unique_module
+from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, site_module
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.models import weight_mapping
@@ -141,9 +141,9 @@ def rules_at(
   family = hf.family_of(config)
   table_sites = family.hf.peft_ends(config)
   input_axes, output_axes = (family.projections(config) | table_sites)[path]
-  prefix = path if path in table_sites else weight_mapping.in_layers(path)
+  prefix = path if path in table_sites else weight_mapping.path_in_layers(path)
   instance_path = f'{prefix}/{instance}'
-  module_name = f'{PREFIX}{unique_module(config, path)}'
+  module_name = f'{PREFIX}{site_module(config, path)}'
   a, b = _leaves(path)
   rules = [
     Rule(
@@ -254,7 +254,7 @@ def _without_frozen_tables(
   family = hf.family_of(config)
   sizes = family.axis_sizes(config)
   table = (sizes['v'], sizes['d'])
-  tables = {unique_module(config, path) for path in family.hf.peft_ends(config)}
+  tables = {site_module(config, path) for path in family.hf.peft_ends(config)}
   remaining = {}
   for name, shape in shapes.items():
     match = _FROZEN_TABLE.fullmatch(name)

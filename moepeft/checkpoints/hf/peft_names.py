@@ -18,11 +18,11 @@ def module_of(name: str) -> str:
   return _LEAF.sub('', name.removeprefix(PREFIX))
 
 
-def unique_module(config: Any, site: str) -> str:
-  """The module of a site.
+def site_module(config: Any, site: str) -> str:
+  """Returns the name of a site's module, with `{l}` for the layer number.
 
   Raises:
-    CheckpointError: other sites have the same module.
+    CheckpointError: another site has the same module.
   """
   family = hf.family_of(config)
   module = family.hf.module_name(site, config)

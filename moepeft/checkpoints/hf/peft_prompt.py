@@ -15,7 +15,7 @@ from moepeft.config.method_string import Spec
 from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Shape
 
-KIND = 'PROMPT_TUNING'
+PEFT_TYPE = 'PROMPT_TUNING'
 _NAME = 'prompt_embeddings'
 _SITE = 'embed'
 
@@ -70,7 +70,7 @@ def write(
   # peft requires these fields, but does not use them.
   layers = getattr(config, 'encoder_layers', None) or config.layers
   return {
-    'peft_type': KIND,
+    'peft_type': PEFT_TYPE,
     'num_virtual_tokens': vectors.shape[0],
     'token_dim': vectors.shape[1],
     'num_transformer_submodules': 1,

@@ -13,7 +13,7 @@ import numpy as np
 
 from moepeft.checkpoints.adapter import (
   AdapterWeights,
-  instances,
+  method_instances,
   site_patterns,
   sites_in,
 )
@@ -97,7 +97,7 @@ def write(
     CheckpointError: the released code lacks the method, an option or a site.
   """
   flat, written = weight_mapping.flatten(adapter.tree), 0
-  for instance, spec in instances(adapter.method).items():
+  for instance, spec in method_instances(adapter.method).items():
     _check_released(instance, spec)
     instance_leaves = {
       n: leaf for n, leaf in flat.items() if f'/{instance}/' in n
@@ -183,7 +183,7 @@ def rules(
       ('router/kernel', name, router_axes, router_axes),
     ),
   }
-  instance_path = f'{weight_mapping.in_layers(site)}/{method}'
+  instance_path = f'{weight_mapping.path_in_layers(site)}/{method}'
   return tuple(
     Rule(f'{instance_path}/{leaf}', f'{module}/{t5x_leaf}', axes, t5x_axes)
     for leaf, t5x_leaf, axes, t5x_axes in table[method]

@@ -2,8 +2,8 @@
 """Converts gin files with T5X's macro names to ConfigDicts.
 
 - syntax: reads files and overrides, with gin-config's parser.
-- names: the supported macros and bindings; all others are errors.
-- translate: converts their values to a config of `moepeft.config.defaults`.
+- names: lists the supported macros and bindings, and rejects others.
+- translate: writes the values into a copy of `moepeft.config.defaults`.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from moepeft.config.gin.names import macro_names
 from moepeft.config.gin.syntax import read
 from moepeft.config.gin.translate import translate
 
-LARGE = 'gin/models/t5_1_1_large.gin'
+DEFAULT_MODEL_FILE = 'gin/models/t5_1_1_large.gin'
 
-__all__ = ['LARGE', 'GinConfig', 'load', 'macro_names']
+__all__ = ['DEFAULT_MODEL_FILE', 'GinConfig', 'load', 'macro_names']
 
 
 class GinConfig(NamedTuple):
@@ -26,8 +26,8 @@ class GinConfig(NamedTuple):
 
   Attributes:
     config: a config with every key of `moepeft.config.defaults.default`.
-    model_dir: MODEL_DIR, '' if no file sets it.
-    text: the files and overrides as one gin file, which a run stores.
+    model_dir: the macro MODEL_DIR, or '' if it is not set.
+    text: all bindings as one gin file, which is saved with the run.
     notes: a sentence for each assumption and each ignored binding.
   """
 
@@ -40,33 +40,33 @@ class GinConfig(NamedTuple):
 def load(
   files: Sequence[str],
   bindings: Sequence[str] = (),
-  folders: Sequence[str] = (),
-  cached: str = '',
+  search_paths: Sequence[str] = (),
+  cache_dir: str = '',
 ) -> GinConfig:
   """Reads gin files in order, then overrides.
 
   Args:
-    files, bindings, folders: as in `syntax.read`.
-    cached: the directory of cached SeqIO tasks, '' for none.
+    files, bindings, search_paths: as in `syntax.read`.
+    cache_dir: the directory of cached SeqIO tasks, or ''.
 
   Raises:
     ValueError: a file is absent or not gin, or a name or a value is not
       supported.
   """
-  statements, notes = read(files, bindings, folders), []
-  if not names.SHAPE.keys() <= {
+  statements, notes = read(files, bindings, search_paths), []
+  if not names.MODEL_SIZES.keys() <= {
     names.macro_name(key) for key in statements.values
   }:
-    statements = read([LARGE, *files], bindings, folders)
+    statements = read([DEFAULT_MODEL_FILE, *files], bindings, search_paths)
     notes.append(
-      f'no file sets the whole size of the model, so {LARGE} is read first (a '
-      'checkpoint has its own size)'
+      'the files do not set all sizes of the model, so missing ones are from '
+      f'{DEFAULT_MODEL_FILE}; a checkpoint replaces them'
     )
-  values, modules, unused = names.sort_statements(statements)
+  values, task_modules, unused = names.classify_statements(statements)
   if unused:
-    notes.append(f'ignored, as moepeft does not use it: {", ".join(unused)}')
+    notes.append(f'moepeft does not use and ignores: {", ".join(unused)}')
   if 'RANDOM_SEED' in values and values['RANDOM_SEED'] is None:
     notes.append('RANDOM_SEED = None is seed 0 here, so runs are reproducible')
-  config = translate(values, modules, cached)
+  config = translate(values, task_modules, cache_dir)
   model_dir = values.get('MODEL_DIR', '')
-  return GinConfig(config, model_dir, statements.text(), tuple(notes))
+  return GinConfig(config, model_dir, statements.to_gin(), tuple(notes))

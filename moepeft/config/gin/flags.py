@@ -51,13 +51,13 @@ def rewrite_flags(argv: Sequence[str]) -> list[str]:
 
 
 def translate(
-  argv: Sequence[str], folders: Sequence[str]
+  argv: Sequence[str], search_paths: Sequence[str]
 ) -> gin_files.GinConfig | None:
   """The config of a command line's gin flags; None if it has no such flag.
 
   Args:
     argv: the result of `rewrite_flags`; other flags are ignored.
-    folders: directories of gin files, searched after --gin_search_paths.
+    search_paths: directories of gin files, searched after --gin_search_paths.
 
   Returns:
     As `gin_files.load`. model_dir is --workdir if that is set, and
@@ -83,9 +83,9 @@ def translate(
     raise ValueError(
       f'--config={values.config} and --gin_file are both set: keep one'
     )
-  cached = values[_CACHES].value or values['config.data.path'].value
-  paths = (*values.gin_search_paths, *folders)
-  gin_config = gin_files.load(files, bindings, paths, cached)
+  cache_dir = values[_CACHES].value or values['config.data.path'].value
+  paths = (*values.gin_search_paths, *search_paths)
+  gin_config = gin_files.load(files, bindings, paths, cache_dir)
   return gin_config._replace(
     model_dir=_workdir(values.workdir, gin_config.model_dir, files)
   )

@@ -33,7 +33,7 @@ KEYS = {
   'WEIGHT_DECAY_RATE': 'optimizer.weight_decay',
   'Z_LOSS': 'loss.z_loss',
 }
-SHAPE = {
+MODEL_SIZES = {
   'NUM_ENCODER_LAYERS': 'encoder_layers',
   'NUM_DECODER_LAYERS': 'decoder_layers',
   'NUM_HEADS': 'heads',
@@ -60,7 +60,7 @@ _TYPES = {
   'TRAIN_STEPS_RELATIVE': int,
   'USE_CACHED_TASKS': bool,
   'WARMUP_STEPS': int,
-} | dict.fromkeys(SHAPE, int)
+} | dict.fromkeys(MODEL_SIZES, int)
 # Macros that may be None, as in T5X.
 _OPTIONAL = (
   'EVAL_PERIOD',
@@ -178,7 +178,7 @@ def macro_name(key: str) -> str:
   return _BINDINGS.get(scoped, scoped)
 
 
-def sort_statements(
+def classify_statements(
   statements: Statements,
 ) -> tuple[dict[str, Any], list[str], list[str]]:
   """(values by macro, modules that register tasks, names that are not used).

@@ -81,7 +81,7 @@ class Statements:
       for macro in _macros(assignment.value)
     }
 
-  def text(self) -> str:
+  def to_gin(self) -> str:
     """The statements as one gin file, with each name once."""
     lines = [f'import {module}' for module in self.imports]
     lines += [f'{key} = {a.value!r}' for key, a in self.values.items()]
@@ -111,23 +111,23 @@ class Statements:
 def read(
   files: Sequence[str],
   bindings: Sequence[str] = (),
-  folders: Sequence[str] = (),
+  search_paths: Sequence[str] = (),
 ) -> Statements:
   """Reads files in order, then bindings; a later value replaces an earlier one.
 
   Args:
-    files: paths, from here or from one of `folders`.
+    files: paths, from here or from one of `search_paths`.
     bindings: 'NAME=value', the text after --gin. on a command line.
-    folders: directories of the files and of the files that they include.
+    search_paths: directories of the files and of the files that they include.
 
   Raises:
     ValueError: a file is absent or includes itself, or a text is not gin.
   """
   values: dict[str, Assignment] = {}
   imports: dict[str, str] = {}
-  statements = [s for file in files for s in _read_file(file, folders, ())]
+  statements = [s for file in files for s in _read_file(file, search_paths, ())]
   for binding in bindings:
-    statements += _parse(binding, f'--gin.{binding}', folders, ())
+    statements += _parse(binding, f'--gin.{binding}', search_paths, ())
   for key, assignment in statements:
     if key is None:
       imports.setdefault(assignment.value, assignment.location)
@@ -149,11 +149,13 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 def _read_file(
-  path: str, folders: Sequence[str], includers: tuple[str, ...]
+  path: str, search_paths: Sequence[str], includers: tuple[str, ...]
 ) -> list[tuple[str | None, Assignment]]:
   # A file that another one includes is first searched for beside it.
   includer_folders = [os.path.dirname(file) for file in includers[-1:]]
-  paths = [os.path.join(f, path) for f in (*includer_folders, '', *folders)]
+  paths = [
+    os.path.join(f, path) for f in (*includer_folders, '', *search_paths)
+  ]
   paths = [p for p in paths if os.path.isfile(p)]
   if not paths:
     by = f' (included by {includers[-1]})' if includers else ''
@@ -165,18 +167,21 @@ def _read_file(
   if os.path.abspath(file) in map(os.path.abspath, includers):
     raise ValueError(f'{file} includes itself, through {includers[-1]}')
   with open(file, encoding='utf-8') as f:
-    return list(_parse(f.read(), file, folders, (*includers, file)))
+    return list(_parse(f.read(), file, search_paths, (*includers, file)))
 
 
 def _parse(
-  text: str, source: str, folders: Sequence[str], includers: tuple[str, ...]
+  text: str,
+  source: str,
+  search_paths: Sequence[str],
+  includers: tuple[str, ...],
 ) -> Iterator[tuple[str | None, Assignment]]:
   """Yields ('NAME' or 'Class.argument', value), or (None, imported module)."""
   for statement in _statements(text, source):
     is_file = bool(includers)
     location = f'{source}:{statement.location.line_num}' if is_file else source
     if isinstance(statement, config_parser.IncludeStatement):
-      yield from _read_file(statement.filename, folders, includers)
+      yield from _read_file(statement.filename, search_paths, includers)
     elif isinstance(statement, config_parser.ImportStatement):
       yield None, Assignment(statement.module, location)
     elif isinstance(statement, config_parser.BindingStatement):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from moepeft.config import defaults as config_lib
 from moepeft.config import method_string
 from moepeft.config.gin import checkpoint_path
-from moepeft.config.gin.names import KEYS, SHAPE
+from moepeft.config.gin.names import KEYS, MODEL_SIZES
 from moepeft.config.gin.syntax import Reference
 from moepeft.core.ranges import suggestion
 from moepeft.models.t5 import model as t5
@@ -32,14 +32,14 @@ _REQUIRED = (
 
 
 def translate(
-  values: Mapping[str, Any], modules: Sequence[str], cached: str
+  values: Mapping[str, Any], task_modules: Sequence[str], cache_dir: str
 ) -> ConfigDict:
   """The config of a run.
 
   Args:
     values: values by macro, with the types of `names`.
-    modules: imported modules that register SeqIO tasks.
-    cached: the directory of cached SeqIO tasks, '' for none.
+    task_modules: imported modules that register SeqIO tasks.
+    cache_dir: the directory of cached SeqIO tasks, '' for none.
 
   Raises:
     ValueError: a macro is missing, or its value has no counterpart.
@@ -57,7 +57,7 @@ def translate(
     c.checkpoint.max_to_keep = _KEEP_ALL
   c.method = _method(values)
   c.loss.average_over = _one_of('LOSS_NORMALIZING_FACTOR', _MEANS, values)
-  _set_data(c, values, modules, cached)
+  _set_data(c, values, task_modules, cache_dir)
   _set_steps(c, values)
   _set_optimizer(c, values)
   _set_model(c, values)
@@ -103,7 +103,7 @@ def _method(values: Mapping[str, Any]) -> str:
 
 
 def _set_data(
-  c: ConfigDict, values: Mapping[str, Any], modules, cached: str
+  c: ConfigDict, values: Mapping[str, Any], task_modules, cache_dir: str
 ) -> None:
   lengths = values['TASK_FEATURE_LENGTHS']
   if lengths.keys() != {'inputs', 'targets'} or not all(
@@ -115,17 +115,17 @@ def _set_data(
     )
   c.data.inputs_length = lengths['inputs']
   c.data.targets_length = lengths['targets']
-  c.imports = ','.join(dict.fromkeys(filter(None, [c.imports, *modules])))
-  c.data.path = cached
+  c.imports = ','.join(dict.fromkeys(filter(None, [c.imports, *task_modules])))
+  c.data.path = cache_dir
   use_cached = values.get('USE_CACHED_TASKS')
-  if use_cached and not cached:
+  if use_cached and not cache_dir:
     raise ValueError(
       'USE_CACHED_TASKS = True needs the directory of the cached tasks: set '
       '--seqio_additional_cache_dirs=DIR'
     )
-  if cached and use_cached is False:
+  if cache_dir and use_cached is False:
     raise ValueError(
-      f'USE_CACHED_TASKS = False, but {cached!r} is set for cached tasks: '
+      f'USE_CACHED_TASKS = False, but {cache_dir!r} is set for cached tasks: '
       'leave one out'
     )
 
@@ -192,7 +192,7 @@ def _set_optimizer(c: ConfigDict, values: Mapping[str, Any]) -> None:
 
 def _set_model(c: ConfigDict, values: Mapping[str, Any]) -> None:
   """Sets the most similar released size, and the fields that differ from it."""
-  fields = {field: values[name] for name, field in SHAPE.items()}
+  fields = {field: values[name] for name, field in MODEL_SIZES.items()}
   differences = {size: _differences(fields, size) for size in _SIZES}
   c.model.size = min(_SIZES, key=lambda size: len(differences[size]))
   c.model.shape = ConfigDict(differences[c.model.size])

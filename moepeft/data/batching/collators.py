@@ -49,7 +49,7 @@ class Collator(Protocol):
   def pad(self, encoded: Sequence) -> Rows:
     """One row for each encoded item."""
 
-  def count_cut(self, items: Sequence) -> int:
+  def count_truncated(self, items: Sequence) -> int:
     """The number of items that `encode` truncates."""
 
   @property
@@ -98,7 +98,7 @@ class Seq2SeqCollator:
       self.inputs_length, self.prefix_ids, 'config.data.inputs_length'
     )
 
-  def encode(self, items: Sequence) -> list[packing.IdPair]:
+  def encode(self, items: Sequence) -> list[packing.TokenizedPair]:
     """Encodes `Example`s and adds the prefix to them and to pairs of ids."""
     examples = [e for e in items if isinstance(e, Example)]
     pairs = iter(
@@ -115,13 +115,15 @@ class Seq2SeqCollator:
 
   def _with_prefix(
     self, x: Sequence[int], y: Sequence[int], task: int = 0
-  ) -> packing.IdPair:
+  ) -> packing.TokenizedPair:
     """Adds the prefix; inputs that are truncated for it keep their EOS."""
     if self.prefix_ids and len(x) > self.max_lengths[0]:
       x = [*x[: self.max_lengths[0] - 1], x[-1]]
-    return packing.IdPair(packing.prepend(self.prefix_ids, x), y, task)
+    return packing.TokenizedPair(
+      packing.prepend_prefix(self.prefix_ids, x), y, task
+    )
 
-  def rows(self, window: int, encoded: Sequence[packing.IdPair]) -> Rows:
+  def rows(self, window: int, encoded: Sequence[packing.TokenizedPair]) -> Rows:
     """Rows as of `packing.pack_pairs` or `seq2seq.pad_pairs`."""
     if not self.packed:
       return self.pad(encoded)
@@ -130,17 +132,19 @@ class Seq2SeqCollator:
     return self.pack(encoded, packing.shuffled_bins(lengths, self.lengths, rng))
 
   def pack(
-    self, encoded: Sequence[packing.IdPair], bins: Sequence[Sequence[int]]
+    self,
+    encoded: Sequence[packing.TokenizedPair],
+    bins: Sequence[Sequence[int]],
   ) -> Rows:
     rows = packing.pack_pairs(encoded, *self.lengths, bins)
     return add_task_ids(rows, self.tasks, [e.task for e in encoded], bins)
 
-  def pad(self, encoded: Sequence[packing.IdPair]) -> Rows:
+  def pad(self, encoded: Sequence[packing.TokenizedPair]) -> Rows:
     x, y, tasks = zip(*encoded, strict=True)
     rows = seq2seq.pad_pairs(x, y, *self.lengths)
     return add_task_ids(rows, self.tasks, tasks)
 
-  def count_cut(self, items: Sequence) -> int:
+  def count_truncated(self, items: Sequence) -> int:
     return sum(
       seq2seq.encode_example(self.tokenizer, e, *self.max_lengths)[2]
       for e in items
@@ -165,7 +169,7 @@ class Seq2SeqCollator:
     )
 
   def sizes(
-    self, encoded: Sequence[packing.IdPair]
+    self, encoded: Sequence[packing.TokenizedPair]
   ) -> tuple[list[tuple[int, int]], list[int]]:
     lengths = [(len(pair.inputs), len(pair.targets)) for pair in encoded]
     return lengths, [len(pair.targets) for pair in encoded]

@@ -130,7 +130,7 @@ def prepend_prefix(prefix_ids: Sequence[int], sample: Sample) -> Sample:
     return sample
   loss_mask = np.pad(sample.loss_mask, (len(prefix_ids), 0))
   loss_mask[len(prefix_ids)] = False
-  ids = packing.prepend(prefix_ids, sample.ids)
+  ids = packing.prepend_prefix(prefix_ids, sample.ids)
   return dataclasses.replace(sample, ids=ids, loss_mask=loss_mask)
 
 
@@ -283,7 +283,7 @@ class CausalCollator:
     rows = pad_samples(encoded, self.length)
     return add_task_ids(rows, self.tasks, [e.task for e in encoded])
 
-  def count_cut(self, items: Sequence) -> int:
+  def count_truncated(self, items: Sequence) -> int:
     max_length = self.max_lengths[0] + 1
     return sum(
       len(sample.ids) > max_length or sample.cut

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 
-def prepend(prefix_ids: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
-  """Puts a prefix before a text's ids: int32 [n].
+def prepend_prefix(
+  prefix_ids: Sequence[int], ids: Sequence[int]
+) -> Sequence[int]:
+  """Returns the prefix and the ids as int32 [n], or `ids` without a prefix.
 
   Args:
-    prefix_ids: of `moepeft.peft.prefix.model_prefix_ids`; without any, the
-      text's ids are returned as they are.
+    prefix_ids: the result of `moepeft.peft.prefix.model_prefix_ids`.
   """
   if not prefix_ids:
     return ids
@@ -25,29 +26,29 @@ def prepend(prefix_ids: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
 def length_after_prefix(
   length: int, prefix_ids: Sequence[int], key: str
 ) -> int:
-  """The tokens of a row that are left for the text after a prefix.
+  """Returns the row length minus the prefix length.
 
   Args:
     key: the config key of `length`, for the message.
 
   Raises:
-    ValueError: fewer than two tokens are left: one, and EOS.
+    ValueError: there is no room for one token and EOS after the prefix.
   """
   remaining = length - len(prefix_ids)
   if prefix_ids and remaining < 2:
     raise ValueError(
-      f'a prompt of {len(prefix_ids)} tokens leaves no room for a text in '
-      f'{key}={length}; raise it, or shorten the prompt (its option `length`)'
+      f'a soft prompt of {len(prefix_ids)} tokens leaves no room for text in '
+      f'{key}={length}; raise {key}, or lower the option `length` of the method'
     )
   return remaining
 
 
-class IdPair(NamedTuple):
+class TokenizedPair(NamedTuple):
   """A tokenized example of an encoder-decoder.
 
   Attributes:
-    inputs, targets: ids.
-    task: as in `decoder_only.Sample`.
+    inputs, targets: token ids.
+    task: the task id, as in `decoder_only.Sample`.
   """
 
   inputs: Sequence[int]
@@ -55,21 +56,21 @@ class IdPair(NamedTuple):
   task: int = 0
 
 
-def assign_bins(
+def best_fit_bins(
   lengths: np.ndarray, capacity: Sequence[int]
 ) -> list[list[int]]:
-  """Packs items into few bins: best fit, the longest item first.
+  """Packs items into few bins by best fit decreasing.
 
   Args:
-    lengths: int [items, k], of each of k sides; none exceeds its capacity.
-    capacity: the length of a bin on each of the k sides.
+    lengths: int [items, k], k lengths of each item: (inputs, targets), or one.
+    capacity: the k lengths of a bin; no item exceeds them.
 
   Returns:
     The indices of each bin's items.
   """
   free = np.empty((len(lengths), len(capacity)), np.int64)
   bins: list[list[int]] = []
-  # An item's size is the larger of its shares of the sides' capacities.
+  # The largest item is the one that fills the largest fraction of a bin.
   order = np.argsort(
     -np.max(lengths / np.asarray(capacity), axis=1), kind='stable'
   )
@@ -77,8 +78,8 @@ def assign_bins(
     bins_free = free[: len(bins)]
     fits = np.all(bins_free >= lengths[item], axis=1)
     if fits.any():
-      # Best fit on side 0: inputs are longer than targets, so most of the
-      # padding is theirs.
+      # Only the inputs decide: they are longer than targets, so they cause
+      # most of the padding.
       best_bin = int(np.argmin(np.where(fits, bins_free[:, 0], np.inf)))
     else:
       best_bin = len(bins)
@@ -92,28 +93,28 @@ def assign_bins(
 def shuffled_bins(
   lengths: np.ndarray, capacity: Sequence[int], rng: np.random.Generator
 ) -> list[list[int]]:
-  """The bins of `assign_bins` in a random order."""
-  bins = assign_bins(lengths, capacity)
+  """The bins of `best_fit_bins` in a random order."""
+  bins = best_fit_bins(lengths, capacity)
   return [bins[i] for i in rng.permutation(len(bins))]
 
 
 def pack_pairs(
-  pairs: Sequence[IdPair],
+  pairs: Sequence[TokenizedPair],
   inputs_length: int,
   targets_length: int,
   bins: Sequence[Sequence[int]],
 ) -> dict[str, np.ndarray]:
-  """Rows that hold several examples each.
+  """Packs several examples into each row.
 
   Args:
-    bins: indices of each row's examples, which fit into it.
+    bins: the indices of each row's examples; the examples fit into the row.
 
   Returns:
-    The arrays of `seq2seq.pad_pairs`, and int32 <side>_segments (1, 2, ... in
-    the order of a row's examples, 0 on padding) and <side>_positions (from 0
-    in each segment) of the sides inputs [n, s] and targets [n, t]. Decoder
-    inputs are shifted within each segment: each starts with padding's id, not
-    with the last token of the segment before.
+    The arrays of `seq2seq.pad_pairs`, and int32 inputs_segments and
+    inputs_positions [n, s], targets_segments and targets_positions [n, t].
+    Segments are 1, 2, ... in the order of a row's examples and 0 on padding;
+    positions start at 0 in each segment. The decoder inputs of a segment start
+    with the padding id, not with the last token of the segment before.
   """
   lengths = np.array([(len(x), len(y)) for x, y, *_ in pairs])
   batch = {}

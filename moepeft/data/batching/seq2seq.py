@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moepeft.data.batching.packing import IdPair
+from moepeft.data.batching.packing import TokenizedPair
 from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 from moepeft.tasks import Example
 
@@ -37,7 +37,7 @@ def encode_examples(
   examples: Sequence[Example],
   inputs_length: int,
   targets_length: int,
-) -> list[IdPair]:
+) -> list[TokenizedPair]:
   """`encode_example` of many examples; tokenizers are faster on batches."""
   sides, eos = [], np.int32(require_eos(tokenizer))
   for texts, length in (
@@ -50,7 +50,7 @@ def encode_examples(
         for ids in tokenizer.encode_all(texts)
       ]
     )
-  return list(map(IdPair, *sides))
+  return list(map(TokenizedPair, *sides))
 
 
 def pad_rows(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:

@@ -157,7 +157,7 @@ class PairCollator:
   def _with_side(self, side: int, rows: collators.Rows) -> collators.Rows:
     return {f'{self.sides[side]}{key}': array for key, array in rows.items()}
 
-  def count_cut(self, items: Sequence[PreferenceExample]) -> int:
+  def count_truncated(self, items: Sequence[PreferenceExample]) -> int:
     """0: `preference.rows.notes` counts them when the rows are read."""
     del items
     return 0

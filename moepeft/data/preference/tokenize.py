@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from moepeft.data.batching import collators, decoder_only
 from moepeft.data.batching.decoder_only import Sample
-from moepeft.data.batching.packing import IdPair
+from moepeft.data.batching.packing import TokenizedPair
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.chat.truncate import last_answer_start
@@ -241,11 +241,11 @@ def make_side(
   answer: tuple[np.ndarray, np.ndarray],
   max_length: int,
   collator: collators.Collator,
-) -> IdPair | Sample:
+) -> TokenizedPair | Sample:
   """A prompt with one answer of at most `max_length` ids, for the collator."""
   ids, loss_mask = (array[:max_length] for array in answer)
   if not isinstance(collator, decoder_only.CausalCollator):
-    return IdPair(prompt, ids)
+    return TokenizedPair(prompt, ids)
   return Sample(
     np.concatenate([prompt, ids]).astype(np.int32),
     np.concatenate([np.zeros(len(prompt), bool), loss_mask]),

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moepeft.checkpoints.adapter import instances
+from moepeft.checkpoints.adapter import method_instances
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.inference.adapters.served_modules import (
@@ -106,7 +106,7 @@ def bucket_of(built: Built, label: str) -> Bucket:
     ValueError: the method cannot be served from a pool.
   """
   parts = []
-  for name, spec in instances(built.method).items():
+  for name, spec in method_instances(built.method).items():
     spec = flatten_expert(spec)
     if method_entry(spec).not_pooled:
       raise ValueError(

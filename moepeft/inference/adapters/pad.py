@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.checkpoints.adapter import instances
+from moepeft.checkpoints.adapter import method_instances
 from moepeft.checkpoints.base import Base
 from moepeft.config.method_string import Spec
 from moepeft.core.types import Tree
@@ -80,7 +80,7 @@ def pad_to_bucket(
     ValueError: a DoRA adapts a module whose kernel is not a layer's.
   """
   arrays = {}
-  specs = instances(adapter.built.method)
+  specs = method_instances(adapter.built.method)
   for part, (instance, spec) in zip(bucket.parts, specs.items(), strict=True):
     source = _TrainedPart(adapter.arrays, instance, spec, part, base)
     for path, (shape, metadata) in layout.items():

@@ -35,7 +35,7 @@ from moepeft.inference.constraints.grammar_worker import (
   pack_vocabulary,
 )
 from moepeft.inference.token_bytes import TokenBytes
-from moepeft.inference.tools.tools import Choice, Style, ToolSpec
+from moepeft.inference.tools.tools import CallFormat, ToolChoice, ToolSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,16 +239,16 @@ class Compiler:
   def tools(
     self,
     tools: Sequence[ToolSpec],
-    choice: Choice,
+    choice: ToolChoice,
     parallel: bool,
-    style: Style,
+    call_format: CallFormat,
   ) -> Constraint:
     """Constrains tool calls; see `tool_grammar.build_grammar`.
 
     Raises:
       ValueError: the parameters of a strict tool cannot be enforced.
     """
-    text = tool_grammar.build_grammar(tools, choice, parallel, style)
+    text = tool_grammar.build_grammar(tools, choice, parallel, call_format)
     grammar = self._library.LLMatcher.grammar_from_lark(text)
     return self._constraint(grammar, 'the tools')
 

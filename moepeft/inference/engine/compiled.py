@@ -14,7 +14,7 @@ from moepeft.core import memory
 from moepeft.core.types import Tree
 from moepeft.inference.engine import kv_cache
 from moepeft.inference.engine.per_layer import LayeredMethod
-from moepeft.inference.engine.weights import Weights
+from moepeft.inference.engine.weights import LayeredWeights
 
 Key = tuple[Hashable, ...]
 # (function, shapes of its arguments, indices of donated arguments).
@@ -33,7 +33,7 @@ class Programs:
     cache: the shapes of all layers' caches.
   """
 
-  def __init__(self, weights: Weights, slots: int, compile_ahead: bool):
+  def __init__(self, weights: LayeredWeights, slots: int, compile_ahead: bool):
     """
     Args:
       compile_ahead: whether calling a program that `compile` has not compiled
@@ -185,7 +185,7 @@ class Programs:
 
   def _row_args(self, inputs) -> tuple:
     w = self.weights
-    adapters = int32(inputs[0].shape[0], w.buckets)
+    adapters = int32(inputs[0].shape[0], w.num_buckets)
     return self._shapes((w.params, w.adapter_params, adapters, *inputs))
 
   def _layer_cache(self) -> Tree:
@@ -202,8 +202,8 @@ class Programs:
     args = self._row_args(inputs)
     layer = functools.partial(method.layer, block=method.block(*args))
     x, layer_args = jax.eval_shape(method.before, *args)
-    params = w.layer(method.side), w.layer_adapters(method.side)
-    rows = int32(n, w.buckets), int32(n), int32(n), int32()
+    params = w.first_layer(method.side), w.layer_adapters(method.side)
+    rows = int32(n, w.num_buckets), int32(n), int32(n), int32()
     return layer, self._shapes((*params, cache, *rows, x, layer_args))
 
   def _after(self, method, layer, args, inputs) -> Plan:
@@ -219,7 +219,7 @@ class Programs:
     args = (
       *(w.params, w.layers[side], w.adapter_params, w.layer_adapters(side)),
       self.cache if method.write_cache is not None else {},
-      *(int32(n, w.buckets), int32(n), int32(n), *inputs),
+      *(int32(n, w.num_buckets), int32(n), int32(n), *inputs),
     )
     depth = w.depth(side)
     return functools.partial(_scan, method, layer, depth), args, (4,)

@@ -45,7 +45,7 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
         args = (
           w.params,
           w.adapter_params,
-          int32(n, w.buckets),
+          int32(n, w.num_buckets),
           states,
           int32(n, t),
         )

@@ -39,7 +39,7 @@ from moepeft.inference.beam_search import BeamAnswer, BeamConfig, search
 from moepeft.inference.engine import scoring
 from moepeft.inference.engine import sequence as sequences
 from moepeft.inference.engine.calls import EngineCall, RetryLater
-from moepeft.inference.engine.engine_core import EngineCore, check_generation
+from moepeft.inference.engine.engine_core import EngineCore, run_test_request
 from moepeft.inference.engine.limits import (
   EngineConfig,
   check_request,
@@ -148,7 +148,9 @@ class Engine:
         raise RequestRefused(f'a request {request.id!r} is already in progress')
       waiting = self._count_waiting()
       # Requests in the inbox can take the free slots at the next step.
-      if waiting >= self._config.queue + self._core.scheduler.slots.free():
+      if (
+        waiting >= self._config.queue + self._core.scheduler.prefix_cache.free()
+      ):
         raise EngineFull(
           f'{waiting} requests wait already; try again later',
           self._seconds_until_slot(waiting),
@@ -439,7 +441,7 @@ class Engine:
     self._params = None
     runner.compile(progress)
     if self._config.compile_ahead:
-      check_generation(runner)
+      run_test_request(runner)
     core = EngineCore(runner, self._remove_sequence)
     with self._condition:
       self._core = core
@@ -454,7 +456,9 @@ class Engine:
     """
     with self._condition:
       self._condition.wait_for(
-        lambda: self._inbox or self._core.scheduler.busy or self._stopped
+        lambda: (
+          self._inbox or self._core.scheduler.has_unfinished or self._stopped
+        )
       )
       if self._stopped:
         return False

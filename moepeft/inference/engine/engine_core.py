@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's step: runs the scheduler's batches on the model runner.
+"""The core of an engine: schedules, computes and finishes requests in steps.
 
-It also finishes sequences, including those whose computation failed. Only the
-engine thread uses it.
+Only the engine thread calls it.
 """
 
 import collections
@@ -37,7 +36,7 @@ from moepeft.inference.engine.prefix_cache import PrefixCache
 from moepeft.inference.engine.scheduler import Scheduler
 from moepeft.inference.engine.sequence import Sequence
 
-# After this many consecutive failures the engine, not a request, is at fault.
+# More consecutive failures are not due to single requests; the engine stops.
 _MAX_FAILURES = 4
 
 
@@ -47,10 +46,10 @@ class EngineCore:
   Attributes:
     runner: the model with its adapters.
     scheduler: the waiting and the running sequences.
-    prefill: the prefill of the model's kind.
+    prefill: the prefill for decoder-only or encoder-decoder models.
     finished: {finish reason: number of requests}.
     prompt_tokens, cached_tokens, answer_tokens: totals over finished requests.
-    failure_message: why the engine has stopped computing; '' while it works.
+    failure_message: the reason why the engine has stopped, or ''.
   """
 
   def __init__(
@@ -63,19 +62,19 @@ class EngineCore:
     self.runner, self._on_finish = runner, on_finish
     decoder_only = hasattr(runner.model, 'extend')
     prefill = DecoderPrefill if decoder_only else EncoderDecoderPrefill
-    slots = PrefixCache(runner.config.slots)
-    self.prefill = prefill(runner, slots)
-    self.scheduler = Scheduler(slots, self.prefill.batch_size)
+    prefix_cache = PrefixCache(runner.config.slots)
+    self.prefill = prefill(runner, prefix_cache)
+    self.scheduler = Scheduler(prefix_cache, self.prefill.batch_size)
     self._failures = 0
     self.finished: collections.Counter[str] = collections.Counter()
     self.prompt_tokens = self.cached_tokens = self.answer_tokens = 0
     self.failure_message = ''
 
   def step(self) -> None:
-    """Finishes expired sequences, admits others, prefills a chunk, decodes."""
+    """Finishes expired sequences, admits waiting ones, prefills and decodes."""
     for sequence, reason in self.scheduler.expired():
       self.finish(sequence, reason)
-    self.scheduler.admit(self._begin)
+    self.scheduler.admit(self._start)
     self._prefill()
     self._decode()
     if self.failure_message:
@@ -95,7 +94,7 @@ class EngineCore:
     event = Finished(
       reason,
       len(sequence.request.prompt_ids),
-      sequence.cached,
+      sequence.num_cached_tokens,
       len(sequence.answer),
       message,
     )
@@ -112,7 +111,7 @@ class EngineCore:
     Raises:
       RetryLater: a sequence is waiting or running.
     """
-    if self.scheduler.busy:
+    if self.scheduler.has_unfinished:
       raise RetryLater
     unknown = variables.keys() - {'params', 'peft'}
     if unknown or not variables:
@@ -122,7 +121,8 @@ class EngineCore:
     if variables.get('peft'):
       if not isinstance(self.runner.adapters, FixedAdapter):
         raise ValueError(
-          "the engine has a pool of adapters; load one instead of giving 'peft'"
+          "the engine has a pool of adapters, so it takes no 'peft'; call "
+          '`load_adapter` instead'
         )
       peft = variables['peft']
       if self.runner.weights.device is not None:
@@ -131,48 +131,50 @@ class EngineCore:
     if 'params' in variables:
       self.runner.weights.update(variables['params'])
     # Cached prefixes and encoder states were computed with the old weights.
-    self.scheduler.slots.invalidate()
+    self.scheduler.prefix_cache.invalidate()
     if isinstance(self.prefill, EncoderDecoderPrefill):
       self.prefill.clear_cache()
 
   def _free_slot(self, sequence: Sequence, reason: str) -> None:
-    """Clears a slot whose cache may contain NaN before it is reused."""
+    """Releases a slot; clears its cache first if it may contain NaN."""
     slot = sequence.slot
-    if reason == FAILED or not sequence.finite:
+    if reason == FAILED or not sequence.has_finite_logits:
       slot.ids = []
-      self._run_or_stop(lambda: self.runner.clear(slot.number))
-    self.scheduler.slots.release(slot)
+      self._run_or_stop(lambda: self.runner.clear_slot(slot.number))
+    self.scheduler.prefix_cache.release(slot)
 
-  def _begin(self, sequence: Sequence) -> bool:
+  def _start(self, sequence: Sequence) -> bool:
     """Acquires an adapter and a slot.
 
     Returns:
-      False if that failed; the sequence is finished then.
+      Whether it succeeded; if not, the sequence is finished as failed.
 
     Raises:
-      EngineFull: no slot is free for the adapter now.
+      EngineFull: all slots of the adapter's bucket are in use.
     """
     request, runner = sequence.request, self.runner
     try:
       sequence.set_adapter(runner.adapters.acquire(request.adapter))
-      # The name may refer to another adapter than when the request was checked.
+      # Checked again: the adapter of this name may have been replaced since.
       soft_prompt = len(sequence.adapter.soft_prompt_ids)
       check_request_length(request, runner.model, runner.config, soft_prompt)
     except EngineFull:
       raise
     except Exception as e:
-      self.finish(sequence, FAILED, _client_message(e))
+      self.finish(sequence, FAILED, _error_message(e))
       return False
-    return self._run_for([sequence], lambda: self.prefill.assign_slot(sequence))
+    return self._run_or_fail(
+      [sequence], lambda: self.prefill.assign_slot(sequence)
+    )
 
   def _prefill(self) -> None:
-    """Reads a chunk of the oldest prompts that are not read completely."""
+    """Prefills a chunk of the oldest prompts that are not prefilled."""
     batch = self.scheduler.prefill_batch()
     if batch:
-      self._run_for(batch, lambda: self.prefill.read_chunk(batch))
+      self._run_or_fail(batch, lambda: self.prefill.read_chunk(batch))
     for sequence in self.scheduler.decode_batch():
       if not sequence.request.max_new_tokens:
-        sequence.finite = True
+        sequence.has_finite_logits = True
         self.finish(sequence, LENGTH)
 
   def _decode(self) -> None:
@@ -189,15 +191,15 @@ class EngineCore:
     self._failures = 0
     for sequence, token in zip(batch, tokens, strict=True):
       if isinstance(token, Exception):
-        self.finish(sequence, FAILED, _client_message(token))
+        self.finish(sequence, FAILED, _error_message(token))
       else:
-        self._run_for(
-          [sequence], lambda s=sequence, t=token: self._append(s, t)
+        self._run_or_fail(
+          [sequence], lambda s=sequence, t=token: self._append_token(s, t)
         )
 
-  def _append(self, sequence: Sequence, token: TokenLogprob) -> None:
+  def _append_token(self, sequence: Sequence, token: TokenLogprob) -> None:
     """Delivers a token, and finishes the sequence if it was the last."""
-    self.prefill.record_step(sequence)
+    self.prefill.record_cached_token(sequence)
     sequence.append(token.id)
     reason, request = '', sequence.request
     if token.id in request.eos_token_ids:
@@ -210,8 +212,10 @@ class EngineCore:
     if reason:
       self.finish(sequence, reason)
 
-  def _run_for(self, batch: list[Sequence], run: Callable[[], None]) -> bool:
-    """Runs a computation; returns False, and fails the batch, if it raises."""
+  def _run_or_fail(
+    self, batch: list[Sequence], run: Callable[[], None]
+  ) -> bool:
+    """Runs a computation, and fails the batch if it raises; returns success."""
     try:
       run()
     except Exception as e:
@@ -223,12 +227,12 @@ class EngineCore:
     """Finishes the sequences of a failed computation; the others continue."""
     self._failures += not isinstance(error, ArithmeticError | ValueError)
     if not self.runner.cache_intact:
-      # The failed program was writing to it.
+      # The failed program had the cache's buffers, which are lost for all.
       batch = list(dict.fromkeys([*batch, *self.scheduler.running]))
-      self.scheduler.slots.invalidate()
+      self.scheduler.prefix_cache.invalidate()
       self._run_or_stop(self.runner.reset_cache)
     for sequence in batch:
-      self.finish(sequence, FAILED, _client_message(error))
+      self.finish(sequence, FAILED, _error_message(error))
     if self._failures >= _MAX_FAILURES:
       self._stop(error)
 
@@ -240,12 +244,12 @@ class EngineCore:
 
   def _stop(self, error: Exception) -> None:
     self.failure_message = self.failure_message or (
-      f'the engine has stopped: {_client_message(error)}; restart the server'
+      f'the engine has stopped: {_error_message(error)}; restart the server'
     )
 
 
-def _client_message(error: Exception) -> str:
-  """The message for the client; other libraries' errors are cut to a line."""
+def _error_message(error: Exception) -> str:
+  """The message for the client: the first line, with the type if unexpected."""
   text = (str(error).splitlines() or [''])[0][:300]
   if type(error) in (ValueError, ArithmeticError):
     return text
@@ -254,18 +258,18 @@ def _client_message(error: Exception) -> str:
   return f'{type(error).__name__}: {text}'
 
 
-def check_generation(runner: ModelRunner) -> None:
-  """Generates one token after a prompt, as a test of every program type.
+def run_test_request(runner: ModelRunner) -> None:
+  """Generates two tokens from a prompt, which runs each kind of program.
 
   Raises:
-    RuntimeError: the generation failed.
+    RuntimeError: the request failed.
   """
   events: list[Event] = []
   core = EngineCore(runner, lambda sequence: None)
   prompt = (0,) * max(1, min(3, runner.config.max_model_len - 2))
-  request = Request('first', prompt, 2)
+  request = Request('test', prompt, 2)
   core.scheduler.add(Sequence(request, events.append))
-  while core.scheduler.busy:
+  while core.scheduler.has_unfinished:
     core.step()
   if events[-1].reason != LENGTH:
-    raise RuntimeError(f'the first generation failed: {events[-1].message}')
+    raise RuntimeError(f'the test request failed: {events[-1].message}')

@@ -21,7 +21,7 @@ from moepeft.inference.engine.compiled import Key, Programs
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.engine.per_layer import ServedModel
 from moepeft.inference.engine.sampler import StepOutput
-from moepeft.inference.engine.weights import Adapters, Weights
+from moepeft.inference.engine.weights import Adapters, LayeredWeights
 
 
 class ModelRunner:
@@ -44,7 +44,7 @@ class ModelRunner:
     scan = config.scan
     if scan is None:
       scan = jax.default_backend() != 'cpu'
-    self.weights = Weights(params, adapters, scan, device)
+    self.weights = LayeredWeights(params, adapters, scan, device)
     self.programs = Programs(self.weights, config.slots, config.compile_ahead)
     served = ServedModel(self.model, adapters.row_tree, config.routing)
     decoder_only = hasattr(model, 'extend')
@@ -174,7 +174,7 @@ class ModelRunner:
     program = self.programs[('copy',)]
     self._cache = program(self._cache, np.int32(source), np.int32(target))
 
-  def clear(self, slot: int) -> None:
+  def clear_slot(self, slot: int) -> None:
     """Writes zeros to a slot's keys and values."""
     self._cache = self.programs[('clear',)](self._cache, np.int32(slot))
 

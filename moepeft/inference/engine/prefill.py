@@ -39,7 +39,9 @@ class DecoderPrefill:
     reusable = ids[:-1] if sequence.request.prompt_logprobs is None else ()
     assignment = self._slots.take(reusable, adapter.sha256)
     slot = sequence.slot = assignment.slot
-    sequence.cached = max(0, len(slot.ids) - len(adapter.soft_prompt_ids))
+    sequence.num_cached_tokens = max(
+      0, len(slot.ids) - len(adapter.soft_prompt_ids)
+    )
     vocab = self._runner.model.config.vocab
     sequence.track_previous(sequence.request.prompt_ids, vocab)
     if assignment.source is not None:
@@ -86,7 +88,7 @@ class DecoderPrefill:
     positions = [self.cache_len(sequence) - 1 for sequence in batch]
     return np.array(tokens, np.int32), np.array(positions, np.int32)
 
-  def record_step(self, sequence: Sequence) -> None:
+  def record_cached_token(self, sequence: Sequence) -> None:
     """Records that a decode step has cached the token of `decode_inputs`."""
     sequence.slot.ids.append((sequence.answer or sequence.ids)[-1])
 
@@ -182,7 +184,7 @@ class EncoderDecoderPrefill:
     (sequence,) = batch
     sha256, ids = sequence.adapter.sha256, sequence.ids
     if (sha256, ids) in self._encoder_states:
-      sequence.cached = len(sequence.request.prompt_ids)
+      sequence.num_cached_tokens = len(sequence.request.prompt_ids)
     states = self.encode(sha256, sequence.adapter.row, ids)
     slot = sequence.slot.number
     self._runner.attach(sequence.adapter.row, slot, states, len(ids))
@@ -197,7 +199,7 @@ class EncoderDecoderPrefill:
     sizes = [len(sequence.ids) for sequence in batch]
     return tuple(np.array(a, np.int32) for a in (tokens, positions, sizes))
 
-  def record_step(self, sequence: Sequence) -> None:
+  def record_cached_token(self, sequence: Sequence) -> None:
     pass
 
   def encode(

@@ -26,14 +26,14 @@ class Scheduler:
     Args:
       prefill_batch_size: the largest number of prompts in a prefill batch.
     """
-    self.slots = slots
+    self.prefix_cache = slots
     self.slot_seconds = 1.0
     self._prefill_batch_size = prefill_batch_size
     self._waiting: FairQueue[Sequence] = FairQueue()
     self._running: list[Sequence] = []
 
   @property
-  def busy(self) -> bool:
+  def has_unfinished(self) -> bool:
     return bool(self._running or len(self._waiting))
 
   @property
@@ -80,7 +80,7 @@ class Scheduler:
         use all slots of the adapter's bucket, the sequence continues to wait.
     """
     deferred = []
-    while len(self._waiting) and self.slots.free():
+    while len(self._waiting) and self.prefix_cache.free():
       sequence = self._waiting.take()
       try:
         if begin(sequence):

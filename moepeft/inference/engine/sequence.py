@@ -24,12 +24,13 @@ class Sequence:
     answer: the answer's tokens so far.
     prefilled: whether the prompt is in the cache; in a decoder-only model all
       of it but the last token, which is the first decode step's input.
-    cached: the number of prompt tokens taken from the cache.
+    num_cached_tokens: the number of prompt tokens taken from the cache.
     prompt_logprobs: the prompt's log-probabilities, if requested.
     previous: bool [v], the tokens in the repetition penalty; None without one.
     cancelled: whether the client cancelled the request, or `deliver` failed.
     started: the `time.monotonic` at which it got its adapter and slot.
-    finite: whether a step with its slot's cache has given finite logits.
+    has_finite_logits: whether a step with the cache of its slot gave finite
+      logits.
   """
 
   request: Request
@@ -40,12 +41,12 @@ class Sequence:
   adapter: AcquiredAdapter | None = None
   answer: list[int] = dataclasses.field(default_factory=list)
   prefilled: bool = False
-  cached: int = 0
+  num_cached_tokens: int = 0
   prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
   previous: np.ndarray | None = None
   cancelled: bool = False
   started: float = 0.0
-  finite: bool = False
+  has_finite_logits: bool = False
 
   def set_adapter(self, adapter: AcquiredAdapter) -> None:
     """Sets the adapter, and puts its soft prompt before the prompt."""
@@ -66,7 +67,7 @@ class Sequence:
   def append(self, token: int) -> None:
     """Adds a token to the answer."""
     self.answer.append(token)
-    self.finite = True
+    self.has_finite_logits = True
     if self.previous is not None:
       self.previous[token] = True
 

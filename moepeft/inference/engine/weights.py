@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base weights and adapters of an engine, split by layer."""
+"""The base weights and adapters of an engine, split into layers."""
 
 from typing import Any
 
@@ -11,28 +11,31 @@ from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.engine.per_layer import split, split_adapters
 
-# A pool of many adapters, or the single adapter of a model.
+# Many adapters in stacked arrays, or one adapter that every request has.
 Adapters = AdapterPool | FixedAdapter
 
 
-class Weights:
-  """The first arguments of an engine's programs.
+class LayeredWeights:
+  """The parameters and adapters that an engine passes to its programs.
+
+  A side is 'encoder' or 'decoder', a stack of layers.
 
   Attributes:
-    scan: whether one program runs all layers.
+    scan: whether one program scans over all layers.
     device: the JAX device that holds the arrays; None for the default.
-    buckets: the number of adapter buckets.
+    num_buckets: the number of adapter buckets.
     params: the parameters outside of the layers.
-    layers: {side: layers}: stacked arrays if `scan`, otherwise a list.
+    layers: {side: parameters of its layers}; arrays [l, ...] if `scan`,
+      otherwise a list with a tree for each layer.
   """
 
   def __init__(
     self, params: Tree, adapters: Adapters, scan: bool, device: Any = None
   ):
     self.scan, self.device, self._adapters = scan, device, adapters
-    base = adapters.acquire('')
-    adapters.release(base)
-    self.buckets = len(base.row)
+    no_adapter = adapters.acquire('')
+    adapters.release(no_adapter)
+    self.num_buckets = len(no_adapter.row)
     self.params: Tree = {}
     self.layers: dict[str, Any] = {}
     self.update(params)
@@ -44,37 +47,36 @@ class Weights:
     Raises:
       ValueError: a name, shape or dtype differs from the current parameters.
     """
-    outer, layers = split(params)
-    outer = jax.tree.map(self._to_device, outer)
-    stacks = {}
-    for side, stack in layers.items():
-      # Each layer's arrays are separate: on CPU a slice is a copy.
-      stacks[side] = (
-        jax.tree.map(self._to_device, stack)
-        if self.scan
-        else self._unstack(stack)
-      )
-    if self.params and _shapes((outer, stacks)) != _shapes(
-      (self.params, self.layers)
-    ):
+    outer_params, stacked_layers = split(params)
+    outer_params = jax.tree.map(self._to_device, outer_params)
+    # Unstacked now, because each slice of a stacked array is a copy on CPU.
+    layers = {
+      side: jax.tree.map(self._to_device, stacked)
+      if self.scan
+      else self._unstack(stacked)
+      for side, stacked in stacked_layers.items()
+    }
+    if self.params and _shapes_and_dtypes(
+      (outer_params, layers)
+    ) != _shapes_and_dtypes((self.params, self.layers)):
       raise ValueError(
-        'the new weights have other names, shapes or dtypes than those of the '
-        'engine; create another engine for them'
+        "the new weights differ from the engine's in names, shapes or dtypes; "
+        'create a new engine for them'
       )
-    self.params, self.layers = outer, stacks
+    self.params, self.layers = outer_params, layers
 
   @property
   def adapter_params(self) -> Tree:
-    """{bucket: the adapters' arrays outside of the layers}."""
-    return self._split_adapters()[0]
+    """{bucket: adapter arrays outside of the layers, [slots, ...]}."""
+    return self._cached_split()[0]
 
   def layer_adapters(self, side: str) -> Tree:
-    """{bucket: the adapters' arrays in a side's layers, [slots, l, ...]}."""
+    """{bucket: adapter arrays of a side's layers, [slots, l, ...]}."""
     empty = {bucket: {} for bucket in self._adapters.tree}
-    return self._split_adapters()[1].get(side, empty)
+    return self._cached_split()[1].get(side, empty)
 
-  def layer(self, side: str) -> Tree:
-    """The first layer's parameters, for their shapes."""
+  def first_layer(self, side: str) -> Tree:
+    """The first layer's parameters, for tracing with their shapes."""
     layers = self.layers[side]
     return jax.tree.map(lambda a: a[0], layers) if self.scan else layers[0]
 
@@ -83,7 +85,7 @@ class Weights:
     layers = self.layers[side]
     return len(jax.tree.leaves(layers)[0]) if self.scan else len(layers)
 
-  def _split_adapters(self) -> tuple:
+  def _cached_split(self) -> tuple:
     """Splits the adapters' tree, cached until the tree changes."""
     tree = self._adapters.tree
     if tree is not self._split_cache[0]:
@@ -103,5 +105,5 @@ class Weights:
     ]
 
 
-def _shapes(tree: Tree) -> Tree:
+def _shapes_and_dtypes(tree: Tree) -> Tree:
   return jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree)

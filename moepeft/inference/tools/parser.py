@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parses an answer into content and tool calls while it is generated."""
+"""A streaming parser that separates an answer's content from its tool calls."""
 
 import dataclasses
 import re
@@ -7,19 +7,19 @@ import secrets
 from collections.abc import Callable, Collection
 
 from moepeft.inference.tools.json_parser import CallsParser, MalformedCall
-from moepeft.inference.tools.tools import Style
+from moepeft.inference.tools.tools import CallFormat
 
 
 @dataclasses.dataclass(frozen=True)
-class Content:
-  """New content."""
+class ContentDelta:
+  """The next part of the content."""
 
   text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class CallStart:
-  """The start of a call; indices begin at 0."""
+  """The start of a call; `index` counts the answer's calls from 0."""
 
   index: int
   id: str
@@ -27,14 +27,14 @@ class CallStart:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-  """The next part of a call's arguments, the text of a JSON object."""
+class ArgumentsDelta:
+  """The next part of the JSON text of a call's arguments."""
 
   index: int
   text: str
 
 
-Event = Content | CallStart | Arguments
+Event = ContentDelta | CallStart | ArgumentsDelta
 
 _JSON_START = re.compile(r'[{\[]')
 
@@ -43,23 +43,23 @@ def random_id() -> str:
   return f'call_{secrets.token_hex(12)}'
 
 
-class Parser:
-  """A parser of an answer; its events do not depend on how the text is split.
+class ToolCallParser:
+  """A streaming parser of one answer.
 
-  White space beside a call is dropped. A text that looks like a call but is
-  none (not JSON, without a name, or with an unknown name if the style has no
-  opening marker) becomes content, and is withheld until that is known. An
-  answer that ends inside a call becomes content from there on. If calls are
-  constrained, the events of the call are emitted already, and the rest is
-  dropped.
+  The events are the same, joined, for any split of the answer into chunks.
+  White space around a call is dropped. Text that starts like a call is withheld
+  until it is a call, or is invalid and becomes content: it is not JSON, has no
+  name, or has an unknown name in a format without an opening marker. At the end
+  of the answer an incomplete call becomes content, except a constrained call:
+  its start has been emitted already, so the rest of it is dropped.
 
   Attributes:
-    calls: the number of calls.
+    num_calls: the number of calls so far.
   """
 
   def __init__(
     self,
-    style: Style,
+    call_format: CallFormat,
     names: Collection[str] = (),
     constrained: bool = False,
     make_id: Callable[[], str] = random_id,
@@ -68,26 +68,34 @@ class Parser:
     """
     Args:
       names: the names of the tools.
-      constrained: whether a constraint guarantees valid calls, so that
-        arguments are emitted while they are generated; otherwise a call is
-        emitted at its end.
+      constrained: whether a grammar guarantees that calls are valid. If so,
+        the parts of a call are emitted as they arrive, otherwise at its end.
       make_id: makes the id of a call.
-      calls_only: whether the constraint allows nothing but calls.
+      calls_only: whether the grammar allows calls only.
     """
-    self.calls = 0
-    self._style, self._constrained, self._make_id = style, constrained, make_id
+    self.num_calls = 0
+    self._format, self._constrained, self._make_id = (
+      call_format,
+      constrained,
+      make_id,
+    )
     self._calls_only = calls_only
-    # After an opening marker, a call with an unknown name is still a call.
-    self._names = () if style.opening else names
+    # An opening marker shows that a call is meant, even if its name is unknown.
+    self._names = () if call_format.opening else names
     self._text, self._events, self._state = '', [], self._read_content
-    # Whether the last event was a call, and whether there was content.
+    # Whether the last event was of a call, and whether any was content.
     self._after_call, self._has_content = False, False
-    self._reader, self._raw, self._opening_text = CallsParser(), '', ''
-    # Whether the call is emitted in parts, and whether a part was emitted.
-    self._streams, self._emitted = False, False
+    self._json_parser, self._call_text, self._opening_text = (
+      CallsParser(),
+      '',
+      '',
+    )
+    # Of the current call: whether its parts are emitted as they arrive, and
+    # whether its start has been emitted.
+    self._stream_call, self._call_emitted = False, False
 
   def feed(self, text: str) -> list[Event]:
-    """Returns the new events."""
+    """Parses the next chunk of the answer; returns the new events."""
     self._text += text
     while self._state():
       pass
@@ -96,10 +104,10 @@ class Parser:
   def finish(self) -> list[Event]:
     """Returns the events at the end of the answer."""
     discard = (
-      self._calls_only or self._streams and self._state == self._read_call
+      self._calls_only or self._stream_call and self._state == self._read_call
     )
-    if self._state == self._read_call and not (self._emitted or discard):
-      self._emit_content(self._opening_text + self._raw)
+    if self._state == self._read_call and not (self._call_emitted or discard):
+      self._emit_content(self._opening_text + self._call_text)
     elif self._state == self._read_content and not discard:
       self._emit_content(self._text)
     self._text = ''
@@ -110,25 +118,26 @@ class Parser:
     return events
 
   def _read_content(self) -> bool:
-    """Reads content up to a possible call; returns whether there is one."""
+    """Emits the content before a possible call; returns whether one starts."""
     if self._after_call:
       self._text = self._text.lstrip(self._separators)
-    start, size = self._find_opening()
+    start, opening_length = self._find_opening()
     content = self._text[:start].rstrip()
-    blank = self._text[len(content) : start]
+    space = self._text[len(content) : start]
     self._emit_content(content)
-    if not size:
+    if not opening_length:
       self._text = self._text[len(content) :]
       return False
-    self._opening_text, self._raw = blank + self._text[start : start + size], ''
-    self._text = self._text[start + size :]
-    self._reader, self._emitted = CallsParser(self._names), False
-    # Without an opening marker, the grammar constrains only a leading call.
-    self._streams = self._constrained and (
-      bool(self._style.opening) or not self._has_content
+    end = start + opening_length
+    self._opening_text, self._call_text = space + self._text[start:end], ''
+    self._text = self._text[end:]
+    self._json_parser, self._call_emitted = CallsParser(self._names), False
+    # Without an opening marker, the grammar allows no call after content.
+    self._stream_call = self._constrained and (
+      bool(self._format.opening) or not self._has_content
     )
-    if not self._style.opening:
-      self._opening_text, first = blank, self._opening_text[-1]
+    if not self._format.opening:
+      self._opening_text, first = space, self._opening_text[-1]
       self._text = first + self._text
     self._state = self._read_call
     return True
@@ -136,14 +145,15 @@ class Parser:
   @property
   def _separators(self) -> str:
     """The characters that may separate calls."""
-    return ' \t\r\n' + self._style.separator.strip()
+    return ' \t\r\n' + self._format.separator.strip()
 
   def _find_opening(self) -> tuple[int, int]:
-    """Returns the position of a possible call and the length of its opening.
+    """Returns where a call may start, and the length of its opening marker.
 
-    The length is 0 if the opening is absent or incomplete.
+    A format without a marker has a brace or bracket instead. The length is 0 if
+    the marker is absent, or incomplete at the end of the text.
     """
-    opening = self._style.opening
+    opening = self._format.opening
     if not opening:
       match = _JSON_START.search(self._text)
       return (match.start(), 1) if match else (len(self._text), 0)
@@ -158,47 +168,49 @@ class Parser:
   def _read_call(self) -> bool:
     for position, char in enumerate(self._text):
       try:
-        self._reader.feed(char)
+        self._json_parser.feed(char)
       except MalformedCall:
         return self._reject_call(position)
-      if self._streams:
+      if self._stream_call:
         self._emit_call()
-      if self._reader.done:
+      if self._json_parser.done:
         self._emit_call()
-        self._raw, self._text = '', self._text[position + 1 :]
+        self._call_text, self._text = '', self._text[position + 1 :]
         self._state = (
-          self._read_closing if self._style.closing else self._read_content
+          self._skip_closing if self._format.closing else self._read_content
         )
         return True
-    self._raw += self._text
+    self._call_text += self._text
     self._text = ''
     return False
 
   def _emit_call(self) -> None:
-    """Emits the parts that the reader has parsed."""
-    self._emitted |= bool(self._reader.parts)
-    for kind, text in self._reader.parts:
+    """Emits the parts of the call that are parsed and not emitted yet."""
+    self._call_emitted |= bool(self._json_parser.parts)
+    for kind, text in self._json_parser.parts:
       if kind == 'name':
-        self._events.append(CallStart(self.calls, self._make_id(), text))
-        self.calls += 1
+        self._events.append(CallStart(self.num_calls, self._make_id(), text))
+        self.num_calls += 1
         self._after_call = True
       else:
-        self._append(Arguments(self.calls - 1, text))
-    self._reader.parts = []
+        self._append(ArgumentsDelta(self.num_calls - 1, text))
+    self._json_parser.parts = []
 
   def _reject_call(self, position: int) -> bool:
     """Turns an invalid call into content, up to the invalid character.
 
-    The content is not searched for calls again, so the time is linear.
+    That content is not searched for another call, so that time is linear.
     """
     self._state = self._read_content
-    if not self._emitted:
-      self._emit_content(self._opening_text + self._raw + self._text[:position])
+    if not self._call_emitted:
+      self._emit_content(
+        self._opening_text + self._call_text + self._text[:position]
+      )
     self._text = self._text[position:]
     return True
 
-  def _read_closing(self) -> bool:
-    text, closing = self._text.lstrip(), self._style.closing
+  def _skip_closing(self) -> bool:
+    text, closing = self._text.lstrip(), self._format.closing
     if len(text) < len(closing) and closing.startswith(text):
       return False
     self._text = text.removeprefix(closing)
@@ -210,9 +222,9 @@ class Parser:
       text = text.lstrip()
     if text:
       self._after_call, self._has_content = False, True
-      self._append(Content(text))
+      self._append(ContentDelta(text))
 
-  def _append(self, event: Content | Arguments) -> None:
+  def _append(self, event: ContentDelta | ArgumentsDelta) -> None:
     """Appends an event, or extends the last one with its text."""
     last = self._events[-1] if self._events else None
     if type(last) is type(event) and getattr(last, 'index', 0) == getattr(

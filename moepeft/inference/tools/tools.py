@@ -25,29 +25,29 @@ _NO_PARAMETERS = {'type': 'object', 'properties': {}}
 
 
 @dataclasses.dataclass(frozen=True)
-class Style:
-  """A format of tool calls.
+class CallFormat:
+  """A format in which a model writes tool calls.
 
   Attributes:
-    name: a key of STYLES.
+    name: a key of CALL_FORMATS.
     opening, closing: markers around a call; '' for no marker.
-    key: the JSON key of the arguments.
+    arguments_key: the JSON key of the arguments.
     separator: the text between two calls.
   """
 
   name: str
   opening: str
   closing: str
-  key: str
+  arguments_key: str
   separator: str
 
 
-STYLES = {
-  style.name: style
-  for style in (
-    Style('hermes', '<tool_call>', '</tool_call>', 'arguments', '\n'),
-    Style('llama', '', '', 'parameters', '; '),
-    Style('json', '', '', 'arguments', '\n'),
+CALL_FORMATS = {
+  call_format.name: call_format
+  for call_format in (
+    CallFormat('hermes', '<tool_call>', '</tool_call>', 'arguments', '\n'),
+    CallFormat('llama', '', '', 'parameters', '; '),
+    CallFormat('json', '', '', 'arguments', '\n'),
   )
 }
 
@@ -82,7 +82,7 @@ class ToolSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ToolChoice:
   """The tools that may be called, and whether one must.
 
   Attributes:
@@ -168,7 +168,7 @@ def _check_parameters(value: Any, label: str) -> dict:
   return value
 
 
-def read_tool_choice(tool_choice: Any, tools: Sequence[ToolSpec]) -> Choice:
+def read_tool_choice(tool_choice: Any, tools: Sequence[ToolSpec]) -> ToolChoice:
   """Reads a request's 'tool_choice'.
 
   Args:
@@ -180,21 +180,23 @@ def read_tool_choice(tool_choice: Any, tools: Sequence[ToolSpec]) -> Choice:
   """
   names = tuple(tool.name for tool in tools)
   if tool_choice is None:
-    return Choice('auto' if tools else 'none', names)
+    return ToolChoice('auto' if tools else 'none', names)
   if isinstance(tool_choice, str) and tool_choice in _MODES:
     if tool_choice == 'required' and not tools:
       raise ValueError("'tool_choice' is 'required', but there are no 'tools'")
-    return Choice(tool_choice, names)
+    return ToolChoice(tool_choice, names)
   kind = tool_choice.get('type') if isinstance(tool_choice, dict) else None
   if kind == 'function':
-    return Choice('required', (_tool_name(tool_choice, names),), once=True)
+    return ToolChoice('required', (_tool_name(tool_choice, names),), once=True)
   if kind == 'allowed_tools':
     # The API has a flat format, and one nested below its own key.
     allowed = tool_choice.get('allowed_tools', tool_choice)
     mode = allowed.get('mode') if isinstance(allowed, dict) else None
     entries = allowed.get('tools') if isinstance(allowed, dict) else None
     if mode in _MODES[1:] and isinstance(entries, list) and entries:
-      return Choice(mode, tuple(_tool_name(entry, names) for entry in entries))
+      return ToolChoice(
+        mode, tuple(_tool_name(entry, names) for entry in entries)
+      )
   raise ValueError(
     f"'tool_choice' is one of {', '.join(_MODES)} or {{'type': 'function', "
     f"'function': {{'name': ...}}}}, got {tool_choice!r}"
@@ -213,12 +215,12 @@ def _tool_name(item: Any, names: Sequence[str]) -> str:
   return name
 
 
-def find_style(template: str) -> Style:
+def find_call_format(template: str) -> CallFormat:
   """Finds the format of tool calls in a chat template.
 
   Args:
-    template: the Jinja source; without support for tools, the style is Hermes',
-      which `moepeft.data` uses for such templates.
+    template: the Jinja source. For one without support for tools, the format is
+      Hermes', which `moepeft.data` uses then.
 
   Raises:
     ValueError: the template has an unknown format.
@@ -226,43 +228,43 @@ def find_style(template: str) -> Style:
   if '<function=' in template or '<|tool_call>' in template:
     raise ValueError(
       'the chat template writes tool calls in a format that is not supported; '
-      f'use a template with one of {", ".join(STYLES)}'
+      f'use a template with one of {", ".join(CALL_FORMATS)}'
     )
   if '<tool_call>' in template or 'tools' not in template:
-    return STYLES['hermes']
+    return CALL_FORMATS['hermes']
   if '"parameters":' in template or '<|python_tag|>' in template:
-    return STYLES['llama']
-  return STYLES['json']
+    return CALL_FORMATS['llama']
+  return CALL_FORMATS['json']
 
 
 def with_tools(
   conversation: Conversation,
   tools: Sequence[ToolSpec],
-  choice: Choice,
-  style: Style,
+  choice: ToolChoice,
+  call_format: CallFormat,
   template: str,
 ) -> Conversation:
   """Adds the tools that may be called to a conversation.
 
-  The chat template renders them, or `moepeft.data.chat` in the Hermes style. If
-  the template does not support tools, they are added to the system turn.
+  The chat template renders them, or `moepeft.data.chat` in the Hermes format.
+  If the template does not support tools, they are added to the system turn.
   """
   allowed = [tool for tool in tools if tool.name in choice.names]
   if choice.mode == 'none' or not allowed:
     return dataclasses.replace(conversation, tools=None)
-  if 'tools' in template or style.name == 'hermes':
+  if 'tools' in template or call_format.name == 'hermes':
     return dataclasses.replace(
       conversation, tools=[tool.to_openai() for tool in allowed]
     )
-  system, turns = instructions(allowed, style), list(conversation.turns)
+  system, turns = instructions(allowed, call_format), list(conversation.turns)
   if turns and turns[0].role == 'system':
     system = f'{turns.pop(0).content}\n\n{system}'
   return Conversation((Turn('system', system), *turns))
 
 
-def instructions(tools: Sequence[ToolSpec], style: Style) -> str:
+def instructions(tools: Sequence[ToolSpec], call_format: CallFormat) -> str:
   """The instructions for a model whose chat template does not support tools."""
-  call = f'{{"name": ..., "{style.key}": ...}}'
+  call = f'{{"name": ..., "{call_format.arguments_key}": ...}}'
   functions = [
     json.dumps(tool.to_openai()['function'], ensure_ascii=False)
     for tool in tools
@@ -270,7 +272,7 @@ def instructions(tools: Sequence[ToolSpec], style: Style) -> str:
   return '\n'.join(
     [
       'You may call these tools, each a JSON schema. To call one, answer with '
-      f'{style.opening}{call}{style.closing} and nothing else.',
+      f'{call_format.opening}{call}{call_format.closing} and nothing else.',
       *functions,
     ]
   )

@@ -12,7 +12,7 @@ from moepeft.models.decoder.hf_config import (
   activation_to_hf,
 )
 from moepeft.models.hf_tensor_names import TensorNames
-from moepeft.models.weight_mapping import CheckpointError, Rule, in_layers
+from moepeft.models.weight_mapping import CheckpointError, Rule, path_in_layers
 
 _HEAD = 'cls.predictions'
 _BIASES = {True: f'{_HEAD}.bias', False: f'{_HEAD}.decoder.bias'}
@@ -121,9 +121,11 @@ def hf_rules(config: BertConfig) -> tuple[Rule, ...]:
   ]
   for site, axes in projections(config).items():
     name = _MODULES[site.removeprefix('encoder/')]
-    rules += _dense(in_layers(site), f'bert.encoder.layer.{{l}}.{name}', *axes)
+    rules += _dense(
+      path_in_layers(site), f'bert.encoder.layer.{{l}}.{name}', *axes
+    )
   for site, name in _NORMS.items():
-    rules += _norm(in_layers(site), f'bert.encoder.layer.{{l}}.{name}')
+    rules += _norm(path_in_layers(site), f'bert.encoder.layer.{{l}}.{name}')
   if config.pooler:
     rules += _dense('pooler', 'bert.pooler.dense', 'd', 'c')
   if config.masked:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from moepeft.models.decoder.config import DecoderConfig
 from moepeft.models.hf_tensor_names import TensorNames
-from moepeft.models.weight_mapping import CheckpointError, Rule, in_layers
+from moepeft.models.weight_mapping import CheckpointError, Rule, path_in_layers
 
 
 def axis_sizes(config: DecoderConfig) -> dict[str, int]:
@@ -138,9 +138,9 @@ class DecoderNames:
       sites, modules = POST_NORM_SITES, self.post_norms
     for site in sites:
       module = self._in_layer(site, modules)
-      rules += _norm(in_layers(f'decoder/{site}'), module, config)
+      rules += _norm(path_in_layers(f'decoder/{site}'), module, config)
     for site in ('self/q_norm', 'self/k_norm') if config.qk_norm else ():
-      path = in_layers(f'decoder/{site}')
+      path = path_in_layers(f'decoder/{site}')
       weight = f'{self.module(site)}.weight'
       rules.append(Rule(f'{path}/scale', weight, 'h', 'h'))
     rules += _norm('decoder/norm', self.norm, config)
@@ -152,7 +152,7 @@ class DecoderNames:
     sites, module = projections(config), self.module(site)
     input_axes, output_axes = sites[site]
     fused_sites = [path for path in sites if self.module(path) == module]
-    name = in_layers(site)
+    name = path_in_layers(site)
     part, stored_outputs = (
       (fused_sites.index(site), len(fused_sites)),
       f'({output_axes})',

@@ -16,7 +16,7 @@ from moepeft.models.weight_mapping import (
   CheckpointError,
   Rule,
   Shape,
-  in_layers,
+  path_in_layers,
 )
 
 # Sublayers in the order of Hugging Face's `layer.<i>`, with the module's names
@@ -99,7 +99,7 @@ def hf_rules(config: T5Config) -> tuple[Rule, ...]:
   rules = [Rule('embed/embedding', TENSOR_NAMES.embedding, 'vd', 'vd')]
   for site, (input_axes, output_axes) in projections(config).items():
     name, stored_name = (
-      in_layers(site) + '/kernel',
+      path_in_layers(site) + '/kernel',
       hf_module(site, config) + '.weight',
     )
     rules.append(
@@ -137,7 +137,7 @@ def t5x_rules(config: T5Config) -> tuple[Rule, ...]:
   rules = [Rule('embed/embedding', 'token_embedder/embedding', 'vd', 'vd')]
   for site, (input_axes, output_axes) in projections(config).items():
     name, stored_name = (
-      in_layers(site) + '/kernel',
+      path_in_layers(site) + '/kernel',
       t5x_module(site) + '/kernel',
     )
     rules.append(

@@ -8,7 +8,7 @@ the table, and of the head's columns; with a tied head they are the same ones.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moepeft.core.ranges import shortened
+from moepeft.core.ranges import short_repr
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import BaseLayer
 from moepeft.nn.initializers import COLLECTION, Constant, peft_param
@@ -86,7 +86,7 @@ def token_ids(text: str, f: BaseLayer) -> tuple[int, ...]:
     first, last = int(low), int(high or low)
     if not first <= last < vocab:
       raise ValueError(
-        f'tokens(new={shortened(text)}) names ids from {first} to {last}; '
+        f'tokens(new={short_repr(text)}) names ids from {first} to {last}; '
         f"expected ids below {vocab}, the size of the model's vocabulary"
       )
     ids |= set(range(first, last + 1))

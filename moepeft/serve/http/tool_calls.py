@@ -72,7 +72,7 @@ class ToolPlanner:
       tool_choice = tools.read_tool_choice(choice, checked_tools)
       if tool_choice.mode == 'none':
         return None
-      style = tools.find_style(template)
+      call_format = tools.find_call_format(template)
     except ValueError as e:
       raise invalid_request(str(e), 'tools') from None
     if self._compiler is None and tool_choice.mode == 'required':
@@ -85,7 +85,7 @@ class ToolPlanner:
     return ToolPlan(
       checked_tools,
       tool_choice,
-      style,
+      call_format,
       parallel_calls,
       template,
       self._compiler,
@@ -97,8 +97,8 @@ class ToolPlan:
   """The tools that the answers to a request may call."""
 
   tools: tuple[tools.ToolSpec, ...]
-  choice: tools.Choice
-  style: tools.Style
+  choice: tools.ToolChoice
+  call_format: tools.CallFormat
   parallel: bool
   template: str
   compiler: Compiler | None
@@ -110,7 +110,7 @@ class ToolPlan:
 
   def with_tools(self, conversation: Conversation) -> Conversation:
     return tools.with_tools(
-      conversation, self.tools, self.choice, self.style, self.template
+      conversation, self.tools, self.choice, self.call_format, self.template
     )
 
   def constraint(self) -> Constraint | None:
@@ -118,7 +118,9 @@ class ToolPlan:
       return None
     try:
       return CheckedConstraint(
-        self.compiler.tools(self.tools, self.choice, self.parallel, self.style)
+        self.compiler.tools(
+          self.tools, self.choice, self.parallel, self.call_format
+        )
       )
     except EngineFull as e:
       raise refusal_error(e, 'tools') from None
@@ -127,8 +129,8 @@ class ToolPlan:
 
   def reader(self) -> 'ToolCallReader':
     return ToolCallReader(
-      calls.Parser(
-        self.style,
+      calls.ToolCallParser(
+        self.call_format,
         self.choice.names,
         constrained=self.compiler is not None,
         calls_only=self.compiler is not None and not self.may_be_text,
@@ -143,7 +145,7 @@ class ToolCallReader:
     has_call: whether the answer calls a tool.
   """
 
-  def __init__(self, parser: calls.Parser):
+  def __init__(self, parser: calls.ToolCallParser):
     self._parser, self.has_call = parser, False
 
   def feed(self, text: str) -> list[dict[str, Any]]:
@@ -158,9 +160,9 @@ class ToolCallReader:
 
 
 def _delta(event: calls.Event) -> dict[str, Any]:
-  if isinstance(event, calls.Content):
+  if isinstance(event, calls.ContentDelta):
     return {'content': event.text}
-  if isinstance(event, calls.Arguments):
+  if isinstance(event, calls.ArgumentsDelta):
     function = {'arguments': event.text}
     return {'tool_calls': [{'index': event.index, 'function': function}]}
   call = {

@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from moepeft.core import distributed
-from moepeft.core.ranges import shortened
+from moepeft.core.ranges import short_repr
 from moepeft.training.callbacks.callback import Callback, CallbackEntry
 
 
@@ -67,7 +67,7 @@ def _build(config: ConfigDict) -> Profiling:
   if not 1 <= first <= last <= config.steps:
     raise ValueError(
       'config.profile.steps is FIRST:LAST, as in 5:8, steps from 1 to '
-      f'config.steps={config.steps}; got {shortened(steps)}'
+      f'config.steps={config.steps}; got {short_repr(steps)}'
     )
   return Profiling(first, last)
 

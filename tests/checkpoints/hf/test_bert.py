@@ -258,12 +258,12 @@ def test_an_adapter_goes_out_under_the_names_of_its_base(tmp_path):
   assert_equal_trees(peft.load(str(tmp_path / 'a'), config).tree, tree)
   from safetensors import safe_open
 
-  with safe_open(tmp_path / 'a' / peft.ARRAYS, 'numpy') as file:
+  with safe_open(tmp_path / 'a' / peft.WEIGHTS_FILE, 'numpy') as file:
     names_ = set(file.keys())
   head = 'base_model.model.encoder.layer.0'
   assert f'{head}.attention.self.query.lora_A.weight' in names_
   assert f'{head}.output.dense.lora_B.weight' in names_
-  fields = json.loads((tmp_path / 'a' / peft.CONFIG).read_text())
+  fields = json.loads((tmp_path / 'a' / peft.CONFIG_FILE).read_text())
   assert fields['task_type'] == 'FEATURE_EXTRACTION'
 
 

@@ -133,7 +133,7 @@ def test_peft_goes_to_moepeft_and_back(folder, family, kind):
   peft.save('a', config, adapter, base='base')
   folder('--input=a', '--output=b', '--to=moepeft')
   folder('--input=b', '--output=c', '--to=peft')
-  for file in (peft.ARRAYS, peft.CONFIG):
+  for file in (peft.WEIGHTS_FILE, peft.CONFIG_FILE):
     assert Path('a', file).read_bytes() == Path('c', file).read_bytes()
   actual = peft.load('c', config)
   assert actual.method == method
@@ -147,13 +147,13 @@ def test_a_dora_that_lacks_a_layer_is_refused(folder):
     adapter_tree(config, DORA_LEAVES, AT[:1]),
   )
   peft.save('a', config, adapter)
-  arrays = hf.directory.Tensors([Path('a', peft.ARRAYS)])
+  arrays = hf.directory.Tensors([Path('a', peft.WEIGHTS_FILE)])
   remaining = {
     n: arrays.fetch(n) for n in arrays.shapes if '.layers.1.' not in n
   }
-  peft.save_file(remaining, Path('a', peft.ARRAYS))
+  peft.save_file(remaining, Path('a', peft.WEIGHTS_FILE))
   with pytest.raises(
-    weight_mapping.CheckpointError, match='no magnitude of .*layers.1'
+    weight_mapping.CheckpointError, match='no magnitude vector of .*layers.1'
   ):
     peft.load('a', config)
 
@@ -174,7 +174,7 @@ def test_others_of_gpt2_go_out_and_come_back(folder):
   method = "lora(rank=7, alpha=3, targets='decoder/self/o|decoder/mlp/wo')"
   adapter = AdapterWeights(method, adapter_tree(GPT2, LORA_LEAVES, AT[2:]))
   peft.save('a', GPT2, adapter)
-  file = Path('a', peft.CONFIG)
+  file = Path('a', peft.CONFIG_FILE)
   fields = json.loads(file.read_text()) | {'fan_in_fan_out': True}
   file.write_text(json.dumps(fields))
   actual = peft.load('a', GPT2)

@@ -76,7 +76,7 @@ def adapter(request):
 
 
 def edit(folder, **changes):
-  file = folder / peft.CONFIG
+  file = folder / peft.CONFIG_FILE
   file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
@@ -85,7 +85,7 @@ def test_round_trip_keeps_method_and_bits(adapter, tmp_path):
   loaded = peft.load(str(tmp_path / 'a'), CONFIG)
   assert_equal_trees(loaded.tree, adapter.tree)
   peft.save(tmp_path / 'b', CONFIG, loaded)
-  for name in (peft.ARRAYS, peft.CONFIG):
+  for name in (peft.WEIGHTS_FILE, peft.CONFIG_FILE):
     assert (tmp_path / 'a' / name).read_bytes() == (
       tmp_path / 'b' / name
     ).read_bytes()
@@ -142,13 +142,13 @@ def logits(adapter):
 
 def test_names_and_shapes_are_pefts(tmp_path):
   peft.save(tmp_path / 'a', CONFIG, ADAPTERS['lora-cross'])
-  arrays = load_file(tmp_path / 'a' / peft.ARRAYS)
+  arrays = load_file(tmp_path / 'a' / peft.WEIGHTS_FILE)
   place = 'base_model.model.decoder.block.3.layer.1.EncDecAttention'
   assert arrays[f'{place}.q.lora_A.weight'].shape == (7, 11)
   assert arrays[f'{place}.q.lora_B.weight'].shape == (15, 7)
   assert arrays[f'{place}.o.lora_A.weight'].shape == (7, 15)
   peft.save(tmp_path / 'b', CONFIG, ADAPTERS['ia3-both-sides'])
-  arrays = load_file(tmp_path / 'b' / peft.ARRAYS)
+  arrays = load_file(tmp_path / 'b' / peft.WEIGHTS_FILE)
   place = 'base_model.model.encoder.block.0.layer.0.SelfAttention'
   assert arrays[f'{place}.v.ia3_l'].shape == (15, 1)
   assert arrays[f'{place}.o.ia3_l'].shape == (1, 15)
@@ -189,7 +189,7 @@ def test_an_earlier_config_is_kept_where_it_holds(tmp_path):
 def test_layers_that_a_lora_leaves_out_are_zero_and_stay_out(tmp_path):
   adapter = lora(['decoder/self/q'])
   peft.save(tmp_path / 'a', CONFIG, adapter)
-  file = tmp_path / 'a' / peft.ARRAYS
+  file = tmp_path / 'a' / peft.WEIGHTS_FILE
   arrays = load_file(file)
   remaining = {n: a for n, a in arrays.items() if '.block.0.' not in n}
   save_file(remaining, file)
@@ -197,7 +197,9 @@ def test_layers_that_a_lora_leaves_out_are_zero_and_stay_out(tmp_path):
   for leaf in weight_mapping.flatten(loaded.tree).values():
     assert not leaf[0].any() and leaf[1:].all()
   peft.save(tmp_path / 'b', CONFIG, loaded)
-  assert load_file(tmp_path / 'b' / peft.ARRAYS).keys() == remaining.keys()
+  assert (
+    load_file(tmp_path / 'b' / peft.WEIGHTS_FILE).keys() == remaining.keys()
+  )
   targets = peft_config.read(tmp_path / 'b')['target_modules']
   assert targets == [
     f'decoder.block.{i}.layer.0.SelfAttention.q' for i in (1, 2, 3)
@@ -225,7 +227,7 @@ def test_what_is_not_supported_is_refused_by_name(field, tmp_path):
 
 def test_adapters_of_less_precision_are_read_as_float32(tmp_path):
   peft.save(tmp_path / 'a', CONFIG, ADAPTERS['lora'])
-  file = tmp_path / 'a' / peft.ARRAYS
+  file = tmp_path / 'a' / peft.WEIGHTS_FILE
   half = {n: a.astype(np.float16) for n, a in load_file(file).items()}
   save_file(half, file)
   for dtype, remaining in (('float32', np.float32), (None, np.float16)):
@@ -276,7 +278,7 @@ def test_sites_without_a_projection_are_refused(tmp_path):
 
 def test_a_truncated_file_is_one_sentence(tmp_path):
   peft.save(tmp_path / 'a', CONFIG, ADAPTERS['lora'])
-  file = tmp_path / 'a' / peft.ARRAYS
+  file = tmp_path / 'a' / peft.WEIGHTS_FILE
   file.write_bytes(file.read_bytes()[:-9])
   with pytest.raises(CheckpointError, match='truncated or damaged'):
     peft.load(str(tmp_path / 'a'), CONFIG)

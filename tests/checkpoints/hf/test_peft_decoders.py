@@ -222,7 +222,7 @@ def test_what_is_not_read_is_one_sentence(name, tmp_path):
 def test_pickles_are_refused_by_name(tmp_path):
   config = lora(target_modules=ATTENTION)
   adapted('Llama', config, tmp_path)
-  file = tmp_path / 'adapter' / peft.ARRAYS
+  file = tmp_path / 'adapter' / peft.WEIGHTS_FILE
   file.rename(file.with_name('adapter_model.bin'))
   with pytest.raises(CheckpointError, match='adapter_model.bin, a pickle'):
     ours(tmp_path)

@@ -41,8 +41,8 @@ def arrays_of(module, rank, inner, outer, layers=range(3), seed=1):
 
 def write(folder, arrays, **fields):
   folder.mkdir(exist_ok=True)
-  save_file(arrays, folder / peft.ARRAYS)
-  (folder / peft.CONFIG).write_text(json.dumps(FIELDS | fields))
+  save_file(arrays, folder / peft.WEIGHTS_FILE)
+  (folder / peft.CONFIG_FILE).write_text(json.dumps(FIELDS | fields))
   return str(folder)
 
 
@@ -110,11 +110,11 @@ def test_what_has_two_ranks_is_written_and_read_again(tmp_path):
   path = write(tmp_path / 'a', arrays, rank_pattern={'up_proj': 5})
   adapter = peft.load(path, CONFIG)
   peft.save(tmp_path / 'b', CONFIG, adapter)
-  fields = json.loads((tmp_path / 'b' / peft.CONFIG).read_text())
+  fields = json.loads((tmp_path / 'b' / peft.CONFIG_FILE).read_text())
   assert (fields['r'], fields['lora_alpha']) == (2, 6)
   (pattern,) = fields['rank_pattern'].items()
   assert pattern == (r'model\.layers\.\d+\.mlp\.up_proj', 5)
-  again = load_file(tmp_path / 'b' / peft.ARRAYS)
+  again = load_file(tmp_path / 'b' / peft.WEIGHTS_FILE)
   assert again.keys() == arrays.keys()
   for name, array in arrays.items():
     np.testing.assert_array_equal(again[name], array)

@@ -16,7 +16,7 @@ import pytest
 from moepeft.models import weight_mapping
 from moepeft.moe import aux_losses, router_stats
 from moepeft.objectives.cross_entropy import (
-  PER,
+  AVERAGE_OVER,
   CrossEntropySettings,
   mean_loss,
   token_losses,
@@ -41,7 +41,7 @@ CASES = [
   *(
     pytest.param(method, per, marks=pytest.mark.slow)
     for method in small.ONE_EACH
-    for per in PER
+    for per in AVERAGE_OVER
   ),
 ]
 

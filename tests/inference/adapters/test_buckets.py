@@ -42,7 +42,7 @@ def test_a_rank_is_rounded_up_to_a_power_of_two_of_four_at_least(rank, rounded):
   ],
 )
 def test_a_scale_is_alpha_over_the_rank_or_its_root(method, scale):
-  (spec,) = buckets.instances(build(method, SITES).method).values()
+  (spec,) = buckets.method_instances(build(method, SITES).method).values()
   assert buckets.scale_of(spec) == scale
 
 

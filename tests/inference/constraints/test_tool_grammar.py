@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 
 from moepeft.inference.constraints.grammar import Compiler
-from moepeft.inference.tools.parser import Arguments, CallStart, Content, Parser
-from moepeft.inference.tools.tools import STYLES, Choice, ToolSpec
+from moepeft.inference.tools.parser import (
+  ArgumentsDelta,
+  CallStart,
+  ContentDelta,
+  ToolCallParser,
+)
+from moepeft.inference.tools.tools import CALL_FORMATS, ToolChoice, ToolSpec
 
 from . import json_cases, small_words
 
@@ -37,7 +42,7 @@ TOOLS = (
   ToolSpec('now'),
 )
 NAMES = tuple(tool.name for tool in TOOLS)
-REQUIRED, AUTO = Choice('required', NAMES), Choice('auto', NAMES)
+REQUIRED, AUTO = ToolChoice('required', NAMES), ToolChoice('auto', NAMES)
 
 
 @pytest.fixture(scope='module')
@@ -83,16 +88,16 @@ def right(event):
 
 
 def read(style, text, sure):
-  parser = Parser(STYLES[style], NAMES, sure)
+  parser = ToolCallParser(CALL_FORMATS[style], NAMES, sure)
   events = [*parser.feed(text), *parser.finish()]
   names = [event.name for event in events if isinstance(event, CallStart)]
-  texts = [event.text for event in events if isinstance(event, Arguments)]
-  said = [event.text for event in events if isinstance(event, Content)]
+  texts = [event.text for event in events if isinstance(event, ArgumentsDelta)]
+  said = [event.text for event in events if isinstance(event, ContentDelta)]
   return list(zip(names, texts, strict=True)), ''.join(said)
 
 
 @pytest.mark.parametrize('parallel', (False, True))
-@pytest.mark.parametrize('style', STYLES)
+@pytest.mark.parametrize('style', CALL_FORMATS)
 def test_a_required_call_is_all_that_random_logits_say(
   compiler, words, style, parallel
 ):
@@ -100,7 +105,7 @@ def test_a_required_call_is_all_that_random_logits_say(
   for kind in json_cases.KINDS:
     texts = small_words.texts(words, size(words))
     favour = json_cases.bias(kind, texts, (words.eos,))
-    constraint = compiler.tools(TOOLS, REQUIRED, parallel, STYLES[style])
+    constraint = compiler.tools(TOOLS, REQUIRED, parallel, CALL_FORMATS[style])
     ids, end = json_cases.stream(constraint, (words.eos,), favour, rng, 300)
     if not end:
       # Only calls after calls have no end.
@@ -120,7 +125,10 @@ def test_a_named_tool_is_the_only_one(compiler, words):
   rng = np.random.default_rng(19)
   for _ in range(5):
     constraint = compiler.tools(
-      TOOLS, Choice('required', ('add_more',)), False, STYLES['hermes']
+      TOOLS,
+      ToolChoice('required', ('add_more',)),
+      False,
+      CALL_FORMATS['hermes'],
     )
     ids, end = json_cases.stream(constraint, (words.eos,), 0, rng, 300)
     ((name, _),), _ = read('hermes', words.decode(ids), True)
@@ -155,13 +163,13 @@ CALL = '{"name": "add", "arguments": {"a": 1, "b": 23}}'
 def test_a_call_that_begins_is_kept_to_its_form(
   compiler, words, style, text, fits
 ):
-  constraint = compiler.tools(TOOLS, AUTO, True, STYLES[style])
+  constraint = compiler.tools(TOOLS, AUTO, True, CALL_FORMATS[style])
   assert takes(compiler, words, constraint, text) == fits
 
 
 def test_one_call_at_most_where_they_are_not_parallel(compiler, words):
   text = f'so <tool_call>{CALL}</tool_call>'
-  constraint = compiler.tools(TOOLS, AUTO, False, STYLES['hermes'])
+  constraint = compiler.tools(TOOLS, AUTO, False, CALL_FORMATS['hermes'])
   done = [
     constraint.mask()[token] and constraint.accept(token)
     for token in words.encode(text)
@@ -174,7 +182,7 @@ def test_random_text_with_calls_is_read_back(compiler, words):
   marker = words.encode('<tool_call>')
   rng, count = np.random.default_rng(23), 0
   for _ in range(11):
-    constraint = compiler.tools(TOOLS, AUTO, True, STYLES['hermes'])
+    constraint = compiler.tools(TOOLS, AUTO, True, CALL_FORMATS['hermes'])
     for token in [*words.encode('Well '), *marker]:
       assert constraint.mask()[token]
       constraint.accept(token)
@@ -195,16 +203,16 @@ def test_what_strict_tools_ask_is_kept_or_refused(compiler):
     'type': 'object',
     'properties': {'a': {'type': 'array', 'uniqueItems': True}},
   }
-  style = STYLES['hermes']
+  style = CALL_FORMATS['hermes']
   strict, loose = (
     ToolSpec('odd', parameters=odd, strict=x) for x in (True, False)
   )
-  compiler.tools((loose,), Choice('auto', ('odd',)), True, style)
+  compiler.tools((loose,), ToolChoice('auto', ('odd',)), True, style)
   with pytest.raises(ValueError, match='uniqueItems'):
-    compiler.tools((strict,), Choice('auto', ('odd',)), True, style)
+    compiler.tools((strict,), ToolChoice('auto', ('odd',)), True, style)
 
 
 def test_there_is_nothing_to_constrain_without_tools(compiler):
-  for choice in (Choice('none', NAMES), Choice('auto', ())):
+  for choice in (ToolChoice('none', NAMES), ToolChoice('auto', ())):
     with pytest.raises(ValueError, match='no tool may be called'):
-      compiler.tools(TOOLS, choice, True, STYLES['hermes'])
+      compiler.tools(TOOLS, choice, True, CALL_FORMATS['hermes'])

@@ -118,7 +118,7 @@ def test_a_failed_start_is_said():
   model, params, banks, settings = small()
   params = jax.tree.map(lambda a: a * float('nan'), params)
   engine = Engine(model, params, banks, settings)
-  with pytest.raises(RuntimeError, match='first generation failed.*NaN'):
+  with pytest.raises(RuntimeError, match='test request failed.*NaN'):
     engine.start()
   assert not engine.ready
   engine.stop()

@@ -10,13 +10,13 @@ import pytest
 
 from moepeft.inference.tools import json_parser
 from moepeft.inference.tools.parser import (
-  Arguments,
+  ArgumentsDelta,
   CallStart,
-  Content,
-  Parser,
+  ContentDelta,
+  ToolCallParser,
   random_id,
 )
-from moepeft.inference.tools.tools import STYLES
+from moepeft.inference.tools.tools import CALL_FORMATS
 
 NAMES = ('look', 'add')
 LOOK = '{"name": "look", "arguments": {"at": "<\\"}é"}}'
@@ -53,16 +53,20 @@ CASES = [(style, text) for style, texts in TEXTS.items() for text in texts]
 def parsed(style, pieces, constrained=False):
   """(events, joined where they go on with each other; the calls' count)."""
   ids = (f'call_{n}' for n in itertools.count())
-  parser = Parser(STYLES[style], NAMES, constrained, lambda: next(ids))
+  parser = ToolCallParser(
+    CALL_FORMATS[style], NAMES, constrained, lambda: next(ids)
+  )
   actual = [event for piece in pieces for event in parser.feed(piece)]
   events = []
   for event in [*actual, *parser.finish()]:
     last = events[-1] if events else None
-    if isinstance(event, Content | Arguments) and type(last) is type(event):
+    if isinstance(event, ContentDelta | ArgumentsDelta) and type(last) is type(
+      event
+    ):
       events[-1] = dataclasses.replace(event, text=last.text + event.text)
     else:
       events.append(event)
-  return events, parser.calls
+  return events, parser.num_calls
 
 
 def whole(style, text, constrained=False):
@@ -74,7 +78,7 @@ def calls(*found):
   return [
     event
     for i, (name, text) in pairs
-    for event in (CallStart(i, f'call_{i}', name), Arguments(i, text))
+    for event in (CallStart(i, f'call_{i}', name), ArgumentsDelta(i, text))
   ]
 
 
@@ -93,16 +97,20 @@ def test_every_way_to_cut_a_text_gives_the_same(style, text, constrained):
 @pytest.mark.parametrize('style, text', CASES)
 def test_arguments_are_json_and_content_is_of_the_text(style, text):
   for event in whole(style, text):
-    if isinstance(event, Arguments):
+    if isinstance(event, ArgumentsDelta):
       assert isinstance(json.loads(event.text), dict)
-    if isinstance(event, Content):
+    if isinstance(event, ContentDelta):
       assert event.text in text
 
 
 def test_text_stands_around_calls_without_the_blanks_between():
   text = f'Hi \n<tool_call>\n{LOOK}\n</tool_call>\n\n bye '
   look = calls(('look', ARGUMENTS))
-  assert whole('hermes', text) == [Content('Hi'), *look, Content('bye ')]
+  assert whole('hermes', text) == [
+    ContentDelta('Hi'),
+    *look,
+    ContentDelta('bye '),
+  ]
 
 
 def test_several_calls_are_counted():
@@ -150,85 +158,92 @@ def test_arguments_in_a_text_and_none_at_all_are_objects():
 )
 def test_what_is_no_call_is_content_letter_by_letter(body):
   text = f'so: <tool_call>{body}</tool_call> ok'
-  assert whole('hermes', text) == [Content(text)]
+  assert whole('hermes', text) == [ContentDelta(text)]
 
 
 def test_an_answer_cut_inside_of_a_call_is_content():
   text = 'so: <tool_call>{"name": "f", "arguments": {"a'
-  assert whole('hermes', text) == [Content(text)]
+  assert whole('hermes', text) == [ContentDelta(text)]
 
 
 @pytest.mark.parametrize('cut', ('<tool_', '<tool_call>\n{"name": "lo'))
 def test_of_forced_calls_half_a_one_is_not_shown(cut):
   look = f'<tool_call>{LOOK}</tool_call>\n'
   for text in (cut, look + cut):
-    parser = Parser(STYLES['hermes'], NAMES, True, calls_only=True)
+    parser = ToolCallParser(
+      CALL_FORMATS['hermes'], NAMES, True, calls_only=True
+    )
     events = [*parser.feed(text), *parser.finish()]
-    assert not any(isinstance(event, Content) for event in events)
-    assert parser.calls == (text != cut)
+    assert not any(isinstance(event, ContentDelta) for event in events)
+    assert parser.num_calls == (text != cut)
 
 
 def test_of_a_sure_call_a_name_that_was_cut_off_is_not_shown():
-  parser = Parser(STYLES['hermes'], NAMES, True)
+  parser = ToolCallParser(CALL_FORMATS['hermes'], NAMES, True)
   said = parser.feed('Let me see. <tool_call>{"name": "lo')
-  assert [*said, *parser.finish()] == [Content('Let me see.')]
+  assert [*said, *parser.finish()] == [ContentDelta('Let me see.')]
 
 
 def test_where_calls_are_sure_arguments_come_as_they_are_written():
-  parser = Parser(STYLES['hermes'], constrained=True, make_id=lambda: 'i')
+  parser = ToolCallParser(
+    CALL_FORMATS['hermes'], constrained=True, make_id=lambda: 'i'
+  )
   assert parser.feed('<tool_call>{"name": "f", "argu') == [
     CallStart(0, 'i', 'f')
   ]
-  assert parser.feed('ments": {"a": ') == [Arguments(0, '{"a": ')]
-  assert parser.feed('12') == [Arguments(0, '12')]
+  assert parser.feed('ments": {"a": ') == [ArgumentsDelta(0, '{"a": ')]
+  assert parser.feed('12') == [ArgumentsDelta(0, '12')]
   # Cut here, what came stays a call, as its length is why it ended.
   assert parser.finish() == []
-  assert parser.calls == 1
+  assert parser.num_calls == 1
 
 
 def test_a_sure_call_that_is_cut_before_its_name_is_no_content():
   for cut in ('<tool_call>', '<tool_call>\n{"name":'):
-    parser = Parser(STYLES['hermes'], constrained=True)
+    parser = ToolCallParser(CALL_FORMATS['hermes'], constrained=True)
     assert parser.feed(cut) == parser.finish() == []
-    assert parser.calls == 0
+    assert parser.num_calls == 0
 
 
 def test_where_they_are_not_a_call_comes_when_it_is_whole():
-  parser = Parser(STYLES['hermes'], make_id=lambda: 'i')
+  parser = ToolCallParser(CALL_FORMATS['hermes'], make_id=lambda: 'i')
   assert parser.feed('<tool_call>{"name": "f", "arguments": {"a": 1}') == []
-  assert parser.feed('}') == [CallStart(0, 'i', 'f'), Arguments(0, '{"a": 1}')]
+  assert parser.feed('}') == [
+    CallStart(0, 'i', 'f'),
+    ArgumentsDelta(0, '{"a": 1}'),
+  ]
 
 
 def test_after_content_a_call_without_a_marker_is_not_sure():
   # No constraint keeps it to its form there.
   text = 'so {"name": "add", "arguments": {"a": tru}}'
-  assert whole('json', text, constrained=True) == [Content(text)]
+  assert whole('json', text, constrained=True) == [ContentDelta(text)]
 
 
 def test_half_a_marker_is_never_shown():
   text = f'a <tool_call>{LOOK}</tool_call>'
   for at in range(len(text)):
-    parser = Parser(STYLES['hermes'])
+    parser = ToolCallParser(CALL_FORMATS['hermes'])
     said = ''.join(
       event.text
       for event in parser.feed(text[:at])
-      if isinstance(event, Content)
+      if isinstance(event, ContentDelta)
     )
     assert said in ('', 'a')
 
 
 def test_a_name_that_is_no_tool_counts_only_after_a_marker():
   call = '{"name": "unknown", "arguments": {}}'
-  assert whole('json', call) == [Content(call)]
+  assert whole('json', call) == [ContentDelta(call)]
   assert whole('hermes', f'<tool_call>{call}</tool_call>') == calls(
     ('unknown', '{}')
   )
 
 
 def test_json_that_is_an_answer_is_known_by_its_first_key():
-  parser = Parser(STYLES['json'], NAMES)
+  parser = ToolCallParser(CALL_FORMATS['json'], NAMES)
   assert parser.feed('{"answer": ') == []
-  assert parser.feed('7') == [Content('{"answer": 7')]
+  assert parser.feed('7') == [ContentDelta('{"answer": 7')]
 
 
 def test_reading_takes_time_in_proportion_to_the_text(monkeypatch):
@@ -243,7 +258,7 @@ def test_reading_takes_time_in_proportion_to_the_text(monkeypatch):
   monkeypatch.setattr('moepeft.inference.tools.parser.CallsParser', Counted)
   # Read anew from each brace, this would be 100 times 64 levels of 13 letters.
   text = '{"arguments":' * 100 + 'x'
-  assert whole('json', text) == [Content(text)]
+  assert whole('json', text) == [ContentDelta(text)]
   # A letter that tells is read once more.
   assert len(text) <= fed <= 1.1 * len(text)
 

@@ -9,7 +9,7 @@ from moepeft.data.chat.dataset import ChatTemplate
 from moepeft.data.chat.formats import Conversation
 from moepeft.data.chat.messages import Turn
 from moepeft.inference.tools import tools as tools_tools
-from moepeft.inference.tools.tools import STYLES, Choice, ToolSpec
+from moepeft.inference.tools.tools import CALL_FORMATS, ToolChoice, ToolSpec
 from tests import chat_cases
 
 CITY = {
@@ -89,14 +89,14 @@ def test_a_choice_names_what_may_be_called():
     'allowed_tools': {'mode': 'required', 'tools': [named]},
   }
   for actual, expected in (
-    (None, Choice('auto', ('a', 'b'))),
-    ('none', Choice('none', ('a', 'b'))),
-    ('required', Choice('required', ('a', 'b'))),
-    (named, Choice('required', ('b',), once=True)),
-    (some, Choice('required', ('b',))),
+    (None, ToolChoice('auto', ('a', 'b'))),
+    ('none', ToolChoice('none', ('a', 'b'))),
+    ('required', ToolChoice('required', ('a', 'b'))),
+    (named, ToolChoice('required', ('b',), once=True)),
+    (some, ToolChoice('required', ('b',))),
   ):
     assert tools_tools.read_tool_choice(actual, tools) == expected
-  assert tools_tools.read_tool_choice(None, ()) == Choice('none', ())
+  assert tools_tools.read_tool_choice(None, ()) == ToolChoice('none', ())
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,9 @@ def test_the_style_is_found_in_the_template():
     (llama, 'llama'),
     ('{{ tools | tojson }}', 'json'),
   ):
-    assert tools_tools.find_style(template).name == expected
+    assert tools_tools.find_call_format(template).name == expected
   with pytest.raises(ValueError, match='not supported'):
-    tools_tools.find_style('{{ tools }}<tool_call><function=name>')
+    tools_tools.find_call_format('{{ tools }}<tool_call><function=name>')
 
 
 def prompt(template, choice, style):
@@ -140,11 +140,13 @@ def prompt(template, choice, style):
   asked = Conversation((Turn('system', 'Be brief.'), Turn('user', 'Rain?')))
   tokenizer = chat_cases.tokenizer(template)
   tools = (ToolSpec('weather', 'Of a city.', CITY), ToolSpec('now'))
-  actual = tools_tools.with_tools(asked, tools, choice, STYLES[style], template)
+  actual = tools_tools.with_tools(
+    asked, tools, choice, CALL_FORMATS[style], template
+  )
   return tokenizer.decode(ChatTemplate(tokenizer).encode_prompt(actual))
 
 
-BOTH = Choice('auto', ('weather', 'now'))
+BOTH = ToolChoice('auto', ('weather', 'now'))
 
 
 def test_a_template_writes_the_tools_itself():
@@ -168,14 +170,14 @@ def test_another_style_is_told_in_its_own_form():
 
 
 @pytest.mark.parametrize('template', (QWEN, chat_cases.CHATML))
-@pytest.mark.parametrize('style', STYLES)
+@pytest.mark.parametrize('style', CALL_FORMATS)
 def test_no_tool_is_in_the_prompt_where_none_may_be_called(template, style):
-  text = prompt(template, Choice('none', ('weather', 'now')), style)
+  text = prompt(template, ToolChoice('none', ('weather', 'now')), style)
   assert 'weather' not in text
   assert 'weather' in prompt(template, BOTH, style)
 
 
 def test_only_the_tools_that_may_be_called_are_told():
-  text = prompt(QWEN, Choice('required', ('now',)), 'hermes')
+  text = prompt(QWEN, ToolChoice('required', ('now',)), 'hermes')
   assert '"now"' in text
   assert 'weather' not in text

@@ -11,7 +11,7 @@ import pytest
 from moepeft.inference import api
 from moepeft.inference.adapters.load import read_adapter
 from moepeft.inference.tools import parser as tool_parser
-from moepeft.inference.tools.tools import STYLES
+from moepeft.inference.tools.tools import CALL_FORMATS
 from moepeft.models.decoder.model import DecoderConfig
 from moepeft.serve.http.keys import ApiKeys
 from tests.serve.fake_engine import END, ids_of
@@ -201,7 +201,7 @@ def test_half_a_surrogate_that_a_model_writes_is_text(client, streamed):
 
 
 def test_a_call_whose_name_cannot_be_sent_is_content():
-  parser = tool_parser.Parser(STYLES['hermes'], ('f',))
+  parser = tool_parser.ToolCallParser(CALL_FORMATS['hermes'], ('f',))
   text = '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'
   events = parser.feed(text) + parser.finish()
   assert ''.join(event.text for event in events) == text
