@@ -124,7 +124,8 @@ def test_a_masked_router_and_its_sums_are_those_of_fewer_experts(name):
   np.testing.assert_array_equal(weights[..., 3:], 0)
   np.testing.assert_allclose(weights[..., :3], fewer_weights, rtol=1e-6)
   assert float(experts) == float(fewer) == 3
-  np.testing.assert_allclose(losses, fewer_losses, rtol=1e-6)
+  # The variation of even weights is zero but for rounding.
+  np.testing.assert_allclose(losses, fewer_losses, rtol=1e-6, atol=1e-12)
   np.testing.assert_allclose(actual.share[:3], expected.share, rtol=1e-6)
   for key in ('entropy', 'weight_entropy', 'variation', 'top'):
     # Of the share of a uniform router, the deviation is float32 rounding.
