@@ -16,6 +16,7 @@ ROUTERS: Registry = Registry(
     'topk': 'topk:ROUTER',
     'uniform': 'uniform:ROUTER',
     'random': 'random:ROUTER',
+    'localized': 'localized:ROUTER',
     'threshold': 'threshold:ROUTER',
     'magnitude': 'magnitude:ROUTER',
     'arrow': 'arrow:ROUTER',

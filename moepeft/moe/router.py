@@ -41,6 +41,8 @@ class RouterSpec:
       and scoring, but no generation.
     independent_of_batch: whether a token's routing depends on no other row.
     learned: whether the router has trained parameters.
+    needs_tasks: whether the router needs the option `tasks`, as its weights
+      are those of tasks.
     per_expert: whether the router reads a projection of each expert
       (reads='down'), an equal number of features for each.
     from_experts: for a router over trained adapters, ({name: array [e, ...]} of
@@ -67,6 +69,7 @@ class RouterSpec:
   pools_prompt: bool = False
   independent_of_batch: bool = True
   learned: bool = True
+  needs_tasks: bool = False
   per_expert: bool = False
   from_experts: Callable | None = None
   losses: Mapping[str, RouterLoss] = dataclasses.field(default_factory=dict)

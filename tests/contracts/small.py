@@ -64,6 +64,10 @@ METHODS = (
   "mixture(expert=bottleneck(size=3), experts=3, combine='parameters')",
   f'dynmole(experts=3, rank=2, {_AT})',
   f'ldmole(experts=3, rank=2, dropout=0.0, {_AT})',
+  f'loramoe(experts=3, rank=2, dropout=0.0, {_AT})',
+  f"moelora(experts=3, dropout=0.0, router=task(tasks=['a', 'b']), {_AT})",
+  'smear(experts=3, size=2)',
+  f"poly(experts=3, rank=2, router=poly(tasks=['a', 'b']), {_AT})",
   "tokens(new='3|5-7')",
   # The base's function where no placeholders stand; see
   # tests/peft/test_prompt_tuning.py.

@@ -7,11 +7,13 @@ import numpy as np
 
 from moepeft.checkpoints import adapter
 from moepeft.checkpoints.base import Base, example_batch
+from moepeft.config import method_string
 from moepeft.inference.adapters.stacking import row_tree
 from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.t5 import model as t5
+from moepeft.moe import ROUTERS
 from moepeft.nn.initializers import Constant, param_metadata
-from moepeft.peft import build
+from moepeft.peft import METHODS, build
 
 from ..contracts import small, small_decoders
 
@@ -45,10 +47,21 @@ ADAPTERS = {
   'comol': f'comol(experts=3, rank=2, {_AT})',
   'dynmole': f'dynmole(experts=3, rank=2, {_AT})',
   'ldmole': f'ldmole(experts=3, rank=2, {_AT})',
+  'loramoe': f'loramoe(experts=3, rank=2, {_AT})',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }
 # Gate and up have names of the family's.
 ADAPTERS['up'] = ADAPTERS['up'].replace('*/up', '*/wi*')
+
+
+def pooled_methods():
+  """The methods that a pool serves; some have routers that no engine runs."""
+  names = set()
+  for name, method in METHODS.items():
+    router = ROUTERS[method_string.parse(method.router).name]
+    if not (method.not_pooled or router.pools_prompt or router.needs_tasks):
+      names.add(name)
+  return names
 
 
 def base_of(config):

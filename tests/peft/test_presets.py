@@ -13,6 +13,8 @@ from moepeft.core.types import Context
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.moe import ROUTERS, router_state
+from moepeft.moe.router_stats import router_stats
+from moepeft.moe.routers.localized import localized_balance
 from moepeft.moe.routers import arrow, magnitude
 from moepeft.nn.adapter_hook import BaseLayer, SublayerHook
 from moepeft.nn.initializers import param_metadata
@@ -23,6 +25,7 @@ from moepeft.peft.method_text import canonical_text
 from moepeft.peft.mixture import layer_counts
 
 from ..contracts import small
+from ..reference import router_equations_context as equations
 from .test_semantics import CLOSE, adapter, call, normal, projection, softmax
 
 SITES = t5.sites(small.GATED)
@@ -66,6 +69,9 @@ def test_a_preset_is_its_text_and_options_replace_its_values(preset):
     ('comol', 16 / 16),
     ('dynmole', 16 / 8),
     ('ldmole', 16 / 8),
+    ('loramoe', 32 / 4),
+    ('moelora', 32 / 16),
+    ('poly', 1 / 8),
   ],
 )
 def test_the_scale_is_the_paper_s(preset, scale):
@@ -212,6 +218,61 @@ def test_adamole_leaves_out_experts_below_the_token_s_threshold():
   routing = router.apply({'peft': tree}, jnp.ones((1, 1, 1)), Context())
   np.testing.assert_allclose(
     routing.combine_weights[0, 0], [16 / 17, 1 / 17, 0], rtol=1e-5
+  )
+
+
+def localized_loss(packed, delta):
+  """(loss, weights, mask) of 3 examples of the tasks a, b, a over 4 experts."""
+  router = ROUTERS['localized'].module(
+    experts=4, tasks=('a', 'b'), group=('a',), delta=delta
+  )
+  lengths, tasks = (3, 5, 2), (1, 2, 1)
+  tokens = [normal(f'example{i}', n, 11) for i, n in enumerate(lengths)]
+  if packed:
+    x = np.concatenate(tokens)[None]
+    ids = np.repeat([1, 2, 3], lengths)[None]
+    task_ids = np.repeat(tasks, lengths)[None]
+    ctx = dict(segment_ids=jnp.asarray(ids), token_mask=jnp.ones_like(ids, bool))
+  else:
+    x, mask = np.full((3, 5, 11), 9.0), np.zeros((3, 5), bool)
+    for i, n in enumerate(lengths):
+      x[i, :n], mask[i, :n] = tokens[i], True
+    task_ids = np.array(tasks)[:, None] * mask
+    ctx = dict(token_mask=jnp.asarray(mask))
+  ctx = Context(task_ids=jnp.asarray(task_ids), **ctx)
+  kernel = normal('kernel', 11, 4)
+  routing = router.apply(
+    {'peft': {'kernel': jnp.asarray(kernel, jnp.float32)}},
+    jnp.asarray(x, jnp.float32),
+    ctx,
+  )
+  sums = router_stats(routing, ctx.token_mask)
+  weights = [softmax(t @ kernel) for t in tokens]
+  return localized_balance(sums), weights
+
+
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('delta', [0.0, 0.25])
+def test_loramoe_balances_experts_within_two_groups_of_tasks(packed, delta):
+  loss, weights = localized_loss(packed, delta)
+  expected = equations.localized_balance(weights, (True, False, True), delta)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_loramoe_s_loss_by_hand():
+  # One token each of two groups, even weights of two experts, delta 1/2:
+  # Z = ((3/4, 1/4), (1/4, 3/4)), mean 1/2, variance 4 (1/4)^2 / 3 = 1/12,
+  # over 1/4: 1/3.
+  even = [np.full((1, 2), 0.5)] * 2
+  value = equations.localized_balance(even, (True, False), 0.5)
+  np.testing.assert_allclose(value, 1 / 3, rtol=1e-6)
+
+
+def test_smear_merges_the_parameters_of_an_example_s_prompt():
+  mixture = adapter('smear', site='encoder/mlp')
+  assert (mixture.combine, type(mixture.router)) == (
+    'parameters',
+    ROUTERS['sentence'].module,
   )
 
 

@@ -88,3 +88,19 @@ def poly(logits, uniform=None):
   noise = 0 if uniform is None else np.log(uniform / (1 - uniform))
   z = 1 / (1 + np.exp(-(logits + noise)))
   return z / z.sum()
+
+
+def localized_balance(examples, in_group, delta):
+  """Dou et al., arXiv:2312.09979, equations 5 to 7; torch.var is unbiased.
+
+  Args:
+    examples: for each, the weights [t, e] of its tokens.
+    in_group: for each, whether its task is of the first half of the experts.
+  """
+  z = []
+  for weights, first in zip(examples, in_group, strict=True):
+    experts = weights.shape[1]
+    for e in range(experts):
+      alike = first == (e < experts // 2)
+      z.append(weights[:, e].sum() * (1 + delta if alike else 1 - delta))
+  return np.var(z, ddof=1) / (np.mean(z) ** 2 + 1e-10)

@@ -28,6 +28,8 @@ SMALL = {
   'mixture': 'mixture(expert=lora(rank=2), experts=3)',
   'flylora': 'flylora(experts=6, router=magnitude(k=2))',
   'tokens': "tokens(new='3-9')",
+  'moelora': "moelora(router=task(tasks=['a', 'b']))",
+  'poly': "poly(rank=2, router=poly(tasks=['a', 'b']))",
 }
 # Routes over adapters that are trained already.
 UNTRAINED = ('arrow',)
@@ -45,6 +47,7 @@ def decoder_batch():
   return {
     'inputs': jnp.asarray(ids[:, :-1]),
     'inputs_mask': jnp.ones((ROWS, 8), bool),
+    'inputs_tasks': jnp.asarray(np.full((ROWS, 8), 1) + np.arange(ROWS)[:, None] % 2),
     'targets': jnp.asarray(ids[:, 1:]),
     'targets_mask': jnp.asarray(mask),
   }

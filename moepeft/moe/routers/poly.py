@@ -49,4 +49,4 @@ class Poly(nn.Module):
     return Routing(logits, z / (jnp.sum(z, axis=-1, keepdims=True) + 1e-12))
 
 
-ROUTER = RouterSpec(Poly)
+ROUTER = RouterSpec(Poly, needs_tasks=True)

@@ -43,4 +43,4 @@ class TaskEmbedding(nn.Module):
     return Routing(logits, softmax(logits))
 
 
-ROUTER = RouterSpec(TaskEmbedding)
+ROUTER = RouterSpec(TaskEmbedding, needs_tasks=True)

@@ -6,7 +6,7 @@ says where paper and released code differ.
 """
 
 from moepeft.peft.method import Method
-from moepeft.peft.methods import ffn_lora, ia3, lora, moslora
+from moepeft.peft.methods import bottleneck, ffn_lora, ia3, lora, moslora
 from moepeft.peft.mixture import Mixture, mixture_of
 
 # Its expert, and with that its facts, come from the method string.
@@ -132,4 +132,52 @@ LDMOLE = mixture_of(
   roles=_at(*_ATTENTION, *_FEED_FORWARD),
   # One MLP of 256 units for each width serves the whole net there.
   router="sparsegen(hidden=16, kernel_init='kaiming')",
+)
+
+# Dou et al., arXiv:2312.09979: a balance of experts within two groups.
+LORAMOE = mixture_of(
+  lora.METHOD,
+  values={
+    'experts': 8,
+    'rank': 4,
+    'alpha': 32.0,
+    'dropout': 0.05,
+    'a_init': 'kaiming',
+  },
+  roles=_at(*_FEED_FORWARD),
+  router="localized(kernel_init='kaiming')",
+)
+
+# Liu et al., arXiv:2310.18339: one routing for each task. The paper's rank of
+# 16 and alpha of 32 are those of all experts together.
+MOELORA = mixture_of(
+  lora.METHOD,
+  values={'experts': 8, 'rank': 2, 'alpha': 4.0, 'dropout': 0.1},
+  router='task',
+)
+
+# Muqeeth et al., arXiv:2306.03745: one adapter of merged parameters for each
+# example. The size is that of T5 base, 768 / 32.
+SMEAR = mixture_of(
+  bottleneck.METHOD,
+  values={
+    'experts': 8,
+    'size': 24,
+    'activation': 'gelu',
+    'combine': 'parameters',
+  },
+  router='sentence',
+)
+
+# Ponti et al., arXiv:2202.13914: low-rank skills, merged for each task.
+POLY = mixture_of(
+  lora.METHOD,
+  values={
+    'experts': 4,
+    'rank': 8,
+    'alpha': 1.0,
+    'combine': 'parameters',
+    'a_init': 'kaiming',
+  },
+  router='poly',
 )

@@ -7,7 +7,6 @@ import pytest
 
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.nn.adapter_hook import AdapterMap
-from moepeft.peft import METHODS
 
 from ...contracts import small, small_decoders
 from .. import banked
@@ -106,6 +105,7 @@ ONE_EACH = (
   'bottleneck(size=3)',
   'moslora(rank=3)',
   'comol(experts=3, rank=2)',
+  'loramoe(experts=3, rank=2)',
   'prompt(length=3)',
 )
 
@@ -139,7 +139,7 @@ def test_the_first_slot_is_the_base_bit_for_bit(method):
 
 def test_the_first_slot_is_tried_with_every_method():
   named = {method.partition('(')[0] for method in ONE_EACH}
-  assert named | {'full', 'tokens'} == set(METHODS)
+  assert named == banked.pooled_methods()
 
 
 def test_layers_with_unlike_counts_of_experts_are_served(tmp_path):

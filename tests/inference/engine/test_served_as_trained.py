@@ -11,7 +11,6 @@ from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.t5 import model as t5
 from moepeft.nn.adapter_hook import AdapterMap
-from moepeft.peft import METHODS
 
 from ...contracts import small, small_decoders
 from .. import banked
@@ -43,9 +42,7 @@ QUICK = ('decoder, few',)
 def test_every_method_is_tried():
   tried = {method.partition('(')[0] for method in banked.ADAPTERS.values()}
   # Soft prompts are tried in test_engine_prompt.
-  assert tried | {'prompt'} == {
-    name for name, method in METHODS.items() if not method.not_pooled
-  }
+  assert tried | {'prompt'} == banked.pooled_methods()
 
 
 @pytest.fixture(

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MOELoRA: one routing for each task.
+
+Liu et al., arXiv:2310.18339.
+python -m moepeft.train --workdir=DIR \
+  --config=configs/methods/moelora.py
+
+It needs data with the name of a task in each row (config.data.source 'tasks',
+'jsonl', 'datasets' or 'seqio'), all of them named in `tasks`; by default those
+of the embedded data. An adapter whose router reads tasks is trained and scored;
+requests to generate name no task.
+
+differs: follows the released code (liuqidong07/MOELoRA-peft). Rank 16 and alpha
+  32 are those of all 8 experts together there; here of each, 2 and 4.
+scale: alpha / r = 4 / 2 = 2, times weights that sum to one.
+"""
+
+from moepeft import config as config_lib
+
+# The embedded tasks of group B.
+_TASKS = 'storage|profession|stars|verdict'
+
+
+def get_config(values: str = ''):
+  v = config_lib.values(values, tasks=_TASKS)
+  names = ', '.join(map(repr, v.tasks.split('|')))
+  c = config_lib.finetuning(
+    '', f'moelora(router=task(tasks=[{names}]))', learning_rate=2e-4
+  )
+  # Other tasks have no routing of their own.
+  c.evaluation.tasks = 'B'
+  return c
