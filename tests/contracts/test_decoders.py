@@ -249,9 +249,9 @@ def test_rows_have_all_lengths():
   [
     (dict(positions='some'), "got 'some'"),
     (dict(kv_heads=4), 'kv_heads divides heads'),
-    (dict(head_dim=5), 'head_dim is even, since .*; got 5'),
+    (dict(head_dim=5), 'head_dim is even, as .*; got 5'),
     (dict(windowed=(True,)), 'each of the 3 layers; got 1'),
-    (dict(positions='sinusoidal'), 'd_model is even, since .*; got 13'),
+    (dict(positions='sinusoidal'), 'd_model is even, as .*; got 13'),
   ],
 )
 def test_shapes_that_can_not_be_are_one_sentence(changes, sentence):
@@ -300,7 +300,7 @@ def test_the_registry_builds_what_it_lists():
       build('molora(experts=3, rank=2)', family.sites(config))
     with pytest.raises(ValueError, match="got 'huge'"):
       family.config('huge')
-    with pytest.raises(ValueError, match="no versions .*version='3.1'"):
+    with pytest.raises(ValueError, match="no versions, .*version='3.1'"):
       family.config(next(iter(family.sizes)), '3.1')
     assert family.config(size, '1.1') == family.config(size)
 

@@ -120,17 +120,20 @@ def test_without_a_figure_nothing_is_refused(monkeypatch):
 def test_a_control_group_bounds_the_machine(tmp_path):
   info, group = tmp_path / 'meminfo', tmp_path / 'group'
   info.write_text('MemTotal: 9 kB\nMemAvailable: 7000 kB\nSwapFree: 500 kB\n')
-  assert memory._host(str(info), str(group)) == 7500 * 1024
+  assert memory._available_on_host(str(info), str(group)) == 7500 * 1024
   group.mkdir()
   (group / 'memory.max').write_text('max\n')
   (group / 'memory.current').write_text('1\n')
-  assert memory._host(str(info), str(group)) == 7500 * 1024
+  assert memory._available_on_host(str(info), str(group)) == 7500 * 1024
   # 3,000,000 allowed, 1,000,000 held, of which 400,000 can be dropped.
   (group / 'memory.max').write_text('3000000\n')
   (group / 'memory.current').write_text('1000000\n')
   (group / 'memory.stat').write_text('anon 600000\nfile 400000\n')
-  assert memory._host(str(info), str(group)) == 2_400_000
-  assert memory._host(str(tmp_path / 'none'), str(tmp_path / 'none')) == 0
+  assert memory._available_on_host(str(info), str(group)) == 2_400_000
+  assert (
+    memory._available_on_host(str(tmp_path / 'none'), str(tmp_path / 'none'))
+    == 0
+  )
 
 
 @pytest.mark.parametrize(
