@@ -10,8 +10,8 @@ Without a model it trains the embedded T5 on the embedded tasks.
 differs: routing and losses follow the released code, a branch of MoE-PEFT.
   Rank, alpha, experts and learning rate are not stated there; here they are
   those of MoLA.
-scale: alpha / r = 16 / 8 = 2, times weights whose sum is below one unless
-  all experts are used.
+scale: alpha / r = 16 / 8 = 2, times weights whose sum is below one unless all
+  experts are used.
 """
 
 from moepeft import config as config_lib

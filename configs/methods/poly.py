@@ -10,9 +10,9 @@ It needs data with the name of a task in each row (config.data.source 'tasks',
 of the embedded data. An adapter whose router reads tasks is trained and scored;
 requests to generate name no task.
 
-differs: follows peft's Poly with one split: rank 8, 4 skills, a relaxed Bernoulli
-  sample in training and its mean after. Multi-head routing (MHR) has more
-  splits and is not here.
+differs: follows peft's Poly with one split: rank 8, 4 skills, a relaxed
+  Bernoulli sample in training and its mean after. Multi-head routing (MHR) has
+  more splits and is not here.
 scale: alpha / r = 1 / 8 = 0.125, times weights that sum to one, of A and of B.
 """
 

@@ -55,7 +55,7 @@ def test_a_config_is_valid_and_has_its_preset(name, values):
 def test_a_config_says_how_it_differs_and_its_scale(name):
   text = (FOLDER / f'{name}.py').read_text()
   assert re.search(r'^differs: \w', text, re.MULTILINE)
-  scale = re.search(r'^scale: (.*?)[,;.]', text, re.MULTILINE)[1]
+  scale = re.search(r'^scale: (.*?)(,|;|\.\s)', text, re.MULTILINE)[1]
   family = FAMILIES['t5']
   sites = family.sites(family.sizes['small'])
   expert = build(name, sites).adapter_map.entries[0][1].expert

@@ -67,8 +67,9 @@ def test_one_vector_is_ia3():
 
 def test_every_expert_form_is_tried():
   forms = {entry.expert.module for entry in METHODS.values() if entry.expert}
-  # Feed-forwards and cores have it in tests/peft/test_presets.py.
+  # Feed-forwards, cores and bottlenecks: tests/peft/test_presets.py.
   tried = {
-    METHODS[name].module for name in ('lora', 'ia3', 'ffn_lora', 'moslora')
+    METHODS[name].module
+    for name in ('lora', 'ia3', 'ffn_lora', 'moslora', 'bottleneck')
   }
   assert forms == tried

@@ -14,8 +14,8 @@ from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.moe import ROUTERS, router_state
 from moepeft.moe.router_stats import router_stats
-from moepeft.moe.routers.localized import localized_balance
 from moepeft.moe.routers import arrow, magnitude
+from moepeft.moe.routers.localized import localized_balance
 from moepeft.nn.adapter_hook import BaseLayer, SublayerHook
 from moepeft.nn.initializers import param_metadata
 from moepeft.nn.mlp import Mlp
@@ -232,7 +232,9 @@ def localized_loss(packed, delta):
     x = np.concatenate(tokens)[None]
     ids = np.repeat([1, 2, 3], lengths)[None]
     task_ids = np.repeat(tasks, lengths)[None]
-    ctx = dict(segment_ids=jnp.asarray(ids), token_mask=jnp.ones_like(ids, bool))
+    ctx = dict(
+      segment_ids=jnp.asarray(ids), token_mask=jnp.ones_like(ids, bool)
+    )
   else:
     x, mask = np.full((3, 5, 11), 9.0), np.zeros((3, 5), bool)
     for i, n in enumerate(lengths):
@@ -305,7 +307,9 @@ def test_flylora_keeps_a_as_drawn_and_weights_the_largest_projections():
 
 def test_flylora_s_bias_moves_towards_even_loads():
   # 3 tokens that took 2 of 3 experts each: 3, 2, 1 times, 2 on average.
-  sums = types.SimpleNamespace(share=jnp.array([3.0, 2.0, 1.0]))
+  sums = types.SimpleNamespace(
+    share=jnp.array([3.0, 2.0, 1.0]), experts=3, available=None
+  )
   router = magnitude.Magnitude(3, k=2, rate=0.5)
   state = magnitude.update(router, {'bias': jnp.array([0.25, 0.0, 0.0])}, sums)
   np.testing.assert_array_equal(state['bias'], [-0.25, 0, 0.5])

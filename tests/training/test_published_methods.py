@@ -47,7 +47,9 @@ def decoder_batch():
   return {
     'inputs': jnp.asarray(ids[:, :-1]),
     'inputs_mask': jnp.ones((ROWS, 8), bool),
-    'inputs_tasks': jnp.asarray(np.full((ROWS, 8), 1) + np.arange(ROWS)[:, None] % 2),
+    'inputs_tasks': jnp.asarray(
+      np.full((ROWS, 8), 1) + np.arange(ROWS)[:, None] % 2
+    ),
     'targets': jnp.asarray(ids[:, 1:]),
     'targets_mask': jnp.asarray(mask),
   }
