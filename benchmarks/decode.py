@@ -86,7 +86,7 @@ def our_side(model, variables, b: int) -> Side:
   # No id is -1: no row ends.
   config = GenerationConfig(LENGTH, (-1,))
   generator = Generator(model, variables, None, config, b)
-  return lambda prompts: np.array(generator.tokens(prompts.tolist()))
+  return lambda prompts: np.array(generator.generate_ids(prompts.tolist()))
 
 
 def read(torch_model):
