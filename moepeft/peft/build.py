@@ -159,12 +159,14 @@ def make_adapter(
     replaced = options.keys() & EXPERT_COUNTS
     defaults |= {'experts_per_layer': ()} if replaced else {}
     values = defaults | options
-    options['experts_per_layer'] = values['experts_per_layer']
+    counts = values.get('experts_per_layer', ())
     options['experts'] = (
-      len(values['from_adapters'])
-      or largest_count(values['experts_per_layer'])
+      len(values.get('from_adapters', ()))
+      or largest_count(counts)
       or values['experts']
     )
+    if 'experts_per_layer' in declared:
+      options['experts_per_layer'] = counts
     options['router'] = ROUTERS[router.name].module(
       experts=options['experts'] + values.get('identity_experts', 0),
       **dict(router.options),

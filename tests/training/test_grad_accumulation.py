@@ -31,7 +31,9 @@ MOLORA = 'molora(experts=3, rank=2)'
 ROWS = 6
 # Rows of 5, 3, 2, 2, 2 and 2 real targets: parts have unlike amounts.
 BATCH = small.batch(rows=ROWS)
-ROUTER_LOSSES = dict(load_balance=0.5, z=0.3, entropy=0.2)
+ROUTER_LOSSES = dict(
+  load_balance=0.5, z=0.3, entropy=0.2, importance=0.4, generalized_js=0.1
+)
 
 
 def config_of(parts, loss=(), **router_losses):

@@ -5,6 +5,8 @@
 a control which was trained on the labels of other rows.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ SMALL = {
 # A mixture of adapters that are trained already; and soft prompts, which need
 # placeholders in a batch (tests/training/test_prompt_training.py).
 UNTRAINED = ('arrow', 'prompt')
-FAST = ('hydralora',)
+FAST = (('hydralora', 'decoder'),)
 
 
 def t5_batch():
@@ -110,12 +112,12 @@ def trained_loss(name, family, shuffled):
   return before, float(loss(state))
 
 
-@pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize(
-  'name',
+  ('name', 'family'),
   [
-    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
-    for name in METHODS
+    pytest.param(name, family, marks=() if case in FAST else pytest.mark.slow)
+    for case in itertools.product(METHODS, FAMILIES)
+    for name, family in [case]
     if name not in UNTRAINED
   ],
 )

@@ -32,7 +32,8 @@ def test_the_summary_is_a_table_with_a_line_for_what_is_given(capsys):
   # 15 of 3,000 parameters are half a percent.
   assert lines[:5] == [
     'method              lora(rank=2) (paper semantics)',
-    'in full             lora(rank=2, alpha=16.0, rslora=False, dropout=0.0)',
+    'in full             lora(rank=2, alpha=16.0, rslora=False, dropout=0.0, '
+    "a_init='normal', train_a=True)",
     'base                /base, 3,000 parameters',
     'trained             15 parameters (0.50 %)',
     'tokens              bytes',
