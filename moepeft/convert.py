@@ -67,7 +67,7 @@ from moepeft.data.tokenizers.tokenizer import (
 )
 from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
-from moepeft.moe import ROUTERS
+from moepeft.moe import router_state
 from moepeft.peft import build
 from moepeft.peft.merge import merge
 from moepeft.runs.run import Run
@@ -160,11 +160,10 @@ def convert(values: flags.FlagValues) -> None:
     if values[name].value is not None:
       values[name].value = os.path.expanduser(values[name].value)
   sources = ('workdir', 'input', 'method')
-  given = [name for name in sources if values[name].value is not None]
-  if len(given) > 1:
-    raise CheckpointError(
-      f'{" and ".join(f"--{name}" for name in given)} are given; keep one'
-    )
+  source_flags = [n for n in sources if values[n].value is not None]
+  if len(source_flags) > 1:
+    names = ' and '.join(f'--{name}' for name in source_flags)
+    raise CheckpointError(f'{names} are given; keep one')
   _require(values, 'output')
   directory.check_output(Path(values.output), values.overwrite)
   imports.import_modules(values.imports, search_current=True)
@@ -217,7 +216,8 @@ def _mix_adapters(values: flags.FlagValues) -> None:
   model, built = base_lib.module(base, config)
   fresh = base_lib.initialise(base, model, config.seed)
   variables, experts = base_lib.with_experts(fresh, model, built, base)
-  if not experts or any(map(_has_trained_router, built.adapter_map.entries)):
+  trained, _ = router_state.split(variables['peft'], built.frozen_arrays)
+  if not experts or jax.tree.leaves(trained):
     raise CheckpointError(
       f'{built.method} has parameters that are trained; train it with python '
       '-m moepeft.train, or name a mixture like '
@@ -225,14 +225,6 @@ def _mix_adapters(values: flags.FlagValues) -> None:
     )
   metadata = describe_run(base, built, config.seed, experts)
   _write_adapter(values, variables['peft'], metadata)
-
-
-def _has_trained_router(entry) -> bool:
-  _, adapter = entry
-  router = getattr(adapter, 'router', None)
-  if router is None or not adapter.from_adapters or adapter.train_experts:
-    return True
-  return next(r for r in ROUTERS.values() if r.module is type(router)).learned
 
 
 def _template(values: flags.FlagValues, metadata) -> str:
