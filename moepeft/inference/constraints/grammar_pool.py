@@ -202,6 +202,9 @@ class GrammarPool:
     if self._template is None:
       self._template = _start_template(self._vocabulary)
     socket.send_fds(self._template, [message], [worker_end.fileno()])
+    # A template process that is being killed still accepts messages.
+    if not self._template.recv(8):
+      raise ConnectionError('the template process has ended')
 
 
 def _start_template(vocabulary: bytes) -> socket.socket:
@@ -234,7 +237,6 @@ def _start_template(vocabulary: bytes) -> socket.socket:
       process.stdin.write(vocabulary)
     server_end.settimeout(_START_SECONDS)
     ready = server_end.recv(8) == b'ready'
-    server_end.settimeout(None)
   except OSError:
     ready = False
   if not ready:

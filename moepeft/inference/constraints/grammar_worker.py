@@ -233,6 +233,7 @@ def template_process(control: socket.socket, message: bytes) -> None:
       finally:
         os._exit(0)
     os.close(descriptors[0])
+    control.send(b'forked')
 
 
 class _GrammarProcess:
