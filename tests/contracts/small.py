@@ -58,6 +58,7 @@ METHODS = (
   f'adamole(experts=3, rank=2, {_AT})',
   f'flylora(experts=5, router=magnitude(k=2), {_AT})',
   f'arrow(experts=3, rank=2, router=arrow(k=2), {_AT})',
+  f'phatgoose(experts=3, rank=2, router=phatgoose(k=2), {_AT})',
   'bottleneck(size=3)',
   f'moslora(rank=3, {_AT})',
   f'comol(experts=3, rank=2, dropout=0.0, {_AT})',

@@ -26,6 +26,7 @@ METHODS: Registry = Registry(
     'adamole': 'presets:ADAMOLE',
     'flylora': 'presets:FLYLORA',
     'arrow': 'presets:ARROW',
+    'phatgoose': 'presets:PHATGOOSE',
     'comol': 'presets:COMOL',
     'dynmole': 'presets:DYNMOLE',
     'ldmole': 'presets:LDMOLE',

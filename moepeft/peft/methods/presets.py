@@ -94,6 +94,15 @@ FLYLORA = mixture_of(
 # that each of them changes most.
 ARROW = mixture_of(lora.METHOD, router='arrow(k=3)')
 
+# Muqeeth et al., arXiv:2402.05859: trained adapters, routed by the gate that
+# was trained for each of them.
+PHATGOOSE = mixture_of(
+  lora.METHOD,
+  values={'rank': 16, 'alpha': 1.0},
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
+  router='phatgoose(k=2)',
+)
+
 # arXiv:2603.00573: r x r cores between one A and one B, at LoRA's price. The
 # router reads x A.
 COMOL = mixture_of(
