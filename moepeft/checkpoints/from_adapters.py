@@ -31,7 +31,7 @@ from moepeft.core import files
 from moepeft.core.ranges import Texts
 from moepeft.core.types import AXIS_NAMES, Tree
 from moepeft.models import weight_mapping
-from moepeft.moe import ROUTERS
+from moepeft.moe import ROUTERS, RouterSpec
 from moepeft.nn.initializers import ParamMetadata
 from moepeft.peft import Built, build
 from moepeft.peft.build import adapter_function
@@ -118,7 +118,23 @@ def _needs_files(spec: Spec) -> bool:
 
 
 def has_trained_experts(built: Built) -> bool:
+  """
+  Raises:
+    ValueError: a router is computed from trained adapters, and has none.
+  """
+  for _, adapter in built.adapter_map.entries:
+    router = getattr(adapter, 'router', None)
+    is_computed = router and _router_entry(router).from_experts
+    if is_computed and not adapter.from_adapters:
+      raise ValueError(
+        f'{adapter.name} has a router that is computed from trained adapters; '
+        f"name them, {adapter.name}(from_adapters=['a', 'b'])"
+      )
   return bool(_mixtures(built))
+
+
+def _router_entry(router: nn.Module) -> RouterSpec:
+  return next(r for r in ROUTERS.values() if r.module is type(router))
 
 
 def load_experts(
@@ -184,8 +200,7 @@ def _router_arrays(
   Args:
     axes: {path: axis of the experts} of the experts' arrays.
   """
-  router = type(mixture.router)
-  entry = next(r for r in ROUTERS.values() if r.module is router)
+  entry = _router_entry(mixture.router)
   if entry.from_experts is None:
     return {}
   sites: dict[str, dict[str, np.ndarray]] = {}

@@ -253,3 +253,9 @@ def test_experts_that_start_fresh_are_always_trained(places, tmp_path):
   config = config_of(places, 'mixture(expert=lora, train_experts=False)')
   with pytest.raises(ValueError, match='train_experts is for experts that'):
     setup.build(config, str(tmp_path), dry_run=True)
+
+
+def test_a_router_that_is_computed_from_adapters_needs_them(places, tmp_path):
+  config = config_of(places, 'arrow(rank=2)')
+  with pytest.raises(ValueError, match='arrow has a router that is computed'):
+    setup.build(config, str(tmp_path), dry_run=True)
