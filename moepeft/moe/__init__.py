@@ -36,6 +36,7 @@ ROUTERS: Registry = Registry(
     'switch': 'switch:ROUTER',
     'expert_choice': 'expert_choice:ROUTER',
     'poly': 'poly:ROUTER',
+    'hybrid': 'hybrid:ROUTER',
     'random_then_mean': 'random_then_mean:ROUTER',
   },
 )

@@ -141,6 +141,16 @@ def same_in_example(draws: Array, ids: Array) -> Array:
   return jnp.take_along_axis(draws, index, axis=1)
 
 
+def example_sums(array: Array, ids: Array) -> Array:
+  """[b, t, e]: each token's sum over its example, by `example_ids`."""
+  examples = ids.shape[1] + 1
+
+  def of_row(array, ids):
+    return jax.ops.segment_sum(array, ids, examples)[ids]
+
+  return jax.vmap(of_row)(array, ids)
+
+
 def jitter_input(
   module: nn.Module, x: Array, jitter: float, ctx: Context
 ) -> Array:

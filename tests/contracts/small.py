@@ -69,6 +69,8 @@ METHODS = (
   f"moelora(experts=3, dropout=0.0, router=task(tasks=['a', 'b']), {_AT})",
   'smear(experts=3, size=2)',
   f"poly(experts=3, rank=2, router=poly(tasks=['a', 'b']), {_AT})",
+  'molora(experts=3, rank=2, share_router=True)',
+  'hmora(experts=3, rank=2, dropout=0.0)',
   "tokens(new='3|5-7')",
   # The base's function where no placeholders stand; see
   # tests/peft/test_prompt_tuning.py.

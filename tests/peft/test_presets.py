@@ -73,6 +73,7 @@ def test_a_preset_is_its_text_and_options_replace_its_values(preset):
     ('moelora', 32 / 16),
     ('poly', 1 / 8),
     ('phatgoose', 1 / 16),
+    ('hmora', 8 / 8),
   ],
 )
 def test_the_scale_is_the_paper_s(preset, scale):

@@ -34,6 +34,7 @@ METHODS: Registry = Registry(
     'moelora': 'presets:MOELORA',
     'smear': 'presets:SMEAR',
     'poly': 'presets:POLY',
+    'hmora': 'presets:HMORA',
     'tokens': 'tokens:METHOD',
     'prompt': 'prompt_tuning:METHOD',
   },

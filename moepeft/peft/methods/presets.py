@@ -190,3 +190,22 @@ POLY = mixture_of(
   },
   router='poly',
 )
+
+# Liao et al., openreview lTkHiXeuDl: routed by token in low layers, by prompt
+# in high ones. The released script has plain LoRA at the output and down
+# projections; see configs/methods/hmora.py.
+HMORA = mixture_of(
+  lora.METHOD,
+  values={
+    'experts': 8,
+    'rank': 8,
+    'alpha': 8.0,
+    'rslora': True,
+    'dropout': 0.1,
+    'share': 'a',
+    'share_router': True,
+    'a_init': 'kaiming',
+  },
+  roles=_at('query', 'key', 'value', 'gate', 'up'),
+  router='hybrid(k=2)',
+)
