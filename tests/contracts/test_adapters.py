@@ -17,7 +17,7 @@ from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import METHODS, build
 
-from . import small
+from . import small, small_decoders
 
 few = pytest.mark.parametrize(
   'method', small.others_slow(small.METHODS, quick=small.FEW)
@@ -35,7 +35,8 @@ def apply(model, variables, batch):
 
 
 def test_small_methods_cover_the_registry():
-  named = {m.split('(')[0].split(' ')[0] for m in small.METHODS}
+  methods = small.METHODS + small_decoders.METHODS
+  named = {m.split('(')[0].split(' ')[0] for m in methods}
   assert named | {'full'} == set(METHODS)
 
 
