@@ -72,6 +72,10 @@ METHODS = (
   # The base's function where no placeholders stand; see
   # tests/peft/test_prompt_tuning.py.
   'prompt(length=2)',
+  'p_tuning(length=2, hidden=4)',
+  'prefix(length=2)',
+  'prefix(length=2, hidden=4)',
+  'mixture(expert=prefix(length=2), experts=3, router=topk(k=2))',
 )
 # One of each method, with each kind of router, for what takes long.
 ONE_EACH = (

@@ -35,5 +35,7 @@ METHODS: Registry = Registry(
     'poly': 'presets:POLY',
     'tokens': 'tokens:METHOD',
     'prompt': 'prompt_tuning:METHOD',
+    'p_tuning': 'p_tuning:METHOD',
+    'prefix': 'prefix_tuning:METHOD',
   },
 )
