@@ -236,6 +236,7 @@ def mixture_of(
     values=values or {},
     router=router,
     why_not='its experts are weighted anew for every token',
+    check=expert.check,
     size_option=expert.size_option,
     exact_identity=expert.additive,
     replaces=expert.replaces,

@@ -93,7 +93,8 @@ def save(
 ) -> None:
   """Writes a directory that `peft.PeftModel.from_pretrained` reads.
 
-  Layers whose LoRA is all zeros are omitted.
+  Layers whose LoRA is all zeros are omitted. A LoRA that started from kernels
+  (`init_weights`) becomes one of twice the rank.
 
   Args:
     base: path or name of the base model, for adapter_config.json.
@@ -103,6 +104,7 @@ def save(
   Raises:
     CheckpointError: peft cannot represent the method, or `path` is not empty.
   """
+  adapter = peft_lora.without_initial_factors(adapter)
   if _is_prompt(adapter):
     fields, arrays = peft_prompt.write(config, adapter)
     _write(path, config, arrays, fields, base, like or {}, overwrite)
@@ -138,6 +140,7 @@ def check(config: Any, adapter: AdapterWeights) -> None:
   Raises:
     CheckpointError: it cannot.
   """
+  adapter = peft_lora.without_initial_factors(adapter)
   if _is_prompt(adapter):
     peft_prompt.write(config, adapter)
   else:

@@ -33,6 +33,7 @@ METHODS: Registry = Registry(
     'moelora': 'presets:MOELORA',
     'smear': 'presets:SMEAR',
     'poly': 'presets:POLY',
+    'goat': 'presets:GOAT',
     'tokens': 'tokens:METHOD',
     'prompt': 'prompt_tuning:METHOD',
   },
