@@ -295,6 +295,12 @@ def _check_combination(spec: Spec, method: Method) -> None:
       f'{spec.name}: {fixed[0]} needs layers with the same number of fresh '
       f'experts; drop it or {sorted(unlike)[0]}'
     )
+  reads = options.get('reads', method.values.get('reads', 'input'))
+  if options.get('share_router') and reads != 'input':
+    raise ValueError(
+      f'{spec.name}: sites share a router where they read the same input; got '
+      f"reads={reads!r}; write reads='input', or drop share_router"
+    )
   if 'train_experts' in options and 'from_adapters' not in options:
     raise ValueError(
       f'{spec.name}: train_experts is for experts that are given by '

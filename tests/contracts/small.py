@@ -58,6 +58,7 @@ METHODS = (
   f'adamole(experts=3, rank=2, {_AT})',
   f'flylora(experts=5, router=magnitude(k=2), {_AT})',
   f'arrow(experts=3, rank=2, router=arrow(k=2), {_AT})',
+  f'phatgoose(experts=3, rank=2, router=phatgoose(k=2), {_AT})',
   'bottleneck(size=3)',
   f'moslora(rank=3, {_AT})',
   f'comol(experts=3, rank=2, dropout=0.0, {_AT})',
@@ -68,6 +69,8 @@ METHODS = (
   f"moelora(experts=3, dropout=0.0, router=task(tasks=['a', 'b']), {_AT})",
   'smear(experts=3, size=2)',
   f"poly(experts=3, rank=2, router=poly(tasks=['a', 'b']), {_AT})",
+  'molora(experts=3, rank=2, share_router=True)',
+  'hmora(experts=3, rank=2, dropout=0.0)',
   "tokens(new='3|5-7')",
   # The base's function where no placeholders stand; see
   # tests/peft/test_prompt_tuning.py.

@@ -33,9 +33,9 @@ SMALL = {
   'moelora': "moelora(router=task(tasks=['a', 'b']))",
   'poly': "poly(rank=2, router=poly(tasks=['a', 'b']))",
 }
-# A mixture of adapters that are trained already; and soft prompts, which need
+# Mixtures of adapters that are trained already; and soft prompts, which need
 # placeholders in a batch (tests/training/test_prompt_training.py).
-UNTRAINED = ('arrow', 'prompt')
+UNTRAINED = ('arrow', 'phatgoose', 'prompt')
 FAST = (('hydralora', 'decoder'),)
 
 
