@@ -4,6 +4,7 @@
   python -m moepeft.convert --input=PATH --output=DIR --to=hf|t5x|peft|moepeft
   python -m moepeft.convert --workdir=RUN --output=DIR [--to=FORMAT]
   python -m moepeft.convert --method=MIXTURE --base=PATH --output=DIR
+  python -m moepeft.convert --config=FILE:VALUES --output=DIR
 
 The format of the input is detected: a Hugging Face model (a directory, or a
 name on the hub), a GGUF file, a T5X checkpoint, or an adapter of peft or
@@ -35,7 +36,9 @@ the run's steps, as in T5X. A chat template or system prompt of the run's config
 is written as chat_template.jinja.
 
 --method combines trained adapters in a mixture without trained parameters, such
-as "arrow(from_adapters=['adapters/a', 'adapters/b'])".
+as "arrow(from_adapters=['adapters/a', 'adapters/b'])". --config names such a
+mixture and its base by a config, such as
+configs/methods/arrow.py:model=PATH,adapters=A|B.
 """
 
 import os
@@ -45,6 +48,7 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from ml_collections import config_flags
 
 from moepeft.checkpoints import adapter as adapter_file
 from moepeft.checkpoints import base as base_lib
@@ -79,8 +83,12 @@ _OUTPUT_FORMATS = tuple(
 _SEMANTICS = 'official'  # of adapters in the formats of T5X and peft
 
 
-def define_flags() -> flags.FlagValues:
-  """The command's flags, without the global flags of absl."""
+def define_flags(argv: Sequence[str] = ('',)) -> flags.FlagValues:
+  """The command's flags, without the global flags of absl.
+
+  Args:
+    argv: the command line, whose --config.key=value change a config.
+  """
   values = flags.FlagValues()
   options = {'flag_values': values}
   text, switch = flags.DEFINE_string, flags.DEFINE_boolean
@@ -89,6 +97,13 @@ def define_flags() -> flags.FlagValues:
   flags.DEFINE_enum('to', None, _OUTPUT_FORMATS, 'Format to write.', **options)
   text('workdir', None, 'Training run to export.', **options)
   text('method', None, 'Mixture of trained adapters to write.', **options)
+  config_flags.DEFINE_config_file(
+    'config',
+    None,
+    'Config of such a mixture and its base.',
+    sys_argv=[*argv],
+    **options,
+  )
   text(
     'base',
     None,
@@ -125,8 +140,9 @@ def define_flags() -> flags.FlagValues:
 
 def main(argv: Sequence[str]) -> int:
   """Runs the command; returns 0, or 2 after an error message."""
-  values = define_flags()
   try:
+    argv = [command_line.find_config_arg(arg) for arg in argv]
+    values = define_flags(argv)
     unexpected = values(argv)[1:]
     if values.help:
       print(__doc__)
@@ -159,7 +175,7 @@ def convert(values: flags.FlagValues) -> None:
   for name in ('input', 'output', 'workdir', 'base'):
     if values[name].value is not None:
       values[name].value = os.path.expanduser(values[name].value)
-  sources = ('workdir', 'input', 'method')
+  sources = ('workdir', 'input', 'method', 'config')
   source_flags = [n for n in sources if values[n].value is not None]
   if len(source_flags) > 1:
     names = ' and '.join(f'--{name}' for name in source_flags)
@@ -171,7 +187,7 @@ def convert(values: flags.FlagValues) -> None:
     config = Run(values.workdir).read_config()
     imports.import_modules(config.get('imports', ''))
     _convert_run(values)
-  elif values.method is not None:
+  elif values.method is not None or values.config is not None:
     _mix_adapters(values)
   else:
     _require(values, 'input')
@@ -209,11 +225,14 @@ def _convert_run(values: flags.FlagValues) -> None:
 
 
 def _mix_adapters(values: flags.FlagValues) -> None:
-  """The mixture of adapters that --method names, as moepeft's own form."""
-  _require(values, 'base')
+  """Writes the mixture of adapters that --method or --config names."""
   values.to = values.to or 'moepeft'
-  config = default()
-  config.method, config.model.path = values.method, values.base
+  config = values.config
+  if config is None:
+    _require(values, 'base')
+    config = default()
+    config.method = values.method
+  config.model.path = values.base or config.model.path
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
   fresh = base_lib.initialise(base, model, config.seed)

@@ -176,7 +176,8 @@ def with_experts(
   """(variables with the experts of `from_adapters`, their files).
 
   Raises:
-    ValueError: as `from_adapters.load_experts`.
+    ValueError: as `from_adapters.load_experts`, or there are no adapters, and a
+      router is computed from them.
   """
   if not from_adapters.has_trained_experts(built):
     return variables, []

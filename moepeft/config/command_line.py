@@ -238,9 +238,8 @@ def parse(argv: Sequence[str]) -> list[str]:
   after --help.
   """
   _show_in_help((_TRACEBACK.name, _IMPORTS.name))
-  argv = ['--help' if arg == '-h' else _find_config_arg(arg) for arg in argv]
-  for arg in argv:
-    _check_exists(arg)
+  argv = ['--help' if arg == '-h' else arg for arg in argv]
+  argv = _exit_on_user_error(lambda: [*map(find_config_arg, argv)], ())
 
   def parse_flags() -> list[str]:
     positional = flags.FLAGS(argv)
@@ -373,21 +372,21 @@ def _reason(message: str) -> str:
   return lines[0]
 
 
-def _find_config_arg(arg: str) -> str:
-  name, equals, value = arg.partition('=')
-  if name in _CONFIG_FLAGS and equals:
-    return f'{name}={find_config(value)}'
-  return arg
+def find_config_arg(arg: str) -> str:
+  """An argument of a command line, with the path that `find_config` finds.
 
-
-def _check_exists(arg: str) -> None:
+  Raises:
+    ValueError: --config names no file.
+  """
   name, equals, value = arg.partition('=')
   if name not in _CONFIG_FLAGS or not equals:
-    return
-  file = value.partition(':')[0]
+    return arg
+  path = find_config(value)
+  file = path.partition(':')[0]
   if not os.path.isfile(file):
     folders = (PACKAGE, os.path.dirname(PACKAGE))
-    _exit_with_error(suggestions.unknown_config(file, folders))
+    raise ValueError(suggestions.unknown_config(file, folders))
+  return f'{name}={path}'
 
 
 def check_can_write(path: str) -> None:

@@ -370,13 +370,18 @@ def finetuning(text: str, method: str, **paper: float) -> ConfigDict:
 
   Args:
     text: what stands after the colon of --config: model=PATH, data=FILE and
-      the settings by name.
+      the settings by name; adapters=A|B, trained ones, where the method has a
+      place for them, as in 'arrow({adapters})'.
     paper: the paper's values of steps, batch_size, length and learning_rate.
   """
   settings = dict(steps=300, batch_size=16, length=512, learning_rate=2e-4)
+  if '{adapters}' in method:
+    settings['adapters'] = ''
   v = values(text, model='', data='', method=method, **settings | paper)
   c = default()
-  c.method = v.method
+  paths = v.adapters.split('|') if v.get('adapters') else []
+  option = f'from_adapters={paths}' if paths else ''
+  c.method = v.method.replace('{adapters}', option)
   c.steps, c.batch_size = v.steps, v.batch_size
   c.model.dropout = 0.0
   c.optimizer.learning_rate = v.learning_rate

@@ -60,6 +60,8 @@ class Context:
     routing: a Routing [l, b, t, e] from an earlier pass, which the sites of a
       stack use instead of their routers, each layer with its own slice.
     layer: int32 scalar, the layer's index within its stack.
+    layer_routings: the routings that sites of this layer have made so far, for
+      the sites that share a router; None outside of a stack; static.
     layer_count: the number of layers in that stack, 0 outside of it; static.
     expert_mask: bool [e], only for a router: the experts that its layer has;
       None for all. A router gives no weight to any other expert; see
@@ -85,7 +87,14 @@ class Context:
   decode: bool = struct.field(pytree_node=False, default=False)
   cache_length: int = struct.field(pytree_node=False, default=0)
   layer_count: int = struct.field(pytree_node=False, default=0)
+  layer_routings: 'LayerRoutings | None' = struct.field(
+    pytree_node=False, default=None
+  )
   run_layers: Callable | None = struct.field(pytree_node=False, default=None)
+
+  def at_layer(self, layer: Array) -> 'Context':
+    """The context of one call of the layer with this index."""
+    return self.replace(layer=layer, layer_routings=LayerRoutings())
 
 
 @struct.dataclass
@@ -115,6 +124,23 @@ class Routing:
     """Whether each token is routed to fewer than all experts."""
     experts = self.combine_weights.shape[-1]
     return self.selects or (self.k is not None and self.k < experts)
+
+
+class LayerRoutings:
+  """The routings of one call of a layer, while it is traced."""
+
+  def __init__(self):
+    self._entries: list[tuple[str, Array, Routing]] = []
+
+  def get(self, adapter: str, x: Array) -> Routing | None:
+    """The routing that an adapter of this name has made from this array."""
+    for name, read, routing in self._entries:
+      if name == adapter and read is x:
+        return routing
+    return None
+
+  def put(self, adapter: str, x: Array, routing: Routing) -> None:
+    self._entries.append((adapter, x, routing))
 
 
 @struct.dataclass

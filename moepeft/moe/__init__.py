@@ -20,6 +20,7 @@ ROUTERS: Registry = Registry(
     'threshold': 'threshold:ROUTER',
     'magnitude': 'magnitude:ROUTER',
     'arrow': 'arrow:ROUTER',
+    'phatgoose': 'phatgoose:ROUTER',
     'top_p': 'top_p:ROUTER',
     'sigmoid': 'sigmoid:ROUTER',
     'relu': 'relu:ROUTER',
@@ -35,6 +36,7 @@ ROUTERS: Registry = Registry(
     'switch': 'switch:ROUTER',
     'expert_choice': 'expert_choice:ROUTER',
     'poly': 'poly:ROUTER',
+    'hybrid': 'hybrid:ROUTER',
     'random_then_mean': 'random_then_mean:ROUTER',
   },
 )

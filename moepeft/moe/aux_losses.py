@@ -62,16 +62,34 @@ def generalized_js(sums: RouterStats) -> Array:
   The generalised Jensen-Shannon divergence of the tokens' probabilities p:
   large where each token is sure of its experts and all experts are used.
   Source: HMoRA (openreview lTkHiXeuDl). Its released code also bounds H(mean p)
-  by BALANCE ln e, and each token's H(p) from below by CERTAINTY ln e, which is
-  no function of sums.
+  by BALANCE ln e, and each token's H(p) from below by CERTAINTY ln e, as the
+  losses of the router `hybrid` do.
   """
-  count = jnp.maximum(sums.count, 1)
-  mean = sums.probability / count[..., None]
+  return divergence_gap(
+    sums.probability, sums.entropy, sums.count, sums.experts
+  )
+
+
+def divergence_gap(
+  probability: Array,
+  entropies: Array,
+  count: Array,
+  experts: int | Array,
+  most_balance: float = 1.0,
+) -> Array:
+  """`generalized_js` of sums over `count` tokens or examples.
+
+  Args:
+    probability: [(l,) e], the sum of p; entropies: [(l)], that of H(p).
+    most_balance: of ln e, the bound of H(mean p) from above.
+  """
+  count = jnp.maximum(count, 1)
+  mean = probability / count[..., None]
   # The slope of the entropy at 0 is infinite.
   used = mean > 0
   of_mean = jnp.sum(jnp.where(used, entr(jnp.where(used, mean, 1)), 0), axis=-1)
-  most = jnp.log(jnp.asarray(sums.experts, jnp.float32))
-  divergence = of_mean - sums.entropy / count
+  most = jnp.log(jnp.asarray(experts, jnp.float32))
+  divergence = jnp.minimum(of_mean, most_balance * most) - entropies / count
   gap = jax.nn.relu((BALANCE - CERTAINTY) * most - divergence)
   # One expert has no choice.
   return jnp.mean(gap / jnp.where(most == 0, 1, most))

@@ -205,7 +205,9 @@ class Attention(nn.Module):
         k, v = self._update_cache(k, v, ctx)
     else:
       source_ctx = source_ctx.replace(
-        layer=ctx.layer, layer_count=ctx.layer_count
+        layer=ctx.layer,
+        layer_count=ctx.layer_count,
+        layer_routings=ctx.layer_routings,
       )
       k, v = self._cross_keys_values(source, source_ctx, ctx.decode)
     return self.o(self.core(Heads(q, k, v, bias, mask), ctx), ctx)

@@ -116,4 +116,4 @@ class _Layer(nn.Module):
   @nn.compact
   def __call__(self, x, index, ctx, args):
     nn.share_scope(self, self.block)
-    return self.block(x, ctx.replace(layer=index), *args), None
+    return self.block(x, ctx.at_layer(index), *args), None

@@ -59,6 +59,8 @@ class Method:
     merge: (variables, kernel, adapter=..., eqn=...) -> kernel, or None.
     merge_bias: (variables, bias, adapter=...) -> bias; None leaves it alone.
     innermost: whether the merge holds only where no adapter is inside of it.
+    check: {option: value} -> None, raises a ValueError for options that exclude
+      one another; None where none do.
     replaces: sites below its own that it computes itself, so that no adapter
       can be there.
     once: whether no other method with this fact can stand beside it.
@@ -94,6 +96,7 @@ class Method:
   merge: Callable | None = None
   merge_bias: Callable | None = None
   innermost: bool = False
+  check: Callable[[Mapping[str, Any]], None] | None = None
   replaces: tuple[str, ...] = ()
   once: bool = False
   why_not: str = ''

@@ -284,6 +284,12 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
 def _check_combination(spec: Spec, method: Method) -> None:
   """Raises a ValueError for options that exclude one another."""
   options = dict(spec.options)
+  if method.check:
+    defaults = {name: o.default for name, o in method.options().items()}
+    try:
+      method.check(defaults | options)
+    except ValueError as error:
+      raise ValueError(f'{spec.name}: {error}') from None
   fixed = [
     name
     for name in ('shared_experts', 'identity_experts')
@@ -294,6 +300,12 @@ def _check_combination(spec: Spec, method: Method) -> None:
     raise ValueError(
       f'{spec.name}: {fixed[0]} needs layers with the same number of fresh '
       f'experts; drop it or {sorted(unlike)[0]}'
+    )
+  reads = options.get('reads', method.values.get('reads', 'input'))
+  if options.get('share_router') and reads != 'input':
+    raise ValueError(
+      f'{spec.name}: sites share a router where they read the same input; got '
+      f"reads={reads!r}; write reads='input', or drop share_router"
     )
   if 'train_experts' in options and 'from_adapters' not in options:
     raise ValueError(

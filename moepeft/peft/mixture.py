@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepeft.core.ranges import Choices, IntegerList, Range, Texts, option
-from moepeft.core.types import Array, Context
+from moepeft.core.types import Array, Context, Routing
 from moepeft.moe import DEFAULT_ROUTER
 from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
@@ -91,6 +91,9 @@ class Mixture(nn.Module):
       SMEAR (Muqeeth et al., arXiv:2306.03745).
     shared_experts: experts with a weight of one for every token, beside e.
     identity_experts: experts of the router that add nothing, beside e.
+    share_router: whether the sites of a layer that read the same input (q, k
+      and v; gate and up) have one router and one routing, those of the first of
+      them; as in HMoRA (openreview lTkHiXeuDl). It needs reads='input'.
     from_adapters: paths of the trained adapters that the experts start as, one
       each; empty where they start as fresh ones. The experts then stay as they
       are, and only the router is trained.
@@ -108,6 +111,7 @@ class Mixture(nn.Module):
   combine: str = option('outputs', Choices(COMBINE))
   shared_experts: int = option(0, Range(0, 65_536))
   identity_experts: int = option(0, Range(0, 65_536))
+  share_router: bool = False
   from_adapters: tuple[str, ...] = option((), Texts(), training_only=True)
   train_experts: bool = option(False, None, training_only=True)
 
@@ -143,7 +147,7 @@ class Mixture(nn.Module):
           f"{self.name}: its experts have no down-projection for reads='down'; "
           "write reads='input'"
         )
-      routing = route(self, self.router, features, router_ctx)
+      routing = self._route(x, features, router_ctx)
       self._check_k(routing.k)
       return self._with_fixed_experts(routing.combine_weights)
 
@@ -151,6 +155,17 @@ class Mixture(nn.Module):
       self.experts + self.shared_experts, weights, self.share, self.combine
     )
     return self.expert.mix(self, f, x, ctx, mixing)
+
+  def _route(self, x: Array, features: Array, ctx: Context) -> Routing:
+    """The routing of the features of x, from an earlier site if shared."""
+    routings = ctx.layer_routings if self.share_router else None
+    if routings is None:
+      return route(self, self.router, features, ctx)
+    routing = routings.get(self.name, x)
+    if routing is None:
+      routing = route(self, self.router, features, ctx)
+      routings.put(self.name, x, routing)
+    return routing
 
   def _with_fixed_experts(self, weights: Array) -> Array:
     """The router's weights, without identity experts, with shared ones."""
@@ -243,6 +258,7 @@ def mixture_of(
     router=router,
     why_not='its experts are weighted anew for every token',
     initial_change=expert.initial_change,
+    check=expert.check,
     size_option=expert.size_option,
     exact_identity=expert.additive,
     replaces=expert.replaces,

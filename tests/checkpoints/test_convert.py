@@ -304,6 +304,8 @@ def test_a_run_in_a_form_that_cannot_hold_it_is_refused(
   [
     (['--input=hf', '--to=t5x'], '--output is missing'),
     (['--output=out', '--to=hf'], '--input is missing'),
+    (['--config=no.py', '--output=out'], 'no.py'),
+    (['--method=arrow', '--config=configs/sft.py', '--output=out'], 'keep one'),
     (['--input=hf', '--output=out'], '--to is missing'),
     (['--input=hf', '--output=out', '--to=gguf'], 'gguf'),
     (['--input=peft', '--output=out', '--to=gguf'], 'gguf'),
@@ -343,12 +345,23 @@ def test_bad_input_is_one_sentence_and_code_2(
   assert 'Traceback' not in error
 
 
-def test_trained_adapters_become_a_mixture_without_training(run):
-  code, error = run(
-    "--method=arrow(from_adapters=['moepeft', 'peft'], router=arrow(k=1))",
-    '--base=hf',
-    '--output=out',
-  )
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    (
+      "--method=arrow(from_adapters=['moepeft', 'peft'], router=arrow(k=1))",
+      '--base=hf',
+    ),
+    (
+      '--config=configs/methods/arrow.py:adapters=moepeft|peft,model=other',
+      "--config.method=arrow(from_adapters=['moepeft','peft'],router=arrow(k=1))",
+      '--config.model.path=hf',
+    ),
+  ],
+  ids=['method', 'config'],
+)
+def test_trained_adapters_become_a_mixture_without_training(run, arguments):
+  code, error = run(*arguments, '--output=out')
   assert (code, error) == (0, '')
   tree, metadata = adapter_lib.load('out')
   assert [e['path'] for e in metadata['experts']] == ['moepeft', 'peft']
@@ -375,6 +388,8 @@ def test_trained_adapters_become_a_mixture_without_training(run):
     ("mixture(from_adapters=['moepeft'], router=softmax)", 'are trained; tr'),
     ('arrow(expert=3)', 'arrow has no option expert'),
     ('lora', 'are trained; train it with'),
+    ('arrow', "arrow(from_adapters=['a', 'b'])"),
+    ('mixture(expert=lora, router=arrow)', 'is computed from trained'),
   ],
 )
 def test_a_mixture_that_needs_training_is_not_converted(run, method, message):

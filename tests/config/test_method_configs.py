@@ -7,6 +7,7 @@ import re
 import pytest
 
 from moepeft import registries
+from moepeft.config import method_string
 from moepeft.config.check import check
 from moepeft.models import FAMILIES
 from moepeft.moe import aux_losses
@@ -15,8 +16,8 @@ from tests import ROOT
 
 FOLDER = ROOT / 'configs' / 'methods'
 NAMES = sorted(path.stem for path in FOLDER.glob('*.py'))
-# Made of trained adapters by `moepeft.convert`, without training.
-UNTRAINED = {'arrow'}
+# Mixtures of adapters that are trained already.
+OF_ADAPTERS = {'arrow', 'phatgoose'}
 # Their data name tasks, which conversations do not.
 OF_TASKS = {'moelora', 'poly'}
 
@@ -30,7 +31,7 @@ def read(name, values=''):
 
 def test_every_preset_has_a_config():
   presets = {name for name, entry in METHODS.items() if entry.expert}
-  assert {*NAMES} == presets - UNTRAINED
+  assert {*NAMES} == presets
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,10 @@ def test_a_config_says_how_it_differs_and_its_scale(name):
     assert alpha / rank == value == expert.alpha / expert.rank
   else:
     assert scale == 'none'
+
+
+@pytest.mark.parametrize('name', sorted(OF_ADAPTERS))
+def test_a_config_takes_the_paths_of_trained_adapters(name):
+  config = read(name, 'model=smollm2,data=rows.json,adapters=runs/a|runs/b')
+  spec = method_string.parse_method(config.method)[0]
+  assert spec.get('from_adapters') == ('runs/a', 'runs/b')

@@ -301,6 +301,7 @@ def test_parameter_count_equals_its_formula(method, semantics, expected):
   [
     pytest.param('lora(rank=3)', marks=pytest.mark.slow),
     pytest.param('dora(rank=3)', marks=pytest.mark.slow),
+    pytest.param("lora(rank=3, init_weights='pissa')", marks=pytest.mark.slow),
     # LoRA's and a ratio, with heads last, first and none, and beside another.
     "dora(rank=3, targets='*/k|*/cross/o|*/wo') + ia3(targets='*/k|*/act')",
     "ia3(targets='*/k|*/v|*/wo')",

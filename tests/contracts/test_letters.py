@@ -47,8 +47,11 @@ SIZES = {
   'v': {37},
   'p': {32},
   'l': {2, 3},
-  'e': {7},
-  'r': {2, 4, 13},
+  # 8 of a preset that counts its experts by layer.
+  'e': {7, 8},
+  'r': {1, 2, 4, 13},
+  # Two tasks, and none.
+  'g': {3},
   'i': {11, 15, 17, 5},
 }
 

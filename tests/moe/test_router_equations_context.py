@@ -12,6 +12,7 @@ import pytest
 
 from moepeft.core.types import Context
 from moepeft.moe import ROUTERS
+from moepeft.moe.aux_losses import auxiliary_loss
 from moepeft.moe.router_stats import router_stats
 from tests.reference import router_equations_context as equations
 
@@ -38,6 +39,20 @@ SCALE, SHIFT, KERNEL_SCALE = (
   normal(name, INPUTS) for name in ('scale', 'shift', 'kernel_scale')
 )
 TASKS = ('a', 'b', 'c')
+HYBRID = {
+  'kernel': KERNEL,
+  'bias': BIAS,
+  'prompt_kernel': normal('prompt kernel', INPUTS, E),
+  'prompt_bias': normal('prompt bias', E),
+  'depth': np.float64(0.5),
+}
+
+
+def hybrid(x, prompt, k=0):
+  # Outside of a stack the layer is in the middle: sigmoid(0 + shift + depth).
+  task = HYBRID['prompt_kernel'], HYBRID['prompt_bias']
+  weight = 1 / (1 + np.exp(-0.75))
+  return equations.hybrid(x, prompt, (KERNEL, BIAS), task, weight, k)
 
 
 def context(**options):
@@ -85,6 +100,16 @@ CASES = {
     lambda x, prompt, task: equations.sentence(
       x, prompt, KERNEL, KERNEL_SCALE, SCALE, SHIFT
     ),
+  ),
+  'hybrid': (
+    {'shift': 0.25},
+    HYBRID,
+    lambda x, prompt, task: hybrid(x, prompt),
+  ),
+  'hybrid top': (
+    {'shift': 0.25, 'k': 2},
+    HYBRID,
+    lambda x, prompt, task: hybrid(x, prompt, 2),
   ),
   'switch': (
     {'capacity': 1},
@@ -264,6 +289,43 @@ def test_a_sentence_by_hand():
   )
   weights = router.apply({'peft': tree}, x, ctx).combine_weights
   np.testing.assert_allclose(weights, [[[0.75, 0.25]] * 4], rtol=1e-6)
+
+
+def test_prompts_weigh_more_in_higher_layers():
+  # Layer 0 of 3: sigmoid(-2) = 0.119203; layer 1: 1/2; layer 2: 0.880797. A
+  # token's routing is (1, 0) nearly, its prompt's (0, 1).
+  router = ROUTERS['hybrid'].module(experts=2)
+  zeros = jnp.zeros((1, 2))
+  tree = {'kernel': zeros, 'prompt_kernel': zeros, 'depth': jnp.float32(0)}
+  tree |= {'bias': jnp.array([50.0, 0]), 'prompt_bias': jnp.array([0, 50.0])}
+  mask = jnp.ones((1, 1), bool)
+  for layer, expected in enumerate([0.119203, 0.5, 0.880797]):
+    ctx = Context(prompt_mask=mask, layer=jnp.int32(layer), layer_count=3)
+    weights = router.apply({'peft': tree}, jnp.ones((1, 1, 1)), ctx)
+    np.testing.assert_allclose(
+      weights.combine_weights[0, 0], [1 - expected, expected], rtol=1e-5
+    )
+    assert abs(equations.layer_weight(layer, 3, 2.0, 0.0) - expected) < 1e-6
+
+
+def test_the_two_divergences_equal_the_released_code():
+  sums = router_stats(run('hybrid'), jnp.asarray(IDS > 0))
+  token = equations.softmax(X[IDS > 0] @ KERNEL + BIAS)
+  prompt = np.array(
+    [
+      equations.softmax(
+        X[row, tokens][:length].mean(0) @ HYBRID['prompt_kernel']
+        + HYBRID['prompt_bias']
+      )
+      for row, tokens, length, _ in EXAMPLES
+    ]
+  )
+  for name, p in (('token_js', token), ('prompt_js', prompt)):
+    expected = equations.bounded_js(p, 0.98, 0.5)
+    actual = auxiliary_loss({'a': sums}, {name: 1.0})
+    assert expected > 0.01
+    # float32 logits of 13 products.
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
 def test_poly_by_hand():

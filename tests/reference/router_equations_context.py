@@ -55,6 +55,39 @@ def sentence(x, prompt, kernel, kernel_scale, scale, bias):
   return softmax(np.array([v @ w for w in columns]))
 
 
+def hybrid(x, prompt, token, task, weight, k=0):
+  """HMoRA (openreview lTkHiXeuDl); TokenRouter.forward of its released code.
+
+  Args:
+    prompt: the number of the tokens in the prompt.
+    token, task: (kernel, bias) of the two routers.
+    weight: a_l of the layer.
+  """
+  m = sum(x[:prompt]) / prompt
+  p = softmax(x @ token[0] + token[1])
+  weights = (1 - weight) * p + weight * softmax(m @ task[0] + task[1])
+  if not k:
+    return weights
+  for row in weights:
+    row[np.argsort(-row, kind='stable')[k:]] = -np.inf
+  return softmax(weights)
+
+
+def layer_weight(layer, layers, epsilon, shift):
+  """a_l of the same code, TokenRouter.__init__, where layers count from 0."""
+  alpha = -epsilon + 2 * epsilon * layer / (layers - 1) + shift
+  return 1 / (1 + math.exp(-alpha))
+
+
+def bounded_js(rows, balance, certainty):
+  """divergence_loss of the same code, of the probabilities [n, e]."""
+  entropy = lambda p: -(p * np.log(p)).sum()  # noqa: E731
+  most = np.log(rows.shape[1])
+  of_mean = min(entropy(rows.mean(0)), balance * most)
+  mean = np.mean([max(entropy(p), certainty * most) for p in rows])
+  return max((balance - certainty) * most - (of_mean - mean), 0) / most
+
+
 def switch(x, kernel, capacity=math.inf):
   """Fedus et al., arXiv:2101.03961, equations 1 and 2, and section 2.2."""
   taken = [0] * kernel.shape[1]

@@ -34,8 +34,8 @@ SMALL = {
   'moelora': "moelora(router=task(tasks=['a', 'b']))",
   'poly': "poly(rank=2, router=poly(tasks=['a', 'b']))",
 }
-# A mixture of adapters that are trained already.
-UNTRAINED = ('arrow',)
+# Mixtures of adapters that are trained already.
+UNTRAINED = ('arrow', 'phatgoose')
 FAST = (('hydralora', 'decoder'),)
 
 

@@ -101,7 +101,8 @@ def save(
 ) -> None:
   """Writes a directory that `peft.PeftModel.from_pretrained` reads.
 
-  Layers whose LoRA is all zeros are omitted.
+  Layers whose LoRA is all zeros are omitted. A LoRA that started from kernels
+  (`init_weights`) becomes one of twice the rank.
 
   Args:
     base: path or name of the base model, for adapter_config.json.
@@ -111,6 +112,7 @@ def save(
   Raises:
     CheckpointError: peft cannot represent the method, or `path` is not empty.
   """
+  adapter = peft_lora.without_initial_factors(adapter)
   if prompt_format := _prompt_format(adapter):
     fields, arrays = prompt_format.write(config, adapter)
     _write(path, config, arrays, fields, base, like or {}, overwrite)
@@ -146,6 +148,7 @@ def check(config: Any, adapter: AdapterWeights) -> None:
   Raises:
     CheckpointError: it cannot.
   """
+  adapter = peft_lora.without_initial_factors(adapter)
   if prompt_format := _prompt_format(adapter):
     prompt_format.write(config, adapter)
   else:

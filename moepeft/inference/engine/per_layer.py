@@ -137,7 +137,7 @@ class LayeredMethod:
       if cache:
         variables['cache'] = cache
       variables = {key: {self.side: tree} for key, tree in variables.items()}
-      ctx = ctx.replace(layer=layer_index)
+      ctx = ctx.at_layer(layer_index)
       x, updates = module.apply(
         variables, x, ctx, *args, mutable=['cache', 'weights']
       )

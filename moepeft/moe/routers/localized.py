@@ -2,12 +2,11 @@
 """Softmax routing whose balance is localised to two groups: LoRAMoE."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from moepeft.core.ranges import Range, Texts, option
 from moepeft.core.types import Array, Context, Routing
-from moepeft.moe.gate import LinearGate, example_ids
+from moepeft.moe.gate import LinearGate, example_ids, example_sums
 from moepeft.moe.router import RouterLoss, RouterSpec
 from moepeft.moe.router_stats import RouterStats
 from moepeft.moe.task_names import TASKS, require_task_ids
@@ -49,8 +48,8 @@ class Localized(LinearGate):
     scaled = weights * self._scale(ctx)
     if scaled.ndim == 4:
       scaled = jnp.mean(scaled, axis=2)
-    load = _example_sums(scaled, ids)
-    size = _example_sums(jnp.ones((*ids.shape, 1)), ids)
+    load = example_sums(scaled, ids)
+    size = example_sums(jnp.ones((*ids.shape, 1)), ids)
     # Summed over an example's tokens they are Z, Z squared, and one.
     return Routing(
       logits,
@@ -78,16 +77,6 @@ class Localized(LinearGate):
     first_half = jnp.arange(self.experts) < self.experts // 2
     alike = in_group[..., None] == first_half
     return jnp.where(alike, 1 + self.delta, 1 - self.delta)
-
-
-def _example_sums(array: Array, ids: Array) -> Array:
-  """[b, t, e]: each token's sum over its example, by `example_ids`."""
-  examples = ids.shape[1] + 1
-
-  def of_row(array, ids):
-    return jax.ops.segment_sum(array, ids, examples)[ids]
-
-  return jax.vmap(of_row)(array, ids)
 
 
 def _like(array: Array, weights: Array) -> Array:

@@ -79,8 +79,8 @@ def prompt_mean(x: Array, ids: Array, ctx: Context) -> Array:
   """
   if ctx.prompt_mask is None:
     raise ValueError(
-      'the router sentence reads the prompt, and the batch does not say what '
-      "is trained ('targets_mask'); give it, or use another router"
+      'a router reads the prompt, and the batch does not say what is trained '
+      "('targets_mask'); give it, or use another router"
     )
   prompt = ctx.prompt_mask & (ids > 0)
   x = jnp.where(align(prompt, x), to_f32(x), 0)
