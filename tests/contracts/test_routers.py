@@ -172,7 +172,11 @@ def test_a_packed_example_is_routed_as_alone(name):
   tasks = jnp.array([[1, 1, 1, 2, 2, 0, 0]])
   x = jax.random.normal(jax.random.key(7), (1, 7, 84))
   ctx = Context(
-    token_mask=ids > 0, segment_ids=ids, prompt_mask=prompt, task_ids=tasks
+    token_mask=ids > 0,
+    segment_ids=ids,
+    prompt_mask=prompt,
+    task_ids=tasks,
+    token_ids=jnp.arange(7)[None],
   )
   router = make(name)
   packed = run(router, x, ctx).combine_weights
@@ -182,6 +186,7 @@ def test_a_packed_example_is_routed_as_alone(name):
       segment_ids=None,
       prompt_mask=prompt[:, part],
       task_ids=tasks[:, part],
+      token_ids=ctx.token_ids[:, part],
     )
     np.testing.assert_allclose(
       packed[:, part],
