@@ -69,6 +69,7 @@ METHODS = (
   'smear(experts=3, size=2)',
   f"poly(experts=3, rank=2, router=poly(tasks=['a', 'b']), {_AT})",
   'molora(experts=3, rank=2, share_router=True)',
+  'adamix(experts=3, size=3)',
   'hmora(experts=3, rank=2, dropout=0.0)',
   "tokens(new='3|5-7')",
   # The base's function where no placeholders stand; see

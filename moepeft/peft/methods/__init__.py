@@ -34,6 +34,7 @@ METHODS: Registry = Registry(
     'smear': 'presets:SMEAR',
     'poly': 'presets:POLY',
     'hmora': 'presets:HMORA',
+    'adamix': 'presets:ADAMIX',
     'tokens': 'tokens:METHOD',
     'prompt': 'prompt_tuning:METHOD',
   },
