@@ -188,7 +188,12 @@ def _load_card(path: Path):
   return module
 
 
-@pytest.mark.parametrize('path', _CARDS, ids=_name)
+@pytest.mark.parametrize(
+  'path',
+  # tests/config/test_method_configs.py builds the others' methods.
+  [path for path in _CARDS if path.parent.name != 'methods'],
+  ids=_name,
+)
 def test_card_builds_its_model_and_method(path):
   counted = count(_load_card(path).get_config())
   assert 0 < counted['peft'] <= counted['params']

@@ -11,7 +11,7 @@ X-LoRA (arXiv:2402.07148), PHATGOOSE (arXiv:2402.05859), Arrow
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,11 @@ from moepeft.nn.initializers import ParamMetadata
 from moepeft.peft import Built, build
 from moepeft.peft.build import adapter_function
 from moepeft.peft.method import options_of
-from moepeft.peft.method_text import flatten_expert, nest_expert
+from moepeft.peft.method_text import (
+  flatten_expert,
+  method_entry,
+  nest_expert,
+)
 from moepeft.peft.methods import METHODS
 from moepeft.peft.mixture import Mixture, can_be_expert
 
@@ -54,6 +58,8 @@ class _TrainedExpert:
     adapter: the adapter's method and arrays.
     spec: the spec of its method, without its sites.
     module: its unbound adapter module.
+    name: the name of its arrays in the adapter's tree.
+    gated: whether the adapter is a mixture of this expert alone, with a router.
     sites: the paths that it adapts.
   """
 
@@ -62,6 +68,8 @@ class _TrainedExpert:
   adapter: StoredAdapter
   spec: Spec
   module: nn.Module
+  name: str
+  gated: bool
   sites: tuple[str, ...]
 
 
@@ -170,6 +178,7 @@ def load_experts(
     for expert in experts:
       check_base(expert.adapter, expert.path, base)
       _check_is_expert(expert, mixture, mixture_sites)
+      _check_gate(expert, mixture)
     records += [{'path': e.path, 'sha256': e.sha256} for e in experts]
     axes = {
       path: param_metadata.logical_axes.index(AXIS_NAMES['e'])
@@ -184,7 +193,7 @@ def load_experts(
         ],
         axis,
       )
-    arrays |= _router_arrays(mixture, name, arrays, axes, metadata)
+    arrays |= _router_arrays(mixture, name, arrays, axes, metadata, experts)
   return weight_mapping.unflatten(arrays), records
 
 
@@ -194,6 +203,7 @@ def _router_arrays(
   arrays: Mapping[str, np.ndarray],
   axes: Mapping[str, int],
   metadata: Mapping[str, tuple[tuple[int, ...], ParamMetadata]],
+  trained_experts: Sequence[_TrainedExpert],
 ) -> dict[str, np.ndarray]:
   """{path: array} of the routers that are computed from the experts.
 
@@ -208,7 +218,11 @@ def _router_arrays(
     site, _, leaf = path.partition(f'/{name}/')
     stacked = metadata[path][1].logical_axes[0] == AXIS_NAMES['l']
     array = np.moveaxis(arrays[path], axis, int(stacked))
-    sites.setdefault(site, {})[leaf] = array if stacked else array[None]
+    experts = sites.setdefault(site, {})
+    experts[leaf] = array if stacked else array[None]
+    if entry.reads_gates:
+      gates = np.stack([_gate(e, site) for e in trained_experts], -2)
+      experts['gate'] = gates if stacked else gates[None]
   result = {}
   for site, experts in sites.items():
     layers = [
@@ -248,26 +262,33 @@ def _read_expert(
   specs = [
     flatten_expert(s) for s in method_string.parse_method(adapter.method)
   ]
-  if len(specs) > 1 or not can_be_expert(METHODS[specs[0].name]):
+  spec, entry = specs[0], method_entry(specs[0])
+  built = build(adapter.method, sites, adapter.semantics or 'official')
+  entries = built.adapter_map.entries
+  module = stored_module = entries[0][1] if entries else None
+  gated = getattr(module, 'experts', 0) == 1
+  if gated:
+    module, entry = module.expert, entry.expert
+  if len(specs) > 1 or not can_be_expert(entry):
     names = ', '.join(name for name in METHODS if can_be_expert(METHODS[name]))
     raise ValueError(
       f'from_adapters: {path} holds {adapter.method!r}, but an expert is one '
       f'adapter of {names}; name another'
     )
-  built = build(adapter.method, sites, adapter.semantics or 'official')
-  entries = built.adapter_map.entries
-  declared = options_of(METHODS[specs[0].name].module)
   options = tuple(
-    (name, value)
-    for name, value in specs[0].options
-    if name in declared and not declared[name].training_only
+    (name, getattr(module, name))
+    for name, option in options_of(entry.module).items()
+    if not option.training_only
+    and (spec.get(name) is not None or getattr(module, name) != option.default)
   )
   return _TrainedExpert(
     path,
     hashlib.sha256(files.read_bytes(str(file))).hexdigest(),
     adapter,
-    Spec(specs[0].name, options),
-    entries[0][1],
+    Spec(next(n for n, m in METHODS.items() if m is entry), options),
+    module,
+    stored_module.name,
+    gated,
     tuple(path for path, _ in entries),
   )
 
@@ -294,6 +315,28 @@ def _check_is_expert(
     )
 
 
+def _check_gate(expert: _TrainedExpert, mixture: Mixture) -> None:
+  if expert.gated == _router_entry(mixture.router).reads_gates:
+    return
+  if expert.gated:
+    raise ValueError(
+      f'{mixture.name}: {expert.path} is {expert.adapter.method!r}, a mixture '
+      'of one expert, whose router this one would drop; name the adapter that '
+      'the expert was, or router=phatgoose'
+    )
+  raise ValueError(
+    f'{mixture.name} routes by the gates of adapters, and {expert.path} has '
+    f"none; train one, mixture(from_adapters=['{expert.path}'], "
+    'router=sigmoid(kernel_init=zeros)), and name its export'
+  )
+
+
+def _gate(expert: _TrainedExpert, site: str) -> np.ndarray:
+  """The gate of an expert at a site, [i] or [l, i]."""
+  arrays = weight_mapping.flatten(expert.adapter.tree)
+  return np.asarray(arrays[f'{site}/{expert.name}/router/kernel'])[..., 0]
+
+
 def _expert_array(
   expert: _TrainedExpert,
   path: str,
@@ -306,8 +349,10 @@ def _expert_array(
   Raises:
     ValueError: the array is missing or has another shape.
   """
-  adapter_path = path.replace(f'/{name}/', f'/{expert.module.name}/')
+  adapter_path = path.replace(f'/{name}/', f'/{expert.name}/')
   array = weight_mapping.flatten(expert.adapter.tree).get(adapter_path)
+  if expert.gated and array is not None and array.shape[axis] == 1:
+    array = array.squeeze(axis)
   expected = shape[:axis] + shape[axis + 1 :]
   if array is None or array.shape != expected:
     shape_read = 'none' if array is None else array.shape

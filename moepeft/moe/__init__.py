@@ -20,6 +20,7 @@ ROUTERS: Registry = Registry(
     'threshold': 'threshold:ROUTER',
     'magnitude': 'magnitude:ROUTER',
     'arrow': 'arrow:ROUTER',
+    'phatgoose': 'phatgoose:ROUTER',
     'top_p': 'top_p:ROUTER',
     'sigmoid': 'sigmoid:ROUTER',
     'relu': 'relu:ROUTER',

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Context
-from moepeft.nn.initializers import Normal, kaiming_uniform, peft_param
+from moepeft.nn.initializers import (
+  Constant,
+  Normal,
+  kaiming_uniform,
+  peft_param,
+)
 from moepeft.nn.low_rank_matmul import low_rank_matmul
 from moepeft.nn.numerics import to_f32
 
@@ -17,7 +22,7 @@ EXPERTS = Range(1, 65_536)
 JITTER = Range(0, 1)
 DROPOUT = Range(0, 1, below=True)
 TEMPERATURE = Range(0, 1_000, above=True)
-KERNEL_INITS = ('normal', 'kaiming')
+KERNEL_INITS = ('normal', 'kaiming', 'zeros')
 
 
 class ScoreGate(nn.Module):
@@ -30,7 +35,8 @@ class ScoreGate(nn.Module):
     experts: e.
     kernel_init: 'normal' draws W from N(0, 0.02^2), as the released code of
       arXiv:2309.05444; 'kaiming' from U(-1/sqrt(i), 1/sqrt(i)), as
-      torch.nn.Linear, and with it most other released codes.
+      torch.nn.Linear, and with it most other released codes; 'zeros' leaves it
+      zero.
     temperature: divides the logits.
     jitter: of the input, in training; see `jitter_input`.
   """
@@ -49,9 +55,11 @@ class ScoreGate(nn.Module):
   def input_kernel(self, x: Array, outputs: int, axes: str) -> Array:
     """The parameter `kernel` [i, outputs], drawn as `kernel_init` says."""
     inputs = x.shape[-1]
-    init = {'normal': INIT, 'kaiming': kaiming_uniform(inputs)}[
-      self.kernel_init
-    ]
+    init = {
+      'normal': INIT,
+      'kaiming': kaiming_uniform(inputs),
+      'zeros': Constant(0),
+    }[self.kernel_init]
     return peft_param(self, 'kernel', init, (inputs, outputs), axes)
 
   @nn.nowrap

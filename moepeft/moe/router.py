@@ -49,6 +49,8 @@ class RouterSpec:
       (reads='down'), an equal number of features for each.
     from_experts: for a router over trained adapters, ({name: array [e, ...]} of
       the experts of one site and layer) -> {name: array} of the router.
+    reads_gates: whether these arrays include 'gate' [e, i]. Each adapter then
+      is a mixture of one expert, and its gate the kernel of that router.
     losses: {name in config.router_losses: loss}, in addition to those of
       `moepeft.moe.aux_losses`, which every router has.
     statistics: {name in the metrics log: RouterLoss}, logged for each site
@@ -75,6 +77,7 @@ class RouterSpec:
   reads_token_ids: bool = False
   per_expert: bool = False
   from_experts: Callable | None = None
+  reads_gates: bool = False
   losses: Mapping[str, RouterLoss] = dataclasses.field(default_factory=dict)
   statistics: Mapping[str, RouterLoss] = dataclasses.field(default_factory=dict)
   update: Callable | None = None

@@ -17,7 +17,7 @@ from tests import ROOT
 FOLDER = ROOT / 'configs' / 'methods'
 NAMES = sorted(path.stem for path in FOLDER.glob('*.py'))
 # Mixtures of adapters that are trained already.
-OF_ADAPTERS = {'arrow'}
+OF_ADAPTERS = {'arrow', 'phatgoose'}
 # Their data name tasks, which conversations do not.
 OF_TASKS = {'moelora', 'poly'}
 

@@ -2,6 +2,7 @@
 """Every router with options and a context in which its facts show."""
 
 import jax.numpy as jnp
+import pytest
 
 from moepeft.core.types import Context
 from moepeft.moe import ROUTERS
@@ -37,3 +38,11 @@ def context(rows, tokens):
 def make(name, experts=3, **options):
   options = OPTIONS.get(name, {}) | options
   return ROUTERS[name].module(experts=experts, **options)
+
+
+def crossed(*fast):
+  """The names of all routers for `parametrize`, slow but for `fast`."""
+  return [
+    pytest.param(name, marks=() if name in fast else pytest.mark.slow)
+    for name in ROUTERS
+  ]

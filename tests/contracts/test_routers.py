@@ -17,7 +17,7 @@ from moepeft.moe.routers.topk import TopK
 from moepeft.nn.initializers import peft_param
 from moepeft.peft.method import options_of
 
-from .router_cases import context, make
+from .router_cases import context, crossed, make
 
 # As many features as 3, 4 and 7 experts can have alike.
 X = jax.random.normal(jax.random.key(0), (2, 5, 84))
@@ -25,9 +25,17 @@ X = jax.random.normal(jax.random.key(0), (2, 5, 84))
 CTX = context(2, 5)
 
 
-def run(router, x=X, ctx=CTX, seed=1):
+def init(router, x=X, ctx=CTX, seed=1):
   rngs = {'peft': jax.random.key(seed), 'router': jax.random.key(3)}
-  return compiled(router)(rngs, x, ctx)[0]
+  return compiled(router)(rngs, x, ctx)
+
+
+def run(router, x=X, ctx=CTX, seed=1):
+  return init(router, x, ctx, seed)[0]
+
+
+def parameters(router):
+  return init(router)[1].get('peft', {})
 
 
 @functools.cache
@@ -56,23 +64,16 @@ def test_topk_sums_to_its_largest_probabilities_or_to_one():
 
 @pytest.mark.parametrize('name', ROUTERS)
 def test_routers_have_parameters_where_the_entry_says_so(name):
-  rngs = {'peft': jax.random.key(1), 'router': jax.random.key(3)}
   router = make(name)
   frozen = getattr(router, 'frozen_arrays', ())
-  trained, _ = router_state.split(
-    {'router': router.init(rngs, X, CTX).get('peft', {})}, frozen
-  )
+  trained, _ = router_state.split({'router': parameters(router)}, frozen)
   assert bool(jax.tree.leaves(trained)) == ROUTERS[name].learned
 
 
 @pytest.mark.parametrize('name', [n for n, r in ROUTERS.items() if r.learned])
 def test_every_trained_parameter_has_a_gradient(name):
   router = make(name)
-  variables = router.init(
-    {'peft': jax.random.key(1), 'router': jax.random.key(3)}, X, CTX
-  )
-
-  trained, state = router_state.split(variables['peft'])
+  trained, state = router_state.split(parameters(router))
   # Noise kernels are trained in training only.
   ctx = CTX.replace(train=True)
 
@@ -119,7 +120,7 @@ def test_the_contracts_fail_for_a_routing_of_the_whole_batch():
   assert not np.array_equal(weights[:, :3], later[:, :3])
 
 
-@pytest.mark.parametrize('name', ROUTERS)
+@pytest.mark.parametrize('name', crossed('softmax', 'sentence', 'magnitude'))
 def test_routers_are_float32_inside(name):
   routing = run(make(name), X.astype(jnp.bfloat16))
   assert routing.combine_weights.dtype == routing.logits.dtype == jnp.float32
@@ -148,7 +149,7 @@ def test_routers_read_the_whole_prompt_where_the_entry_says_so(name):
   assert equal != entry.pools_prompt
 
 
-@pytest.mark.parametrize('name', ROUTERS)
+@pytest.mark.parametrize('name', crossed('softmax', 'sentence', 'relu'))
 def test_heads_have_weights_of_their_own_shape(name):
   heads = jnp.stack([X, X[..., ::-1]], axis=2)
   weights = run(make(name), heads).combine_weights
@@ -187,10 +188,31 @@ def test_a_packed_example_is_routed_as_alone(name):
       prompt_mask=prompt[:, part],
       task_ids=tasks[:, part],
       token_ids=ctx.token_ids[:, part],
+  ids = np.array([[1, 1, 1, 2, 2, 0, 0]])
+  prompt = np.array([[1, 1, 0, 1, 0, 0, 0]], bool)
+  tasks = np.array([[1, 1, 1, 2, 2, 0, 0]])
+  x = np.array(jax.random.normal(jax.random.key(7), (1, 7, 84)))
+  router = make(name)
+
+  def weights(x, ids, prompt, tasks):
+    ctx = Context(
+      token_mask=ids > 0,
+      segment_ids=ids,
+      prompt_mask=prompt,
+      task_ids=tasks,
     )
+    return run(router, x, ctx).combine_weights
+
+  packed = weights(x, ids, prompt, tasks)
+  for start, stop in ((0, 3), (3, 5)):
+    # The example at the front of a row of padding.
+    alone = [np.zeros_like(a) for a in (x, ids, prompt, tasks)]
+    for part, whole in zip(alone, (x, ids, prompt, tasks), strict=True):
+      part[:, : stop - start] = whole[:, start:stop]
+    alone[1] = np.minimum(alone[1], 1)
     np.testing.assert_allclose(
-      packed[:, part],
-      run(router, x[:, part], alone).combine_weights,
+      packed[:, start:stop],
+      weights(*alone)[:, : stop - start],
       # Sums over the prompt, in another order.
       rtol=1e-5,
     )
@@ -208,17 +230,20 @@ def test_padding_never_moves_a_real_token(name):
   )
 
 
-@pytest.mark.parametrize(
-  ('name', 'noise'),
-  [
-    (name, option)
-    for name, entry in ROUTERS.items()
-    for option, declared in options_of(entry.module).items()
-    # Noise is off by default; other options of training begin elsewhere, but
-    # for one of a loss.
-    if declared.training_only and declared.default == 0.0 and option != 'delta'
-  ],
-)
+def noises():
+  """(router, option of noise); one of each option is fast."""
+  fast = {}
+  for name, entry in ROUTERS.items():
+    for option, declared in options_of(entry.module).items():
+      # Noise is off by default; other options of training begin elsewhere, but
+      # for one of a loss.
+      if declared.training_only and declared.default == 0 and option != 'delta':
+        first = fast.setdefault(option, name) == name
+        marks = () if first else pytest.mark.slow
+        yield pytest.param(name, option, marks=marks)
+
+
+@pytest.mark.parametrize(('name', 'noise'), noises())
 def test_noise_acts_in_training_only(name, noise):
   # A capacity is in tokens, all others are rates: large ones, as a router of
   # sentences draws for two alone.
@@ -347,7 +372,7 @@ def direct(weights, logits, mask):
   return tuple(np.mean(a, axis=0) for a in (mixed, share, nats, before))
 
 
-@pytest.mark.parametrize('name', ROUTERS)
+@pytest.mark.parametrize('name', crossed('softmax', 'topk', 'threshold'))
 def test_shares_and_entropies_equal_a_direct_form(name):
   mask = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
   routing = run(make(name, 7))

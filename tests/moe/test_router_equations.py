@@ -122,6 +122,11 @@ CASES = {
     {'kernel': KERNEL},
     lambda x: equations.entropy_adaptive(x @ KERNEL, 0.75, 2, 0.4, 1.1),
   ),
+  'phatgoose': (
+    {'k': 3},
+    {'kernel': KERNEL},
+    lambda x: equations.phatgoose(x, KERNEL, 3),
+  ),
   'arrow': (
     {'k': 3, 'temperature': 0.5},
     {'kernel': KERNEL},

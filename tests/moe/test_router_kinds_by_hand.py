@@ -226,7 +226,7 @@ def test_losses_of_a_layer_with_fewer_experts_have_finite_gradients(name):
   ctx = context(1, 3).replace(expert_mask=mask)
   x = jax.random.normal(jax.random.key(0), (1, 3, 8))
   rngs = {'peft': jax.random.key(1), 'router': jax.random.key(2)}
-  variables = router.init(rngs, x, ctx)
+  variables = jax.jit(router.init)(rngs, x, ctx)
   names = [*aux_losses.LOSSES, *ROUTERS[name].losses]
 
   def loss(variables, x):
@@ -237,7 +237,8 @@ def test_losses_of_a_layer_with_fewer_experts_have_finite_gradients(name):
     )
     return aux_losses.auxiliary_loss({'a': sums}, dict.fromkeys(names, 1.0))
 
-  value, gradients = jax.value_and_grad(loss, (0, 1))(variables, x)
+  both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+  value, gradients = both(variables, x)
   assert np.isfinite(value)
   for gradient in jax.tree.leaves(gradients):
     assert np.isfinite(gradient).all()

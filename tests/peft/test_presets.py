@@ -72,6 +72,8 @@ def test_a_preset_is_its_text_and_options_replace_its_values(preset):
     ('loramoe', 32 / 4),
     ('moelora', 32 / 16),
     ('poly', 1 / 8),
+    ('goat', 16 / 1),
+    ('phatgoose', 1 / 16),
     ('hmora', 8 / 8),
   ],
 )
@@ -325,6 +327,21 @@ def test_arrow_s_prototypes_are_the_top_right_singular_vectors():
     top = np.linalg.svd(matrix)[2][0]
     # Up to the sign.
     np.testing.assert_allclose(np.abs(top @ kernel[:, e]), 1, rtol=1e-6)
+
+
+def test_phatgoose_takes_the_two_adapters_whose_gates_point_to_the_token():
+  # Gates of four features, e0 - e1, e1 - e0 and e2 - e3; the token is e0 - e1.
+  # Their mean is 0 and their deviation sqrt(1/2), so that standardized all have
+  # the squared length 4: the products are 4, -4 and 0, over sqrt(4) 2, -2, 0.
+  kernel = jnp.array([[1.0, -1, 0], [-1, 1, 0], [0, 0, 1], [0, 0, -1]])
+  router = ROUTERS['phatgoose'].module(experts=3, k=2)
+  routing = router.apply(
+    {'peft': {'kernel': kernel}}, kernel[:, 0][None, None], Context()
+  )
+  first = 1 / (1 + np.exp(-2))
+  np.testing.assert_allclose(
+    routing.combine_weights[0, 0], [first, 0, 1 - first], rtol=1e-4
+  )
 
 
 def test_comol_is_lora_with_a_core_merged_for_each_token():

@@ -66,6 +66,21 @@ def arrow(x, prototypes, k, temperature=1.0):
   return weights
 
 
+def phatgoose(x, gates, k):
+  """Muqeeth et al., arXiv:2402.05859, section 3.2: standardized, over sqrt(n).
+
+  Args:
+    gates: [i, e].
+  """
+  standardize = lambda v: (v - v.mean()) / np.sqrt(v.var() + 1e-5)  # noqa: E731
+  scores = np.array([standardize(x) @ standardize(v) for v in gates.T])
+  scores /= len(x) ** 0.5
+  kept = np.argsort(-scores, kind='stable')[:k]
+  weights = np.zeros_like(scores)
+  weights[kept] = softmax(scores[kept])
+  return weights
+
+
 def load_balance(tokens, k):
   """Fedus et al., arXiv:2101.03961, equations 4 to 6, top-k of them 1/k each.
 

@@ -55,7 +55,12 @@ _INPUTS = {
 
 
 # Compiling a case in float64 takes 10 s: two mixtures in the fast suite.
-_SLOW = ('official/ia3', 'official/lora', 'official/molora_top2')
+_SLOW = (
+  'official/ia3',
+  'official/lora',
+  'official/molora',
+  'official/molora_top2',
+)
 
 
 def of_cases(found):

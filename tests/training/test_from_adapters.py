@@ -23,6 +23,7 @@ from moepeft.core.types import Routing
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.inference import loaded_model
 from moepeft.models import weight_mapping
+from moepeft.moe import router_state
 from moepeft.training import setup
 
 from ..preferences import card, written
@@ -252,6 +253,110 @@ def test_mistakes_have_one_sentence(places, tmp_path, names, options, message):
 def test_experts_that_start_fresh_are_always_trained(places, tmp_path):
   config = config_of(places, 'mixture(expert=lora, train_experts=False)')
   with pytest.raises(ValueError, match='train_experts is for experts that'):
+    setup.build(config, str(tmp_path), dry_run=True)
+
+
+def gated(path, places, seed):
+  """Exports a mixture of one expert with its gate; returns its tree."""
+  method = f'mixture(expert={LORA.split(", targets")[0]}), experts=1, '
+  targets = LORA.split('targets=')[1]
+  method += f'router=sigmoid, targets={targets}'
+  return trained_adapter(path, places['llama'], method, seed)
+
+
+def test_phatgoose_trains_a_gate_alone(places, tmp_path):
+  router = 'router=sigmoid(kernel_init=zeros)'
+  config = config_of(places, mixture(places['a'], options=router))
+  training = setup.build(config, str(tmp_path), dry_run=True)
+  trained, rest = router_state.split(
+    training.state.trainable, training.method.frozen_arrays
+  )
+  gates = weight_mapping.flatten(trained)
+  assert {path.split('/', 3)[-1] for path in gates} == {
+    'q/mixture/router/kernel',
+    'v/mixture/router/kernel',
+  }
+  # sigmoid(0) = 1/2 of the adapter at first.
+  assert all((np.asarray(gate) == 0).all() for gate in gates.values())
+  assert len(weight_mapping.flatten(rest)) == 4
+
+
+def test_phatgoose_routes_by_the_gates_of_its_adapters(places, tmp_path):
+  trees = [gated(tmp_path / name, places, i) for i, name in enumerate('ab')]
+  paths = [str(tmp_path / name) for name in 'ab']
+  config = config_of(places, f'phatgoose(from_adapters={paths})')
+  base = base_lib.load(config.model)
+  model, built = base_lib.module(base, config)
+  variables, files = base_lib.with_experts(
+    base_lib.initialise(base, model, 0), model, built, base
+  )
+  assert [file['path'] for file in files] == paths
+  arrays = weight_mapping.flatten(variables['peft'])
+  first, second = map(weight_mapping.flatten, trees)
+  for path, array in arrays.items():
+    # Of one expert each: a [l, d, 1, r], b [l, 1, r, ...], kernel [l, i, 1].
+    axis = {'a': 2, 'b': 1, 'kernel': 2}[path.rpartition('/')[-1]]
+    of_one = path.replace('/phatgoose/', '/mixture/')
+    expected = np.concatenate([first[of_one], second[of_one]], axis)
+    np.testing.assert_array_equal(array, expected)
+  assert len(arrays) == 6
+
+
+@pytest.mark.slow
+def test_phatgoose_from_its_config_to_its_scores(places, tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    loaded_model, 'load_tokenizer', lambda *names: ByteTokenizer()
+  )
+  exports = []
+  for name in 'ab':
+    router = 'router=sigmoid(kernel_init=zeros)'
+    config = config_of(places, mixture(places[name], options=router))
+    workdir = str(tmp_path / f'run_{name}')
+    train.train(config, workdir)
+    exports.append(str(tmp_path / f'gated_{name}'))
+    assert (
+      convert.main(['', f'--workdir={workdir}', f'--output={exports[-1]}']) == 0
+    )
+  output = str(tmp_path / 'out')
+  values = f'model={places["llama"]},adapters={"|".join(exports)}'
+  path = f'configs/methods/phatgoose.py:{values}'
+  assert convert.main(['', f'--config={path}', f'--output={output}']) == 0
+  tree, metadata = adapter_lib.load(output)
+  assert 'phatgoose(' in metadata['method']
+  kernels = [
+    array
+    for path, array in weight_mapping.flatten(tree).items()
+    if path.endswith('/router/kernel')
+  ]
+  assert all(np.abs(kernel).min(axis=(0, 1)).all() for kernel in kernels)
+  texts = (['the sun is 3'], [' and the moon is 4'])
+  scores = [
+    moepeft.load(places['llama'], adapter=adapter).log_probs(*texts)[0]
+    for adapter in ('', output, places['a'])
+  ]
+  assert np.ptp(scores) > 0.01
+
+
+@pytest.mark.parametrize(
+  ('is_gated', 'router', 'message'),
+  [
+    (
+      False,
+      'phatgoose(k=1)',
+      'by the gates of adapters, and .*/a has none',
+    ),
+    (True, 'topk(k=1)', 'a mixture of one expert, whose router .* would drop'),
+  ],
+)
+def test_gates_are_where_the_router_reads_them(
+  places, tmp_path, is_gated, router, message
+):
+  path = places['a']
+  if is_gated:
+    path = str(tmp_path / 'a')
+    gated(path, places, 0)
+  config = config_of(places, mixture(path, options=f'router={router}'))
+  with pytest.raises(ValueError, match=message):
     setup.build(config, str(tmp_path), dry_run=True)
 
 

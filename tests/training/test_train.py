@@ -175,6 +175,7 @@ def test_only_the_adapter_is_trained_and_kept(begun):
     assert sum(moment in name for name in rest) == arrays
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_the_same_loop(base, tmp_path):
   train.train(card(base, method='full', steps=1), str(tmp_path / 'w'))
   with pytest.raises(ValueError, match='has no adapter'):

@@ -94,6 +94,15 @@ FLYLORA = mixture_of(
 # that each of them changes most.
 ARROW = mixture_of(lora.METHOD, router='arrow(k=3)')
 
+# Muqeeth et al., arXiv:2402.05859: trained adapters, routed by the gate that
+# was trained for each of them.
+PHATGOOSE = mixture_of(
+  lora.METHOD,
+  values={'rank': 16, 'alpha': 1.0},
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
+  router='phatgoose(k=2)',
+)
+
 # arXiv:2603.00573: r x r cores between one A and one B, at LoRA's price. The
 # router reads x A.
 COMOL = mixture_of(
@@ -180,6 +189,21 @@ POLY = mixture_of(
     'a_init': 'kaiming',
   },
   router='poly',
+)
+
+# Fan et al., arXiv:2502.16894: each expert starts from a part of the kernel's
+# singular values. The paper's rank of 8 is that of all experts together.
+GOAT = mixture_of(
+  lora.METHOD,
+  values={
+    'experts': 8,
+    'rank': 1,
+    'alpha': 16.0,
+    'dropout': 0.05,
+    'init_weights': 'svd_chunks',
+  },
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
+  router="topk(k=2, renormalize=True, kernel_init='kaiming')",
 )
 
 # Liao et al., openreview lTkHiXeuDl: routed by token in low layers, by prompt
