@@ -141,7 +141,7 @@ def token_nll_and_loss(
   return nll, losses + settings.z_loss * log_z**2 if settings.z_loss else losses
 
 
-def consistency_losses(logits: Array, others: Array) -> Array:
+def consistency_losses(logits: Array, other_logits: Array) -> Array:
   """(KL(p, q) + KL(q, p)) / 2 of each token in nats, [b, t].
 
   The gradient is that of the released code of AdaMix (Wang et al.,
@@ -149,14 +149,16 @@ def consistency_losses(logits: Array, others: Array) -> Array:
   each divergence only.
 
   Args:
-    logits, others: [b, t, v] of two passes over the same tokens.
+    logits, other_logits: [b, t, v] of two passes over the same tokens.
   """
 
   def divergence(fixed, log_q):
     log_p = jax.lax.stop_gradient(fixed)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
-  p, q = (jax.nn.log_softmax(to_f32(a), axis=-1) for a in (logits, others))
+  p, q = (
+    jax.nn.log_softmax(to_f32(a), axis=-1) for a in (logits, other_logits)
+  )
   return (divergence(p, q) + divergence(q, p)) / 2
 
 

@@ -51,10 +51,10 @@ def loss_sums(
   if settings.consistency and rngs is not None:
     # Router losses and statistics are those of the first pass.
     other_rngs = {name: jax.random.fold_in(k, 1) for name, k in rngs.items()}
-    others, _ = apply(
+    other_logits, _ = apply(
       variables, batch, train=True, rngs=other_rngs, mutable=['routing']
     )
-    losses += settings.consistency * consistency_losses(logits, others)
+    losses += settings.consistency * consistency_losses(logits, other_logits)
   lengths, weight = loss_divisors(batch, settings.average_over)
   correct = (jnp.argmax(logits, axis=-1) == batch['targets']) & mask
   return jnp.sum(jnp.where(mask, losses / lengths, 0)), {

@@ -355,8 +355,8 @@ def _check(spec: Spec, options: Mapping[str, Option]) -> None:
 def _find(name: str, registry, kind: str):
   if name not in registry:
     near = suggestion(name, registry)
-    others = near or f'; there are {", ".join(registry)}'
-    raise ValueError(f'there is no {kind} {short_repr(name)}{others}')
+    listed = near or f'; there are {", ".join(registry)}'
+    raise ValueError(f'there is no {kind} {short_repr(name)}{listed}')
   return registry[name]
 
 

@@ -273,11 +273,13 @@ def test_consistency_is_the_symmetric_divergence_of_two_passes():
   p, q = (
     np.exp(a) / np.exp(a).sum(-1, keepdims=True) for a in (logits, 2 * logits)
   )
-  both = 0.5 * ((p - q) * (np.log(p) - np.log(q))).sum(-1)
+  divergence = 0.5 * ((p - q) * (np.log(p) - np.log(q))).sum(-1)
   mask = np.asarray(BATCH['targets_mask'])
   plain = float(value('seq2seq', LOGITS)[0])
   (loss, slope), keys = two_passes({'router': jax.random.key(3)})
-  np.testing.assert_allclose(loss, plain + 3 * both[mask].mean(), rtol=1e-5)
+  np.testing.assert_allclose(
+    loss, plain + 3 * divergence[mask].mean(), rtol=1e-5
+  )
   # The gradient stops at the first distribution, which leaves that of
   # KL(q, p), p - q, to the logits of p.
   one_hot = np.eye(V)[np.asarray(BATCH['targets'])]

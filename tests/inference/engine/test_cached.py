@@ -67,8 +67,7 @@ METHODS = (
   *(
     method
     for method in small.METHODS
-    if generates(method) and not method.startswith('prompt')
-    if not method.startswith(('prompt', 'p_tuning'))
+    if generates(method) and not method.startswith(('prompt', 'p_tuning'))
   ),
   "lora(rank=2, targets='head|*/o')",
 )
