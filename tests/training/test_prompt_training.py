@@ -60,7 +60,9 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
   assert actual.shape == (5, 11)
   assert np.abs(actual[:, None] - table[None]).sum(-1).min() > 0.1
   # Rows behind the prompt, as in training.
-  total, measured = evaluate.evaluate(str(tmp_path), metrics=['loss'], max_examples=1)
+  total, measured = evaluate.evaluate(
+    str(tmp_path), metrics=['loss'], max_examples=1
+  )
   (*_, last) = (r['validation_loss'] for r in rows if 'validation_loss' in r)
   assert total['validation_loss'] == pytest.approx(last, rel=1e-5)
   assert measured
