@@ -30,7 +30,7 @@ from moepeft.nn.adapter_hook import BaseLayer, flatten_features
 from moepeft.nn.initializers import record_expert_counts
 from moepeft.peft.method import Method
 
-READS = ('input', 'output', 'heads', 'down')
+READS = ('input', 'output', 'heads', 'down', 'first_pass')
 COMBINE = ('outputs', 'parameters')
 # Counts of experts by quarters of a stack's layers. Source: MoLA (Gao et al.,
 # arXiv:2402.08562), section 3.3.
@@ -80,7 +80,9 @@ class Mixture(nn.Module):
       queries; 'output': f(x); 'heads': each
       head of f(x), through one router that the heads share, and 'output'
       where f(x) has no heads; 'down': the experts' down-projections of x,
-      x A of low-rank ones.
+      x A of low-rank ones; 'first_pass': the last hidden state of the token in
+      a pass without adapters, as in X-LoRA (Buehler and Buehler,
+      arXiv:2402.07148).
     share: the parameters that all experts have in common, '' for none.
     combine: 'outputs' weights what the experts compute; 'parameters' weights
       each of their parameters, and computes one expert of the sums, as in
@@ -125,10 +127,15 @@ class Mixture(nn.Module):
       *(f'router/{arrays}' for arrays in router_arrays),
     )
 
+  @property
+  def two_pass(self) -> bool:
+    """Whether it needs `Context.first_pass`."""
+    return self.reads == 'first_pass'
+
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     # At an attention's core x is `Heads`.
-    router_input = getattr(x, 'q', x)
+    router_input = ctx.first_pass if self.two_pass else getattr(x, 'q', x)
     if self.reads in ('output', 'heads'):
       router_input = y = f(x)
       f = dataclasses.replace(f, call=_at(f, x, y))
