@@ -40,10 +40,6 @@ COUNTS_BY_QUARTER = {
   'diamond': (2, 8, 8, 2),
   'hourglass': (8, 2, 2, 8),
 }
-_NOT_POOLED = (
-  'a pool holds its expert in another form; serve it alone, as the adapter of '
-  'the model'
-)
 # Options that say how many experts there are; a method string has one of them.
 EXPERT_COUNTS = ('experts', 'experts_per_layer', 'from_adapters')
 
@@ -292,7 +288,5 @@ def mixture_of(
     exact_identity=expert.additive,
     replaces=expert.replaces,
     scaled_leaves=expert.scaled_leaves,
-    not_pooled=expert.not_pooled
-    or (expert.pooled_module and _NOT_POOLED)
-    or '',
+    not_pooled=expert.not_pooled,
   )
