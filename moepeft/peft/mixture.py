@@ -129,6 +129,11 @@ class Mixture(nn.Module):
       *(f'router/{arrays}' for arrays in router_arrays),
     )
 
+  @property
+  def tied_arrays(self) -> dict[str, int]:
+    """{regular expression: groups} of arrays that layers have in common."""
+    return getattr(self.expert, 'tied_arrays', {})
+
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     # At an attention's core x is `Heads`.
