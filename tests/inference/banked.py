@@ -52,6 +52,7 @@ ADAPTERS = {
   'lily': 'lily(experts=3, rank=2)',
   'hash': f'molora(experts=3, rank=2, router=hash(seed=3), {_AT})',
   'prefix': 'prefix(length=3)',
+  'prefixes': 'mixture(expert=prefix(length=3), experts=3)',
   'pissa': f"lora(rank=3, init_weights='pissa', {_AT})",
   'goat': f'goat(experts=3, rank=2, {_AT})',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",

@@ -11,6 +11,7 @@ import pytest
 
 from moepeft.core.types import Context
 from moepeft.models import weight_mapping
+from moepeft.models.decoder import model as decoder
 from moepeft.models.t5 import model as t5
 from moepeft.moe import ROUTERS, router_state
 from moepeft.moe.router_stats import router_stats
@@ -24,11 +25,13 @@ from moepeft.peft.build import routers
 from moepeft.peft.method_text import canonical_text
 from moepeft.peft.mixture import layer_counts
 
-from ..contracts import small
+from ..contracts import small, small_decoders
 from ..reference import router_equations_context as equations
 from .test_semantics import CLOSE, adapter, call, normal, projection, softmax
 
 SITES = t5.sites(small.GATED)
+# Of presets that need a decoder-only model.
+DECODER_SITES = {'xlora': decoder.sites(small_decoders.CONFIGS['llama'])}
 PRESETS = [name for name, entry in METHODS.items() if entry.expert]
 
 
@@ -44,13 +47,14 @@ def shapes(method):
 @pytest.mark.parametrize('preset', PRESETS)
 def test_a_preset_is_its_text_and_options_replace_its_values(preset):
   assert canonical_text(preset) == preset
-  built = build(preset, SITES)
-  assert build(built.method, SITES) == built
+  sites = DECODER_SITES.get(preset, SITES)
+  built = build(preset, sites)
+  assert build(built.method, sites) == built
   option = METHODS[preset].expert.size_option
   if option:
     other = f'{preset}({option}=7)'
     assert canonical_text(other) == other
-    (module,) = {a for _, a in build(other, SITES).adapter_map.entries}
+    (module,) = {a for _, a in build(other, sites).adapter_map.entries}
     assert getattr(module.expert, option) == 7
   (router,) = routers(f'{preset}(router=uniform)').values()
   assert type(router) is ROUTERS['uniform'].module

@@ -27,6 +27,7 @@ METHODS: Registry = Registry(
     'flylora': 'presets:FLYLORA',
     'arrow': 'presets:ARROW',
     'phatgoose': 'presets:PHATGOOSE',
+    'xlora': 'presets:XLORA',
     'comol': 'presets:COMOL',
     'dynmole': 'presets:DYNMOLE',
     'ldmole': 'presets:LDMOLE',
