@@ -17,7 +17,7 @@ from tests import ROOT
 FOLDER = ROOT / 'configs' / 'methods'
 NAMES = sorted(path.stem for path in FOLDER.glob('*.py'))
 # Mixtures of adapters that are trained already.
-OF_ADAPTERS = {'arrow', 'phatgoose', 'xlora'}
+OF_ADAPTERS = {'arrow', 'hardrouted', 'phatgoose', 'xlora'}
 # They need a decoder-only model, which the embedded one is not.
 OF_DECODERS = {'xlora'}
 # Their data name tasks, which conversations do not.
