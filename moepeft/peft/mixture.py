@@ -128,6 +128,11 @@ class Mixture(nn.Module):
     )
 
   @property
+  def tied_arrays(self) -> dict[str, int]:
+    """{regular expression: groups} of arrays that layers have in common."""
+    return getattr(self.expert, 'tied_arrays', {})
+
+  @property
   def two_pass(self) -> bool:
     """Whether it needs `Context.first_pass`."""
     return self.reads == 'first_pass'

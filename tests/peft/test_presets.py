@@ -79,6 +79,7 @@ def test_a_preset_is_its_text_and_options_replace_its_values(preset):
     ('goat', 16 / 1),
     ('phatgoose', 1 / 16),
     ('hmora', 8 / 8),
+    ('lily', 16 / 16),
   ],
 )
 def test_the_scale_is_the_paper_s(preset, scale):

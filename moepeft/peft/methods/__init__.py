@@ -38,6 +38,7 @@ METHODS: Registry = Registry(
     'goat': 'presets:GOAT',
     'hmora': 'presets:HMORA',
     'adamix': 'presets:ADAMIX',
+    'lily': 'presets:LILY',
     'tokens': 'tokens:METHOD',
     'prompt': 'prompt_tuning:METHOD',
     'p_tuning': 'p_tuning:METHOD',

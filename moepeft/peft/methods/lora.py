@@ -107,6 +107,8 @@ class Lora(nn.Module):
       r largest singular values with their vectors (arXiv:2404.02948); 'olora':
       the first r columns of Q and rows of R, where Q R is W as torch stores it
       (arXiv:2406.01775); 'svd_chunks': of experts alone, see `mix`.
+    a_groups, b_groups: the number of groups of consecutive layers of a stack
+      that have one A, or one B; 0 where each layer has its own.
   """
 
   rank: int = option(4, RANK)
@@ -116,12 +118,20 @@ class Lora(nn.Module):
   a_init: str = option('normal', Choices(A_INITS), training_only=True)
   train_a: bool = option(True, None, training_only=True)
   init_weights: str = option('zero', Choices(('zero', *FROM_BASE, FROM_CHUNKS)))
+  a_groups: int = option(0, Range(0, 65_536))
+  b_groups: int = option(0, Range(0, 65_536))
 
   @property
   def frozen_arrays(self) -> tuple[str, ...]:
     """Regular expressions of arrays that stay as they were drawn."""
     copies = () if self.init_weights == 'zero' else ('initial_[ab]$',)
     return copies if self.train_a else ('a$', *copies)
+
+  @property
+  def tied_arrays(self) -> dict[str, int]:
+    """{regular expression: groups} of arrays that layers have in common."""
+    groups = {'a$': self.a_groups, 'b$': self.b_groups}
+    return {leaf: count for leaf, count in groups.items() if count}
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
@@ -299,6 +309,15 @@ def check(options: Mapping[str, Any]) -> None:
     options: {option: value} of one adapter, or of a mixture of them.
   """
   init = options['init_weights']
+  tied = [name for name in ('a_groups', 'b_groups') if options[name]]
+  unlike = [n for n in ('experts_per_layer', 'from_adapters') if options.get(n)]
+  if tied and init != 'zero':
+    unlike.append('init_weights')
+  if tied and unlike:
+    raise ValueError(
+      f'{tied[0]} gives layers one array, and {unlike[0]} gives each its own; '
+      'drop one of them'
+    )
   if init == 'zero':
     return
   if 'experts' not in options:

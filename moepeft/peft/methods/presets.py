@@ -247,3 +247,21 @@ ADAMIX = mixture_of(
   roles=_at('mlp'),
   router='random_then_mean',
 )
+
+# Zhong et al., arXiv:2407.09946: four A's for the layers of a stack, and four
+# B's for all of them, which each layer's router mixes by x A.
+LILY = mixture_of(
+  lora.METHOD,
+  values={
+    'experts': 4,
+    'rank': 16,
+    'alpha': 16.0,
+    'share': 'a',
+    'reads': 'down',
+    'a_init': 'kaiming',
+    'a_groups': 4,
+    'b_groups': 1,
+  },
+  roles=_at('query', 'key', 'value'),
+  router="softmax(kernel_init='kaiming')",
+)
