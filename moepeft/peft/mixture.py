@@ -50,17 +50,21 @@ class Mixing:
 
   Attributes:
     experts: e, the number of them in the stacked parameters.
-    weights: () -> [b, t, e], or [b, t, n, e] for each head; where the mixture
-      reads 'down', (the experts' down-projections of x) -> weights. To be
-      called once.
+    weights: () -> [b, t, e], or [b, t, n, e] for each head or split; where the
+      mixture reads 'down', (the experts' down-projections of x) -> weights. To
+      be called once.
     share: the parameters that all experts have in common, one letter each.
     combine: 'outputs' or 'parameters', as in `Mixture`.
+    splits: the number of equal parts of the inputs and of the outputs that have
+      weights of their own; with more than one, parameters are combined and none
+      is shared.
   """
 
   experts: int
   weights: Callable[..., Array]
   share: str = ''
   combine: str = 'outputs'
+  splits: int = 1
 
 
 class Mixture(nn.Module):
@@ -160,7 +164,11 @@ class Mixture(nn.Module):
       return self._with_fixed_experts(routing.combine_weights)
 
     mixing = Mixing(
-      self.experts + self.shared_experts, weights, self.share, self.combine
+      self.experts + self.shared_experts,
+      weights,
+      self.share,
+      self.combine,
+      self._splits,
     )
     return self.expert.mix(self, f, x, ctx, mixing)
 
@@ -174,6 +182,20 @@ class Mixture(nn.Module):
       routing = route(self, self.router, features, ctx)
       routings.put(self.name, x, routing)
     return routing
+
+  @property
+  def _splits(self) -> int:
+    splits = getattr(self.router, 'splits', 1)
+    takes_splits = getattr(self.expert, 'takes_splits', False)
+    is_combined = self.combine == 'parameters' and not self.share
+    fits = takes_splits and is_combined and not self.experts_per_layer
+    if splits > 1 and not fits:
+      raise ValueError(
+        f'{self.name}: a router with splits={splits} weights parts of the '
+        "parameters of expert=lora; write combine='parameters' without share "
+        'and experts_per_layer, or splits=1'
+      )
+    return splits
 
   def _with_fixed_experts(self, weights: Array) -> Array:
     """The router's weights, without identity experts, with shared ones."""

@@ -35,6 +35,7 @@ METHODS: Registry = Registry(
     'moelora': 'presets:MOELORA',
     'smear': 'presets:SMEAR',
     'poly': 'presets:POLY',
+    'mhr': 'presets:MHR',
     'goat': 'presets:GOAT',
     'hmora': 'presets:HMORA',
     'adamix': 'presets:ADAMIX',

@@ -69,6 +69,33 @@ def up(z: Array, b: Array) -> Array:
   return low_rank_matmul(z, flat).reshape(*z.shape[:2], *out)
 
 
+def split_term(x: Array, a: Array, b: Array, weights: Array) -> Array:
+  """x A B of experts whose parts are merged with weights [b, t, n, e].
+
+  The inputs are n equal parts and so are the outputs; the weights of part n are
+  those of its rows of A and of its columns of B. A last part may be smaller.
+
+  Args:
+    a, b: [*in, e, r], [e, r, *out].
+  """
+  splits, (e, r, *out) = weights.shape[2], b.shape
+  x = _parts(flatten_features(x), 2, splits)
+  a = _parts(a.astype(x.dtype).reshape(-1, e, r), 0, splits)
+  z = jnp.einsum('btni,nier,btne->btr', x, a, weights, optimize='optimal')
+  b = _parts(b.astype(x.dtype).reshape(e, r, -1), 2, splits)
+  y = jnp.einsum('btr,btne,erno->btno', z, weights, b, optimize='optimal')
+  return flatten_features(y)[..., : math.prod(out)].reshape(*x.shape[:2], *out)
+
+
+def _parts(array: Array, axis: int, count: int) -> Array:
+  """The array with an axis in `count` parts, the last padded with zeros."""
+  size = -(-array.shape[axis] // count)
+  padding = [(0, 0)] * array.ndim
+  padding[axis] = (0, size * count - array.shape[axis])
+  shape = (*array.shape[:axis], count, size, *array.shape[axis + 1 :])
+  return jnp.pad(array, padding).reshape(shape)
+
+
 def shapes(f: BaseLayer, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The input's and the output's feature shapes at a projection.
 
@@ -120,6 +147,11 @@ class Lora(nn.Module):
   init_weights: str = option('zero', Choices(('zero', *FROM_BASE, FROM_CHUNKS)))
   a_groups: int = option(0, Range(0, 65_536))
   b_groups: int = option(0, Range(0, 65_536))
+
+  @property
+  def takes_splits(self) -> bool:
+    """Whether parts of its parameters can be weighted; see `split_term`."""
+    return type(self) is Lora and self.init_weights == 'zero'
 
   @property
   def frozen_arrays(self) -> tuple[str, ...]:
@@ -175,7 +207,11 @@ class Lora(nn.Module):
     """
     a, b, e_a, e_b = self.factors(module, f, mixing)
     drop = nn.Dropout(self.dropout)
-    z = down(drop(x, deterministic=not ctx.train).astype(dtype), a)
+    dropped = drop(x, deterministic=not ctx.train).astype(dtype)
+    if mixing and mixing.splits > 1:
+      weights = mixing.weights().astype(dtype)
+      return split_term(dropped, a, b, weights) * self.scale
+    z = down(dropped, a)
     if mixing is None:
       z = z * self.scale
     else:
@@ -210,7 +246,8 @@ class Lora(nn.Module):
     shape_a = (*inside, *e_a, self.rank)
     shape_b = (*e_b, self.rank, *outside)
     axes_a, axes_b = ('er' if axis else 'r' for axis in (e_a, e_b))
-    init_a, init_b = self.init_a(inside, e_a), INIT_B
+    splits = mixing.splits if mixing else 1
+    init_a, init_b = self.init_a(inside, e_a, splits), INIT_B
     if self.init_weights != 'zero':
       # Once for A and B.
       decompose = functools.cache(lambda: self.from_base(f, mixing))
@@ -244,13 +281,16 @@ class Lora(nn.Module):
 
   @nn.nowrap
   def init_a(
-    self, inside: tuple[int, ...], experts: tuple[int, ...] = ()
+    self,
+    inside: tuple[int, ...],
+    experts: tuple[int, ...] = (),
+    splits: int = 1,
   ) -> Initializer:
-    """The initializer of A [*in, (e,) r]."""
+    """The initializer of A [*in, (e,) r]; of each of equal parts by itself."""
     if self.a_init == 'normal':
       return INIT_A
     if self.a_init == 'kaiming':
-      return kaiming_uniform(math.prod(inside))
+      return kaiming_uniform(-(-math.prod(inside) // splits))
     columns = math.prod(experts) * self.rank
     return SparseNormal(1 / columns, _DENSITY, len(inside), len(experts) + 1)
 
