@@ -80,12 +80,14 @@ def build(
     if len(specs) > 1:
       raise ValueError(f'{method!r}: full trains alone; drop the others')
     return Built(text, semantics, AdapterMap(), 'params')
+  single = [spec.name for spec in specs if methods[spec.name].once]
+  if len(single) > 1:
+    names = ' or '.join(dict.fromkeys(single))
+    raise ValueError(
+      f'{method!r}: {names} can stand only once; make one longer'
+    )
   entries, names, replaced = [], set(), {}
   for spec in specs:
-    if methods[spec.name].once and [s.name for s in specs].count(spec.name) > 1:
-      raise ValueError(
-        f'{method!r}: {spec.name} can stand only once; make one longer'
-      )
     method = method_entry(spec, methods)
     adapter = make_adapter(spec, unique_name(spec.name, names), methods)
     paths = _paths(spec, method, sites, semantics)

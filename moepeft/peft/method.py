@@ -59,10 +59,15 @@ class Method:
     merge: (variables, kernel, adapter=..., eqn=...) -> kernel, or None.
     merge_bias: (variables, bias, adapter=...) -> bias; None leaves it alone.
     innermost: whether the merge holds only where no adapter is inside of it.
+    check: {option: value} -> None, raises a ValueError for options that exclude
+      one another; None where none do.
     replaces: sites below its own that it computes itself, so that no adapter
       can be there.
-    once: whether it can stand only once in a method's text.
+    once: whether no other method with this fact can stand beside it.
     why_not: why there is no merge, as the end of a sentence.
+    initial_change: why it is not the base's function at first; '' if it is.
+    fold: (spec, arrays of one site or of a stack of them) -> (spec, arrays) of
+      the same function without what only training needs; None if all is needed.
     size_option: the option that a pool of served adapters rounds up, so that
       adapters of other sizes share a program: 'rank', 'length' or ''.
     pooled_module: (adapter, name) -> the module that stands for the adapter in
@@ -91,9 +96,12 @@ class Method:
   merge: Callable | None = None
   merge_bias: Callable | None = None
   innermost: bool = False
+  check: Callable[[Mapping[str, Any]], None] | None = None
   replaces: tuple[str, ...] = ()
   once: bool = False
   why_not: str = ''
+  initial_change: str = ''
+  fold: Callable | None = None
   size_option: str = ''
   pooled_module: Callable | None = None
   pooled_leaves: Mapping[str, Callable] = dataclasses.field(

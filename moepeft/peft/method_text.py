@@ -284,6 +284,12 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
 def _check_combination(spec: Spec, method: Method) -> None:
   """Raises a ValueError for options that exclude one another."""
   options = dict(spec.options)
+  if method.check:
+    defaults = {name: o.default for name, o in method.options().items()}
+    try:
+      method.check(defaults | options)
+    except ValueError as error:
+      raise ValueError(f'{spec.name}: {error}') from None
   fixed = [
     name
     for name in ('shared_experts', 'identity_experts')

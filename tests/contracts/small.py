@@ -35,6 +35,7 @@ _AT = "targets='*/q|*/wo'"
 METHODS = (
   'lora(rank=3)',
   f'lora(rank=3, {_AT})',
+  f"lora(rank=4, init_weights='pissa', {_AT})",
   'dora(rank=3)',
   f'dora(rank=3, {_AT})',
   'ia3',
@@ -56,7 +57,7 @@ METHODS = (
   f'mola(rank=2, {_AT})',
   'hydralora(experts=3, rank=2)',
   f'adamole(experts=3, rank=2, {_AT})',
-  f'flylora(experts=5, router=magnitude(k=2), {_AT})',
+  f'flylora(experts=7, router=magnitude(k=2), {_AT})',
   f'arrow(experts=3, rank=2, router=arrow(k=2), {_AT})',
   f'phatgoose(experts=3, rank=2, router=phatgoose(k=2), {_AT})',
   'bottleneck(size=3)',
@@ -69,12 +70,18 @@ METHODS = (
   f"moelora(experts=3, dropout=0.0, router=task(tasks=['a', 'b']), {_AT})",
   'smear(experts=3, size=2)',
   f"poly(experts=3, rank=2, router=poly(tasks=['a', 'b']), {_AT})",
+  # Even weights: else its function is the base's on average only.
+  f'goat(experts=3, rank=1, dropout=0.0, router=uniform, {_AT})',
   'molora(experts=3, rank=2, share_router=True)',
   'hmora(experts=3, rank=2, dropout=0.0)',
   "tokens(new='3|5-7')",
   # The base's function where no placeholders stand; see
   # tests/peft/test_prompt_tuning.py.
   'prompt(length=2)',
+  'p_tuning(length=2, hidden=4)',
+  'prefix(length=2)',
+  'prefix(length=2, hidden=4)',
+  'mixture(expert=prefix(length=2), experts=3, router=topk(k=2))',
 )
 # One of each method, with each kind of router, for what takes long.
 ONE_EACH = (

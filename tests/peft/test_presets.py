@@ -72,6 +72,7 @@ def test_a_preset_is_its_text_and_options_replace_its_values(preset):
     ('loramoe', 32 / 4),
     ('moelora', 32 / 16),
     ('poly', 1 / 8),
+    ('goat', 16 / 1),
     ('phatgoose', 1 / 16),
     ('hmora', 8 / 8),
   ],

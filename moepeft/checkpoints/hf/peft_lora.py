@@ -18,7 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.checkpoints.adapter import site_patterns, sites_in
+from moepeft.checkpoints.adapter import (
+  AdapterWeights,
+  method_instances,
+  site_patterns,
+  sites_in,
+)
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft_config
 from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, site_module
@@ -26,7 +31,7 @@ from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Rule, Shape, Tree
-from moepeft.peft.methods.lora import Lora
+from moepeft.peft.methods.lora import FROM_BASE, Lora
 
 # Names of the arrays of linear modules, and of embeddings, [r, v] and [d, r].
 _LEAVES = ('lora_A.weight', 'lora_B.weight')
@@ -222,6 +227,37 @@ def describe(
       'peft; write the moepeft format instead'
     )
   return fields, rules, rank_sizes
+
+
+def without_initial_factors(adapter: AdapterWeights) -> AdapterWeights:
+  """The adapter with each frozen copy of a LoRA's factors inside of the LoRA.
+
+  x A B - x A0 B0 is x [A, A0] [B, -B0], a LoRA of twice the rank, as peft
+  converts PiSSA and OLoRA.
+  """
+  specs, flat = [], weight_mapping.flatten(adapter.tree)
+  for instance, spec in method_instances(adapter.method).items():
+    if spec.get('init_weights') in FROM_BASE:
+      for path in [p for p in flat if p.endswith(f'/{instance}/initial_a')]:
+        prefix = path.removesuffix('initial_a')
+        a0, b0 = flat.pop(path), flat.pop(f'{prefix}initial_b')
+        flat[f'{prefix}a'] = np.concatenate([flat[f'{prefix}a'], a0], axis=-1)
+        axis = prefix.count('/layers/')
+        flat[f'{prefix}b'] = np.concatenate(
+          [flat[f'{prefix}b'], -b0], axis=axis
+        )
+      lora = Lora(**{k: v for k, v in spec.options if k != 'targets'})
+      rank = 2 * lora.rank
+      spec = spec.replace(
+        rank=rank,
+        alpha=lora.scale * rank,
+        rslora=False,
+        init_weights=Lora.init_weights,
+      )
+    specs.append(spec)
+  return AdapterWeights(
+    method_string.format_method(tuple(specs)), weight_mapping.unflatten(flat)
+  )
 
 
 def _pattern(config: Any, path: str) -> str:

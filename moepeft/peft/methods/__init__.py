@@ -34,8 +34,11 @@ METHODS: Registry = Registry(
     'moelora': 'presets:MOELORA',
     'smear': 'presets:SMEAR',
     'poly': 'presets:POLY',
+    'goat': 'presets:GOAT',
     'hmora': 'presets:HMORA',
     'tokens': 'tokens:METHOD',
     'prompt': 'prompt_tuning:METHOD',
+    'p_tuning': 'p_tuning:METHOD',
+    'prefix': 'prefix_tuning:METHOD',
   },
 )

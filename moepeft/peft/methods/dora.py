@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moepeft.core.ranges import Choices, option
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import BaseLayer, contraction, kernel_letters
 from moepeft.nn.initializers import Constant, peft_param
@@ -31,6 +32,7 @@ class Dora(Lora):
   LoRA.
   """
 
+  init_weights: str = option('zero', Choices(('zero',)))
   # No paper defines a mixture of them.
   mix = None
 

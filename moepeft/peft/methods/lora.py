@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA (Hu et al., arXiv:2106.09685): y = f(x) + alpha / r (x A) B."""
 
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Context
@@ -34,8 +37,20 @@ RANK = Range(1, 65_536)
 ALPHA = Range(0, 1_000_000)
 DROPOUT = Range(0, 1, below=True)
 A_INITS = ('normal', 'kaiming', 'sparse')
+# Values of `init_weights` of one adapter, that of experts, and options of a
+# mixture that it excludes.
+FROM_BASE, FROM_CHUNKS = ('pissa', 'olora'), 'svd_chunks'
+_NOT_IN_CHUNKS = (
+  'share',
+  'experts_per_layer',
+  'from_adapters',
+  'shared_experts',
+  'identity_experts',
+)
 # FlyLoRA's k / r, 8 of 32 (arXiv:2510.08396).
 _DENSITY = 0.25
+# GOAT's rho (its released code has no option for it).
+_CHUNK_DIVISOR = 10
 
 
 def down(x: Array, a: Array) -> Array:
@@ -86,6 +101,12 @@ class Lora(nn.Module):
       (arXiv:2510.08396).
     train_a: whether A is trained; else it stays as it was drawn, as in LoRA-FA
       (arXiv:2308.03303).
+    init_weights: 'zero': B is zero, and A as `a_init` has it. Others take A and
+      B from the kernel W, and subtract the term of a frozen copy of both, as
+      the base may not change: y = f(x) + scale (x A B - x A0 B0). 'pissa': the
+      r largest singular values with their vectors (arXiv:2404.02948); 'olora':
+      the first r columns of Q and rows of R, where Q R is W as torch stores it
+      (arXiv:2406.01775); 'svd_chunks': of experts alone, see `mix`.
   """
 
   rank: int = option(4, RANK)
@@ -94,11 +115,13 @@ class Lora(nn.Module):
   dropout: float = option(0.0, DROPOUT, training_only=True)
   a_init: str = option('normal', Choices(A_INITS), training_only=True)
   train_a: bool = option(True, None, training_only=True)
+  init_weights: str = option('zero', Choices(('zero', *FROM_BASE, FROM_CHUNKS)))
 
   @property
   def frozen_arrays(self) -> tuple[str, ...]:
     """Regular expressions of arrays that stay as they were drawn."""
-    return () if self.train_a else ('a$',)
+    copies = () if self.init_weights == 'zero' else ('initial_[ab]$',)
+    return copies if self.train_a else ('a$', *copies)
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
@@ -144,16 +167,27 @@ class Lora(nn.Module):
     drop = nn.Dropout(self.dropout)
     z = down(drop(x, deterministic=not ctx.train).astype(dtype), a)
     if mixing is None:
-      return up(z * self.scale, b)
-    weights = mixing.weights(flatten_features(z))
-    if not e_a:
-      z = z[..., None, :]
-    elif e_b and mixing.combine == 'parameters':
-      z = jnp.einsum('bter,bte->btr', z, weights.astype(dtype))[..., None, :]
-    z = z * (weights * self.scale)[..., None].astype(dtype)
-    if not e_b:
-      z = jnp.sum(z, axis=-2)
-    return up(z, b)
+      z = z * self.scale
+    else:
+      weights = mixing.weights(flatten_features(z))
+      if not e_a:
+        z = z[..., None, :]
+      elif e_b and mixing.combine == 'parameters':
+        z = jnp.einsum('bter,bte->btr', z, weights.astype(dtype))[..., None, :]
+      z = z * (weights * self.scale)[..., None].astype(dtype)
+      if not e_b:
+        z = jnp.sum(z, axis=-2)
+    if self.init_weights == 'zero':
+      return up(z, b)
+    axes = 'er' if mixing else 'r'
+    a0 = peft_param(
+      module, 'initial_a', lambda *_: a, a.shape, f'{f.input_axes}{axes}'
+    )
+    b0 = peft_param(
+      module, 'initial_b', lambda *_: b, b.shape, f'{axes}{f.output_axes}'
+    )
+    scale = self.scale / (mixing.experts if mixing else 1)
+    return up(z, b) - up(down(x.astype(dtype), a0) * scale, b0)
 
   @nn.nowrap
   def factors(
@@ -166,10 +200,37 @@ class Lora(nn.Module):
     shape_a = (*inside, *e_a, self.rank)
     shape_b = (*e_b, self.rank, *outside)
     axes_a, axes_b = ('er' if axis else 'r' for axis in (e_a, e_b))
-    init_a = self.init_a(inside, e_a)
+    init_a, init_b = self.init_a(inside, e_a), INIT_B
+    if self.init_weights != 'zero':
+      # Once for A and B.
+      decompose = functools.cache(lambda: self.from_base(f, mixing))
+      init_a, init_b = (
+        lambda key, shape, dtype, i=i: decompose()[i].reshape(shape)
+        for i in (0, 1)
+      )
     a = peft_param(module, 'a', init_a, shape_a, f'{f.input_axes}{axes_a}')
-    b = peft_param(module, 'b', INIT_B, shape_b, f'{axes_b}{f.output_axes}')
+    b = peft_param(module, 'b', init_b, shape_b, f'{axes_b}{f.output_axes}')
     return a, b, e_a, e_b
+
+  @nn.nowrap
+  def from_base(self, f: BaseLayer, mixing: Any) -> tuple[Array, Array]:
+    """A and B [in, e r] and [e r, out] of the kernel, by `init_weights`."""
+    _, inner, outer, _ = contraction(f.eqn)
+    kernel = jnp.einsum(f'{kernel_letters(f.eqn)}->{inner}{outer}', f.kernel())
+    inside = math.prod(sizes(f.eqn, f.shape)[letter] for letter in inner)
+    kernel = to_f32(kernel).reshape(inside, -1)
+    e = mixing.experts if mixing else 1
+    if e * self.rank > min(kernel.shape):
+      raise ValueError(
+        f'init_weights={self.init_weights!r} takes rank x experts = '
+        f'{self.rank} x {e} directions of a kernel of {kernel.shape}; take a '
+        'lower rank'
+      )
+    if self.init_weights == 'olora':
+      q, r = jnp.linalg.qr(kernel.T)
+      return r[: self.rank].T, q[:, : self.rank].T
+    divisor = _CHUNK_DIVISOR if self.init_weights == FROM_CHUNKS else 1
+    return svd_factors(kernel, self.rank, e, self.scale * divisor)
 
   @nn.nowrap
   def init_a(
@@ -185,6 +246,11 @@ class Lora(nn.Module):
 
   def _of_table(self, f: BaseLayer, ids: Array) -> Array:
     """At an embedding: y = table[ids] + alpha / r A[ids] B, a [v, r]."""
+    if self.init_weights != 'zero':
+      raise ValueError(
+        f'init_weights={self.init_weights!r} needs sites with a projection '
+        '(like */q or */wo); change the option `targets`'
+      )
     vocab, width = f.shape
     a = peft_param(self, 'a', self.init_a((vocab,)), (vocab, self.rank), 'vr')
     b = peft_param(self, 'b', INIT_B, (self.rank, width), 'rd')
@@ -198,9 +264,62 @@ class Lora(nn.Module):
 
 
 def merge(variables, kernel: Array, *, adapter: Lora, eqn: str) -> Array:
-  """The kernel with the term added: W + scale A B, in float32."""
+  """The kernel with the term added: W + scale A B, in float32.
+
+  With `init_weights` from the base it is W + scale (A B - A0 B0).
+  """
   term = product(variables['a'], variables['b'], eqn)
+  if adapter.init_weights != 'zero':
+    term -= product(variables['initial_a'], variables['initial_b'], eqn)
   return to_f32(kernel) + adapter.scale * term
+
+
+def svd_factors(
+  kernel: Array, rank: int, chunks: int, scale: float
+) -> tuple[Array, Array]:
+  """A [in, chunks rank] and B [chunks rank, out] of U S V = W.
+
+  Of each of `chunks` equal parts of S the first `rank`: A = U sqrt(S / scale)
+  and B = sqrt(S / scale) V.
+
+  Args:
+    kernel: W [in, out].
+  """
+  u, s, v = jnp.linalg.svd(kernel, full_matrices=False)
+  part = len(s) // chunks
+  chosen = np.concatenate([part * i + np.arange(rank) for i in range(chunks)])
+  root = jnp.sqrt(s[chosen] / scale)
+  return u[:, chosen] * root, root[:, None] * v[chosen]
+
+
+def check(options: Mapping[str, Any]) -> None:
+  """Raises a ValueError for an `init_weights` that the other options rule out.
+
+  Args:
+    options: {option: value} of one adapter, or of a mixture of them.
+  """
+  init = options['init_weights']
+  if init == 'zero':
+    return
+  if 'experts' not in options:
+    if init == FROM_CHUNKS:
+      raise ValueError(
+        f'init_weights={init!r} gives each expert of a mixture a part; for one '
+        "adapter write init_weights='pissa'"
+      )
+    return
+  if init != FROM_CHUNKS:
+    raise ValueError(
+      f'init_weights={init!r} would start all experts as the same one; '
+      f'init_weights={FROM_CHUNKS!r} gives each a part of the singular values'
+    )
+  excluded = [name for name in _NOT_IN_CHUNKS if options.get(name)]
+  excluded += ['combine'] if options['combine'] == 'parameters' else []
+  if excluded:
+    raise ValueError(
+      f'init_weights={init!r} is of experts with factors of their own that the '
+      f'router alone weights, as many in each layer; drop {excluded[0]}'
+    )
 
 
 def product(a: Array, b: Array, eqn: str) -> Array:
@@ -219,6 +338,8 @@ METHOD = Method(
   shareable=('a', 'b'),
   combine=('outputs', 'parameters'),
   merge=merge,
+  check=check,
   size_option='rank',
+  scaled_leaves=('b', 'initial_b'),
   exact_identity=True,
 )

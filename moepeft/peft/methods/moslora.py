@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.core.ranges import Choices, option
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import (
   BaseLayer,
@@ -29,6 +30,8 @@ class MosLora(lora.Lora):
   Parameters: a [*in, r], b [r, *out] zeros, core [r, r] from U(-1/sqrt(r),
   1/sqrt(r)), as in the released code (the paper also has an orthogonal one).
   """
+
+  init_weights: str = option('zero', Choices(('zero',)))
 
   @nn.nowrap
   def term(

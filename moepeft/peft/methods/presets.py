@@ -191,6 +191,21 @@ POLY = mixture_of(
   router='poly',
 )
 
+# Fan et al., arXiv:2502.16894: each expert starts from a part of the kernel's
+# singular values. The paper's rank of 8 is that of all experts together.
+GOAT = mixture_of(
+  lora.METHOD,
+  values={
+    'experts': 8,
+    'rank': 1,
+    'alpha': 16.0,
+    'dropout': 0.05,
+    'init_weights': 'svd_chunks',
+  },
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
+  router="topk(k=2, renormalize=True, kernel_init='kaiming')",
+)
+
 # Liao et al., openreview lTkHiXeuDl: routed by token in low layers, by prompt
 # in high ones. The released script has plain LoRA at the output and down
 # projections; see configs/methods/hmora.py.

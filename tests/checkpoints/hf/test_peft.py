@@ -140,6 +140,22 @@ def logits(adapter):
   return np.asarray(T5(CONFIG, adapter_map).apply(variables, batch))
 
 
+def test_a_lora_from_kernels_becomes_one_of_twice_the_rank(tmp_path):
+  leaves = LORA | {'lora/initial_a': '{in}r', 'lora/initial_b': 'r{out}'}
+  sites = ['encoder/self/q', 'decoder/cross/o']
+  text = f'rank=7, alpha=3, rslora=True, targets={"|".join(sites)!r}'
+  adapter = AdapterWeights(
+    f"lora({text}, init_weights='pissa')", adapter_tree(CONFIG, leaves, sites)
+  )
+  peft.save(tmp_path / 'a', CONFIG, adapter)
+  loaded = peft.load(str(tmp_path / 'a'), CONFIG)
+  # The scale stays: 3 / sqrt(7) = 15.8745 / 14.
+  assert loaded.method.startswith('lora(rank=14, alpha=15.8745')
+  expected = logits(adapter)
+  tolerance = 1e-5 * np.abs(expected).max()
+  np.testing.assert_allclose(logits(loaded), expected, atol=tolerance)
+
+
 def test_names_and_shapes_are_pefts(tmp_path):
   peft.save(tmp_path / 'a', CONFIG, ADAPTERS['lora-cross'])
   arrays = load_file(tmp_path / 'a' / peft.WEIGHTS_FILE)

@@ -54,7 +54,11 @@ RANDOM = f'molora(experts=3, rank=2, router=random(k=2), {AT})'
 METHODS = (
   'full',
   RANDOM,
-  *(method for method in small.METHODS if not method.startswith('prompt')),
+  *(
+    method
+    for method in small.METHODS
+    if not method.startswith(('prompt', 'p_tuning'))
+  ),
   "lora(rank=2, targets='head|*/o')",
 )
 # Of the largest logit: the model computes in float64, and its logits are
