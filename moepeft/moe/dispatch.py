@@ -4,7 +4,12 @@
 Where a router chooses k of e experts, each token is copied to k slots, one for
 each of its experts. The slots of an expert are consecutive, and padded with
 zeros to whole blocks, so that a block has one expert. A product of the slots
-with the experts' kernels then computes k experts a token in place of e.
+with the experts' kernels is then a batched product over blocks, of k experts a
+token in place of e.
+
+`jax.lax.ragged_dot` computes the same, but on CPU with all experts, and it has
+no `vmap` over rows that share their experts. Experts of adapters are small
+enough that a copy of the kernel for each block costs little.
 """
 
 import functools
@@ -29,14 +34,12 @@ class Dispatch:
       slot of padding.
     slot: int32 [n, k], the inverse.
     expert: int32 [blocks], the expert of each block.
-    group_sizes: int32 [e], the slots of each expert, with their padding.
     weights: [slots], the combine weights; 0 for padding.
   """
 
   pair: Array
   slot: Array
   expert: Array
-  group_sizes: Array
   weights: Array
 
   def to_slots(self, x: Array) -> Array:
@@ -49,18 +52,9 @@ class Dispatch:
 
   def matmul(self, x: Array, kernels: Array) -> Array:
     """[slots, i] and [e, i, o] -> [slots, o], each slot with its expert's."""
-    return jax.lax.platform_dependent(
-      x, kernels, cpu=self._block_matmul, default=self._ragged_matmul
-    )
-
-  def _block_matmul(self, x: Array, kernels: Array) -> Array:
-    # XLA on CPU computes ragged_dot with all experts.
     blocks = x.reshape(len(self.expert), -1, x.shape[-1])
     y = jnp.einsum('nsi,nio->nso', blocks, kernels[self.expert])
     return y.reshape(len(x), -1)
-
-  def _ragged_matmul(self, x: Array, kernels: Array) -> Array:
-    return jax.lax.ragged_dot(x, kernels, self.group_sizes)
 
 
 def dispatch(weights: Array, k: int) -> Dispatch:
@@ -74,12 +68,12 @@ def dispatch(weights: Array, k: int) -> Dispatch:
   chosen_weights, experts = jax.lax.top_k(weights, k)
   experts = experts.reshape(-1)
   sizes = jnp.bincount(experts, length=e)
-  group_sizes = -(-sizes // block) * block
-  ends = jnp.cumsum(group_sizes)
+  with_padding = -(-sizes // block) * block
+  ends = jnp.cumsum(with_padding)
   blocks = pairs // block + e
   order = jnp.argsort(experts, stable=True)
   # The first slot of an expert, less the pairs before it in `order`.
-  shift = ends - group_sizes - (jnp.cumsum(sizes) - sizes)
+  shift = ends - with_padding - (jnp.cumsum(sizes) - sizes)
   slots = jnp.arange(pairs) + shift[experts[order]]
   pair = jnp.full(blocks * block, pairs).at[slots].set(order)
   block_ends = jnp.arange(blocks) * block
@@ -88,7 +82,6 @@ def dispatch(weights: Array, k: int) -> Dispatch:
     pair=pair,
     slot=jnp.zeros(pairs, slots.dtype).at[order].set(slots).reshape(n, k),
     expert=jnp.minimum(expert, e - 1),
-    group_sizes=group_sizes.astype(jnp.int32),
     weights=_take(chosen_weights.reshape(-1), pair),
   )
 
