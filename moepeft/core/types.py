@@ -54,11 +54,15 @@ class Context:
       None if the batch has no loss mask.
     task_ids: int32 [b, t], 1.. for the tasks that the method's routers name, 0
       on padding. None if the batch has no tasks.
+    token_ids: int32 [b, t], the ids of the tokens of x, everywhere but at the
+      head; in cross-attention those of the encoder at k and v.
     segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
     positions: int32 [b, t], position within the segment; in a cached decoder
       with right-padded prompts, also each token's position in the cache.
     routing: a Routing [l, b, t, e] from an earlier pass, which the sites of a
       stack use instead of their routers, each layer with its own slice.
+    first_pass: [b, t, d], the last hidden states of the base alone, for the
+      sites whose mixture reads them. None where no mixture does.
     layer: int32 scalar, the layer's index within its stack.
     layer_routings: the routings that sites of this layer have made so far, for
       the sites that share a router; None outside of a stack; static.
@@ -67,6 +71,7 @@ class Context:
       None for all. A router gives no weight to any other expert; see
       `moepeft.moe.gate.mask_experts`.
     index: int32 scalar, the next position in the cache of a decoder.
+    without_adapters: whether the pass leaves out every adapter; static.
     train: whether dropout and router noise are on; static.
     decode: whether attention reads and writes its cache; static.
     cache_length: the cache's length in tokens; static.
@@ -77,12 +82,15 @@ class Context:
   token_mask: Array | None = None
   prompt_mask: Array | None = None
   task_ids: Array | None = None
+  token_ids: Array | None = None
   segment_ids: Array | None = None
   positions: Array | None = None
   routing: 'Routing | None' = None
+  first_pass: Array | None = None
   layer: Array | None = None
   expert_mask: Array | None = None
   index: Array | None = None
+  without_adapters: bool = struct.field(pytree_node=False, default=False)
   train: bool = struct.field(pytree_node=False, default=False)
   decode: bool = struct.field(pytree_node=False, default=False)
   cache_length: int = struct.field(pytree_node=False, default=0)

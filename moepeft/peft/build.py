@@ -91,7 +91,8 @@ def build(
     method = method_entry(spec, methods)
     adapter = make_adapter(spec, unique_name(spec.name, names), methods)
     paths = _paths(spec, method, sites, semantics)
-    _check_causal(spec, paths)
+    _check_router(spec, paths)
+    _check_two_pass(adapter, sites)
     entries += [(path, adapter) for path in paths]
     replaced |= {f'{p}/{s}': spec.name for p in paths for s in method.replaces}
   for path, adapter in entries:
@@ -177,10 +178,18 @@ def make_adapter(
   return method.make(name, **options)
 
 
-def _check_causal(spec: Spec, paths: Sequence[str]) -> None:
-  """Raises ValueError where a token would be routed by what comes after it."""
+def _check_router(spec: Spec, paths: Sequence[str]) -> None:
+  """Raises ValueError where a router would read what it does not have, or a
+  token would be routed by what comes after it."""
   router = spec.get('router')
-  if router is None or ROUTERS[router.name].causal:
+  if router is None:
+    return
+  if ROUTERS[router.name].reads_token_ids and 'head' in paths:
+    raise ValueError(
+      f'the router {router.name} reads the ids of tokens, which the head does '
+      'not have; name other sites with `targets`, or take another router'
+    )
+  if ROUTERS[router.name].causal:
     return
   for path in paths:
     if path.split('/')[0] != 'encoder':
@@ -189,6 +198,16 @@ def _check_causal(spec: Spec, paths: Sequence[str]) -> None:
         "those to predict; name those of an encoder, targets='encoder/*', or "
         'take another router'
       )
+
+
+def _check_two_pass(adapter: nn.Module, sites: Mapping[str, str]) -> None:
+  """Raises ValueError where a model has no first pass for an adapter."""
+  has_encoder = any(path.startswith('encoder/') for path in sites)
+  if getattr(adapter, 'two_pass', False) and has_encoder:
+    raise ValueError(
+      f'{adapter.name} routes by a first pass of a decoder-only model, and '
+      "this one has an encoder; take another model, or write reads='input'"
+    )
 
 
 def _paths(spec, method, sites, semantics) -> list[str]:

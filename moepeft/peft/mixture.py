@@ -31,7 +31,7 @@ from moepeft.nn.adapter_hook import BaseLayer, flatten_features
 from moepeft.nn.initializers import record_expert_counts
 from moepeft.peft.method import Method
 
-READS = ('input', 'output', 'heads', 'down')
+READS = ('input', 'output', 'heads', 'down', 'first_pass')
 COMBINE = ('outputs', 'parameters')
 DISPATCH = ('auto', 'dense', 'sparse')
 # Counts of experts by quarters of a stack's layers. Source: MoLA (Gao et al.,
@@ -42,10 +42,6 @@ COUNTS_BY_QUARTER = {
   'diamond': (2, 8, 8, 2),
   'hourglass': (8, 2, 2, 8),
 }
-_NOT_POOLED = (
-  'a pool holds its expert in another form; serve it alone, as the adapter of '
-  'the model'
-)
 # Options that say how many experts there are; a method string has one of them.
 EXPERT_COUNTS = ('experts', 'experts_per_layer', 'from_adapters')
 
@@ -106,7 +102,9 @@ class Mixture(nn.Module):
       queries; 'output': f(x); 'heads': each
       head of f(x), through one router that the heads share, and 'output'
       where f(x) has no heads; 'down': the experts' down-projections of x,
-      x A of low-rank ones.
+      x A of low-rank ones; 'first_pass': the last hidden state of the token in
+      a pass without adapters, as in X-LoRA (Buehler and Buehler,
+      arXiv:2402.07148).
     share: the parameters that all experts have in common, '' for none.
     combine: 'outputs' weights what the experts compute; 'parameters' weights
       each of their parameters, and computes one expert of the sums, as in
@@ -155,10 +153,15 @@ class Mixture(nn.Module):
       *(f'router/{arrays}' for arrays in router_arrays),
     )
 
+  @property
+  def two_pass(self) -> bool:
+    """Whether it needs `Context.first_pass`."""
+    return self.reads == 'first_pass'
+
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     # At an attention's core x is `Heads`.
-    router_input = getattr(x, 'q', x)
+    router_input = ctx.first_pass if self.two_pass else getattr(x, 'q', x)
     if self.reads in ('output', 'heads'):
       router_input = y = f(x)
       f = dataclasses.replace(f, call=_at(f, x, y))
@@ -300,7 +303,5 @@ def mixture_of(
     exact_identity=expert.additive,
     replaces=expert.replaces,
     scaled_leaves=expert.scaled_leaves,
-    not_pooled=expert.not_pooled
-    or (expert.pooled_module and _NOT_POOLED)
-    or '',
+    not_pooled=expert.not_pooled,
   )

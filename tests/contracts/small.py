@@ -73,6 +73,7 @@ METHODS = (
   # Even weights: else its function is the base's on average only.
   f'goat(experts=3, rank=1, dropout=0.0, router=uniform, {_AT})',
   'molora(experts=3, rank=2, share_router=True)',
+  'adamix(experts=3, size=3)',
   'hmora(experts=3, rank=2, dropout=0.0)',
   "tokens(new='3|5-7')",
   # The base's function where no placeholders stand; see

@@ -49,6 +49,7 @@ ADAPTERS = {
   'ldmole': f'ldmole(experts=3, rank=2, {_AT})',
   'loramoe': f'loramoe(experts=3, rank=2, {_AT})',
   'prefix': 'prefix(length=3)',
+  'prefixes': 'mixture(expert=prefix(length=3), experts=3)',
   'pissa': f"lora(rank=3, init_weights='pissa', {_AT})",
   'goat': f'goat(experts=3, rank=2, {_AT})',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",

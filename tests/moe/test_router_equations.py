@@ -29,6 +29,7 @@ W, BIAS, D = normal('w', INPUTS), normal('bias'), normal('d', E)
 
 
 U, V = normal('u', INPUTS, 5), normal('v', 5, E)
+FIRST, SECOND = normal('first', INPUTS, 4), normal('second', INPUTS, 3)
 MLP = {
   'hidden_kernel': normal('hidden kernel', INPUTS, 5),
   'hidden_bias': normal('hidden bias', 5),
@@ -59,6 +60,11 @@ CASES = {
     {'temperature': 2.5},
     {'kernel': KERNEL},
     lambda x: equations.soft(x, KERNEL / 2.5),
+  ),
+  'biased': (
+    {'temperature': 2.5, 'bias': True},
+    {'kernel': KERNEL, 'bias': D},
+    lambda x: equations.softmax((x @ KERNEL + D) / 2.5),
   ),
   'flat': (
     {'temperature': 20.0},
@@ -104,6 +110,12 @@ CASES = {
     {'kernel': U, 'up_kernel': V},
     lambda x: equations.soft(x, U @ V),
   ),
+  # 4 x 3 sums, of which 11 are experts.
+  'product_key': (
+    {'k': 3},
+    {'kernel': FIRST, 'second_kernel': SECOND},
+    lambda x: equations.product_key(x, FIRST, SECOND, E, 3),
+  ),
   'sparsegen': (
     {'hidden': 5, 'temperature': 4.0},
     MLP | {'kernel': KERNEL},
@@ -128,6 +140,7 @@ CASES = {
 }
 ROUTER_OF = {
   'temperature': 'softmax',
+  'biased': 'softmax',
   'flat': 'softmax',
   'top_p_renormalized': 'top_p',
 }

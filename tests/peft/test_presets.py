@@ -11,6 +11,7 @@ import pytest
 
 from moepeft.core.types import Context
 from moepeft.models import weight_mapping
+from moepeft.models.decoder import model as decoder
 from moepeft.models.t5 import model as t5
 from moepeft.moe import ROUTERS, router_state
 from moepeft.moe.router_stats import router_stats
@@ -24,11 +25,13 @@ from moepeft.peft.build import routers
 from moepeft.peft.method_text import canonical_text
 from moepeft.peft.mixture import layer_counts
 
-from ..contracts import small
+from ..contracts import small, small_decoders
 from ..reference import router_equations_context as equations
 from .test_semantics import CLOSE, adapter, call, normal, projection, softmax
 
 SITES = t5.sites(small.GATED)
+# Of presets that need a decoder-only model.
+DECODER_SITES = {'xlora': decoder.sites(small_decoders.CONFIGS['llama'])}
 PRESETS = [name for name, entry in METHODS.items() if entry.expert]
 
 
@@ -44,13 +47,14 @@ def shapes(method):
 @pytest.mark.parametrize('preset', PRESETS)
 def test_a_preset_is_its_text_and_options_replace_its_values(preset):
   assert canonical_text(preset) == preset
-  built = build(preset, SITES)
-  assert build(built.method, SITES) == built
+  sites = DECODER_SITES.get(preset, SITES)
+  built = build(preset, sites)
+  assert build(built.method, sites) == built
   option = METHODS[preset].expert.size_option
   if option:
     other = f'{preset}({option}=7)'
     assert canonical_text(other) == other
-    (module,) = {a for _, a in build(other, SITES).adapter_map.entries}
+    (module,) = {a for _, a in build(other, sites).adapter_map.entries}
     assert getattr(module.expert, option) == 7
   (router,) = routers(f'{preset}(router=uniform)').values()
   assert type(router) is ROUTERS['uniform'].module
@@ -446,3 +450,36 @@ def test_shared_experts_are_always_on_and_identity_experts_add_nothing():
   expected = y + np.einsum('btd,der,bte,ernh->btnh', x, a, p, b)
   tree = {'a': a, 'b': b, 'router': {'kernel': kernel}}
   np.testing.assert_allclose(call(module, tree, f, x), expected, **CLOSE)
+
+
+def test_adamix_draws_an_expert_and_then_merges_all():
+  # d 11, size 2, 3 experts: in training a row has one projection down, after
+  # it all rows have their mean; the projection up is shared.
+  f, x = BaseLayer(lambda x: x), jnp.asarray(normal('x', 5, 7, 11), jnp.float32)
+  mixture = adapter(
+    'adamix(experts=3, size=2, activation=relu)', site='encoder/mlp'
+  )
+  tree = {
+    'down': normal('down', 11, 3, 2),
+    'down_bias': normal('down_bias', 3, 2),
+    'up': normal('up', 2, 11),
+    'up_bias': normal('up_bias', 11),
+  }
+
+  def bottleneck(down, bias):
+    return x + np.maximum(x @ down + bias, 0) @ tree['up'] + tree['up_bias']
+
+  down, bias = tree['down'], tree['down_bias']
+  merged = bottleneck(down.mean(1), bias.mean(0))
+  np.testing.assert_allclose(call(mixture, tree, f, x), merged, rtol=1e-4)
+  each = [bottleneck(down[:, e], bias[e]) for e in range(3)]
+  drawn = mixture.apply(
+    {'peft': jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)},
+    *(f, x, Context(train=True)),
+    rngs={'router': jax.random.key(0)},
+  )
+  chosen = {
+    next(e for e in range(3) if np.allclose(row, each[e][i], rtol=1e-4))
+    for i, row in enumerate(np.asarray(drawn))
+  }
+  assert len(chosen) > 1

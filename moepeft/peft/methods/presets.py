@@ -103,6 +103,14 @@ PHATGOOSE = mixture_of(
   router='phatgoose(k=2)',
 )
 
+# Buehler and Buehler, arXiv:2402.07148: trained adapters, weighted at each site
+# and token by what a first pass of the base makes of the token.
+XLORA = mixture_of(
+  lora.METHOD,
+  values={'reads': 'first_pass'},
+  router="softmax(kernel_init='kaiming', bias=True)",
+)
+
 # arXiv:2603.00573: r x r cores between one A and one B, at LoRA's price. The
 # router reads x A.
 COMOL = mixture_of(
@@ -223,4 +231,19 @@ HMORA = mixture_of(
   },
   roles=_at('query', 'key', 'value', 'gate', 'up'),
   router='hybrid(k=2)',
+)
+
+# Wang et al., arXiv:2205.12410: a random expert in training, merged parameters
+# after it. The projection up is that of all experts.
+ADAMIX = mixture_of(
+  bottleneck.METHOD,
+  values={
+    'experts': 4,
+    'size': 16,
+    'activation': 'gelu_exact',
+    'share': 'up',
+    'combine': 'parameters',
+  },
+  roles=_at('mlp'),
+  router='random_then_mean',
 )
