@@ -44,6 +44,15 @@ class Built:
     }
     return tuple(patterns)
 
+  @property
+  def tied_arrays(self) -> dict[str, int]:
+    """As `peft.tied_layers.tie` takes them."""
+    return {
+      f'/{adapter.name}/{arrays}': groups
+      for _, adapter in self.adapter_map.entries
+      for arrays, groups in getattr(adapter, 'tied_arrays', {}).items()
+    }
+
   def variables(self, state: State) -> dict[str, Tree]:
     """{'params': ..., 'peft': ...} of a training state; its 'reference'."""
     frozen = {'peft': 'params', 'params': 'peft'}[self.trainable]

@@ -52,13 +52,16 @@ class Mixing:
 
   Attributes:
     experts: e, the number of them in the stacked parameters.
-    weights: () -> [b, t, e], or [b, t, n, e] for each head; where the mixture
-      reads 'down', (the experts' down-projections of x) -> weights. To be
-      called once.
+    weights: () -> [b, t, e], or [b, t, n, e] for each head or split; where the
+      mixture reads 'down', (the experts' down-projections of x) -> weights. To
+      be called once.
     k: the number of experts with weight, the same for every token; None if it
       differs, or if the weights are not known yet.
     share: the parameters that all experts have in common, one letter each.
     combine, dispatch: as in `Mixture`.
+    splits: the number of equal parts of the inputs and of the outputs that have
+      weights of their own; with more than one, parameters are combined and none
+      is shared.
   """
 
   experts: int
@@ -67,6 +70,7 @@ class Mixing:
   share: str = ''
   combine: str = 'outputs'
   dispatch: str = 'dense'
+  splits: int = 1
 
   def slots(self, pays: Callable[[int, int, int], bool]) -> Dispatch | None:
     """The tokens sorted by expert; None where all experts are computed.
@@ -154,6 +158,11 @@ class Mixture(nn.Module):
     )
 
   @property
+  def tied_arrays(self) -> dict[str, int]:
+    """{regular expression: groups} of arrays that layers have in common."""
+    return getattr(self.expert, 'tied_arrays', {})
+
+  @property
   def two_pass(self) -> bool:
     """Whether it needs `Context.first_pass`."""
     return self.reads == 'first_pass'
@@ -183,6 +192,7 @@ class Mixture(nn.Module):
       share=self.share,
       combine=self.combine,
       dispatch=self.dispatch,
+      splits=self._splits,
     )
     if self.reads != 'down':
       routing = self._route(x, router_input, router_ctx)
@@ -204,6 +214,20 @@ class Mixture(nn.Module):
       routing = route(self, self.router, features, ctx)
       routings.put(self.name, x, routing)
     return routing
+
+  @property
+  def _splits(self) -> int:
+    splits = getattr(self.router, 'splits', 1)
+    takes_splits = getattr(self.expert, 'takes_splits', False)
+    is_combined = self.combine == 'parameters' and not self.share
+    fits = takes_splits and is_combined and not self.experts_per_layer
+    if splits > 1 and not fits:
+      raise ValueError(
+        f'{self.name}: a router with splits={splits} weights parts of the '
+        "parameters of expert=lora; write combine='parameters' without share "
+        'and experts_per_layer, or splits=1'
+      )
+    return splits
 
   def _weights(self, routing: Routing) -> Array:
     """The combine weights, without identity experts, with shared ones."""

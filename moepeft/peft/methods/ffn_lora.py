@@ -180,7 +180,7 @@ def _sparse(
 def _pays(tokens: int, e: int, k: int) -> bool:
   """Whether sorting tokens by expert is faster than computing all experts.
 
-  Measured; docs/performance.md has the table.
+  Measured; docs/methods.md has the table.
   """
   return tokens >= 256 and e >= 4 * k
 
