@@ -12,6 +12,7 @@ import numpy as np
 
 from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Context
+from moepeft.moe.dispatch import Dispatch
 from moepeft.nn.adapter_hook import (
   BaseLayer,
   contraction,
@@ -67,6 +68,14 @@ def up(z: Array, b: Array) -> Array:
   z = flatten_features(z)
   flat = b.astype(z.dtype).reshape(z.shape[-1], -1)
   return low_rank_matmul(z, flat).reshape(*z.shape[:2], *out)
+
+
+def pays(rank: int, tokens: int, e: int, k: int) -> bool:
+  """Whether sorting tokens by expert is faster than computing all experts.
+
+  Measured; docs/methods.md has the table.
+  """
+  return tokens >= 256 and e * rank >= 256 * k
 
 
 def split_term(x: Array, a: Array, b: Array, weights: Array) -> Array:
@@ -207,24 +216,17 @@ class Lora(nn.Module):
     """
     a, b, e_a, e_b = self.factors(module, f, mixing)
     drop = nn.Dropout(self.dropout)
-    dropped = drop(x, deterministic=not ctx.train).astype(dtype)
+    low = drop(x, deterministic=not ctx.train).astype(dtype)
     if mixing and mixing.splits > 1:
       weights = mixing.weights().astype(dtype)
-      return split_term(dropped, a, b, weights) * self.scale
-    z = down(dropped, a)
-    if mixing is None:
-      z = z * self.scale
+      return split_term(low, a, b, weights) * self.scale
+    slots = mixing and mixing.slots(functools.partial(pays, self.rank))
+    if slots:
+      term = self._sparse_term(slots, low, a, b)
     else:
-      weights = mixing.weights(flatten_features(z))
-      if not e_a:
-        z = z[..., None, :]
-      elif e_b and mixing.combine == 'parameters':
-        z = jnp.einsum('bter,bte->btr', z, weights.astype(dtype))[..., None, :]
-      z = z * (weights * self.scale)[..., None].astype(dtype)
-      if not e_b:
-        z = jnp.sum(z, axis=-2)
+      term = self._dense_term(low, a, b, bool(e_a), bool(e_b), mixing)
     if self.init_weights == 'zero':
-      return up(z, b)
+      return term
     axes = 'er' if mixing else 'r'
     a0 = peft_param(
       module, 'initial_a', lambda *_: a, a.shape, f'{f.input_axes}{axes}'
@@ -233,7 +235,41 @@ class Lora(nn.Module):
       module, 'initial_b', lambda *_: b, b.shape, f'{axes}{f.output_axes}'
     )
     scale = self.scale / (mixing.experts if mixing else 1)
-    return up(z, b) - up(down(x.astype(dtype), a0) * scale, b0)
+    return term - up(down(x.astype(dtype), a0) * scale, b0)
+
+  @nn.nowrap
+  def _dense_term(
+    self, x: Array, a: Array, b: Array, many_a: bool, many_b: bool, mixing: Any
+  ) -> Array:
+    """`term` of one adapter, or of all experts.
+
+    Args:
+      many_a, many_b: whether A and B have an axis of experts.
+    """
+    z = down(x, a)
+    if mixing is None:
+      return up(z * self.scale, b)
+    weights = mixing.weights(flatten_features(z))
+    if not many_a:
+      z = z[..., None, :]
+    elif many_b and mixing.combine == 'parameters':
+      z = jnp.einsum('bter,bte->btr', z, weights.astype(x.dtype))[..., None, :]
+    z = z * (weights * self.scale)[..., None].astype(x.dtype)
+    if not many_b:
+      z = jnp.sum(z, axis=-2)
+    return up(z, b)
+
+  @nn.nowrap
+  def _sparse_term(self, slots: Dispatch, x: Array, a: Array, b: Array):
+    """`term` of the experts that a sparse router chose."""
+    e, out = b.shape[0], b.shape[2:]
+    flat = x.reshape(len(slots.slot), -1)
+    a = a.astype(x.dtype).reshape(-1, e, self.rank)
+    b = b.astype(x.dtype).reshape(e, self.rank, -1)
+    z = slots.matmul(slots.to_slots(flat), jnp.moveaxis(a, 1, 0))
+    z = z * (slots.weights * self.scale)[:, None].astype(x.dtype)
+    y = slots.from_slots(slots.matmul(z, b))
+    return y.reshape(*x.shape[:2], *out)
 
   @nn.nowrap
   def factors(
