@@ -372,8 +372,8 @@ def test_hardrouted_takes_one_expert_for_a_whole_feed_forward():
   chosen = np.argmax(weights, -1)
   np.testing.assert_array_equal(weights, np.eye(3)[chosen])
   assert len(np.unique(chosen)) == 3
-  # The gate, up- and down-projection of expert e, of d 11 and f 17, at the first
-  # layer of the encoder.
+  # The gate, up- and down-projection of expert e, of d 11 and f 17, at the
+  # first layer of the encoder.
   params = small.params()['encoder']['layers']['mlp']
   layer = jax.tree.map(lambda a: np.asarray(a[0]), params)
   tree = variables['peft']['encoder']['layers']['mlp']
