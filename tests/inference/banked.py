@@ -48,8 +48,13 @@ ADAPTERS = {
   'dynmole': f'dynmole(experts=3, rank=2, {_AT})',
   'ldmole': f'ldmole(experts=3, rank=2, {_AT})',
   'loramoe': f'loramoe(experts=3, rank=2, {_AT})',
-  'pissa': f"lora(rank=3, init_weights='pissa', {_AT})",
-  'goat': f'goat(experts=3, rank=2, {_AT})',
+  # Their terms nearly cancel; with a scale of one they lose no more digits than
+  # others.
+  'pissa': f"lora(rank=3, alpha=3.0, init_weights='pissa', {_AT})",
+  'goat': f'goat(experts=3, rank=2, alpha=2.0, {_AT})',
+  'vera': f'vera(rank=3, seed=5, {_AT})',
+  'bitfit': 'bitfit',
+  'ln_tuning': 'ln_tuning',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }
 # Gate and up have names of the family's.
