@@ -216,7 +216,9 @@ def _convert_run(values: flags.FlagValues) -> None:
     _write_trained_base(values, tree, metadata)
   else:
     step = _t5x_step(values, metadata) if values.to == 't5x' else 1
-    _write_adapter(values, tree, metadata, step)
+    trained = AdapterWeights(metadata['method'], tree)
+    method, tree = adapter_file.folded(trained)
+    _write_adapter(values, tree, {**metadata, 'method': method}, step)
   if template:
     file = Path(values.output) / 'chat_template.jinja'
     file.write_text(template, encoding='utf-8')

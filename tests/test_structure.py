@@ -12,7 +12,7 @@ LONG_FUNCTIONS = frozenset()
 # Comparisons with the name of a registry's entry outside of its file. Allowed
 # are converters alone, which know the formats that they write.
 CONVERTERS = {
-  'moepeft.checkpoints.hf.peft': 'ia3 prompt',
+  'moepeft.checkpoints.hf.peft': 'ia3',
   'moepeft.checkpoints.hf.peft_lora': 'dora',
   'moepeft.checkpoints.t5x.adapters': 'lora molora mov softmax topk',
 }
@@ -28,6 +28,9 @@ OTHER_MEANINGS = {
   'prompt: a column of rows': (
     'moepeft.data.chat.formats',
     'moepeft.data.preference.formats',
+  ),
+  'prefix: a value of config.data.pretraining_objective': (
+    'moepeft.data.text.dataset',
   ),
   'text: a column of rows': ('moepeft.data.row_fields',),
   'tokens: a value of config.loss.average_over': (

@@ -42,6 +42,7 @@ from moepeft.models.weight_mapping import CheckpointError, Tree
 from moepeft.nn import expert_padding, initializers
 from moepeft.nn.expert_padding import PaddedAxis
 from moepeft.peft import build
+from moepeft.peft.method_text import flatten_expert, method_entry
 
 FORMAT = 1
 ARRAYS, METADATA_FILE = 'adapter.safetensors', 'adapter.json'
@@ -246,6 +247,31 @@ def sites_in(tree: Tree, instance: str) -> dict[str, Tree]:
         leaf_name
       ] = leaf
   return leaves_by_site
+
+
+def folded(adapter: AdapterWeights) -> AdapterWeights:
+  """The same function without what only training needs; see `Method.fold`."""
+  leaves = weight_mapping.flatten(adapter.tree)
+  specs, parts = [], []
+  for instance, spec in method_instances(adapter.method).items():
+    places: dict[str, Tree] = {}
+    for path, leaf in leaves.items():
+      place, separator, name = path.partition(f'/{instance}/')
+      if separator:
+        places.setdefault(place, {})[name] = np.asarray(leaf)
+    fold = method_entry(flatten_expert(spec)).fold
+    for place, arrays in places.items() if fold else ():
+      folded_spec, places[place] = fold(spec, arrays)
+    specs.append(folded_spec if fold and places else spec)
+    parts.append(places)
+  method = method_string.format_method(tuple(specs))
+  tree = {
+    f'{place}/{instance}/{name}': array
+    for instance, places in zip(method_instances(method), parts, strict=True)
+    for place, arrays in places.items()
+    for name, array in arrays.items()
+  }
+  return AdapterWeights(method, weight_mapping.unflatten(tree))
 
 
 def site_patterns(sites: Collection[str], model_sites: Collection[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import formats as checkpoint_formats
 from moepeft.checkpoints import pip_models
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.hf import peft
 from moepeft.checkpoints.restore import restore_adapter
 from moepeft.checkpoints.t5x import model as t5x
@@ -47,6 +48,8 @@ class StoredAdapter(NamedTuple):
 def load_adapter(path: str, config: Any) -> StoredAdapter:
   """Loads the adapter of a run's latest checkpoint or of another format.
 
+  What only training needs is folded, as in an export.
+
   Args:
     path: a work directory of moepeft.train, or a path in a format of
       `formats.FORMATS`.
@@ -62,8 +65,7 @@ def load_adapter(path: str, config: Any) -> StoredAdapter:
     tree, metadata = restore_adapter(path) if is_run else adapter_lib.load(path)
     base = metadata['base']
     return StoredAdapter(
-      metadata['method'],
-      tree,
+      *adapter_lib.folded(AdapterWeights(metadata['method'], tree)),
       base['sha256'],
       metadata['semantics'],
       base.get('quantise', ''),

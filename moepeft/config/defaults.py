@@ -69,6 +69,8 @@ def _loss() -> ConfigDict:
       # Weight of each token's squared log-partition function.
       z_loss=0.0,
       label_smoothing=0.0,
+      # Weight of the divergence between two passes with other noise (AdaMix).
+      consistency=0.0,
     )
   )
 

@@ -41,6 +41,7 @@ ALLOWED: dict[str, Range | Choices] = {
   'loss.average_over': Choices(('tokens', 'sequences')),
   'loss.z_loss': _WEIGHT,
   'loss.label_smoothing': _FRACTION,
+  'loss.consistency': _WEIGHT,
   'gradient_accumulation_steps': _ROWS,
   'model.dropout': _FRACTION,
   'model.dtype': _DTYPE,

@@ -54,6 +54,8 @@ class Context:
       None if the batch has no loss mask.
     task_ids: int32 [b, t], 1.. for the tasks that the method's routers name, 0
       on padding. None if the batch has no tasks.
+    token_ids: int32 [b, t], the ids of the tokens of x, everywhere but at the
+      head; in cross-attention those of the encoder at k and v.
     segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
     positions: int32 [b, t], position within the segment; in a cached decoder
       with right-padded prompts, also each token's position in the cache.
@@ -77,6 +79,7 @@ class Context:
   token_mask: Array | None = None
   prompt_mask: Array | None = None
   task_ids: Array | None = None
+  token_ids: Array | None = None
   segment_ids: Array | None = None
   positions: Array | None = None
   routing: 'Routing | None' = None

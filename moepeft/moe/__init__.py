@@ -37,6 +37,8 @@ ROUTERS: Registry = Registry(
     'expert_choice': 'expert_choice:ROUTER',
     'poly': 'poly:ROUTER',
     'hybrid': 'hybrid:ROUTER',
+    'hash': 'hash:ROUTER',
+    'product_key': 'product_key:ROUTER',
     'random_then_mean': 'random_then_mean:ROUTER',
   },
 )

@@ -43,6 +43,8 @@ class RouterSpec:
     learned: whether the router has trained parameters.
     needs_tasks: whether the router needs the option `tasks`, as its weights
       are those of tasks.
+    reads_token_ids: whether the router reads `Context.token_ids`, which a head
+      does not have.
     per_expert: whether the router reads a projection of each expert
       (reads='down'), an equal number of features for each.
     from_experts: for a router over trained adapters, ({name: array [e, ...]} of
@@ -72,6 +74,7 @@ class RouterSpec:
   independent_of_batch: bool = True
   learned: bool = True
   needs_tasks: bool = False
+  reads_token_ids: bool = False
   per_expert: bool = False
   from_experts: Callable | None = None
   reads_gates: bool = False

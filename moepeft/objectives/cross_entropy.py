@@ -30,6 +30,8 @@ class CrossEntropySettings:
     z_loss: weight of the squared log-partition of each token, as in T5X.
     label_smoothing: the probability that the target distribution gives to the
       other tokens of the vocabulary together.
+    consistency: weight of `consistency_losses` between two passes of a training
+      step, which differ in dropout and router noise.
 
   Raises:
     ValueError: a value is out of range.
@@ -38,6 +40,7 @@ class CrossEntropySettings:
   average_over: str = option('tokens', Choices(AVERAGE_OVER))
   z_loss: float = option(0.0, Range(0, 1_000))
   label_smoothing: float = option(0.0, Range(0, 1, below=True))
+  consistency: float = option(0.0, Range(0, 1_000))
 
   def __post_init__(self):
     check_options(self, 'loss')
@@ -136,6 +139,27 @@ def token_nll_and_loss(
     entropy = -(1 - s) * math.log(1 - s) - s * math.log(s / (v - 1))
     losses = (1 - s) * nll + s / (v - 1) * others_nll - entropy
   return nll, losses + settings.z_loss * log_z**2 if settings.z_loss else losses
+
+
+def consistency_losses(logits: Array, other_logits: Array) -> Array:
+  """(KL(p, q) + KL(q, p)) / 2 of each token in nats, [b, t].
+
+  The gradient is that of the released code of AdaMix (Wang et al.,
+  arXiv:2205.12410, equation 6): it flows through the second distribution of
+  each divergence only.
+
+  Args:
+    logits, other_logits: [b, t, v] of two passes over the same tokens.
+  """
+
+  def divergence(fixed, log_q):
+    log_p = jax.lax.stop_gradient(fixed)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+  p, q = (
+    jax.nn.log_softmax(to_f32(a), axis=-1) for a in (logits, other_logits)
+  )
+  return (divergence(p, q) + divergence(q, p)) / 2
 
 
 def loss_divisors(batch: Batch, average_over: str) -> tuple[Array, Array]:

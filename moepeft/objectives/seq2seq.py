@@ -3,12 +3,14 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Batch, Tree
 from moepeft.objectives.cross_entropy import (
   DEFAULTS,
   CrossEntropySettings,
+  consistency_losses,
   loss_divisors,
   token_nll_and_loss,
 )
@@ -46,6 +48,13 @@ def loss_sums(
   )
   mask = batch['targets_mask']
   nll, losses = token_nll_and_loss(logits, batch['targets'], settings)
+  if settings.consistency and rngs is not None:
+    # Router losses and statistics are those of the first pass.
+    other_rngs = {name: jax.random.fold_in(k, 1) for name, k in rngs.items()}
+    other_logits, _ = apply(
+      variables, batch, train=True, rngs=other_rngs, mutable=['routing']
+    )
+    losses += settings.consistency * consistency_losses(logits, other_logits)
   lengths, weight = loss_divisors(batch, settings.average_over)
   correct = (jnp.argmax(logits, axis=-1) == batch['targets']) & mask
   return jnp.sum(jnp.where(mask, losses / lengths, 0)), {

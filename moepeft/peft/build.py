@@ -80,16 +80,18 @@ def build(
     if len(specs) > 1:
       raise ValueError(f'{method!r}: full trains alone; drop the others')
     return Built(text, semantics, AdapterMap(), 'params')
+  single = [spec.name for spec in specs if methods[spec.name].once]
+  if len(single) > 1:
+    names = ' or '.join(dict.fromkeys(single))
+    raise ValueError(
+      f'{method!r}: {names} can stand only once; make one longer'
+    )
   entries, names, replaced = [], set(), {}
   for spec in specs:
-    if methods[spec.name].once and [s.name for s in specs].count(spec.name) > 1:
-      raise ValueError(
-        f'{method!r}: {spec.name} can stand only once; make one longer'
-      )
     method = method_entry(spec, methods)
     adapter = make_adapter(spec, unique_name(spec.name, names), methods)
     paths = _paths(spec, method, sites, semantics)
-    _check_causal(spec, paths)
+    _check_router(spec, paths)
     entries += [(path, adapter) for path in paths]
     replaced |= {f'{p}/{s}': spec.name for p in paths for s in method.replaces}
   for path, adapter in entries:
@@ -175,10 +177,18 @@ def make_adapter(
   return method.make(name, **options)
 
 
-def _check_causal(spec: Spec, paths: Sequence[str]) -> None:
-  """Raises ValueError where a token would be routed by what comes after it."""
+def _check_router(spec: Spec, paths: Sequence[str]) -> None:
+  """Raises ValueError where a router would read what it does not have, or a
+  token would be routed by what comes after it."""
   router = spec.get('router')
-  if router is None or ROUTERS[router.name].causal:
+  if router is None:
+    return
+  if ROUTERS[router.name].reads_token_ids and 'head' in paths:
+    raise ValueError(
+      f'the router {router.name} reads the ids of tokens, which the head does '
+      'not have; name other sites with `targets`, or take another router'
+    )
+  if ROUTERS[router.name].causal:
     return
   for path in paths:
     if path.split('/')[0] != 'encoder':

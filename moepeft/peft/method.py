@@ -64,8 +64,11 @@ class Method:
       one another; None where none do.
     replaces: sites below its own that it computes itself, so that no adapter
       can be there.
-    once: whether it can stand only once in a method's text.
+    once: whether no other method with this fact can stand beside it.
     why_not: why there is no merge, as the end of a sentence.
+    initial_change: why it is not the base's function at first; '' if it is.
+    fold: (spec, arrays of one site or of a stack of them) -> (spec, arrays) of
+      the same function without what only training needs; None if all is needed.
     size_option: the option that a pool of served adapters rounds up, so that
       adapters of other sizes share a program: 'rank', 'length' or ''.
     pooled_module: (adapter, name) -> the module that stands for the adapter in
@@ -99,6 +102,8 @@ class Method:
   replaces: tuple[str, ...] = ()
   once: bool = False
   why_not: str = ''
+  initial_change: str = ''
+  fold: Callable | None = None
   size_option: str = ''
   pooled_module: Callable | None = None
   pooled_leaves: Mapping[str, Callable] = dataclasses.field(

@@ -354,10 +354,9 @@ def _check(spec: Spec, options: Mapping[str, Option]) -> None:
 
 def _find(name: str, registry, kind: str):
   if name not in registry:
-    raise ValueError(
-      f'there is no {kind} {name!r}; there are {", ".join(registry)}'
-      f'{suggestion(name, registry)}'
-    )
+    near = suggestion(name, registry)
+    listed = near or f'; there are {", ".join(registry)}'
+    raise ValueError(f'there is no {kind} {short_repr(name)}{listed}')
   return registry[name]
 
 

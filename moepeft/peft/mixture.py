@@ -40,6 +40,10 @@ COUNTS_BY_QUARTER = {
   'diamond': (2, 8, 8, 2),
   'hourglass': (8, 2, 2, 8),
 }
+_NOT_POOLED = (
+  'a pool holds its expert in another form; serve it alone, as the adapter of '
+  'the model'
+)
 # Options that say how many experts there are; a method string has one of them.
 EXPERT_COUNTS = ('experts', 'experts_per_layer', 'from_adapters')
 
@@ -76,7 +80,8 @@ class Mixture(nn.Module):
       The arrays of all layers have e experts; those beyond a layer's own are
       zeros that get no weight.
     router: the router module.
-    reads: what the router sees. 'input': x; 'output': f(x); 'heads': each
+    reads: what the router sees. 'input': x, at an attention's core the
+      queries; 'output': f(x); 'heads': each
       head of f(x), through one router that the heads share, and 'output'
       where f(x) has no heads; 'down': the experts' down-projections of x,
       x A of low-rank ones.
@@ -126,7 +131,8 @@ class Mixture(nn.Module):
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
-    router_input = x
+    # At an attention's core x is `Heads`.
+    router_input = getattr(x, 'q', x)
     if self.reads in ('output', 'heads'):
       router_input = y = f(x)
       f = dataclasses.replace(f, call=_at(f, x, y))
@@ -251,10 +257,13 @@ def mixture_of(
     values=values or {},
     router=router,
     why_not='its experts are weighted anew for every token',
+    initial_change=expert.initial_change,
     check=expert.check,
     size_option=expert.size_option,
     exact_identity=expert.additive,
     replaces=expert.replaces,
     scaled_leaves=expert.scaled_leaves,
-    not_pooled=expert.not_pooled,
+    not_pooled=expert.not_pooled
+    or (expert.pooled_module and _NOT_POOLED)
+    or '',
   )

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.nn.adapter_hook import contraction
-from moepeft.nn.initializers import Normal, peft_param
+from moepeft.nn.initializers import peft_param
 from moepeft.peft.method import Method
-from moepeft.peft.methods import lora, presets
+from moepeft.peft.methods import lora, prefix_tuning, presets
 
 
 class Seen(nn.Module):
@@ -58,32 +58,6 @@ class Dora(nn.Module):
     return jnp.einsum(f.eqn, x, changed) * scale
 
 
-class Prefix(nn.Module):
-  """Prefix tuning (Li & Liang, arXiv:2101.00190): longer keys and values."""
-
-  length: int = 3
-
-  @nn.compact
-  def __call__(self, f, x, ctx):
-    shape = (self.length, *x.k.shape[2:])
-    init = Normal(0.5)
-    k = peft_param(self, 'k', init, shape, 'snh')
-    v = peft_param(self, 'v', init, shape, 'snh')
-
-    def longer(prefix, rest):
-      batched = jnp.broadcast_to(prefix, (rest.shape[0], *prefix.shape))
-      return jnp.concatenate([batched.astype(rest.dtype), rest], axis=1)
-
-    left = ((0, 0), (0, 0), (0, 0), (self.length, 0))
-    bias = None if x.bias is None else jnp.pad(x.bias, left)
-    mask = x.mask
-    if mask is not None:
-      mask = jnp.pad(mask, left, constant_values=True)
-    return f(
-      x.replace(k=longer(k, x.k), v=longer(v, x.v), bias=bias, mask=mask)
-    )
-
-
 class Mixture(nn.Module):
   """Experts that share a frozen feed-forward (MixLoRA, arXiv:2404.15159).
 
@@ -102,7 +76,7 @@ class Mixture(nn.Module):
 
 PROBES = {
   'dora': Method(Dora, {'official': ('query', 'key', 'down')}),
-  'prefix': Method(Prefix, {'official': ('core',)}),
+  'prefix': prefix_tuning.METHOD,
   'mixture': Method(Mixture, {'official': ('mlp',)}),
   'lora': lora.METHOD,
   'molora': presets.MOLORA,

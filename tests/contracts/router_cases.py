@@ -31,6 +31,7 @@ def context(rows, tokens):
     token_mask=jnp.ones((rows, tokens), bool),
     prompt_mask=jnp.broadcast_to(prompt, (rows, tokens)),
     task_ids=jnp.broadcast_to(tasks, (rows, tokens)),
+    token_ids=7 * jnp.arange(rows)[:, None] + jnp.arange(tokens),
   )
 
 

@@ -76,11 +76,16 @@ METHODS = (
   # Even weights: else its function is the base's on average only.
   f'goat(experts=3, rank=1, dropout=0.0, router=uniform, {_AT})',
   'molora(experts=3, rank=2, share_router=True)',
+  'adamix(experts=3, size=3)',
   'hmora(experts=3, rank=2, dropout=0.0)',
   "tokens(new='3|5-7')",
   # The base's function where no placeholders stand; see
   # tests/peft/test_prompt_tuning.py.
   'prompt(length=2)',
+  'p_tuning(length=2, hidden=4)',
+  'prefix(length=2)',
+  'prefix(length=2, hidden=4)',
+  'mixture(expert=prefix(length=2), experts=3, router=topk(k=2))',
 )
 # One of each method, with each kind of router, for what takes long.
 ONE_EACH = (

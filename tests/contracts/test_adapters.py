@@ -16,6 +16,8 @@ from moepeft.nn.initializers import init_params
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import METHODS, build
+from moepeft.peft.method_text import method_entry, resolve
+from moepeft.peft.prefix import model_prefix_ids
 
 from . import small
 
@@ -39,9 +41,15 @@ def test_small_methods_cover_the_registry():
   assert named | {'full'} == set(METHODS)
 
 
+def starts_elsewhere(method):
+  specs = resolve(method)
+  return any(method_entry(spec).initial_change for spec in specs)
+
+
 # A method whose first output is computed from the base; scales; a mixture.
 IDENTITY = small.others_slow(
-  ((m, small.GATED) for m in small.METHODS), quick=small.ONE_EACH[1:]
+  ((m, small.GATED) for m in small.METHODS if not starts_elsewhere(m)),
+  quick=small.ONE_EACH[1:],
 ) + small.others_slow(
   ((m, small.RELU) for m in small.ONE_EACH), quick=small.FEW[1:]
 )
@@ -61,6 +69,17 @@ def test_identity_at_initialisation(method, config):
   adapted = apply(model, variables, small.batch())
   # Routers' weights sum to one up to float32 rounding.
   np.testing.assert_allclose(adapted, base, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', filter(starts_elsewhere, small.METHODS))
+def test_a_method_says_that_it_does_not_start_at_the_base(method):
+  model, _ = small.make(method)
+  variables = small.variables(method)
+  base = apply(
+    t5.T5(small.GATED), {'params': variables['params']}, small.batch()
+  )
+  assert np.abs(apply(model, variables, small.batch()) - base).max() > 0.01
 
 
 def test_official_topk_mixture_of_vectors_starts_away_from_the_base():
@@ -117,7 +136,9 @@ def test_remat_changes_no_gradient(method, remat):
   expected = gradients(method, 'none')
   actual = gradients(method, remat)
   chex.assert_trees_all_close(actual, expected, **CLOSE)
-  assert any(np.abs(a).max() > 0 for a in jax.tree.leaves(actual))
+  moves = any(np.abs(a).max() > 0 for a in jax.tree.leaves(actual))
+  # The batch has no placeholders of soft prompts.
+  assert moves != bool(model_prefix_ids(small.make(method)[0]))
 
 
 def gradients(method, remat):
@@ -259,6 +280,22 @@ _IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
       _shared_a(3, 2),
     ),
     ('prompt(length=3)', 'official', 3 * _D),
+    # Ranks and outputs at q and v.
+    ('vera(rank=3)', 'official', _ATTENTIONS * 2 * (3 + _NH)),
+    (
+      'bitfit',
+      'official',
+      _ATTENTIONS * (3 * _NH + _D) + _LAYERS * (2 * _F + _D),
+    ),
+    # One before each sublayer, and one after each stack.
+    ('ln_tuning', 'official', (_ATTENTIONS + _LAYERS + 2) * _D),
+    # An embedding, and three projections with biases.
+    (
+      'p_tuning(length=3, hidden=2)',
+      'official',
+      3 * _D + (_D * 2 + 2) + (2 * 2 + 2) + (2 * _D + _D),
+    ),
+    ('prefix(length=3)', 'official', _ATTENTIONS * 2 * 3 * _NH),
   ],
 )
 def test_parameter_count_equals_its_formula(method, semantics, expected):
@@ -274,6 +311,7 @@ def test_parameter_count_equals_its_formula(method, semantics, expected):
     pytest.param('lora(rank=3)', marks=pytest.mark.slow),
     pytest.param('dora(rank=3)', marks=pytest.mark.slow),
     pytest.param("lora(rank=3, init_weights='pissa')", marks=pytest.mark.slow),
+    pytest.param('vera(rank=3) + ln_tuning', marks=pytest.mark.slow),
     # LoRA's and a ratio, with heads last, first and none, and beside another.
     "dora(rank=3, targets='*/k|*/cross/o|*/wo') + ia3(targets='*/k|*/act')",
     "ia3(targets='*/k|*/v|*/wo')",
@@ -302,7 +340,7 @@ def test_merged_equals_unmerged(method):
 
 
 @pytest.mark.parametrize(
-  'method', ['mov(experts=3)', 'molora(experts=3)', 'full', 'prompt']
+  'method', ['mov(experts=3)', 'molora(experts=3)', 'full', 'prompt', 'prefix']
 )
 def test_mixtures_refuse_to_merge_and_say_why(method):
   from moepeft.peft.merge import merge
@@ -358,6 +396,7 @@ def test_merge_of_official_ia3_goes_into_wo():
     ('molora(router=topk(k=0))', 'option k is at least 1'),
     ('prompt(length=0)', 'option length is at least 1'),
     ('prompt + lora + prompt', 'prompt can stand only once'),
+    ('prompt + p_tuning', 'prompt or p_tuning can stand only once'),
   ],
 )
 def test_a_wrong_method_is_one_clear_sentence(method, said):

@@ -17,10 +17,11 @@ from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import build
+from moepeft.peft.methods.prefix_tuning import Prefix
 from tests import ROOT
 
 from . import small, small_decoders
-from .probes import Prefix, Seen
+from .probes import Seen
 from .small_decoders import CONFIGS, LENGTHS, make, place
 
 # Float32 sums of a few tens of numbers, in another order.
@@ -224,7 +225,7 @@ def test_adapters_start_as_the_base_and_touch_no_weight(name, method):
 @pytest.mark.parametrize('attention', ['naive', 'chunked', 'fused'])
 def test_advice_may_lengthen_the_keys(attention):
   config = CONFIGS['mistral']
-  prefix = Prefix(parent=None, name='prefix')
+  prefix = Prefix(3, parent=None, name='prefix')
   adapter_map = AdapterMap((('decoder/self/core', prefix),))
   plain = Decoder(config, adapter_map)
   batch = small_decoders.batch()

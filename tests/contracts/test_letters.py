@@ -35,11 +35,13 @@ QUICK = (
   "mixture(expert=lora(rank=2), experts=7, share='a')",
   "tokens(new='3|5-7')",
   'prompt(length=2)',
+  'prefix(length=2, hidden=4)',
 )
 # The sizes of small.GATED and small.RELU; a router reads d, n h, f or h.
 SIZES = {
   'd': {11},
   'n': {3},
+  'k': {3},
   'h': {5},
   'f': {17},
   'v': {37},
@@ -109,8 +111,9 @@ def test_what_depends_on_the_base_and_what_is_vmapped_says_its_letters_too():
   for method in PROBES:
     built = build(method, t5.sites(small.GATED), methods=PROBES)
     actual = sizes_of(t5.T5(small.GATED, built.adapter_map))
-    # The experts of a mixture are 3, of molora 10; a prefix is 3 tokens long.
-    assert fits(actual, SIZES | {'e': {3, 10}, 's': {3}}), (method, actual)
+    # The experts of a mixture are 3, of molora 10; a prefix has 20 vectors.
+    r = SIZES['r'] | {20}
+    assert fits(actual, SIZES | {'e': {3, 10}, 'r': r}), (method, actual)
   inner = "molora(experts=7, rank=2, targets='*/wi_0') + mixture"
   advice = build(inner, t5.sites(small.GATED), methods=PROBES).adapter_map
   tree = logical_axes(t5.T5(small.GATED, advice), small.batch())['peft']

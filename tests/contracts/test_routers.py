@@ -171,23 +171,26 @@ def test_a_packed_example_is_routed_as_alone(name):
   ids = np.array([[1, 1, 1, 2, 2, 0, 0]])
   prompt = np.array([[1, 1, 0, 1, 0, 0, 0]], bool)
   tasks = np.array([[1, 1, 1, 2, 2, 0, 0]])
+  tokens = np.arange(7)[None]
   x = np.array(jax.random.normal(jax.random.key(7), (1, 7, 84)))
   router = make(name)
 
-  def weights(x, ids, prompt, tasks):
+  def weights(x, ids, prompt, tasks, tokens):
     ctx = Context(
       token_mask=ids > 0,
       segment_ids=ids,
       prompt_mask=prompt,
       task_ids=tasks,
+      token_ids=tokens,
     )
     return run(router, x, ctx).combine_weights
 
-  packed = weights(x, ids, prompt, tasks)
+  row = x, ids, prompt, tasks, tokens
+  packed = weights(*row)
   for start, stop in ((0, 3), (3, 5)):
     # The example at the front of a row of padding.
-    alone = [np.zeros_like(a) for a in (x, ids, prompt, tasks)]
-    for part, whole in zip(alone, (x, ids, prompt, tasks), strict=True):
+    alone = [np.zeros_like(a) for a in row]
+    for part, whole in zip(alone, row, strict=True):
       part[:, : stop - start] = whole[:, start:stop]
     alone[1] = np.minimum(alone[1], 1)
     np.testing.assert_allclose(

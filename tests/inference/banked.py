@@ -55,6 +55,7 @@ ADAPTERS = {
   'vera': f'vera(rank=3, seed=5, {_AT})',
   'bitfit': 'bitfit',
   'ln_tuning': 'ln_tuning',
+  'prefix': 'prefix(length=3)',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }
 # Gate and up have names of the family's.

@@ -29,6 +29,7 @@ W, BIAS, D = normal('w', INPUTS), normal('bias'), normal('d', E)
 
 
 U, V = normal('u', INPUTS, 5), normal('v', 5, E)
+FIRST, SECOND = normal('first', INPUTS, 4), normal('second', INPUTS, 3)
 MLP = {
   'hidden_kernel': normal('hidden kernel', INPUTS, 5),
   'hidden_bias': normal('hidden bias', 5),
@@ -103,6 +104,12 @@ CASES = {
     {'rank': 5},
     {'kernel': U, 'up_kernel': V},
     lambda x: equations.soft(x, U @ V),
+  ),
+  # 4 x 3 sums, of which 11 are experts.
+  'product_key': (
+    {'k': 3},
+    {'kernel': FIRST, 'second_kernel': SECOND},
+    lambda x: equations.product_key(x, FIRST, SECOND, E, 3),
   ),
   'sparsegen': (
     {'hidden': 5, 'temperature': 4.0},

@@ -248,6 +248,52 @@ def test_losses_are_float32_of_bfloat16_logits(name):
   assert float(loss) == float(expected)
 
 
+def two_passes(rngs):
+  """(loss, its slope at LOGITS); the second pass has twice the logits."""
+
+  def loss(first):
+    passes = iter((first, 2 * LOGITS))
+
+    def apply(variables, batch, train, rngs, mutable):
+      keys.append(rngs)
+      return next(passes), {}
+
+    objective = OBJECTIVES['seq2seq'].build(
+      CrossEntropySettings(consistency=3.0)
+    )
+    return mean_loss(*objective(apply, {}, BATCH, rngs))
+
+  keys = []
+  return jax.value_and_grad(loss)(LOGITS), keys
+
+
+def test_consistency_is_the_symmetric_divergence_of_two_passes():
+  # AdaMix, arXiv:2205.12410, equation 6, over the real targets.
+  logits = np.asarray(LOGITS, np.float64)
+  p, q = (
+    np.exp(a) / np.exp(a).sum(-1, keepdims=True) for a in (logits, 2 * logits)
+  )
+  divergence = 0.5 * ((p - q) * (np.log(p) - np.log(q))).sum(-1)
+  mask = np.asarray(BATCH['targets_mask'])
+  plain = float(value('seq2seq', LOGITS)[0])
+  (loss, slope), keys = two_passes({'router': jax.random.key(3)})
+  np.testing.assert_allclose(
+    loss, plain + 3 * divergence[mask].mean(), rtol=1e-5
+  )
+  # The gradient stops at the first distribution, which leaves that of
+  # KL(q, p), p - q, to the logits of p.
+  one_hot = np.eye(V)[np.asarray(BATCH['targets'])]
+  expected = (p - one_hot + 3 * 0.5 * (p - q)) * mask[..., None] / REAL
+  np.testing.assert_allclose(slope, expected, atol=1e-6)
+  assert keys[0]['router'] != keys[1]['router']
+
+
+def test_consistency_is_a_loss_of_training_alone():
+  (loss, _), keys = two_passes(None)
+  np.testing.assert_allclose(loss, value('seq2seq', LOGITS)[0], rtol=1e-6)
+  assert keys == [None]
+
+
 def test_a_loss_is_per_tokens_or_per_sequences():
   with pytest.raises(ValueError, match="got 'examples'"):
     CrossEntropySettings(average_over='examples')

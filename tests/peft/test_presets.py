@@ -446,3 +446,36 @@ def test_shared_experts_are_always_on_and_identity_experts_add_nothing():
   expected = y + np.einsum('btd,der,bte,ernh->btnh', x, a, p, b)
   tree = {'a': a, 'b': b, 'router': {'kernel': kernel}}
   np.testing.assert_allclose(call(module, tree, f, x), expected, **CLOSE)
+
+
+def test_adamix_draws_an_expert_and_then_merges_all():
+  # d 11, size 2, 3 experts: in training a row has one projection down, after
+  # it all rows have their mean; the projection up is shared.
+  f, x = BaseLayer(lambda x: x), jnp.asarray(normal('x', 5, 7, 11), jnp.float32)
+  mixture = adapter(
+    'adamix(experts=3, size=2, activation=relu)', site='encoder/mlp'
+  )
+  tree = {
+    'down': normal('down', 11, 3, 2),
+    'down_bias': normal('down_bias', 3, 2),
+    'up': normal('up', 2, 11),
+    'up_bias': normal('up_bias', 11),
+  }
+
+  def bottleneck(down, bias):
+    return x + np.maximum(x @ down + bias, 0) @ tree['up'] + tree['up_bias']
+
+  down, bias = tree['down'], tree['down_bias']
+  merged = bottleneck(down.mean(1), bias.mean(0))
+  np.testing.assert_allclose(call(mixture, tree, f, x), merged, rtol=1e-4)
+  each = [bottleneck(down[:, e], bias[e]) for e in range(3)]
+  drawn = mixture.apply(
+    {'peft': jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)},
+    *(f, x, Context(train=True)),
+    rngs={'router': jax.random.key(0)},
+  )
+  chosen = {
+    next(e for e in range(3) if np.allclose(row, each[e][i], rtol=1e-4))
+    for i, row in enumerate(np.asarray(drawn))
+  }
+  assert len(chosen) > 1

@@ -236,3 +236,42 @@ def generalized_js(tokens, balance, certainty):
     [entropy(p) for p in tokens]
   )
   return max((balance - certainty) * most - divergence, 0) / most
+
+
+def product_key(x, first, second, experts, k):
+  """Lample et al., arXiv:1907.05242, equations 3 to 5: the k largest sums of
+  the k best of each table, softmax.
+
+  Expert e is (e // m, e % m). Where pairs are no expert, as many more of each
+  table are tried.
+  """
+  s, t = x @ first, x @ second
+  columns = len(t)
+  tried = k + len(s) * columns - experts
+  sums = [
+    (s[i] + t[j], i * columns + j)
+    for i in np.argsort(-s, kind='stable')[:tried]
+    for j in np.argsort(-t, kind='stable')[:tried]
+    if i * columns + j < experts
+  ]
+  best = sorted(sums, reverse=True)[:k]
+  weights = np.zeros(experts)
+  weights[[e for _, e in best]] = softmax(np.array([z for z, _ in best]))
+  return weights
+
+
+def hash_experts(token, layer, experts, k, seed):
+  """Roller et al., arXiv:2106.04426: a random, fixed assignment of a token's
+  id; here by the finalizer of MurmurHash3."""
+
+  def mix(h):
+    h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
+    return h ^ (h >> 16)
+
+  h = mix((mix(seed) + layer + 1) % 2**32)
+  h = mix(h ^ token)
+  draws = [mix((h + e * 0x9E3779B9) % 2**32) >> 8 for e in range(experts)]
+  weights = np.zeros(experts)
+  weights[np.argsort(-np.array(draws), kind='stable')[:k]] = 1 / k
+  return weights

@@ -20,6 +20,7 @@ from moepeft.moe import router_state
 from moepeft.nn.initializers import init_params
 from moepeft.objectives import build_objective
 from moepeft.peft import METHODS, build
+from moepeft.peft.prefix import model_prefix_ids
 from moepeft.training.setup import build_train_step
 
 from ..contracts import small, small_decoders
@@ -33,9 +34,8 @@ SMALL = {
   'moelora': "moelora(router=task(tasks=['a', 'b']))",
   'poly': "poly(rank=2, router=poly(tasks=['a', 'b']))",
 }
-# Mixtures of adapters that are trained already; and soft prompts, which need
-# placeholders in a batch (tests/training/test_prompt_training.py).
-UNTRAINED = ('arrow', 'phatgoose', 'prompt')
+# Mixtures of adapters that are trained already.
+UNTRAINED = ('arrow', 'phatgoose')
 FAST = (('hydralora', 'decoder'),)
 
 
@@ -56,6 +56,19 @@ def decoder_batch():
     'targets': jnp.asarray(ids[:, 1:]),
     'targets_mask': jnp.asarray(mask),
   }
+
+
+def behind_prompt(batch, ids):
+  """The batch with placeholders before its inputs."""
+  sides = ('inputs',) if 'decoder_inputs' in batch else ('inputs', 'targets')
+  # The mask of a decoder's targets is False on a prompt.
+  longer = {
+    key: jnp.pad(array, ((0, 0), (len(ids), 0)), mode='edge')
+    for key, array in batch.items()
+    if key.startswith(sides)
+  }
+  inputs = longer['inputs'].at[:, : len(ids)].set(np.array(ids, np.int32))
+  return batch | longer | {'inputs': inputs}
 
 
 def make_decoder(method):
@@ -81,7 +94,7 @@ def trained_loss(name, family, shuffled):
   model, built = make(SMALL.get(name, name))
   config = config_lib.default()
   config.objective, config.batch_size = objective, ROWS
-  batch = batch_of()
+  batch = behind_prompt(batch_of(), model_prefix_ids(model))
   optimizer = optax.adam(1e-2)
   collections = init_params(model, batch, 1, params())
   trainable = collections[built.trainable]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads and writes adapters of `peft`: LoRA, DoRA, (IA)^3, prompt tuning.
+"""Reads and writes adapters of `peft`: LoRA, DoRA, (IA)^3, prompts, prefixes.
 
 An adapter is a directory with adapter_config.json and
 adapter_model.safetensors. peft scales the inputs of `feedforward_modules`: at
@@ -10,6 +10,7 @@ adapter_model.safetensors. peft scales the inputs of `feedforward_modules`: at
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,12 @@ from moepeft.checkpoints.adapter import (
   sites_in,
 )
 from moepeft.checkpoints.hf import model as hf
-from moepeft.checkpoints.hf import peft_config, peft_lora, peft_prompt
+from moepeft.checkpoints.hf import (
+  peft_config,
+  peft_lora,
+  peft_prefix,
+  peft_prompt,
+)
 from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, site_module
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
@@ -52,8 +58,10 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> AdapterWeights:
   """
   fields, family = peft_config.read(path), hf.family_of(config)
   tensors = _open_tensors(Path(path))
-  if fields['peft_type'] == peft_prompt.PEFT_TYPE:
+  if fields['peft_type'] in peft_prompt.PEFT_TYPES:
     return peft_prompt.read(path, config, fields, tensors)
+  if fields['peft_type'] == peft_prefix.PEFT_TYPE:
+    return peft_prefix.read(path, config, fields, tensors)
   rank_sizes, shapes, fetch_stored = {}, tensors.shapes, tensors.fetch
   if fields['peft_type'] == 'LORA':
     lora = peft_lora.read(config, fields, tensors)
@@ -105,8 +113,8 @@ def save(
     CheckpointError: peft cannot represent the method, or `path` is not empty.
   """
   adapter = peft_lora.without_initial_factors(adapter)
-  if _is_prompt(adapter):
-    fields, arrays = peft_prompt.write(config, adapter)
+  if prompt_format := _prompt_format(adapter):
+    fields, arrays = prompt_format.write(config, adapter)
     _write(path, config, arrays, fields, base, like or {}, overwrite)
     return
   family = hf.family_of(config)
@@ -141,8 +149,8 @@ def check(config: Any, adapter: AdapterWeights) -> None:
     CheckpointError: it cannot.
   """
   adapter = peft_lora.without_initial_factors(adapter)
-  if _is_prompt(adapter):
-    peft_prompt.write(config, adapter)
+  if prompt_format := _prompt_format(adapter):
+    prompt_format.write(config, adapter)
   else:
     _fields_and_rules(config, adapter)
 
@@ -171,9 +179,12 @@ def _write(
     )
 
 
-def _is_prompt(adapter: AdapterWeights) -> bool:
-  specs = method_instances(adapter.method).values()
-  return [spec.name for spec in specs] == ['prompt']
+def _prompt_format(adapter: AdapterWeights) -> ModuleType | None:
+  """The module that writes an adapter of one prompt or prefix, else None."""
+  names = [spec.name for spec in method_instances(adapter.method).values()]
+  if len(names) > 1:
+    return None
+  return {'prompt': peft_prompt, 'prefix': peft_prefix}.get(names[0])
 
 
 def _open_tensors(folder: Path) -> directory.Tensors:
@@ -285,7 +296,7 @@ def _fields_and_rules(
     return fields, _all_ia3_rules(config, adapter, specs), {}
   raise CheckpointError(
     f'peft cannot represent {adapter.method!r}: an adapter of peft is lora, '
-    'dora, ia3 or one prompt; write the moepeft format instead'
+    'dora, ia3, one prompt or one prefix; write the moepeft format instead'
   )
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from moepeft.checkpoints import directory
-from moepeft.checkpoints.hf import peft_prompt
+from moepeft.checkpoints.hf import peft_prefix, peft_prompt
 from moepeft.core import untrusted
 from moepeft.models.weight_mapping import CheckpointError
 
 FILE = 'adapter_config.json'
-_TYPES = ('LORA', 'IA3', peft_prompt.PEFT_TYPE)
+_PROMPT_TYPES = (*peft_prompt.PEFT_TYPES, peft_prefix.PEFT_TYPE)
+_TYPES = ('LORA', 'IA3', *_PROMPT_TYPES)
 # Fields that are read, or do not change the function of a trained adapter.
 # Other fields must be empty.
 _ACCEPTED_FIELDS = frozenset(
@@ -26,12 +27,13 @@ _ACCEPTED_FIELDS = frozenset(
   revision runtime_config target_modules task_type use_dora use_rslora
   """.split()
 )
-# Further fields of prompt tuning.
+# Further fields of prompts and prefixes. An encoder's are of training alone.
 _PROMPT_FIELDS = frozenset(
   """
   num_virtual_tokens token_dim num_transformer_submodules num_attention_heads
   num_layers prompt_tuning_init prompt_tuning_init_text tokenizer_kwargs
-  tokenizer_name_or_path
+  tokenizer_name_or_path encoder_dropout encoder_hidden_size encoder_num_layers
+  encoder_reparameterization_type init_weights prefix_projection
   """.split()
 )
 # Other initializations also change the base's weights.
@@ -52,8 +54,8 @@ def read(path: str) -> dict[str, Any]:
   kind = fields.get('peft_type')
   if not isinstance(kind, str) or kind not in _TYPES:
     raise CheckpointError(
-      f'{path} is a peft adapter of the type {kind!r}; LORA, IA3 and '
-      f'{peft_prompt.PEFT_TYPE} are supported'
+      f'{path} is a peft adapter of the type {kind!r}; '
+      f'{", ".join(_TYPES)} are supported'
     )
   try:
     _check(fields)
@@ -70,7 +72,7 @@ def read(path: str) -> dict[str, Any]:
       'with peft (merge_and_unload) and use the merged model'
     )
   accepted_fields = _ACCEPTED_FIELDS | (
-    _PROMPT_FIELDS if kind == peft_prompt.PEFT_TYPE else set()
+    _PROMPT_FIELDS if kind in _PROMPT_TYPES else set()
   )
   for name, value in sorted(fields.items()):
     neutral = _ACCEPTED_VALUES.get(name, ())

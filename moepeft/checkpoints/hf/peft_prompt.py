@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads and writes prompt tuning of `peft`.
+"""Reads and writes prompt tuning of `peft`, and reads its P-tuning.
 
 adapter_model.safetensors has one array, prompt_embeddings [r, d], for r tokens.
+In P-tuning an MLP or LSTM computed them in training, and the result is stored.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Shape
 
 PEFT_TYPE = 'PROMPT_TUNING'
+PEFT_TYPES = (PEFT_TYPE, 'P_TUNING')
 _NAME = 'prompt_embeddings'
 _SITE = 'embed'
 

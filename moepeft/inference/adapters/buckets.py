@@ -175,7 +175,9 @@ def rank_of(spec: Spec) -> int:
 
 
 def scale_of(spec: Spec) -> float:
-  """The scale of a method with a rank: alpha / r, or alpha / sqrt(r)."""
+  """alpha / r, or alpha / sqrt(r); 1 of a method without alpha."""
+  if _value(spec, 'alpha') is None:
+    return 1.0
   rank = rank_of(spec)
   rslora = _value(spec, 'rslora')
   return _value(spec, 'alpha') / (rank**0.5 if rslora else rank)

@@ -24,30 +24,33 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
   def states(n, length):
     return jax.ShapeDtypeStruct((n, length, d), dtype)
 
+  def source(length):
+    return states(1, length), int32(1), int32(1, length)
+
   longest = config.cache_lens[-1]
-  programs.plan_cache(
-    attach(model, longest), longest, states(1, longest), int32(1)
-  )
+  programs.plan_cache(attach(model, longest), longest, *source(longest))
   for s in config.input_lens:
     length = padded_size(config.cache_lens, s)
     method = encode(model, s, length)
     programs.plan_method(('encode', s), method, int32(1, s), int32(1))
   for length in config.cache_lens:
     method = attach(model, length)
-    programs.plan_method(
-      ('attach', length), method, states(1, length), int32(1)
-    )
+    programs.plan_method(('attach', length), method, *source(length))
     for n in config.batch_sizes:
       method, rows = decode(model, n, length), (int32(n), int32(n), int32(n))
       programs.plan_method(('decode', n, length), method, *rows)
     method = score(model, length)
-    rows = int32(1, length), int32(1, length), states(1, length), int32(1)
+    rows = int32(1, length), int32(1, length), *source(length)
     programs.plan_method(('score', length), method, *rows, on_demand=True)
 
 
-def _encoder_context(size: Array, length: int, stack=None) -> Context:
+def _encoder_context(
+  size: Array, length: int, stack=None, ids: Array | None = None
+) -> Context:
+  """The context of the encoder's ids [length]."""
   mask = (jnp.arange(length) < size)[None]
-  return Context(token_mask=mask, run_layers=stack)
+  ids = None if ids is None else ids[None]
+  return Context(token_mask=mask, token_ids=ids, run_layers=stack)
 
 
 def encode(model: ServedModel, s: int, length: int) -> LayeredMethod:
@@ -69,11 +72,11 @@ def encode(model: ServedModel, s: int, length: int) -> LayeredMethod:
 def attach(model: ServedModel, length: int) -> LayeredMethod:
   """Writes the cross-attention's keys and values to a slot.
 
-  The inputs are encoder states [1, length, d] and the number of them that are
-  not padding, int32 [1]. There is no output.
+  The inputs are encoder states [1, length, d], the number of them that are not
+  padding, int32 [1], and their ids, int32 [1, length]. There is no output.
   """
 
-  def arguments(stack, states, size):
+  def arguments(stack, states, size, source_ids):
     ctx = Context(
       token_mask=jnp.ones((1, 1), bool),
       index=jnp.int32(0),
@@ -82,7 +85,8 @@ def attach(model: ServedModel, length: int) -> LayeredMethod:
       run_layers=stack,
     )
     ids = jnp.full((1, 1), PAD, jnp.int32)
-    return ids, ctx, states[None], _encoder_context(size, length)
+    source_ctx = _encoder_context(size, length, ids=source_ids)
+    return ids, ctx, states[None], source_ctx
 
   def write_cache(cache, rows, positions, new):
     return kv_cache.write_cross(cache, rows, new)
@@ -142,12 +146,13 @@ def score(model: ServedModel, length: int) -> LayeredMethod:
   [1, length] each, then the inputs of `attach`. The output is float32 [length].
   """
 
-  def arguments(stack, ids, next_ids, states, size):
+  def arguments(stack, ids, next_ids, states, size, source_ids):
     # Attention is causal, so the padding after the answer needs no mask.
     ctx = Context(token_mask=jnp.ones((1, length), bool), run_layers=stack)
-    return ids[None], ctx, states[None], _encoder_context(size, length)
+    source_ctx = _encoder_context(size, length, ids=source_ids)
+    return ids[None], ctx, states[None], source_ctx
 
-  def outputs(logits, weights, ids, next_ids, states, size):
+  def outputs(logits, weights, ids, next_ids, *source):
     logits = logits[0, 0].astype(jnp.float32)
     return sampler.score(logits, next_ids[0])
 

@@ -4,7 +4,7 @@
 Only the engine thread uses it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -133,18 +133,22 @@ class ModelRunner:
     return self._run(('encode', s), *args)
 
   def attach(
-    self, adapters: np.ndarray, slot: int, states: Array, size: int
+    self,
+    adapters: np.ndarray,
+    slot: int,
+    states: Array,
+    source_ids: Sequence[int],
   ) -> None:
     """Writes the cross-attention's keys and values to a slot.
 
     Args:
       adapters: int32 [z].
       states: [length, d], from `encode`.
-      size: the number of states that are not padding.
+      source_ids: the ids of the states that are not padding.
     """
-    slot, size = (np.array([a], np.int32) for a in (slot, size))
-    start = np.zeros(1, np.int32)
-    args = adapters[None], slot, start, states[None], size
+    slot, start = np.array([slot], np.int32), np.zeros(1, np.int32)
+    source = _source(states, source_ids)
+    args = adapters[None], slot, start, *source
     self._run(('attach', len(states)), *args)
 
   def score_prompts(
@@ -161,11 +165,11 @@ class ModelRunner:
     ids: np.ndarray,
     next_ids: np.ndarray,
     states: Array,
-    size: int,
+    source_ids: Sequence[int],
   ) -> Array:
-    """See `encoder_decoder_programs.score`; the arguments have no row axis."""
-    zero, size = np.zeros(1, np.int32), np.array([size], np.int32)
-    args = ids[None], next_ids[None], states[None], size
+    """See `encoder_decoder_programs.score` and `attach`."""
+    zero = np.zeros(1, np.int32)
+    args = ids[None], next_ids[None], *_source(states, source_ids)
     key = 'score', len(states)
     return self._run(key, adapters[None], zero, zero, *args)
 
@@ -208,3 +212,10 @@ class ModelRunner:
       if writes_cache:
         self._cache[i] = cache
     return self.programs[(*key, 'after')](*shared, x, weights, *inputs)
+
+
+def _source(states: Array, ids: Sequence[int]) -> tuple[Array, ...]:
+  """The encoder's states, the number of its ids, and these with padding."""
+  padded = np.zeros((1, len(states)), np.int32)
+  padded[0, : len(ids)] = ids
+  return states[None], np.array([len(ids)], np.int32), padded

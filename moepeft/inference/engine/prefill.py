@@ -187,7 +187,7 @@ class EncoderDecoderPrefill:
       sequence.num_cached_tokens = len(sequence.request.prompt_ids)
     states = self.encode(sha256, sequence.adapter.row, ids)
     slot = sequence.slot.number
-    self._runner.attach(sequence.adapter.row, slot, states, len(ids))
+    self._runner.attach(sequence.adapter.row, slot, states, ids)
     sequence.prefilled = True
 
   def cache_len(self, sequence: Sequence) -> int:

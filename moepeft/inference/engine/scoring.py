@@ -93,9 +93,7 @@ def score_answer(core: EngineCore, request: LogprobRequest) -> np.ndarray:
       states = jnp.pad(states, ((0, length - len(states)), (0, 0)))
     inputs, next_ids = np.full((2, len(states)), PAD, np.int32)
     inputs[1 : len(answer)], next_ids[: len(answer)] = answer[:-1], answer
-    logprobs = runner.score_answer(
-      adapter.row, inputs, next_ids, states, len(ids)
-    )
+    logprobs = runner.score_answer(adapter.row, inputs, next_ids, states, ids)
   finally:
     runner.adapters.release(adapter)
   logprobs = np.asarray(logprobs, np.float64)[: len(answer)]

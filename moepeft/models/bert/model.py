@@ -277,6 +277,7 @@ class Bert(Transformer):
       positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
       ctx = ctx.replace(positions=positions)
     types = jnp.zeros_like(ids) if types is None else types
+    ctx = ctx.replace(token_ids=ids)
     x = self.embed(ids, ctx) + self.types(types, ctx)
     x = self.embed_norm(x + self.positions(ctx.positions, ctx), ctx)
     return self.encoder(self.drop(x, deterministic=not ctx.train), ctx)

@@ -208,6 +208,7 @@ class Decoder(Transformer):
     if ctx.positions is None:
       positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
       ctx = ctx.replace(positions=positions)
+    ctx = ctx.replace(token_ids=ids)
     x = self.embed(ids, ctx)
     if c.scale_embedding:
       x = x * jnp.asarray(c.d_model**0.5, x.dtype)

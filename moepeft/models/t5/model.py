@@ -313,6 +313,7 @@ class T5(Transformer):
 
   def encode(self, inputs: Array, ctx: Context) -> Array:
     """ids [b, s] -> hidden states [b, s, d]."""
+    ctx = ctx.replace(token_ids=inputs)
     x = self.embed(inputs, ctx)
     mask = attention_mask(
       ctx.token_mask, ctx.token_mask, ctx.segment_ids, ctx.segment_ids
@@ -340,6 +341,7 @@ class T5(Transformer):
       mask = attention_mask(
         token_mask, token_mask, segments, segments, causal=True
       )
+    ctx = ctx.replace(token_ids=ids)
     x = self.embed(ids, ctx)
     x = self.decoder(x, ctx, mask, encoded, source_ctx, source_mask)
     if self.config.scale_head:

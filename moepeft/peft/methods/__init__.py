@@ -39,7 +39,10 @@ METHODS: Registry = Registry(
     'poly': 'presets:POLY',
     'goat': 'presets:GOAT',
     'hmora': 'presets:HMORA',
+    'adamix': 'presets:ADAMIX',
     'tokens': 'tokens:METHOD',
     'prompt': 'prompt_tuning:METHOD',
+    'p_tuning': 'p_tuning:METHOD',
+    'prefix': 'prefix_tuning:METHOD',
   },
 )

@@ -224,3 +224,18 @@ HMORA = mixture_of(
   roles=_at('query', 'key', 'value', 'gate', 'up'),
   router='hybrid(k=2)',
 )
+
+# Wang et al., arXiv:2205.12410: a random expert in training, merged parameters
+# after it. The projection up is that of all experts.
+ADAMIX = mixture_of(
+  bottleneck.METHOD,
+  values={
+    'experts': 4,
+    'size': 16,
+    'activation': 'gelu_exact',
+    'share': 'up',
+    'combine': 'parameters',
+  },
+  roles=_at('mlp'),
+  router='random_then_mean',
+)

@@ -49,18 +49,22 @@ class Prompt(nn.Module):
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     if f.eqn is not None or f.kernel is None:
       raise ValueError("prompt acts at 'embed' only; leave out `targets`")
-    v, d = f.shape
-    vectors = peft_param(
-      self,
-      'vectors',
-      lambda key, shape, dtype: common(key, f.kernel(), shape[0], dtype),
-      (self.length, d),
-      'rd',
-    )
+    v, vectors = f.shape[0], self.vectors(f)
     # Beyond the table there would be NaN.
     y = f(jnp.minimum(x, v - 1))
     prompt = jnp.take(vectors, jnp.clip(x - v, 0, self.length - 1), axis=0)
     return jnp.where((x >= v)[..., None], prompt.astype(y.dtype), y)
+
+  @nn.nowrap
+  def vectors(self, f: BaseLayer) -> Array:
+    """The vectors of the placeholders, [r, d]."""
+    return peft_param(
+      self,
+      'vectors',
+      lambda key, shape, dtype: common(key, f.kernel(), shape[0], dtype),
+      (self.length, f.shape[1]),
+      'rd',
+    )
 
 
 def common(key: Array, table: Array, r: int, dtype: Any) -> Array:

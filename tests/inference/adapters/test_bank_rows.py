@@ -107,6 +107,7 @@ ONE_EACH = (
   'comol(experts=3, rank=2)',
   'loramoe(experts=3, rank=2)',
   'prompt(length=3)',
+  'prefix(length=3)',
 )
 
 
