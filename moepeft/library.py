@@ -23,8 +23,10 @@ from ml_collections import ConfigDict
 from moepeft import evaluate as evaluate_command
 from moepeft.checkpoints import base as base_lib
 from moepeft.config import command_line
+from moepeft.evaluation.loglikelihood import answer_log_probs
 from moepeft.inference import sampling
 from moepeft.inference.adapters.fixed import FixedAdapter
+from moepeft.inference.adapters.served_modules import why_not_decoded
 from moepeft.inference.api import LogprobRequest, Request
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
@@ -126,14 +128,17 @@ class Model:
       ValueError: a prompt and its answer are too long.
     """
     encode, tokenizer = self.loaded.prompt_encoder(), self.loaded.tokenizer
-    return self._engine.log_probs(
-      [
-        LogprobRequest(
-          tuple(encode([prompt])), (*tokenizer.encode(answer), tokenizer.eos)
-        )
-        for prompt, answer in zip(prompts, answers, strict=True)
-      ]
-    )
+    requests = [
+      LogprobRequest(
+        tuple(encode([prompt])), (*tokenizer.encode(answer), tokenizer.eos)
+      )
+      for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    model = self.loaded.model
+    if any(why_not_decoded(a) for _, a in model.adapter_map.entries):
+      score = functools.partial(answer_log_probs, model, self.loaded.variables)
+      return [score(r.prompt_ids, r.answer_ids) for r in requests]
+    return self._engine.log_probs(requests)
 
   def evaluate(
     self, data: str, metrics: Sequence[str] = (), max_examples: int = 100

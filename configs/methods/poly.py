@@ -11,8 +11,8 @@ of the embedded data. An adapter whose router reads tasks is trained and scored;
 requests to generate name no task.
 
 differs: follows peft's Poly with one split: rank 8, 4 skills, a relaxed
-  Bernoulli sample in training and its mean after. Multi-head routing (MHR) has
-  more splits and is not here.
+  Bernoulli sample in training and its mean after. The preset mhr has
+  more splits.
 scale: alpha / r = 1 / 8 = 0.125, times weights that sum to one, of A and of B.
 """
 

@@ -61,6 +61,8 @@ class Context:
       with right-padded prompts, also each token's position in the cache.
     routing: a Routing [l, b, t, e] from an earlier pass, which the sites of a
       stack use instead of their routers, each layer with its own slice.
+    first_pass: [b, t, d], the last hidden states of the base alone, for the
+      sites whose mixture reads them. None where no mixture does.
     layer: int32 scalar, the layer's index within its stack.
     layer_routings: the routings that sites of this layer have made so far, for
       the sites that share a router; None outside of a stack; static.
@@ -69,6 +71,7 @@ class Context:
       None for all. A router gives no weight to any other expert; see
       `moepeft.moe.gate.mask_experts`.
     index: int32 scalar, the next position in the cache of a decoder.
+    without_adapters: whether the pass leaves out every adapter; static.
     train: whether dropout and router noise are on; static.
     decode: whether attention reads and writes its cache; static.
     cache_length: the cache's length in tokens; static.
@@ -83,9 +86,11 @@ class Context:
   segment_ids: Array | None = None
   positions: Array | None = None
   routing: 'Routing | None' = None
+  first_pass: Array | None = None
   layer: Array | None = None
   expert_mask: Array | None = None
   index: Array | None = None
+  without_adapters: bool = struct.field(pytree_node=False, default=False)
   train: bool = struct.field(pytree_node=False, default=False)
   decode: bool = struct.field(pytree_node=False, default=False)
   cache_length: int = struct.field(pytree_node=False, default=0)

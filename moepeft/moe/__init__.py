@@ -38,6 +38,7 @@ ROUTERS: Registry = Registry(
     'poly': 'poly:ROUTER',
     'hybrid': 'hybrid:ROUTER',
     'hash': 'hash:ROUTER',
+    'token_mean': 'token_mean:ROUTER',
     'product_key': 'product_key:ROUTER',
     'random_then_mean': 'random_then_mean:ROUTER',
   },

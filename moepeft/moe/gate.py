@@ -29,7 +29,7 @@ class ScoreGate(nn.Module):
   """A router whose logits are scores of its input / temperature.
 
   The scores are x W; a subclass may replace `scores`. Parameters: kernel
-  [i, e], float32; there is no bias.
+  [i, e] and, where there is a bias, bias [e], float32.
 
   Attributes:
     experts: e.
@@ -38,12 +38,15 @@ class ScoreGate(nn.Module):
       torch.nn.Linear, and with it most other released codes; 'zeros' leaves it
       zero.
     temperature: divides the logits.
+    bias: whether the logits have one, drawn as by torch.nn.Linear with
+      kernel_init='kaiming', else zero at first.
     jitter: of the input, in training; see `jitter_input`.
   """
 
   experts: int = option(1, EXPERTS)
   kernel_init: str = option('normal', Choices(KERNEL_INITS), training_only=True)
   temperature: float = option(1.0, TEMPERATURE)
+  bias: bool = False
   jitter: float = option(0.0, JITTER, training_only=True)
 
   @nn.nowrap
@@ -66,6 +69,10 @@ class ScoreGate(nn.Module):
   def masked_logits(self, x: Array, ctx: Context) -> Array:
     """float32 [b, t, e], -inf for experts that the layer does not have."""
     scores = self.scores(jitter_input(self, x, self.jitter, ctx))
+    if self.bias:
+      is_drawn = self.kernel_init == 'kaiming'
+      init = kaiming_uniform(x.shape[-1]) if is_drawn else Constant(0)
+      scores += peft_param(self, 'bias', init, (self.experts,), 'e')
     return mask_experts(scores / self.temperature, ctx)
 
 

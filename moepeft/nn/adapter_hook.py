@@ -30,6 +30,11 @@ class AdapterMap:
 
   entries: tuple[tuple[str, nn.Module], ...] = ()
 
+  @property
+  def two_pass(self) -> bool:
+    """Whether an adapter reads a first pass of the base alone."""
+    return any(getattr(a, 'two_pass', False) for _, a in self.entries)
+
   def at(self, site: str) -> tuple[nn.Module, ...]:
     return tuple(adapter for path, adapter in self.entries if path == site)
 
@@ -113,7 +118,7 @@ def apply_adapters(
   ctx: Context,
 ):
   """Calls `f` at `x` with the site's adapters around it, innermost first."""
-  for adapter in adapter_map.at(site):
+  for adapter in () if ctx.without_adapters else adapter_map.at(site):
     # A deep clone, because a shared router would belong to the first site only.
     f = _wrap(adapter.clone(parent=parent, _deep_clone=True), f, ctx)
   return f(x)

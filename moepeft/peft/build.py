@@ -44,6 +44,15 @@ class Built:
     }
     return tuple(patterns)
 
+  @property
+  def tied_arrays(self) -> dict[str, int]:
+    """As `peft.tied_layers.tie` takes them."""
+    return {
+      f'/{adapter.name}/{arrays}': groups
+      for _, adapter in self.adapter_map.entries
+      for arrays, groups in getattr(adapter, 'tied_arrays', {}).items()
+    }
+
   def variables(self, state: State) -> dict[str, Tree]:
     """{'params': ..., 'peft': ...} of a training state; its 'reference'."""
     frozen = {'peft': 'params', 'params': 'peft'}[self.trainable]
@@ -92,6 +101,7 @@ def build(
     adapter = make_adapter(spec, unique_name(spec.name, names), methods)
     paths = _paths(spec, method, sites, semantics)
     _check_router(spec, paths)
+    _check_two_pass(adapter, sites)
     entries += [(path, adapter) for path in paths]
     replaced |= {f'{p}/{s}': spec.name for p in paths for s in method.replaces}
   for path, adapter in entries:
@@ -197,6 +207,16 @@ def _check_router(spec: Spec, paths: Sequence[str]) -> None:
         "those to predict; name those of an encoder, targets='encoder/*', or "
         'take another router'
       )
+
+
+def _check_two_pass(adapter: nn.Module, sites: Mapping[str, str]) -> None:
+  """Raises ValueError where a model has no first pass for an adapter."""
+  has_encoder = any(path.startswith('encoder/') for path in sites)
+  if getattr(adapter, 'two_pass', False) and has_encoder:
+    raise ValueError(
+      f'{adapter.name} routes by a first pass of a decoder-only model, and '
+      "this one has an encoder; take another model, or write reads='input'"
+    )
 
 
 def _paths(spec, method, sites, semantics) -> list[str]:

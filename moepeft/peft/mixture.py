@@ -23,6 +23,7 @@ import numpy as np
 from moepeft.core.ranges import Choices, IntegerList, Range, Texts, option
 from moepeft.core.types import Array, Context, Routing
 from moepeft.moe import DEFAULT_ROUTER
+from moepeft.moe.dispatch import Dispatch, dispatch
 from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
@@ -30,8 +31,9 @@ from moepeft.nn.adapter_hook import BaseLayer, flatten_features
 from moepeft.nn.initializers import record_expert_counts
 from moepeft.peft.method import Method
 
-READS = ('input', 'output', 'heads', 'down')
+READS = ('input', 'output', 'heads', 'down', 'first_pass')
 COMBINE = ('outputs', 'parameters')
+DISPATCH = ('auto', 'dense', 'sparse')
 # Counts of experts by quarters of a stack's layers. Source: MoLA (Gao et al.,
 # arXiv:2402.08562), section 3.3.
 COUNTS_BY_QUARTER = {
@@ -40,10 +42,6 @@ COUNTS_BY_QUARTER = {
   'diamond': (2, 8, 8, 2),
   'hourglass': (8, 2, 2, 8),
 }
-_NOT_POOLED = (
-  'a pool holds its expert in another form; serve it alone, as the adapter of '
-  'the model'
-)
 # Options that say how many experts there are; a method string has one of them.
 EXPERT_COUNTS = ('experts', 'experts_per_layer', 'from_adapters')
 
@@ -54,17 +52,41 @@ class Mixing:
 
   Attributes:
     experts: e, the number of them in the stacked parameters.
-    weights: () -> [b, t, e], or [b, t, n, e] for each head; where the mixture
-      reads 'down', (the experts' down-projections of x) -> weights. To be
-      called once.
+    weights: () -> [b, t, e], or [b, t, n, e] for each head or split; where the
+      mixture reads 'down', (the experts' down-projections of x) -> weights. To
+      be called once.
+    k: the number of experts with weight, the same for every token; None if it
+      differs, or if the weights are not known yet.
     share: the parameters that all experts have in common, one letter each.
-    combine: 'outputs' or 'parameters', as in `Mixture`.
+    combine, dispatch: as in `Mixture`.
+    splits: the number of equal parts of the inputs and of the outputs that have
+      weights of their own; with more than one, parameters are combined and none
+      is shared.
   """
 
   experts: int
   weights: Callable[..., Array]
+  k: int | None = None
   share: str = ''
   combine: str = 'outputs'
+  dispatch: str = 'dense'
+  splits: int = 1
+
+  def slots(self, pays: Callable[[int, int, int], bool]) -> Dispatch | None:
+    """The tokens sorted by expert; None where all experts are computed.
+
+    Args:
+      pays: (tokens, e, k) -> whether sorting takes less time, for 'auto'.
+    """
+    if self.k is None or self.dispatch == 'dense':
+      return None
+    weights = self.weights()
+    if weights.ndim != 3 or self.share or self.combine != 'outputs':
+      return None
+    weights = weights.reshape(-1, self.experts)
+    if self.dispatch == 'auto' and not pays(*weights.shape, self.k):
+      return None
+    return dispatch(weights, self.k)
 
 
 class Mixture(nn.Module):
@@ -84,11 +106,16 @@ class Mixture(nn.Module):
       queries; 'output': f(x); 'heads': each
       head of f(x), through one router that the heads share, and 'output'
       where f(x) has no heads; 'down': the experts' down-projections of x,
-      x A of low-rank ones.
+      x A of low-rank ones; 'first_pass': the last hidden state of the token in
+      a pass without adapters, as in X-LoRA (Buehler and Buehler,
+      arXiv:2402.07148).
     share: the parameters that all experts have in common, '' for none.
     combine: 'outputs' weights what the experts compute; 'parameters' weights
       each of their parameters, and computes one expert of the sums, as in
       SMEAR (Muqeeth et al., arXiv:2306.03745).
+    dispatch: 'dense' computes all experts for every token; 'sparse' sorts
+      tokens by expert, and computes the experts that the router chose; 'auto'
+      takes what is faster for the shapes; see `moepeft.moe.dispatch`.
     shared_experts: experts with a weight of one for every token, beside e.
     identity_experts: experts of the router that add nothing, beside e.
     share_router: whether the sites of a layer that read the same input (q, k
@@ -109,6 +136,7 @@ class Mixture(nn.Module):
   reads: str = option('input', Choices(READS))
   share: str = ''
   combine: str = option('outputs', Choices(COMBINE))
+  dispatch: str = option('auto', Choices(DISPATCH), training_only=True)
   shared_experts: int = option(0, Range(0, 65_536))
   identity_experts: int = option(0, Range(0, 65_536))
   share_router: bool = False
@@ -129,10 +157,20 @@ class Mixture(nn.Module):
       *(f'router/{arrays}' for arrays in router_arrays),
     )
 
+  @property
+  def tied_arrays(self) -> dict[str, int]:
+    """{regular expression: groups} of arrays that layers have in common."""
+    return getattr(self.expert, 'tied_arrays', {})
+
+  @property
+  def two_pass(self) -> bool:
+    """Whether it needs `Context.first_pass`."""
+    return self.reads == 'first_pass'
+
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     # At an attention's core x is `Heads`.
-    router_input = getattr(x, 'q', x)
+    router_input = ctx.first_pass if self.two_pass else getattr(x, 'q', x)
     if self.reads in ('output', 'heads'):
       router_input = y = f(x)
       f = dataclasses.replace(f, call=_at(f, x, y))
@@ -140,20 +178,30 @@ class Mixture(nn.Module):
       router_input = flatten_features(router_input)
     router_ctx = self._with_expert_mask(ctx)
 
-    def weights(down: Array | None = None) -> Array:
-      features = down if self.reads == 'down' else router_input
-      if features is None:
+    def weights_of_down(down: Array | None = None) -> Array:
+      if down is None:
         raise ValueError(
           f"{self.name}: its experts have no down-projection for reads='down'; "
           "write reads='input'"
         )
-      routing = self._route(x, features, router_ctx)
-      self._check_k(routing.k)
-      return self._with_fixed_experts(routing.combine_weights)
+      return self._weights(self._route(x, down, router_ctx))
 
     mixing = Mixing(
-      self.experts + self.shared_experts, weights, self.share, self.combine
+      self.experts + self.shared_experts,
+      weights_of_down,
+      share=self.share,
+      combine=self.combine,
+      dispatch=self.dispatch,
+      splits=self._splits,
     )
+    if self.reads != 'down':
+      routing = self._route(x, router_input, router_ctx)
+      weights = self._weights(routing)
+      mixing = dataclasses.replace(
+        mixing,
+        weights=lambda down=None: weights,
+        k=routing.k and min(routing.k + self.shared_experts, mixing.experts),
+      )
     return self.expert.mix(self, f, x, ctx, mixing)
 
   def _route(self, x: Array, features: Array, ctx: Context) -> Routing:
@@ -167,8 +215,24 @@ class Mixture(nn.Module):
       routings.put(self.name, x, routing)
     return routing
 
-  def _with_fixed_experts(self, weights: Array) -> Array:
-    """The router's weights, without identity experts, with shared ones."""
+  @property
+  def _splits(self) -> int:
+    splits = getattr(self.router, 'splits', 1)
+    takes_splits = getattr(self.expert, 'takes_splits', False)
+    is_combined = self.combine == 'parameters' and not self.share
+    fits = takes_splits and is_combined and not self.experts_per_layer
+    if splits > 1 and not fits:
+      raise ValueError(
+        f'{self.name}: a router with splits={splits} weights parts of the '
+        "parameters of expert=lora; write combine='parameters' without share "
+        'and experts_per_layer, or splits=1'
+      )
+    return splits
+
+  def _weights(self, routing: Routing) -> Array:
+    """The combine weights, without identity experts, with shared ones."""
+    self._check_k(routing.k)
+    weights = routing.combine_weights
     if self.identity_experts:
       weights = weights[..., : self.experts]
     if self.shared_experts:
@@ -263,7 +327,5 @@ def mixture_of(
     exact_identity=expert.additive,
     replaces=expert.replaces,
     scaled_leaves=expert.scaled_leaves,
-    not_pooled=expert.not_pooled
-    or (expert.pooled_module and _NOT_POOLED)
-    or '',
+    not_pooled=expert.not_pooled,
   )

@@ -56,6 +56,7 @@ from moepeft.objectives import (
 from moepeft.objectives import check_config as check_objective
 from moepeft.objectives.batches import make_collator
 from moepeft.peft import Built
+from moepeft.peft.tied_layers import tie
 from moepeft.runs.directory import Workdir
 from moepeft.runs.history import History
 from moepeft.runs.run import Run
@@ -361,7 +362,7 @@ def _build_state(
       f'config.model.adapter; set config.preference.reference to {adapter!r} '
       'to measure against where training begins'
     )
-  trainable = variables.pop(method.trainable)
+  trainable = tie(variables.pop(method.trainable), method.tied_arrays)
   trained, _ = router_state.split(trainable, method.frozen_arrays)
   if method.frozen_arrays and not jax.tree.leaves(trained):
     raise ValueError(

@@ -19,6 +19,7 @@ from moepeft.objectives import Objective
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.peft import Built
 from moepeft.peft.build import routers as method_routers
+from moepeft.peft.tied_layers import tie
 from moepeft.training import grad_accumulation
 
 TrainStep = Callable[[State, Batch], tuple[State, dict[str, Any]]]
@@ -65,7 +66,8 @@ def make_train_step(
 
     def sums_fn(weights, rows, rng):
       # `rows` may be a part of the batch, so this must not average over them.
-      trainable = router_state.join(weights, untrained)
+      tied = tie(weights, method.tied_arrays)
+      trainable = router_state.join(tied, untrained)
       variables = method.variables(state.replace(trainable=trainable))
       total, sums = objective(model.apply, variables, rows, split_rngs(rng))
       return sums | {'total': total}
@@ -88,7 +90,7 @@ def make_train_step(
     return state.replace(
       step=state.step + 1,
       trainable=router_state.join(
-        optax.apply_updates(weights, updates),
+        tie(optax.apply_updates(weights, updates), method.tied_arrays),
         router_state.update(untrained, metrics['routing'], routers),
       ),
       opt=opt,

@@ -73,6 +73,8 @@ CONFIGS = {
   'alibi': _like('llama', positions='alibi', window=5),
 }
 LENGTHS = (11, 4, 7)
+# Methods that need a decoder-only model; small.METHODS has the others.
+METHODS = ("xlora(experts=3, rank=2, targets='*/v|*/wo')",)
 
 
 def batch(vocab=37, seed=0):

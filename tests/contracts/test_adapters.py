@@ -19,7 +19,7 @@ from moepeft.peft import METHODS, build
 from moepeft.peft.method_text import method_entry, resolve
 from moepeft.peft.prefix import model_prefix_ids
 
-from . import small
+from . import small, small_decoders
 
 few = pytest.mark.parametrize(
   'method', small.others_slow(small.METHODS, quick=small.FEW)
@@ -37,7 +37,8 @@ def apply(model, variables, batch):
 
 
 def test_small_methods_cover_the_registry():
-  named = {m.split('(')[0].split(' ')[0] for m in small.METHODS}
+  methods = small.METHODS + small_decoders.METHODS
+  named = {m.split('(')[0].split(' ')[0] for m in methods}
   assert named | {'full'} == set(METHODS)
 
 

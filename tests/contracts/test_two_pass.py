@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing by an earlier pass, as X-LoRA has it: each layer its own part.
+"""Routing by an earlier pass: each layer its own part, or its own head.
 
 The first pass computes the base model, since no expert has weight; a head on
 its last hidden states gives each token's weights in every layer of the second.
-Axes: b 3, t 11, d 13; 3 layers, e 3 experts of rank 2.
+`TwoPass` does so around a model, which takes a Routing of all layers; in X-LoRA
+as a method, each site has the part of the head that is for it. Axes: b 3, t 11,
+d 13; 3 layers, e 3 experts of rank 2.
 """
 
 import dataclasses
@@ -16,8 +18,10 @@ import optax
 import pytest
 
 from moepeft.core.types import Routing, State
+from moepeft.inference.adapters.served_modules import check_decodes
 from moepeft.models.decoder.model import Decoder, sites
 from moepeft.models.sites import context
+from moepeft.models.t5 import model as t5
 from moepeft.nn.numerics import softmax
 from moepeft.objectives.objective import Objective
 from moepeft.objectives.seq2seq import loss_sums
@@ -243,3 +247,88 @@ def test_a_routing_of_another_shape_is_refused():
     model.apply(
       variables, small_decoders.batch(), routing=Routing(weights, weights)
     )
+
+
+XLORA = small_decoders.METHODS[0]
+
+
+def test_xlora_routes_by_the_base_s_last_hidden_states():
+  model, variables = make(CONFIG, XLORA, 0.3)
+  batch = small_decoders.batch()
+  run = functools.partial(model.apply, mutable=['weights'])
+  _, updates = jax.jit(run)(variables, batch)
+  ctx = context(batch, 'inputs', batch['inputs'], train=False)
+  states_of = functools.partial(Decoder(CONFIG).apply, method='states')
+  states = jax.jit(states_of)(
+    {'params': variables['params']}, batch['inputs'], ctx
+  )
+  site = variables['peft']['decoder']['layers']['self']['v']
+  router = site['xlora']['router']
+  logits = np.einsum('btd,lde->lbte', states, router['kernel'])
+  logits += np.asarray(router['bias'])[:, None, None]
+  weights = updates['weights']['decoder']['layers']['self']['v']['xlora']
+  np.testing.assert_allclose(weights['weights'][0], softmax(logits), **CLOSE)
+
+
+def test_xlora_starts_at_the_base_and_routes_a_token_by_its_prefix():
+  model, variables = make(CONFIG, XLORA, 0.3)
+  batch = small_decoders.batch()
+  before = logits_of(model, variables)
+  changed = batch['inputs'].at[:, 4:].add(1) % 37
+  after = logits_of(model, variables, batch | {'inputs': changed})
+  np.testing.assert_allclose(after[:, :4], before[:, :4], **CLOSE)
+  assert np.abs(after[0, 4:] - before[0, 4:]).max() > 0.01
+  _, fresh = make(CONFIG, XLORA)
+  base = small.jitted(Decoder(CONFIG))(
+    {'params': variables['params']}, small_decoders.batch()
+  )
+  np.testing.assert_allclose(logits_of(model, fresh), base, **CLOSE)
+  loop, _ = make(CONFIG, XLORA, 0.3, scan=False)
+  np.testing.assert_allclose(
+    logits_of(loop, small.unstack(variables)), before, **CLOSE
+  )
+
+
+@pytest.mark.slow
+def test_xlora_trains_and_neither_parts_nor_remat_change_that():
+  built = build(XLORA, sites(CONFIG))
+  optimizer = optax.adam(0.01)
+
+  def train(steps, parts=1, **options):
+    model, variables = make(CONFIG, XLORA, 0.3, **options)
+    state = State(
+      jnp.int32(0),
+      variables['peft'],
+      variables['params'],
+      optimizer.init(variables['peft']),
+      jax.random.key(0),
+    )
+    step = jax.jit(
+      make_train_step(
+        model,
+        built,
+        Objective(loss_sums),
+        optimizer,
+        {'z': 0.01},
+        accumulate=parts,
+      )
+    )
+    losses = []
+    for _ in range(steps):
+      state, metrics = step(state, rows())
+      losses.append(float(metrics['loss']))
+    return losses
+
+  losses = train(10)
+  assert losses[-1] < losses[0] - 0.1
+  np.testing.assert_allclose(
+    train(3, parts=3, remat='full'), losses[:3], rtol=1e-5
+  )
+
+
+def test_xlora_needs_a_decoder_only_model_and_is_not_generated_with():
+  with pytest.raises(ValueError, match='by a first pass of a decoder-only mod'):
+    build('xlora', t5.sites(small.GATED))
+  adapter = build(XLORA, sites(CONFIG)).adapter_map.entries[0][1]
+  with pytest.raises(ValueError, match='by a first pass .* no KV cache'):
+    check_decodes(adapter)

@@ -56,6 +56,10 @@ ADAPTERS = {
   'bitfit': 'bitfit',
   'ln_tuning': 'ln_tuning',
   'prefix': 'prefix(length=3)',
+  'adamix': 'adamix(experts=3, size=2)',
+  'lily': 'lily(experts=3, rank=2)',
+  'hash': f'molora(experts=3, rank=2, router=hash(seed=3), {_AT})',
+  'prefixes': 'mixture(expert=prefix(length=3), experts=3)',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }
 # Gate and up have names of the family's.

@@ -61,6 +61,11 @@ CASES = {
     {'kernel': KERNEL},
     lambda x: equations.soft(x, KERNEL / 2.5),
   ),
+  'biased': (
+    {'temperature': 2.5, 'bias': True},
+    {'kernel': KERNEL, 'bias': D},
+    lambda x: equations.softmax((x @ KERNEL + D) / 2.5),
+  ),
   'flat': (
     {'temperature': 20.0},
     {'kernel': KERNEL},
@@ -135,6 +140,7 @@ CASES = {
 }
 ROUTER_OF = {
   'temperature': 'softmax',
+  'biased': 'softmax',
   'flat': 'softmax',
   'top_p_renormalized': 'top_p',
 }

@@ -77,6 +77,14 @@ def test_every_query_sees_the_prefix_without_mask_and_bias(implementation):
   np.testing.assert_allclose(actual, attention(PREFIX), **CLOSE)
 
 
+def test_no_query_sees_a_vector_of_zeros():
+  module = adapter(f'prefix(length={R + 2})', site='encoder/self/core')
+  padded = {
+    name: np.pad(a, ((0, 2), (0, 0), (0, 0))) for name, a in PREFIX.items()
+  }
+  np.testing.assert_allclose(apply(module, padded), attention(PREFIX), **CLOSE)
+
+
 def test_a_routers_weights_multiply_the_attention_to_an_experts_keys():
   module = adapter(
     f'mixture(expert=prefix(length={R}), experts=2, router=topk(k=1))',

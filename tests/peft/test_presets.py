@@ -11,6 +11,7 @@ import pytest
 
 from moepeft.core.types import Context
 from moepeft.models import weight_mapping
+from moepeft.models.decoder import model as decoder
 from moepeft.models.t5 import model as t5
 from moepeft.moe import ROUTERS, router_state
 from moepeft.moe.router_stats import router_stats
@@ -24,11 +25,13 @@ from moepeft.peft.build import routers
 from moepeft.peft.method_text import canonical_text
 from moepeft.peft.mixture import layer_counts
 
-from ..contracts import small
+from ..contracts import small, small_decoders
 from ..reference import router_equations_context as equations
 from .test_semantics import CLOSE, adapter, call, normal, projection, softmax
 
 SITES = t5.sites(small.GATED)
+# Of presets that need a decoder-only model.
+DECODER_SITES = {'xlora': decoder.sites(small_decoders.CONFIGS['llama'])}
 PRESETS = [name for name, entry in METHODS.items() if entry.expert]
 
 
@@ -44,13 +47,14 @@ def shapes(method):
 @pytest.mark.parametrize('preset', PRESETS)
 def test_a_preset_is_its_text_and_options_replace_its_values(preset):
   assert canonical_text(preset) == preset
-  built = build(preset, SITES)
-  assert build(built.method, SITES) == built
+  sites = DECODER_SITES.get(preset, SITES)
+  built = build(preset, sites)
+  assert build(built.method, sites) == built
   option = METHODS[preset].expert.size_option
   if option:
     other = f'{preset}({option}=7)'
     assert canonical_text(other) == other
-    (module,) = {a for _, a in build(other, SITES).adapter_map.entries}
+    (module,) = {a for _, a in build(other, sites).adapter_map.entries}
     assert getattr(module.expert, option) == 7
   (router,) = routers(f'{preset}(router=uniform)').values()
   assert type(router) is ROUTERS['uniform'].module
@@ -72,9 +76,11 @@ def test_a_preset_is_its_text_and_options_replace_its_values(preset):
     ('loramoe', 32 / 4),
     ('moelora', 32 / 16),
     ('poly', 1 / 8),
+    ('mhr', 1 / 8),
     ('goat', 16 / 1),
     ('phatgoose', 1 / 16),
     ('hmora', 8 / 8),
+    ('lily', 16 / 16),
   ],
 )
 def test_the_scale_is_the_paper_s(preset, scale):
@@ -431,6 +437,42 @@ def test_combined_parameters_are_one_adapter_of_the_weighted_sums(share):
   np.testing.assert_allclose(
     call(adapter(text), tree, f, x), expected, rtol=1e-3, atol=1e-3
   )
+
+
+def test_mhr_merges_each_part_of_the_inputs_and_outputs_apart():
+  # Inputs of 11, in parts of 6 and 5; outputs of 3 x 5, of 8 and 7.
+  f, x, y, inside, outside = projection('q')
+  a, b = normal('a', *inside, 3, 2), normal('b', 3, 2, *outside)
+  module = adapter("mhr(experts=3, rank=2, router=poly(tasks=['a'], splits=2))")
+  table = normal('table', 2, 6)
+  z = 1 / (1 + np.exp(-table[1].reshape(2, 3)))
+  w = z / z.sum(-1, keepdims=True)
+  flat = b.reshape(3, 2, 15)
+  merged_a = np.concatenate(
+    [
+      np.einsum('e,der->dr', w[0], a[:6]),
+      np.einsum('e,der->dr', w[1], a[6:]),
+    ]
+  )
+  merged_b = np.concatenate(
+    [
+      np.einsum('e,ero->ro', w[0], flat[..., :8]),
+      np.einsum('e,ero->ro', w[1], flat[..., 8:]),
+    ],
+    axis=1,
+  )
+  expected = y + 1 / 2 * (x @ merged_a @ merged_b).reshape(y.shape)
+  tree = {'a': a, 'b': b, 'router': {'table': table}}
+  ctx = Context(task_ids=jnp.ones(x.shape[:2], jnp.int32))
+  np.testing.assert_allclose(call(module, tree, f, x, ctx), expected, **CLOSE)
+
+
+@pytest.mark.parametrize('options', ["combine='outputs'", "share='a'"])
+def test_splits_weight_parameters_that_experts_do_not_share(options):
+  method = f"mhr(router=poly(tasks=['a'], splits=2), {options})"
+  model, _ = small.make(method)
+  with pytest.raises(ValueError, match='a router with splits=2 weights parts'):
+    param_metadata(model, small.batch())
 
 
 def test_shared_experts_are_always_on_and_identity_experts_add_nothing():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import moepeft
-from moepeft import convert, train
+from moepeft import convert, library, train
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.restore import restore_adapter
@@ -335,6 +335,50 @@ def test_phatgoose_from_its_config_to_its_scores(places, tmp_path, monkeypatch):
     for adapter in ('', output, places['a'])
   ]
   assert np.ptp(scores) > 0.01
+
+
+@pytest.mark.slow
+def test_xlora_is_trained_exported_and_scored(places, tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    loaded_model, 'load_tokenizer', lambda *names: ByteTokenizer()
+  )
+  paths = [places[name] for name in 'ab']
+  config = config_of(places, f'xlora(from_adapters={paths})', steps=20)
+  workdir, exported = str(tmp_path / 'run'), str(tmp_path / 'exported')
+  train.train(config, workdir)
+  assert convert.main(['', f'--workdir={workdir}', f'--output={exported}']) == 0
+  start = setup.build(config, workdir, dry_run=True).state
+  begun = weight_mapping.flatten(start.trainable)
+  trained = weight_mapping.flatten(restore_adapter(workdir)[0])
+  moved = {
+    path.partition('/xlora/')[-1]
+    for path, array in trained.items()
+    if (np.asarray(array) != begun[path]).any()
+  }
+  assert moved == {'router/kernel', 'router/bias'}
+  texts = (['the sun is 3'], [' and the moon is 4'])
+  model = moepeft.load(places['llama'], adapter=exported)
+  (served,) = model.log_probs(*texts)
+  (from_run,) = moepeft.load(workdir).log_probs(*texts)
+  (plain,) = moepeft.load(places['llama']).log_probs(*texts)
+  np.testing.assert_allclose(served, from_run, rtol=1e-5, atol=1e-5)
+  assert np.abs(served - plain).max() > 0.01
+  with pytest.raises(ValueError, match='routes by a first pass of the base'):
+    model.generate(['the sun is 3'])
+
+
+@pytest.mark.slow
+def test_scores_with_and_without_a_cache_are_equal(places, monkeypatch):
+  monkeypatch.setattr(
+    loaded_model, 'load_tokenizer', lambda *names: ByteTokenizer()
+  )
+  texts = (['the sun is 3', 'a'], [' and the moon is 4', ''])
+  model = moepeft.load(places['llama'], adapter=places['a'])
+  cached = model.log_probs(*texts)
+  monkeypatch.setattr(library, 'why_not_decoded', lambda adapter: 'a reason')
+  uncached = model.log_probs(*texts)
+  for one, other in zip(cached, uncached, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

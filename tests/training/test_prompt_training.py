@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft import evaluate, generate, train
+from moepeft import convert, evaluate, generate, train
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.restore import restore_adapter
 from moepeft.inference import loaded_model
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.generator import GenerationConfig, Generator
+from moepeft.models import FAMILIES
 from moepeft.models.decoder.model import Decoder
+from moepeft.peft import build
+from moepeft.peft.prefix import model_prefix_ids
 from moepeft.runs.metrics_log import read
 
 from ..contracts import small_decoders
@@ -57,7 +60,9 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
   assert actual.shape == (5, 11)
   assert np.abs(actual[:, None] - table[None]).sum(-1).min() > 0.1
   # Rows behind the prompt, as in training.
-  total, measured = evaluate.evaluate(str(tmp_path), names=['loss'], most=1)
+  total, measured = evaluate.evaluate(
+    str(tmp_path), metrics=['loss'], max_examples=1
+  )
   (*_, last) = (r['validation_loss'] for r in rows if 'validation_loss' in r)
   assert total['validation_loss'] == pytest.approx(last, rel=1e-5)
   assert measured
@@ -77,6 +82,34 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
   # Rounded up to eight.
   np.testing.assert_array_equal(slot[:5], actual)
   assert not slot[5:].any() and own['on'].tolist()[stored.row[0]] == 1
+
+
+@pytest.mark.slow
+def test_what_mlps_compute_in_training_is_exported_and_served(base, tmp_path):
+  method = 'p_tuning(length=5, hidden=3) + prefix(length=2, hidden=3)'
+  run_folder, exported = str(tmp_path / 'run'), str(tmp_path / 'exported')
+  train.train(card(base, method=method), run_folder)
+  arguments = ['', f'--workdir={run_folder}', f'--output={exported}']
+  assert convert.main(arguments) == 0
+  run = loaded_model.load_run(run_folder)
+  adapter = base_lib.load_adapter(exported, run.model.config)
+  assert adapter.method == 'prompt(length=5) + prefix(length=2)'
+  family = FAMILIES[run.model.config.family]
+  built = build(adapter.method, family.sites(run.model.config))
+  model = run.model.clone(adapter_map=built.adapter_map)
+  variables = {'params': run.variables['params'], 'peft': adapter.tree}
+  inputs = np.array([[*model_prefix_ids(run.model), 9, 8, 7]])
+  batch = {'inputs': inputs, 'decoder_inputs': np.array([[0, 5, 6]])}
+  expected = run.model.apply(run.variables, batch)
+  # Float32 sums in another order.
+  np.testing.assert_allclose(
+    model.apply(variables, batch), expected, rtol=1e-4, atol=1e-4
+  )
+  # The run itself is served as its export.
+  pool = AdapterPool(base_lib.load(card(base).model), {'it': run_folder})
+  (bucket,) = pool.buckets
+  # Rounded up to powers of two.
+  assert bucket.method == 'prompt(length=8) + prefix(length=4)'
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,11 @@ def read(
   weight_mapping.check_finite(_NAME, vectors, path)
   shape = (length, config.layers, 2, config.kv_heads, config.head_dim)
   vectors = np.asarray(vectors, np.float32).reshape(shape)
+  if not vectors.any(axis=(2, 3, 4)).all():
+    raise CheckpointError(
+      f"{path} holds vectors of zeros (peft's init_weights='zero'), which are "
+      'padding in moepeft: train the adapter first'
+    )
   # [l, r, k, h] each.
   k, v = np.moveaxis(vectors, (2, 1), (0, 1)).copy()
   arrays = {'k': _rotate(k, -length, config.rope), 'v': v}

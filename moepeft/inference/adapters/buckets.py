@@ -175,9 +175,7 @@ def rank_of(spec: Spec) -> int:
 
 
 def scale_of(spec: Spec) -> float:
-  """alpha / r, or alpha / sqrt(r); 1 of a method without alpha."""
-  if _value(spec, 'alpha') is None:
-    return 1.0
+  """The scale of a method with a rank: alpha / r, or alpha / sqrt(r)."""
   rank = rank_of(spec)
   rslora = _value(spec, 'rslora')
   return _value(spec, 'alpha') / (rank**0.5 if rslora else rank)

@@ -121,7 +121,7 @@ class _TrainedPart:
       return np.ones(shape, np.float32)
     pooled_leaf = method_entry(self._spec).pooled_leaves.get(leaf)
     if pooled_leaf is not None:
-      return _pad_rank(self._derived_array(pooled_leaf, target), shape)
+      return self._derived_array(pooled_leaf, target)
     if leaf == 'router/kernel' and leaf not in leaves:
       router = self._spec.get('router')
       path = (*target.split('/'), self._instance, 'router')

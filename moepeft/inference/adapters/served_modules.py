@@ -45,21 +45,39 @@ def check_decodes(adapter: nn.Module) -> None:
   """Checks that the engine can run an adapter's router.
 
   Raises:
-    ValueError: the router reads the whole prompt, or the task of an example.
+    ValueError: it cannot, as `why_not_decoded` says.
+  """
+  reason = why_not_decoded(adapter)
+  if reason:
+    raise ValueError(reason)
+
+
+def why_not_decoded(adapter: nn.Module) -> str:
+  """The reason why the engine cannot run an adapter's router, or ''.
+
+  The router reads the whole prompt, the task of an example, or a first pass of
+  the base.
   """
   entry = router_entry(adapter)
   if entry is not None and entry.pools_prompt:
-    raise ValueError(
+    return (
       f'the router of {adapter.name} reads the whole prompt at each token, '
       'which the KV cache does not contain; train it and score with it, or '
       'generate with another router'
     )
+  if getattr(adapter, 'two_pass', False):
+    return (
+      f'{adapter.name} routes by a first pass of the base, of which the engine '
+      'keeps no KV cache; train it and score with it, or generate with '
+      "reads='input'"
+    )
   if router_tasks(adapter):
-    raise ValueError(
+    return (
       f'the router of {adapter.name} reads the task of each example, and a '
       'request has no task; train it and score with it, or generate with '
       'another router'
     )
+  return ''
 
 
 def router_entry(adapter: nn.Module) -> RouterSpec | None:

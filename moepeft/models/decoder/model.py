@@ -6,6 +6,7 @@ a `DecoderConfig` the options of the computation.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Batch, Context, Routing
@@ -196,7 +197,17 @@ class Decoder(Transformer):
     return self.logits(self.states(ids, ctx), ctx)
 
   def states(self, ids: Array, ctx: Context) -> Array:
-    """ids [b, t] -> outputs of the final norm [b, t, d]."""
+    """ids [b, t] -> outputs of the final norm [b, t, d].
+
+    Where adapters read a first pass of the base alone, it precedes.
+    """
+    if self.adapter_map.two_pass:
+      base = ctx.replace(without_adapters=True, train=False)
+      first_pass = jax.lax.stop_gradient(self._one_pass(ids, base))
+      ctx = ctx.replace(first_pass=first_pass)
+    return self._one_pass(ids, ctx)
+
+  def _one_pass(self, ids: Array, ctx: Context) -> Array:
     c = self.config
     # Also for packed rows, as the lengths of their texts are unknown here.
     learned = c.positions == 'learned'

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """P-tuning (Liu et al., arXiv:2103.10385): a soft prompt that an MLP computes.
 
-The MLP has two hidden layers, as in Hugging Face's peft (its default form; the
-paper also tries an LSTM). It is for training alone: an export is the `prompt`
-of the vectors that result.
+The MLP has two hidden layers, as in Hugging Face's peft, and the vectors stand
+before the text; the paper has a bidirectional LSTM before an MLP of two layers,
+and templates with vectors in several places. The MLP is for training alone: an
+export is the `prompt` of the vectors that result.
 """
 
 from typing import Any

@@ -23,7 +23,6 @@ from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import BaseLayer
 from moepeft.nn.attention import Heads
 from moepeft.nn.initializers import (
-  Constant,
   Normal,
   kaiming_uniform,
   peft_param,
@@ -40,6 +39,8 @@ class Prefix(nn.Module):
   With `hidden` they are tanh(E D + c) U + b, as in Li and Liang's section 4.3,
   where all layers share E and D; here each attention has its own. An export
   has the keys and values that result.
+
+  A vector of zeros, in key and value, is padding of a pool and not seen.
 
   Parameters: k, v [r, k, h], float32; with `hidden`, m, of it: embedding
   [r, n h], down [n h, m], down_bias [m], up_k, up_v [m, k, h], bias_k, bias_v
@@ -112,22 +113,6 @@ class Prefix(nn.Module):
     return f(lengthen(heads, k, v, bias, visible))
 
 
-class ServedPrefix(nn.Module):
-  """A prefix in a pool: some of its vectors are there; none: f(heads) exactly.
-
-  Parameters: k, v [r, k, h]; present [r], 1 for those that are there.
-  """
-
-  length: int
-
-  @nn.compact
-  def __call__(self, f: BaseLayer, heads: Heads, ctx: Context) -> Array:
-    k, v = keys_values(self, heads, (self.length,), 'r')
-    present = peft_param(self, 'present', Constant(0), (self.length,), 'r') > 0
-    longer = lengthen(heads, k, v, visible=present[None, None, None])
-    return jnp.where(jnp.any(present), f(longer), f(heads))
-
-
 def check_heads(module: nn.Module, heads: Any) -> None:
   """Raises a ValueError where the site is not an attention's core."""
   if not isinstance(heads, Heads):
@@ -151,15 +136,17 @@ def lengthen(
   k: Array,
   v: Array,
   bias: Array | None = None,
-  visible: Array | None = None,
+  visible: Array | bool = True,
 ) -> Heads:
   """The heads with keys and values [r, k, h] before those of the tokens.
 
   Args:
     bias: float32 [..., r], added to the logits of the new keys.
-    visible: bool [..., r], the new keys that a query sees; None for all.
+    visible: bool [..., r], the new keys that a query sees, unless they are
+      padding.
   """
   b, s = heads.k.shape[:2]
+  visible &= jnp.any((k != 0) | (v != 0), axis=(1, 2))[None, None, None]
 
   def before(new, tokens):
     new = jnp.broadcast_to(new.astype(tokens.dtype), (b, *new.shape))
@@ -213,13 +200,5 @@ METHOD = Method(
   initial_change='its keys and values take attention from the first step on',
   size_option='length',
   scaled_leaves=(),
-  pooled_module=lambda adapter, name: ServedPrefix(
-    adapter.length, name=name, parent=None
-  ),
-  pooled_leaves={
-    'present': lambda arrays, kernel, scale: np.ones(
-      len(arrays['k']), np.float32
-    )
-  },
   fold=fold,
 )

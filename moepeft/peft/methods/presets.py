@@ -103,6 +103,14 @@ PHATGOOSE = mixture_of(
   router='phatgoose(k=2)',
 )
 
+# Buehler and Buehler, arXiv:2402.07148: trained adapters, weighted at each site
+# and token by what a first pass of the base makes of the token.
+XLORA = mixture_of(
+  lora.METHOD,
+  values={'reads': 'first_pass'},
+  router="softmax(kernel_init='kaiming', bias=True)",
+)
+
 # arXiv:2603.00573: r x r cores between one A and one B, at LoRA's price. The
 # router reads x A.
 COMOL = mixture_of(
@@ -191,6 +199,20 @@ POLY = mixture_of(
   router='poly',
 )
 
+# Caccia et al., arXiv:2211.03831: Poly with weights for each part of the inputs
+# and outputs.
+MHR = mixture_of(
+  lora.METHOD,
+  values={
+    'experts': 4,
+    'rank': 8,
+    'alpha': 1.0,
+    'combine': 'parameters',
+    'a_init': 'kaiming',
+  },
+  router='poly(splits=4)',
+)
+
 # Fan et al., arXiv:2502.16894: each expert starts from a part of the kernel's
 # singular values. The paper's rank of 8 is that of all experts together.
 GOAT = mixture_of(
@@ -238,4 +260,22 @@ ADAMIX = mixture_of(
   },
   roles=_at('mlp'),
   router='random_then_mean',
+)
+
+# Zhong et al., arXiv:2407.09946: four A's for the layers of a stack, and four
+# B's for all of them, which each layer's router mixes by x A.
+LILY = mixture_of(
+  lora.METHOD,
+  values={
+    'experts': 4,
+    'rank': 16,
+    'alpha': 16.0,
+    'share': 'a',
+    'reads': 'down',
+    'a_init': 'kaiming',
+    'a_groups': 4,
+    'b_groups': 1,
+  },
+  roles=_at('query', 'key', 'value'),
+  router="softmax(kernel_init='kaiming')",
 )

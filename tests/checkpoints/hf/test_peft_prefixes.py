@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.checkpoints.adapter import AdapterWeights
+from moepeft.checkpoints.adapter import AdapterWeights, folded
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
 from moepeft.models import FAMILIES
@@ -160,3 +160,69 @@ def test_without_a_relative_bias_a_t5s_prefix_in_peft_is_that_of_its_decoder(
   limit = 2e-5 * np.abs(expected).max()
   assert np.abs(actual - expected).max() < limit
   assert np.abs(plain - expected).max() > 100 * limit
+
+
+@pytest.mark.slow
+def test_an_untrained_prefix_of_zeros_is_refused(tmp_path):
+  reference = pytest.importorskip('peft')
+  base('Llama').save_pretrained(tmp_path / 'base')
+  config = reference.PrefixTuningConfig(
+    task_type='CAUSAL_LM', num_virtual_tokens=5, init_weights='zero'
+  )
+  model = reference.get_peft_model(base('Llama'), config)
+  model.save_pretrained(tmp_path / 'adapter')
+  config = hf.load(str(tmp_path / 'base')).config
+  with pytest.raises(CheckpointError, match='holds vectors of zeros'):
+    peft.load(str(tmp_path / 'adapter'), config)
+
+
+@pytest.mark.slow
+def test_mlps_compute_what_those_of_peft_compute():
+  torch = pytest.importorskip('torch')
+  reference = pytest.importorskip('peft')
+  sizes = {'num_virtual_tokens': 3, 'num_layers': 2, 'num_attention_heads': 2}
+  sizes |= {'token_dim': 8, 'encoder_hidden_size': 5}
+  torch.manual_seed(0)
+  encoder = reference.PrefixEncoder(
+    reference.PrefixTuningConfig(
+      prefix_projection=True, num_transformer_submodules=1, **sizes
+    )
+  )
+  arrays = {k: a.detach().numpy() for k, a in encoder.named_parameters()}
+  # [m, l, k or v, heads, h]; all layers share E and D there.
+  up = arrays['transform.2.weight'].T.reshape(5, 2, 2, 2, 4)
+  bias = arrays['transform.2.bias'].reshape(2, 2, 2, 4)
+  shared = {
+    'embedding': arrays['embedding.weight'],
+    'down': arrays['transform.0.weight'].T,
+    'down_bias': arrays['transform.0.bias'],
+  }
+  tree = {name: np.stack([a, a]) for name, a in shared.items()}
+  for i, name in enumerate('kv'):
+    tree |= {f'up_{name}': up[:, :, i].swapaxes(0, 1)}
+    tree |= {f'bias_{name}': bias[:, i]}
+  tree = {'decoder': {'layers': {'self': {'core': {'prefix': tree}}}}}
+  actual = folded(AdapterWeights('prefix(length=3, hidden=5)', tree)).tree
+  actual = actual['decoder']['layers']['self']['core']['prefix']
+  expected = encoder(torch.arange(3)).detach().numpy().reshape(3, 2, 2, 2, 4)
+  for i, name in enumerate('kv'):
+    np.testing.assert_allclose(
+      actual[name], expected[:, :, i].swapaxes(0, 1), rtol=1e-5, atol=1e-6
+    )
+
+  encoder = reference.PromptEncoder(
+    reference.PromptEncoderConfig(num_transformer_submodules=1, **sizes)
+  )
+  arrays = {k: a.detach().numpy() for k, a in encoder.named_parameters()}
+  tree = {'embedding': arrays['embedding.weight']}
+  for i in range(3):
+    tree[f'kernel_{i}'] = arrays[f'mlp_head.{2 * i}.weight'].T
+    tree[f'bias_{i}'] = arrays[f'mlp_head.{2 * i}.bias']
+  tree = {'embed': {'p_tuning': tree}}
+  actual = folded(AdapterWeights('p_tuning(length=3, hidden=5)', tree)).tree
+  np.testing.assert_allclose(
+    actual['embed']['prompt']['vectors'],
+    encoder(torch.arange(3)).detach().numpy(),
+    rtol=1e-5,
+    atol=1e-6,
+  )

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures that `peft` has too compute its logits with copied parameters."""
+
+import jax
+import numpy as np
+import pytest
+
+from moepeft import config as config_lib
+from moepeft.checkpoints import base as base_lib
+from moepeft.models import weight_mapping
+
+from ...contracts import small
+from .test_peft_decoders import IDS, base, shaken, torch_logits
+
+# The order in which peft finds the modules of a layer, as sites.
+SITES = ('self/q', 'self/v', 'mlp/wi_0')
+MODULES = ['q_proj', 'v_proj', 'gate_proj']
+EXPERTS = 2
+
+
+def xlora_of_peft(folder, **options):
+  """(logits of an X-LoRA, weight and bias of its classifier)."""
+  reference = pytest.importorskip('peft')
+  transformers = pytest.importorskip('transformers')
+  base('Llama').save_pretrained(folder / 'base')
+
+  def model():
+    auto = transformers.AutoModelForCausalLM
+    return auto.from_pretrained(folder / 'base', use_cache=False)
+
+  adapters = {}
+  for i in range(EXPERTS):
+    config = reference.LoraConfig(
+      r=3,
+      lora_alpha=5,
+      target_modules=MODULES,
+      init_lora_weights=False,
+      task_type='CAUSAL_LM',
+    )
+    adapter = reference.get_peft_model(model(), config)
+    shaken([p for p in adapter.parameters() if p.requires_grad], adapter, 0.3)
+    adapters[str(i)] = str(folder / f'adapter_{i}')
+    adapter.save_pretrained(adapters[str(i)])
+  config = reference.XLoraConfig(
+    task_type='CAUSAL_LM', hidden_size=12, adapters=adapters, **options
+  )
+  mixture = reference.get_peft_model(model(), config).eval()
+  head = mixture.base_model.internal_xlora_classifier.layers[0]
+  shaken(head.parameters(), mixture, 1.0)
+  weight, bias = (p.detach().numpy() for p in head.parameters())
+  return torch_logits(mixture), weight, bias
+
+
+@pytest.mark.parametrize(
+  ('router', 'options'),
+  [
+    ('softmax(bias=True)', {'layerwise_scalings': True}),
+    pytest.param(
+      'softmax(bias=True, temperature=0.5)',
+      {'softmax_temperature': 0.5},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      'topk(k=1, bias=True, renormalize=False)',
+      {'layerwise_scalings': True, 'top_k_lora': 1},
+      marks=pytest.mark.slow,
+    ),
+  ],
+)
+def test_xlora_equals_peft_s(router, options, tmp_path):
+  expected, weight, bias = xlora_of_peft(tmp_path, **options)
+  paths = [str(tmp_path / f'adapter_{i}') for i in range(EXPERTS)]
+  config = config_lib.default()
+  config.model.path = str(tmp_path / 'base')
+  config.method = f'xlora(from_adapters={paths}, router={router})'
+  loaded = base_lib.load(config.model)
+  model, built = base_lib.module(loaded, config)
+  variables, _ = base_lib.with_experts(
+    base_lib.initialise(loaded, model, 0), model, built, loaded
+  )
+  arrays = weight_mapping.flatten(variables['peft'])
+  # A classifier [layers, sites, e, d], or [1, 1, e, d] for all of them.
+  layers, sites = (3, len(SITES)) if 'layerwise_scalings' in options else (1, 1)
+  weight = weight.reshape(layers, sites, EXPERTS, -1)
+  bias = bias.reshape(layers, sites, EXPERTS)
+  weight = np.broadcast_to(weight, (3, len(SITES), *weight.shape[2:]))
+  bias = np.broadcast_to(bias, (3, len(SITES), EXPERTS))
+  for i, site in enumerate(SITES):
+    path = f'decoder/layers/{site}/xlora/router'
+    arrays[f'{path}/kernel'] = weight[:, i].swapaxes(1, 2)
+    arrays[f'{path}/bias'] = bias[:, i]
+  variables['peft'] = weight_mapping.unflatten(arrays)
+  actual = small.jitted(model)(variables, {'inputs': IDS})
+  # float32 sums in another order, through three layers.
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+  base_logits = small.jitted(model)(
+    variables | {'peft': jax.tree.map(np.zeros_like, variables['peft'])},
+    {'inputs': IDS},
+  )
+  assert np.abs(base_logits - expected).max() > 0.1
