@@ -56,6 +56,7 @@ class Method:
       zero leaves that output as it is, in a mixture with any weights too.
     shareable: parameters that the experts of a mixture may have in common.
     combine: values of the mixture's option `combine` that it has.
+    dispatches: whether its mixtures can sort tokens by expert (`Mixing.slots`).
     merge: (variables, weight, adapter=..., eqn=...) -> weight, or None.
     merges_into: the name of that weight, 'kernel', 'scale' or 'bias'.
     merge_bias: (variables, bias, adapter=...) -> bias; None leaves it alone.
@@ -94,6 +95,7 @@ class Method:
   additive: bool = False
   shareable: tuple[str, ...] = ()
   combine: tuple[str, ...] = ('outputs',)
+  dispatches: bool = False
   merge: Callable | None = None
   merges_into: str = 'kernel'
   merge_bias: Callable | None = None
@@ -126,6 +128,8 @@ class Method:
       options['combine'] = dataclasses.replace(
         options['combine'], allowed=allowed
       )
+      if not self.expert.dispatches:
+        del options['dispatch']
       if not self.expert.additive:
         del options['shared_experts'], options['identity_experts']
       options |= self.expert.options()
