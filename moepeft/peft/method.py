@@ -56,6 +56,7 @@ class Method:
       zero leaves that output as it is, in a mixture with any weights too.
     shareable: parameters that the experts of a mixture may have in common.
     combine: values of the mixture's option `combine` that it has.
+    dispatches: whether its mixtures can sort tokens by expert (`Mixing.slots`).
     merge: (variables, kernel, adapter=..., eqn=...) -> kernel, or None.
     merge_bias: (variables, bias, adapter=...) -> bias; None leaves it alone.
     innermost: whether the merge holds only where no adapter is inside of it.
@@ -93,6 +94,7 @@ class Method:
   additive: bool = False
   shareable: tuple[str, ...] = ()
   combine: tuple[str, ...] = ('outputs',)
+  dispatches: bool = False
   merge: Callable | None = None
   merge_bias: Callable | None = None
   innermost: bool = False
@@ -124,6 +126,8 @@ class Method:
       options['combine'] = dataclasses.replace(
         options['combine'], allowed=allowed
       )
+      if not self.expert.dispatches:
+        del options['dispatch']
       if not self.expert.additive:
         del options['shared_experts'], options['identity_experts']
       options |= self.expert.options()

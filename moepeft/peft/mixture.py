@@ -78,10 +78,17 @@ class Mixing:
     Args:
       pays: (tokens, e, k) -> whether sorting takes less time, for 'auto'.
     """
-    if self.k is None or self.dispatch == 'dense':
+    if self.dispatch == 'dense':
       return None
-    weights = self.weights()
-    if weights.ndim != 3 or self.share or self.combine != 'outputs':
+    whole = not self.share and self.combine == 'outputs'
+    weights = self.weights() if self.k and whole else None
+    if weights is None or weights.ndim != 3:
+      if self.dispatch == 'sparse':
+        raise ValueError(
+          "dispatch='sparse' needs a router that gives each token k experts, "
+          "like topk, one routing for all heads, combine='outputs' and no "
+          "option `share`; write dispatch='dense'"
+        )
       return None
     weights = weights.reshape(-1, self.experts)
     if self.dispatch == 'auto' and not pays(*weights.shape, self.k):

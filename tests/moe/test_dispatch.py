@@ -110,6 +110,17 @@ def test_sparse_low_rank_experts_equal_dense_ones(options):
   assert_close(outcomes['sparse'], outcomes['dense'])
 
 
+def test_what_cannot_be_sorted_by_expert_is_refused():
+  f, x, _, _, _ = projection('q')
+  x = jnp.asarray(x, jnp.float32)
+  for options in ('', ", router=topk(k=2), share='a'"):
+    module = adapter(f"molora(experts=3{options}, dispatch='sparse')")
+    with pytest.raises(ValueError, match="write dispatch='dense'"):
+      module.init(jax.random.key(0), f, x, Context())
+  with pytest.raises(ValueError, match='has no option'):
+    adapter("mov(experts=3, dispatch='sparse')")
+
+
 @pytest.mark.slow
 def test_sparse_feed_forwards_equal_dense_ones():
   batch = small.batch()

@@ -202,6 +202,7 @@ METHOD = Method(
   module=FfnLora,
   roles={'official': ('mlp',), 'paper': ('mlp',)},
   replaces=('act', 'hidden'),
+  dispatches=True,
   size_option='rank',
   scaled_leaves=('gate_b', 'up_b', 'down_b'),
   why_not=(

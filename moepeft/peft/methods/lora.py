@@ -432,6 +432,7 @@ METHOD = Method(
   additive=True,
   shareable=('a', 'b'),
   combine=('outputs', 'parameters'),
+  dispatches=True,
   merge=merge,
   check=check,
   size_option='rank',
