@@ -57,7 +57,8 @@ class Method:
     shareable: parameters that the experts of a mixture may have in common.
     combine: values of the mixture's option `combine` that it has.
     dispatches: whether its mixtures can sort tokens by expert (`Mixing.slots`).
-    merge: (variables, kernel, adapter=..., eqn=...) -> kernel, or None.
+    merge: (variables, weight, adapter=..., eqn=...) -> weight, or None.
+    merges_into: the name of that weight, 'kernel', 'scale' or 'bias'.
     merge_bias: (variables, bias, adapter=...) -> bias; None leaves it alone.
     innermost: whether the merge holds only where no adapter is inside of it.
     check: {option: value} -> None, raises a ValueError for options that exclude
@@ -96,6 +97,7 @@ class Method:
   combine: tuple[str, ...] = ('outputs',)
   dispatches: bool = False
   merge: Callable | None = None
+  merges_into: str = 'kernel'
   merge_bias: Callable | None = None
   innermost: bool = False
   check: Callable[[Mapping[str, Any]], None] | None = None

@@ -192,7 +192,13 @@ class Lora(nn.Module):
     code does, and never builds [b, t, e, out]. Parameters are combined there
     too: (sum_e p_e x A_e) (sum_e p_e B_e) without a matrix of each token.
 
-    Parameters: a [*in, e, r], b [e, r, *out]; a shared one has no e.
+    With init_weights='svd_chunks' expert i starts from the r largest singular
+    values of the i-th of e equal parts of them, over 10, and the mean of the
+    experts' initial terms is subtracted: the base's function at first where the
+    weights are even, as GOAT's are on average.
+
+    Parameters: a [*in, e, r], b [e, r, *out]; a shared one has no e. Where
+    `init_weights` takes them from the base, initial_a and initial_b like them.
     """
     y = f(x)
     return y + self.term(module, f, x, y.dtype, ctx, mixing)
@@ -396,6 +402,11 @@ def check(options: Mapping[str, Any]) -> None:
     )
   if init == 'zero':
     return
+  if options['a_groups'] or options['b_groups']:
+    raise ValueError(
+      f'init_weights={init!r} has factors of each layer; drop a_groups and '
+      'b_groups'
+    )
   if 'experts' not in options:
     if init == FROM_CHUNKS:
       raise ValueError(
