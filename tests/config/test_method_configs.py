@@ -83,8 +83,8 @@ def test_loraplus_trains_b_at_16_times_the_rate_of_a(values):
   check(config, registries.BY_KEY)
   optimizer = make_optimizer(config.optimizer, config.steps)
   params = {'q': {'lora': {'a': jnp.zeros(3), 'b': jnp.zeros(3)}}}
-  ones = jax.tree.map(jnp.ones_like, params)
-  updates, _ = optimizer.update(ones, optimizer.init(params), params)
+  gradient = jax.tree.map(jnp.ones_like, params)
+  updates, _ = optimizer.update(gradient, optimizer.init(params), params)
   # AdamW's first step is the rate; the warm-up has 15 steps of 300.
   rate = (0.001 if values else 5e-5) / 15
   updates = updates['q']['lora']
