@@ -11,23 +11,15 @@ of the embedded data. An adapter whose router reads tasks is trained and scored;
 requests to generate name no task.
 
 differs: follows peft's Poly with one split: rank 8, 4 skills, a relaxed
-  Bernoulli sample in training and its mean after. Multi-head routing (MHR) has
-  more splits and is not here.
+  Bernoulli sample in training and its mean after. The preset mhr has
+  more splits.
 scale: alpha / r = 1 / 8 = 0.125, times weights that sum to one, of A and of B.
 """
 
 from moepeft import config as config_lib
 
-# The embedded tasks of group B.
-_TASKS = 'storage|profession|stars|verdict'
-
 
 def get_config(values: str = ''):
-  v = config_lib.values(values, tasks=_TASKS)
-  names = ', '.join(map(repr, v.tasks.split('|')))
-  c = config_lib.finetuning(
-    '', f'poly(router=poly(tasks=[{names}]))', learning_rate=1e-3
+  return config_lib.finetuning(
+    values, 'poly(router=poly(tasks={tasks}))', learning_rate=1e-3
   )
-  # Other tasks have no routing of their own.
-  c.evaluation.tasks = 'B'
-  return c

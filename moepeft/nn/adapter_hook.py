@@ -50,8 +50,10 @@ class BaseLayer:
     shape: the kernel's shape.
     input_axes, output_axes: the axes of x and y after [b, t], 'd' and 'nh';
       '' for token ids and `Heads`.
-    kernel: () -> the (dequantized) weight in the compute dtype.
+    kernel: () -> the (dequantized) weight in the compute dtype; of a norm, the
+      scale as it is stored.
     bias: the bias, or None.
+    normalize: for a norm, x -> y without scale and bias.
     module: for a sublayer, the Flax module behind `call`, whose lifted
       transforms (`vmap`) an adapter may use.
     run: for a sublayer, (module, x) -> y, the unbound form of `call`.
@@ -65,6 +67,7 @@ class BaseLayer:
   output_axes: str = ''
   kernel: Callable[[], Array] | None = None
   bias: Array | None = None
+  normalize: Callable[[Array], Array] | None = None
   module: nn.Module | None = None
   run: Callable[[nn.Module, Array], Array] | None = None
   tied_embedding: nn.Module | None = None

@@ -394,6 +394,10 @@ def peft_param(
   """
   initializer = init if isinstance(init, Initializer) else None
   _record(module, name, shape, COLLECTION, axes, initializer)
+  if module.has_rng(METADATA):
+    # Shapes alone are wanted: no decomposition is traced, or refused because
+    # the rank of a pool is larger than any adapter's.
+    init = Constant(0)
   variable = module.variable(
     COLLECTION,
     name,

@@ -47,16 +47,16 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
     start, shape = Constant(1 - self.offset), x.shape[-1:]
-    scale = param(self, 'scale', start, shape, self.letter, self.param_dtype)
-    if self.offset:
-      scale = to_f32(scale) + self.offset
+    stored = param(self, 'scale', start, shape, self.letter, self.param_dtype)
+    scale = to_f32(stored) + self.offset if self.offset else stored
     features = 'nh' if x.ndim == 4 else self.letter
     f = BaseLayer(
       lambda x: rms_norm(x, scale, self.eps),
       shape=scale.shape,
       input_axes=features,
       output_axes=features,
-      kernel=lambda: scale,
+      kernel=lambda: stored,
+      normalize=lambda x: rms_norm(x, jnp.float32(1), self.eps),
     )
     return apply_adapters(self, self.adapter_map, self.site, f, x, ctx)
 
@@ -81,6 +81,9 @@ class LayerNorm(nn.Module):
       output_axes='d',
       kernel=lambda: scale,
       bias=bias,
+      normalize=lambda x: layer_norm(
+        x, jnp.float32(1), jnp.float32(0), self.eps
+      ),
     )
     return apply_adapters(self, self.adapter_map, self.site, f, x, ctx)
 

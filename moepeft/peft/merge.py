@@ -54,41 +54,57 @@ def merge(built: Built, variables: dict[str, Tree]) -> Tree:
   order = sorted(
     built.adapter_map.entries, key=lambda e: e[0].split('/')[-1] in _NEXT
   )
+  arrays = flax.traverse_util.flatten_dict(variables['peft'], sep='/')
   for site, adapter in order:
-    stack, sublayer, place = _place(site)
-    peft = variables['peft'][stack]['layers'][sublayer][place][adapter.name]
+    method = methods[type(adapter)]
+    stack, _, rest = site.partition('/')
+    path = f'{stack}/layers/{rest}'
+    if not any(p.startswith(f'{path}/{adapter.name}/') for p in arrays):
+      path = site
+    prefix = f'{path}/{adapter.name}/'
+    peft = {
+      p.removeprefix(prefix): a
+      for p, a in arrays.items()
+      if p.startswith(prefix)
+    }
+    module, _, place = path.rpartition('/')
     into = _NEXT.get(place, place)
     if place in _NEXT:
       adapter = dataclasses.replace(adapter, on='input')
-    method = methods[type(adapter)]
-    merge_layer = functools.partial(
-      method.merge, adapter=adapter, eqn=_EQUATIONS[into]
+    merge_weight = functools.partial(
+      method.merge, adapter=adapter, eqn=_EQUATIONS.get(into)
     )
-    path = f'{stack}/layers/{sublayer}/{into}'
-    _require_kernel(params, f'{path}/kernel')
-    params[f'{path}/kernel'] = _each_layer(
-      merge_layer, peft, params[f'{path}/kernel']
-    )
-    bias = params.get(f'{path}/bias')
-    if bias is not None and method.merge_bias is not None:
-      merge_layer = functools.partial(method.merge_bias, adapter=adapter)
-      params[f'{path}/bias'] = _each_layer(merge_layer, peft, bias)
+    weight = f'{module}/{into}/{method.merges_into}'
+    _require_weight(params, weight)
+    params[weight] = _each_layer(merge_weight, peft, params, weight)
+    bias = f'{module}/{into}/bias'
+    if bias in params and method.merge_bias is not None:
+      merge_weight = functools.partial(method.merge_bias, adapter=adapter)
+      params[bias] = _each_layer(merge_weight, peft, params, bias)
   return flax.traverse_util.unflatten_dict(params, sep='/')
 
 
-def _each_layer(merge_layer: Callable, peft: Tree, weight) -> jax.Array:
-  weight = jnp.asarray(weight)
-  return jax.vmap(lambda p, w: merge_layer(p, w))(peft, weight).astype(
-    weight.dtype
-  )
+def _each_layer(
+  merge_weight: Callable, peft: Tree, params: Tree, path: str
+) -> jax.Array:
+  weight = jnp.asarray(params[path])
+  run = lambda p, w: merge_weight(p, w)  # noqa: E731
+  if '/layers/' in path:
+    run = jax.vmap(run)
+  return run(peft, weight).astype(weight.dtype)
 
 
-def _require_kernel(params: dict, path: str) -> None:
+def _require_weight(params: dict, path: str) -> None:
   kind = next((k for k in _PACKED if f'{path}_{k}' in params), None)
   if kind:
     raise ValueError(
       f'the base is quantised ({kind}): merge into what it decodes to '
       '(moepeft.checkpoints.quantize.unpack), which gives the same logits'
+    )
+  if path not in params:
+    raise ValueError(
+      f'the base has no array {path} to merge into; serve the adapter beside '
+      'the base, or train it where the base has one, by `targets`'
     )
 
 
@@ -96,8 +112,6 @@ def is_mergeable(built: Built) -> bool:
   """Whether `merge` takes a method, as far as its text and sites tell."""
   try:
     _mergeable(built)
-    for site, _ in built.adapter_map.entries:
-      _place(site)
   except ValueError:
     return False
   return True
@@ -113,6 +127,8 @@ def _mergeable(built: Built) -> dict[type, Method]:
     methods[method.module] = method
   inner = set()
   for site, adapter in built.adapter_map.entries:
+    if methods[type(adapter)].merges_into == 'kernel':
+      _check_kernel(site)
     if methods[type(adapter)].innermost and site in inner:
       raise ValueError(
         f'{adapter.name} cannot be merged at {site}: it goes by the norm of '
@@ -122,8 +138,7 @@ def _mergeable(built: Built) -> dict[type, Method]:
   return methods
 
 
-def _place(site: str) -> tuple[str, str, str]:
+def _check_kernel(site: str) -> None:
   parts = site.split('/')
   if len(parts) != 3 or _NEXT.get(parts[2], parts[2]) not in _EQUATIONS:
     raise ValueError(f'the site {site} has no kernel that could be merged into')
-  return tuple(parts)

@@ -56,7 +56,9 @@ class Method:
       zero leaves that output as it is, in a mixture with any weights too.
     shareable: parameters that the experts of a mixture may have in common.
     combine: values of the mixture's option `combine` that it has.
-    merge: (variables, kernel, adapter=..., eqn=...) -> kernel, or None.
+    dispatches: whether its mixtures can sort tokens by expert (`Mixing.slots`).
+    merge: (variables, weight, adapter=..., eqn=...) -> weight, or None.
+    merges_into: the name of that weight, 'kernel', 'scale' or 'bias'.
     merge_bias: (variables, bias, adapter=...) -> bias; None leaves it alone.
     innermost: whether the merge holds only where no adapter is inside of it.
     check: {option: value} -> None, raises a ValueError for options that exclude
@@ -93,7 +95,9 @@ class Method:
   additive: bool = False
   shareable: tuple[str, ...] = ()
   combine: tuple[str, ...] = ('outputs',)
+  dispatches: bool = False
   merge: Callable | None = None
+  merges_into: str = 'kernel'
   merge_bias: Callable | None = None
   innermost: bool = False
   check: Callable[[Mapping[str, Any]], None] | None = None
@@ -124,6 +128,8 @@ class Method:
       options['combine'] = dataclasses.replace(
         options['combine'], allowed=allowed
       )
+      if not self.expert.dispatches:
+        del options['dispatch']
       if not self.expert.additive:
         del options['shared_experts'], options['identity_experts']
       options |= self.expert.options()

@@ -266,7 +266,7 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
     _check(router, router_options)
     router = _complete_router(router, semantics)
     decided['router'] = user_options['router'] = router
-  extra = {'targets': Option('')} if options else {}
+  extra = {'targets': Option('')} if method.module else {}
   if method.expert and method is not methods[spec.name]:
     extra['expert'] = Option('')
   _check(spec, options | extra)

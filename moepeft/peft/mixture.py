@@ -23,6 +23,7 @@ import numpy as np
 from moepeft.core.ranges import Choices, IntegerList, Range, Texts, option
 from moepeft.core.types import Array, Context, Routing
 from moepeft.moe import DEFAULT_ROUTER
+from moepeft.moe.dispatch import Dispatch, dispatch
 from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
@@ -32,6 +33,7 @@ from moepeft.peft.method import Method
 
 READS = ('input', 'output', 'heads', 'down', 'first_pass')
 COMBINE = ('outputs', 'parameters')
+DISPATCH = ('auto', 'dense', 'sparse')
 # Counts of experts by quarters of a stack's layers. Source: MoLA (Gao et al.,
 # arXiv:2402.08562), section 3.3.
 COUNTS_BY_QUARTER = {
@@ -50,17 +52,48 @@ class Mixing:
 
   Attributes:
     experts: e, the number of them in the stacked parameters.
-    weights: () -> [b, t, e], or [b, t, n, e] for each head; where the mixture
-      reads 'down', (the experts' down-projections of x) -> weights. To be
-      called once.
+    weights: () -> [b, t, e], or [b, t, n, e] for each head or split; where the
+      mixture reads 'down', (the experts' down-projections of x) -> weights. To
+      be called once.
+    k: the number of experts with weight, the same for every token; None if it
+      differs, or if the weights are not known yet.
     share: the parameters that all experts have in common, one letter each.
-    combine: 'outputs' or 'parameters', as in `Mixture`.
+    combine, dispatch: as in `Mixture`.
+    splits: the number of equal parts of the inputs and of the outputs that have
+      weights of their own; with more than one, parameters are combined and none
+      is shared.
   """
 
   experts: int
   weights: Callable[..., Array]
+  k: int | None = None
   share: str = ''
   combine: str = 'outputs'
+  dispatch: str = 'dense'
+  splits: int = 1
+
+  def slots(self, pays: Callable[[int, int, int], bool]) -> Dispatch | None:
+    """The tokens sorted by expert; None where all experts are computed.
+
+    Args:
+      pays: (tokens, e, k) -> whether sorting takes less time, for 'auto'.
+    """
+    if self.dispatch == 'dense':
+      return None
+    whole = not self.share and self.combine == 'outputs'
+    weights = self.weights() if self.k and whole else None
+    if weights is None or weights.ndim != 3:
+      if self.dispatch == 'sparse':
+        raise ValueError(
+          "dispatch='sparse' needs a router that gives each token k experts, "
+          "like topk, one routing for all heads, combine='outputs' and no "
+          "option `share`; write dispatch='dense'"
+        )
+      return None
+    weights = weights.reshape(-1, self.experts)
+    if self.dispatch == 'auto' and not pays(*weights.shape, self.k):
+      return None
+    return dispatch(weights, self.k)
 
 
 class Mixture(nn.Module):
@@ -87,6 +120,9 @@ class Mixture(nn.Module):
     combine: 'outputs' weights what the experts compute; 'parameters' weights
       each of their parameters, and computes one expert of the sums, as in
       SMEAR (Muqeeth et al., arXiv:2306.03745).
+    dispatch: 'dense' computes all experts for every token; 'sparse' sorts
+      tokens by expert, and computes the experts that the router chose; 'auto'
+      takes what is faster for the shapes; see `moepeft.moe.dispatch`.
     shared_experts: experts with a weight of one for every token, beside e.
     identity_experts: experts of the router that add nothing, beside e.
     share_router: whether the sites of a layer that read the same input (q, k
@@ -107,6 +143,7 @@ class Mixture(nn.Module):
   reads: str = option('input', Choices(READS))
   share: str = ''
   combine: str = option('outputs', Choices(COMBINE))
+  dispatch: str = option('auto', Choices(DISPATCH), training_only=True)
   shared_experts: int = option(0, Range(0, 65_536))
   identity_experts: int = option(0, Range(0, 65_536))
   share_router: bool = False
@@ -154,20 +191,30 @@ class Mixture(nn.Module):
       router_input = flatten_features(router_input)
     router_ctx = self._with_expert_mask(ctx)
 
-    def weights(down: Array | None = None) -> Array:
-      features = down if self.reads == 'down' else router_input
-      if features is None:
+    def weights_of_down(down: Array | None = None) -> Array:
+      if down is None:
         raise ValueError(
           f"{self.name}: its experts have no down-projection for reads='down'; "
           "write reads='input'"
         )
-      routing = self._route(x, features, router_ctx)
-      self._check_k(routing.k)
-      return self._with_fixed_experts(routing.combine_weights)
+      return self._weights(self._route(x, down, router_ctx))
 
     mixing = Mixing(
-      self.experts + self.shared_experts, weights, self.share, self.combine
+      self.experts + self.shared_experts,
+      weights_of_down,
+      share=self.share,
+      combine=self.combine,
+      dispatch=self.dispatch,
+      splits=self._splits,
     )
+    if self.reads != 'down':
+      routing = self._route(x, router_input, router_ctx)
+      weights = self._weights(routing)
+      mixing = dataclasses.replace(
+        mixing,
+        weights=lambda down=None: weights,
+        k=routing.k and min(routing.k + self.shared_experts, mixing.experts),
+      )
     return self.expert.mix(self, f, x, ctx, mixing)
 
   def _route(self, x: Array, features: Array, ctx: Context) -> Routing:
@@ -181,8 +228,24 @@ class Mixture(nn.Module):
       routings.put(self.name, x, routing)
     return routing
 
-  def _with_fixed_experts(self, weights: Array) -> Array:
-    """The router's weights, without identity experts, with shared ones."""
+  @property
+  def _splits(self) -> int:
+    splits = getattr(self.router, 'splits', 1)
+    takes_splits = getattr(self.expert, 'takes_splits', False)
+    is_combined = self.combine == 'parameters' and not self.share
+    fits = takes_splits and is_combined and not self.experts_per_layer
+    if splits > 1 and not fits:
+      raise ValueError(
+        f'{self.name}: a router with splits={splits} weights parts of the '
+        "parameters of expert=lora; write combine='parameters' without share "
+        'and experts_per_layer, or splits=1'
+      )
+    return splits
+
+  def _weights(self, routing: Routing) -> Array:
+    """The combine weights, without identity experts, with shared ones."""
+    self._check_k(routing.k)
+    weights = routing.combine_weights
     if self.identity_experts:
       weights = weights[..., : self.experts]
     if self.shared_experts:

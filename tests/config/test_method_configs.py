@@ -21,7 +21,7 @@ OF_ADAPTERS = {'arrow', 'phatgoose', 'xlora'}
 # They need a decoder-only model, which the embedded one is not.
 OF_DECODERS = {'xlora'}
 # Their data name tasks, which conversations do not.
-OF_TASKS = {'moelora', 'poly'}
+OF_TASKS = {'moelora', 'mhr', 'poly'}
 
 
 def read(name, values=''):

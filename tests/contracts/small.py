@@ -39,6 +39,9 @@ METHODS = (
   'dora(rank=3)',
   f'dora(rank=3, {_AT})',
   'ia3',
+  'vera(rank=3)',
+  'bitfit',
+  'ln_tuning',
   'mov(experts=3)',
   "mov(experts=3, reads='output')",
   "mov(experts=3, reads='input')",
@@ -70,6 +73,7 @@ METHODS = (
   f"moelora(experts=3, dropout=0.0, router=task(tasks=['a', 'b']), {_AT})",
   'smear(experts=3, size=2)',
   f"poly(experts=3, rank=2, router=poly(tasks=['a', 'b']), {_AT})",
+  f"mhr(experts=3, rank=2, router=poly(tasks=['a', 'b'], splits=2), {_AT})",
   # Even weights: else its function is the base's on average only.
   f'goat(experts=3, rank=1, dropout=0.0, router=uniform, {_AT})',
   'molora(experts=3, rank=2, share_router=True)',

@@ -281,6 +281,15 @@ _IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
       _shared_a(3, 2),
     ),
     ('prompt(length=3)', 'official', 3 * _D),
+    # Ranks and outputs at q and v.
+    ('vera(rank=3)', 'official', _ATTENTIONS * 2 * (3 + _NH)),
+    (
+      'bitfit',
+      'official',
+      _ATTENTIONS * (3 * _NH + _D) + _LAYERS * (2 * _F + _D),
+    ),
+    # One before each sublayer, and one after each stack.
+    ('ln_tuning', 'official', (_ATTENTIONS + _LAYERS + 2) * _D),
     # An embedding, and three projections with biases.
     (
       'p_tuning(length=3, hidden=2)',
@@ -303,6 +312,7 @@ def test_parameter_count_equals_its_formula(method, semantics, expected):
     pytest.param('lora(rank=3)', marks=pytest.mark.slow),
     pytest.param('dora(rank=3)', marks=pytest.mark.slow),
     pytest.param("lora(rank=3, init_weights='pissa')", marks=pytest.mark.slow),
+    pytest.param('vera(rank=3) + ln_tuning', marks=pytest.mark.slow),
     # LoRA's and a ratio, with heads last, first and none, and beside another.
     "dora(rank=3, targets='*/k|*/cross/o|*/wo') + ia3(targets='*/k|*/act')",
     "ia3(targets='*/k|*/v|*/wo')",

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 
 from moepeft.core.types import Context, Routing
+from moepeft.models.decoder import model as decoder
 from moepeft.moe import ROUTERS, aux_losses, router_state, router_stats
 from moepeft.moe.gate import INIT, gate_logits
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.moe.routers.topk import TopK
 from moepeft.nn.initializers import peft_param
+from moepeft.peft import build
 from moepeft.peft.method import options_of
 
-from .router_cases import context, crossed, make
+from . import small_decoders
+from .router_cases import OPTIONS, context, crossed, make
 
 # As many features as 3, 4 and 7 experts can have alike.
 X = jax.random.normal(jax.random.key(0), (2, 5, 84))
@@ -135,6 +138,22 @@ def test_routers_are_causal_where_the_entry_says_so(name):
     run(router, later).combine_weights[:, :3],
   )
   assert equal == ROUTERS[name].causal
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_a_decoder_takes_causal_routers_alone(name):
+  options = OPTIONS.get(name, {})
+  given = ', '.join(
+    f'{k}={list(v) if isinstance(v, tuple) else v!r}'
+    for k, v in options.items()
+  )
+  text = f'mixture(expert=lora, experts=3, router={name}({given}))'
+  sites = decoder.sites(small_decoders.CONFIGS['llama'])
+  if ROUTERS[name].causal:
+    assert build(text, sites).adapter_map.entries
+  else:
+    with pytest.raises(ValueError, match='reads later tokens'):
+      build(text, sites)
 
 
 @pytest.mark.parametrize('name', ROUTERS)

@@ -48,13 +48,18 @@ ADAPTERS = {
   'dynmole': f'dynmole(experts=3, rank=2, {_AT})',
   'ldmole': f'ldmole(experts=3, rank=2, {_AT})',
   'loramoe': f'loramoe(experts=3, rank=2, {_AT})',
+  # Their terms nearly cancel; with a scale of one they lose no more digits than
+  # others.
+  'pissa': f"lora(rank=3, alpha=3.0, init_weights='pissa', {_AT})",
+  'goat': f'goat(experts=3, rank=2, alpha=2.0, {_AT})',
+  'vera': f'vera(rank=3, seed=5, {_AT})',
+  'bitfit': 'bitfit',
+  'ln_tuning': 'ln_tuning',
+  'prefix': 'prefix(length=3)',
   'adamix': 'adamix(experts=3, size=2)',
   'lily': 'lily(experts=3, rank=2)',
   'hash': f'molora(experts=3, rank=2, router=hash(seed=3), {_AT})',
-  'prefix': 'prefix(length=3)',
   'prefixes': 'mixture(expert=prefix(length=3), experts=3)',
-  'pissa': f"lora(rank=3, init_weights='pissa', {_AT})",
-  'goat': f'goat(experts=3, rank=2, {_AT})',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }
 # Gate and up have names of the family's.

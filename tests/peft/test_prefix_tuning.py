@@ -77,6 +77,21 @@ def test_every_query_sees_the_prefix_without_mask_and_bias(implementation):
   np.testing.assert_allclose(actual, attention(PREFIX), **CLOSE)
 
 
+def test_dropout_is_of_keys_and_values_in_training_alone():
+  method = f'prefix(length={R}, dropout=0.5)'
+  module = adapter(method, site='encoder/self/core')
+  np.testing.assert_allclose(apply(module, PREFIX), attention(PREFIX), **CLOSE)
+  f = BaseLayer(lambda heads: jnp.stack([heads.k[:, :R], heads.v[:, :R]]))
+  tree = jax.tree.map(jnp.asarray, PREFIX)
+  rngs = {'dropout': jax.random.key(0)}
+  ctx = Context(train=True)
+  actual = module.apply({'peft': tree}, f, heads(), ctx, rngs=rngs)
+  full = np.stack([PREFIX['k'], PREFIX['v']])[:, None].astype(np.float32)
+  nonzero = np.asarray(actual) != 0
+  assert 0.2 < nonzero.mean() < 0.8
+  np.testing.assert_allclose(actual, np.where(nonzero, 2 * full, 0), rtol=1e-6)
+
+
 def test_no_query_sees_a_vector_of_zeros():
   module = adapter(f'prefix(length={R + 2})', site='encoder/self/core')
   padded = {

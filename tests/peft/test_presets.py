@@ -76,6 +76,7 @@ def test_a_preset_is_its_text_and_options_replace_its_values(preset):
     ('loramoe', 32 / 4),
     ('moelora', 32 / 16),
     ('poly', 1 / 8),
+    ('mhr', 1 / 8),
     ('goat', 16 / 1),
     ('phatgoose', 1 / 16),
     ('hmora', 8 / 8),
@@ -436,6 +437,42 @@ def test_combined_parameters_are_one_adapter_of_the_weighted_sums(share):
   np.testing.assert_allclose(
     call(adapter(text), tree, f, x), expected, rtol=1e-3, atol=1e-3
   )
+
+
+def test_mhr_merges_each_part_of_the_inputs_and_outputs_apart():
+  # Inputs of 11, in parts of 6 and 5; outputs of 3 x 5, of 8 and 7.
+  f, x, y, inside, outside = projection('q')
+  a, b = normal('a', *inside, 3, 2), normal('b', 3, 2, *outside)
+  module = adapter("mhr(experts=3, rank=2, router=poly(tasks=['a'], splits=2))")
+  table = normal('table', 2, 6)
+  z = 1 / (1 + np.exp(-table[1].reshape(2, 3)))
+  w = z / z.sum(-1, keepdims=True)
+  flat = b.reshape(3, 2, 15)
+  merged_a = np.concatenate(
+    [
+      np.einsum('e,der->dr', w[0], a[:6]),
+      np.einsum('e,der->dr', w[1], a[6:]),
+    ]
+  )
+  merged_b = np.concatenate(
+    [
+      np.einsum('e,ero->ro', w[0], flat[..., :8]),
+      np.einsum('e,ero->ro', w[1], flat[..., 8:]),
+    ],
+    axis=1,
+  )
+  expected = y + 1 / 2 * (x @ merged_a @ merged_b).reshape(y.shape)
+  tree = {'a': a, 'b': b, 'router': {'table': table}}
+  ctx = Context(task_ids=jnp.ones(x.shape[:2], jnp.int32))
+  np.testing.assert_allclose(call(module, tree, f, x, ctx), expected, **CLOSE)
+
+
+@pytest.mark.parametrize('options', ["combine='outputs'", "share='a'"])
+def test_splits_weight_parameters_that_experts_do_not_share(options):
+  method = f"mhr(router=poly(tasks=['a'], splits=2), {options})"
+  model, _ = small.make(method)
+  with pytest.raises(ValueError, match='a router with splits=2 weights parts'):
+    param_metadata(model, small.batch())
 
 
 def test_shared_experts_are_always_on_and_identity_experts_add_nothing():

@@ -51,9 +51,10 @@ def projection(place):
   return f, x, np.einsum(eqn, x, kernel), inside, outside
 
 
-def call(module, tree, f, x):
+def call(module, tree, f, x, ctx=None):
   cast = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (tree, x))
-  run = jax.jit(lambda tree, x: module.apply({'peft': tree}, f, x, Context()))
+  ctx = ctx or Context()
+  run = jax.jit(lambda tree, x: module.apply({'peft': tree}, f, x, ctx))
   return run(*cast)
 
 

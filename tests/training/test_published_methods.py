@@ -33,6 +33,7 @@ SMALL = {
   'tokens': "tokens(new='3-9')",
   'moelora': "moelora(router=task(tasks=['a', 'b']))",
   'poly': "poly(rank=2, router=poly(tasks=['a', 'b']))",
+  'mhr': "mhr(rank=2, router=poly(tasks=['a', 'b'], splits=2))",
 }
 # Mixtures of adapters that are trained already.
 UNTRAINED = ('arrow', 'phatgoose')

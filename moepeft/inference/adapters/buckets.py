@@ -34,8 +34,8 @@ from moepeft.peft.method_text import (
 )
 
 _MIN_RANK = 4
-# Options in which the adapters of a bucket may differ.
-_SLOT_OPTIONS = ('targets', 'rslora', 'rank', 'alpha', 'length', 'size')
+# Options in which the adapters of a bucket may differ, beside the size.
+_SLOT_OPTIONS = ('targets', 'rslora', 'alpha')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,9 @@ def merge_buckets(
 def adapter_map_of(buckets: Sequence[Bucket]) -> AdapterMap:
   """Returns the model's adapter map, with the modules of all buckets."""
   entries = []
-  for bucket in buckets:
+  # Inside of all others is what replaces a whole sublayer.
+  replaces = lambda b: any(method_entry(p.kind).replaces for p in b.parts)  # noqa: E731
+  for bucket in sorted(buckets, key=replaces, reverse=True):
     for part in bucket.parts:
       adapter = make_adapter(part.spec, part.name)
       module = served_module(method_entry(part.kind), adapter, part.name)
@@ -195,7 +197,8 @@ def _kind(spec: Spec) -> Spec:
   training_only = (
     k for k, o in method_entry(spec).options().items() if o.training_only
   )
-  spec = _without(spec, (*_SLOT_OPTIONS, *training_only))
+  slot_options = (*_SLOT_OPTIONS, size_option(spec))
+  spec = _without(spec, (*slot_options, *training_only))
   router = spec.get('router')
   if isinstance(router, Spec):
     router_entry = ROUTERS[router.name]

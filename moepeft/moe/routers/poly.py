@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moepeft.core.ranges import option
+from moepeft.core.ranges import Range, option
 from moepeft.core.types import Array, Context, Routing
 from moepeft.moe.gate import (
   EXPERTS,
@@ -27,20 +27,28 @@ class Poly(nn.Module):
   Source: Ponti et al., arXiv:2202.13914, its Gumbel-sigmoid; where the table
   starts and the sigmoid after training, as in mttl and peft.
 
-  Parameters: table [tasks + 1, e], whose first row is that of padding.
+  Parameters: table [tasks + 1, e], whose first row is that of padding; with
+  splits, [tasks + 1, splits e].
 
   Attributes:
-    experts: e; tasks: names in the data.
+    experts: e; tasks: names in the data; splits: equal parts of the experts'
+      inputs and outputs, each with weights of its own, as in multi-head routing
+      (Caccia et al., arXiv:2211.03831).
   """
 
   experts: int = option(1, EXPERTS)
   tasks: tuple[str, ...] = option((), TASKS)
+  splits: int = option(1, Range(1, 65_536))
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:
-    shape = (task_rows('poly', self.tasks), self.experts)
+    shape = (task_rows('poly', self.tasks), self.splits * self.experts)
     table = peft_param(self, 'table', SymmetricUniform(1e-3), shape, 'ge')
-    logits = mask_experts(by_task(table, x, ctx), ctx)
+    logits = by_task(table, x, ctx)
+    if self.splits > 1:
+      shape = (*logits.shape[:-1], self.splits, self.experts)
+      logits = logits.reshape(shape)
+    logits = mask_experts(logits, ctx)
     noisy = logits
     if ctx.train:
       noise = jax.random.logistic(self.make_rng('router'), logits.shape)

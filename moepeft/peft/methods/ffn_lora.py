@@ -7,9 +7,12 @@ gate, the up- and the down-projection (Li et al., arXiv:2404.15159, section
 once: those with x do not depend on the expert, and the down-projection of the
 weighted sum of hidden activations is the weighted sum of the down-projections.
 Experts are computed one after the other, and again for the gradient, so that
-[b, t, e, f] is never stored.
+[b, t, e, f] is never stored. With a sparse router, only a token's k experts are
+computed; see `moepeft.moe.dispatch`.
 """
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import Choices, option
 from moepeft.core.types import Array, Context
+from moepeft.moe.dispatch import Dispatch
 from moepeft.nn.adapter_hook import BaseLayer
 from moepeft.nn.initializers import kaiming_uniform, peft_param
 from moepeft.peft.method import Method
@@ -93,13 +97,11 @@ class FfnLora(nn.Module):
       dropout = nn.Dropout(rate)
       return dropout(y, deterministic=not ctx.train)
 
-    gate_a, gate_b = factors('gate', d, ffn, 'df')
     low = drop(x, self.dropout)
-    stacked = {'gate': (_first(down(low, gate_a)), gate_b)}
+    kernels = {'gate': factors('gate', d, ffn, 'df')}
     if linear is not None:
-      up_a, up_b = factors('up', d, ffn, 'df')
-      stacked['up'] = (_first(down(low, up_a)), up_b)
-    down_a, down_b = factors('down', ffn, d, 'fd')
+      kernels['up'] = factors('up', d, ffn, 'df')
+    kernels['down'] = down_a, down_b = factors('down', ffn, d, 'fd')
     weights = (
       mixing.weights() if mixing else jnp.ones((*x.shape[:2], 1), jnp.float32)
     ).astype(gate.dtype)
@@ -107,6 +109,17 @@ class FfnLora(nn.Module):
     dense = jnp.ones_like(gate)
     mask = drop(dense, base.dropout)
     low_rank_mask = drop(dense, self.dropout)
+    slots = mixing and mixing.slots(_pays)
+    if slots:
+      inputs = (low, gate, linear, mask, low_rank_mask)
+      run = functools.partial(_sparse, base.activation, scale)
+      hidden, term = jax.checkpoint(run)(slots, kernels, inputs)
+      return _with_bias(base.down(hidden) + term, weights, base.down_bias)
+    stacked = {
+      name: (_first(down(low, a)), b)
+      for name, (a, b) in kernels.items()
+      if name != 'down'
+    }
 
     def one_expert(total, expert):
       z, b = expert['gate']
@@ -125,11 +138,59 @@ class FfnLora(nn.Module):
     y = base.down(hidden)
     z = jnp.moveaxis(z, 0, 2) * (weights * scale)[..., None]
     y = y + up(z.astype(y.dtype), down_b)
-    if base.down_bias is not None:
-      # Each expert has the bias, with its weight.
-      rest = jnp.sum(weights, axis=-1, keepdims=True) - 1
-      y = y + (rest * base.down_bias).astype(y.dtype)
+    return _with_bias(y, weights, base.down_bias)
+
+
+def _sparse(
+  activation: Callable[[Array], Array],
+  scale: float,
+  slots: Dispatch,
+  kernels: Mapping[str, tuple[Array, Array]],
+  inputs: Sequence[Array | None],
+) -> tuple[Array, Array]:
+  """(the weighted hidden activations [b, t, f], the term [b, t, d]).
+
+  Args:
+    kernels: {projection: (A [in, e, r], B [e, r, out])}.
+    inputs: the dropped-out input, gate(x), up(x) or None, the dropout masks of
+      the hidden units and of the down-projection's low-rank term.
+  """
+  shape = inputs[0].shape[:2]
+  low, gate, linear, mask, low_rank_mask = (
+    None if x is None else slots.to_slots(x.reshape(-1, x.shape[-1]))
+    for x in inputs
+  )
+
+  def term(x: Array, name: str, weights: Array | float = 1.0) -> Array:
+    a, b = (kernel.astype(x.dtype) for kernel in kernels[name])
+    z = slots.matmul(x, jnp.moveaxis(a, 1, 0))
+    return slots.matmul((z * (weights * scale)).astype(x.dtype), b)
+
+  h = activation(gate + term(low, 'gate'))
+  if linear is not None:
+    h = h * (linear + term(low, 'up'))
+  h = h * mask
+  weights = slots.weights[:, None].astype(h.dtype)
+  y = term(h * low_rank_mask, 'down', weights)
+  return tuple(
+    slots.from_slots(x).reshape(*shape, -1) for x in (weights * h, y)
+  )
+
+
+def _pays(tokens: int, e: int, k: int) -> bool:
+  """Whether sorting tokens by expert is faster than computing all experts.
+
+  Measured; docs/methods.md has the table.
+  """
+  return tokens >= 256 and e >= 4 * k
+
+
+def _with_bias(y: Array, weights: Array, bias: Array | None) -> Array:
+  if bias is None:
     return y
+  # Each expert has the bias, with its weight.
+  rest = jnp.sum(weights, axis=-1, keepdims=True) - 1
+  return y + (rest * bias).astype(y.dtype)
 
 
 def _first(array: Array, axis: int = 2) -> Array:
@@ -141,6 +202,7 @@ METHOD = Method(
   module=FfnLora,
   roles={'official': ('mlp',), 'paper': ('mlp',)},
   replaces=('act', 'hidden'),
+  dispatches=True,
   size_option='rank',
   scaled_leaves=('gate_b', 'up_b', 'down_b'),
   why_not=(

@@ -12,6 +12,7 @@ import numpy as np
 
 from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Context
+from moepeft.moe.dispatch import Dispatch
 from moepeft.nn.adapter_hook import (
   BaseLayer,
   contraction,
@@ -69,6 +70,41 @@ def up(z: Array, b: Array) -> Array:
   return low_rank_matmul(z, flat).reshape(*z.shape[:2], *out)
 
 
+def pays(rank: int, tokens: int, e: int, k: int) -> bool:
+  """Whether sorting tokens by expert is faster than computing all experts.
+
+  Measured; docs/methods.md has the table.
+  """
+  return tokens >= 256 and e * rank >= 256 * k
+
+
+def split_term(x: Array, a: Array, b: Array, weights: Array) -> Array:
+  """x A B of experts whose parts are merged with weights [b, t, n, e].
+
+  The inputs are n equal parts and so are the outputs; the weights of part n are
+  those of its rows of A and of its columns of B. A last part may be smaller.
+
+  Args:
+    a, b: [*in, e, r], [e, r, *out].
+  """
+  splits, (e, r, *out) = weights.shape[2], b.shape
+  x = _parts(flatten_features(x), 2, splits)
+  a = _parts(a.astype(x.dtype).reshape(-1, e, r), 0, splits)
+  z = jnp.einsum('btni,nier,btne->btr', x, a, weights, optimize='optimal')
+  b = _parts(b.astype(x.dtype).reshape(e, r, -1), 2, splits)
+  y = jnp.einsum('btr,btne,erno->btno', z, weights, b, optimize='optimal')
+  return flatten_features(y)[..., : math.prod(out)].reshape(*x.shape[:2], *out)
+
+
+def _parts(array: Array, axis: int, count: int) -> Array:
+  """The array with an axis in `count` parts, the last padded with zeros."""
+  size = -(-array.shape[axis] // count)
+  padding = [(0, 0)] * array.ndim
+  padding[axis] = (0, size * count - array.shape[axis])
+  shape = (*array.shape[:axis], count, size, *array.shape[axis + 1 :])
+  return jnp.pad(array, padding).reshape(shape)
+
+
 def shapes(f: BaseLayer, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The input's and the output's feature shapes at a projection.
 
@@ -122,6 +158,11 @@ class Lora(nn.Module):
   b_groups: int = option(0, Range(0, 65_536))
 
   @property
+  def takes_splits(self) -> bool:
+    """Whether parts of its parameters can be weighted; see `split_term`."""
+    return type(self) is Lora and self.init_weights == 'zero'
+
+  @property
   def frozen_arrays(self) -> tuple[str, ...]:
     """Regular expressions of arrays that stay as they were drawn."""
     copies = () if self.init_weights == 'zero' else ('initial_[ab]$',)
@@ -154,7 +195,13 @@ class Lora(nn.Module):
     code does, and never builds [b, t, e, out]. Parameters are combined there
     too: (sum_e p_e x A_e) (sum_e p_e B_e) without a matrix of each token.
 
-    Parameters: a [*in, e, r], b [e, r, *out]; a shared one has no e.
+    With init_weights='svd_chunks' expert i starts from the r largest singular
+    values of the i-th of e equal parts of them, over 10, and the mean of the
+    experts' initial terms is subtracted: the base's function at first where the
+    weights are even, as GOAT's are on average.
+
+    Parameters: a [*in, e, r], b [e, r, *out]; a shared one has no e. Where
+    `init_weights` takes them from the base, initial_a and initial_b like them.
     """
     y = f(x)
     return y + self.term(module, f, x, y.dtype, ctx, mixing)
@@ -178,20 +225,17 @@ class Lora(nn.Module):
     """
     a, b, e_a, e_b = self.factors(module, f, mixing)
     drop = nn.Dropout(self.dropout)
-    z = down(drop(x, deterministic=not ctx.train).astype(dtype), a)
-    if mixing is None:
-      z = z * self.scale
+    low = drop(x, deterministic=not ctx.train).astype(dtype)
+    if mixing and mixing.splits > 1:
+      weights = mixing.weights().astype(dtype)
+      return split_term(low, a, b, weights) * self.scale
+    slots = mixing and mixing.slots(functools.partial(pays, self.rank))
+    if slots:
+      term = self._sparse_term(slots, low, a, b)
     else:
-      weights = mixing.weights(flatten_features(z))
-      if not e_a:
-        z = z[..., None, :]
-      elif e_b and mixing.combine == 'parameters':
-        z = jnp.einsum('bter,bte->btr', z, weights.astype(dtype))[..., None, :]
-      z = z * (weights * self.scale)[..., None].astype(dtype)
-      if not e_b:
-        z = jnp.sum(z, axis=-2)
+      term = self._dense_term(low, a, b, bool(e_a), bool(e_b), mixing)
     if self.init_weights == 'zero':
-      return up(z, b)
+      return term
     axes = 'er' if mixing else 'r'
     a0 = peft_param(
       module, 'initial_a', lambda *_: a, a.shape, f'{f.input_axes}{axes}'
@@ -200,7 +244,41 @@ class Lora(nn.Module):
       module, 'initial_b', lambda *_: b, b.shape, f'{axes}{f.output_axes}'
     )
     scale = self.scale / (mixing.experts if mixing else 1)
-    return up(z, b) - up(down(x.astype(dtype), a0) * scale, b0)
+    return term - up(down(x.astype(dtype), a0) * scale, b0)
+
+  @nn.nowrap
+  def _dense_term(
+    self, x: Array, a: Array, b: Array, many_a: bool, many_b: bool, mixing: Any
+  ) -> Array:
+    """`term` of one adapter, or of all experts.
+
+    Args:
+      many_a, many_b: whether A and B have an axis of experts.
+    """
+    z = down(x, a)
+    if mixing is None:
+      return up(z * self.scale, b)
+    weights = mixing.weights(flatten_features(z))
+    if not many_a:
+      z = z[..., None, :]
+    elif many_b and mixing.combine == 'parameters':
+      z = jnp.einsum('bter,bte->btr', z, weights.astype(x.dtype))[..., None, :]
+    z = z * (weights * self.scale)[..., None].astype(x.dtype)
+    if not many_b:
+      z = jnp.sum(z, axis=-2)
+    return up(z, b)
+
+  @nn.nowrap
+  def _sparse_term(self, slots: Dispatch, x: Array, a: Array, b: Array):
+    """`term` of the experts that a sparse router chose."""
+    e, out = b.shape[0], b.shape[2:]
+    flat = x.reshape(len(slots.slot), -1)
+    a = a.astype(x.dtype).reshape(-1, e, self.rank)
+    b = b.astype(x.dtype).reshape(e, self.rank, -1)
+    z = slots.matmul(slots.to_slots(flat), jnp.moveaxis(a, 1, 0))
+    z = z * (slots.weights * self.scale)[:, None].astype(x.dtype)
+    y = slots.from_slots(slots.matmul(z, b))
+    return y.reshape(*x.shape[:2], *out)
 
   @nn.nowrap
   def factors(
@@ -213,7 +291,8 @@ class Lora(nn.Module):
     shape_a = (*inside, *e_a, self.rank)
     shape_b = (*e_b, self.rank, *outside)
     axes_a, axes_b = ('er' if axis else 'r' for axis in (e_a, e_b))
-    init_a, init_b = self.init_a(inside, e_a), INIT_B
+    splits = mixing.splits if mixing else 1
+    init_a, init_b = self.init_a(inside, e_a, splits), INIT_B
     if self.init_weights != 'zero':
       # Once for A and B.
       decompose = functools.cache(lambda: self.from_base(f, mixing))
@@ -247,13 +326,16 @@ class Lora(nn.Module):
 
   @nn.nowrap
   def init_a(
-    self, inside: tuple[int, ...], experts: tuple[int, ...] = ()
+    self,
+    inside: tuple[int, ...],
+    experts: tuple[int, ...] = (),
+    splits: int = 1,
   ) -> Initializer:
-    """The initializer of A [*in, (e,) r]."""
+    """The initializer of A [*in, (e,) r]; of each of equal parts by itself."""
     if self.a_init == 'normal':
       return INIT_A
     if self.a_init == 'kaiming':
-      return kaiming_uniform(math.prod(inside))
+      return kaiming_uniform(-(-math.prod(inside) // splits))
     columns = math.prod(experts) * self.rank
     return SparseNormal(1 / columns, _DENSITY, len(inside), len(experts) + 1)
 
@@ -323,6 +405,11 @@ def check(options: Mapping[str, Any]) -> None:
     )
   if init == 'zero':
     return
+  if options['a_groups'] or options['b_groups']:
+    raise ValueError(
+      f'init_weights={init!r} has factors of each layer; drop a_groups and '
+      'b_groups'
+    )
   if 'experts' not in options:
     if init == FROM_CHUNKS:
       raise ValueError(
@@ -359,6 +446,7 @@ METHOD = Method(
   additive=True,
   shareable=('a', 'b'),
   combine=('outputs', 'parameters'),
+  dispatches=True,
   merge=merge,
   check=check,
   size_option='rank',

@@ -28,6 +28,7 @@ from moepeft.nn.initializers import (
   peft_param,
 )
 from moepeft.peft.method import Method
+from moepeft.peft.methods.lora import DROPOUT
 
 # torch.nn.Embedding's initializer, in the released code of both papers.
 _INIT = Normal(1)
@@ -49,31 +50,22 @@ class Prefix(nn.Module):
   Attributes:
     length: r.
     hidden: m, the size of the MLP's hidden layer; 0 for no MLP.
+    dropout: of keys and values, in training.
   """
 
   length: int = option(20, Range(1, 65_536))
   hidden: int = option(0, Range(0, 65_536))
+  dropout: float = option(0.0, DROPOUT, training_only=True)
 
   @nn.compact
   def __call__(self, f: BaseLayer, heads: Heads, ctx: Context) -> Array:
     check_heads(self, heads)
-    if not self.hidden:
-      return f(lengthen(heads, *keys_values(self, heads, (self.length,), 'r')))
-    n, h = heads.q.shape[2:]
-    k, m, size = heads.k.shape[2], self.hidden, n * h
-    draw, draw_up = kaiming_uniform(size), kaiming_uniform(m)
-    arrays = {
-      'embedding': peft_param(
-        self, 'embedding', _INIT, (self.length, size), 'ri'
-      ),
-      'down': peft_param(self, 'down', draw, (size, m), 'ir'),
-      'down_bias': peft_param(self, 'down_bias', draw, (m,), 'r'),
-    }
-    for name in 'kv':
-      up, bias = f'up_{name}', f'bias_{name}'
-      arrays[up] = peft_param(self, up, draw_up, (m, k, h), 'rkh')
-      arrays[bias] = peft_param(self, bias, draw_up, (k, h), 'kh')
-    return f(lengthen(heads, *_from_mlp(arrays, jnp)))
+    k, v = (
+      self._mlp(heads)
+      if self.hidden
+      else keys_values(self, heads, (self.length,), 'r')
+    )
+    return f(lengthen(heads, *self._drop(k, v, ctx)))
 
   @nn.nowrap
   def mix(
@@ -92,7 +84,6 @@ class Prefix(nn.Module):
 
     Parameters: k, v [e, r, k, h].
     """
-    del ctx
     check_heads(module, heads)
     if self.hidden:
       raise ValueError(
@@ -101,7 +92,7 @@ class Prefix(nn.Module):
     shape = (mixing.experts, self.length)
     k, v = (
       a.reshape(-1, *a.shape[2:])
-      for a in keys_values(module, heads, shape, 'er')
+      for a in self._drop(*keys_values(module, heads, shape, 'er'), ctx)
     )
     weights = mixing.weights()
     if weights.ndim == 3:
@@ -111,6 +102,29 @@ class Prefix(nn.Module):
     visible = weights > 0
     bias = jnp.log(jnp.where(visible, weights, 1))
     return f(lengthen(heads, k, v, bias, visible))
+
+  @nn.nowrap
+  def _mlp(self, heads: Heads) -> tuple[Array, Array]:
+    """The keys and values that the MLP computes."""
+    n, h = heads.q.shape[2:]
+    r, k, m, size = self.length, heads.k.shape[2], self.hidden, n * h
+    draw, draw_up = kaiming_uniform(size), kaiming_uniform(m)
+    arrays = {
+      'embedding': peft_param(self, 'embedding', _INIT, (r, size), 'ri'),
+      'down': peft_param(self, 'down', draw, (size, m), 'ir'),
+      'down_bias': peft_param(self, 'down_bias', draw, (m,), 'r'),
+    }
+    for name in 'kv':
+      up, bias = f'up_{name}', f'bias_{name}'
+      arrays[up] = peft_param(self, up, draw_up, (m, k, h), 'rkh')
+      arrays[bias] = peft_param(self, bias, draw_up, (k, h), 'kh')
+    return _from_mlp(arrays, jnp)
+
+  @nn.nowrap
+  def _drop(self, k: Array, v: Array, ctx: Context) -> tuple[Array, Array]:
+    drop = nn.Dropout(self.dropout)
+    k, v = (drop(a, deterministic=not ctx.train) for a in (k, v))
+    return k, v
 
 
 def check_heads(module: nn.Module, heads: Any) -> None:

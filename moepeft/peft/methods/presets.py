@@ -199,6 +199,20 @@ POLY = mixture_of(
   router='poly',
 )
 
+# Caccia et al., arXiv:2211.03831: Poly with weights for each part of the inputs
+# and outputs.
+MHR = mixture_of(
+  lora.METHOD,
+  values={
+    'experts': 4,
+    'rank': 8,
+    'alpha': 1.0,
+    'combine': 'parameters',
+    'a_init': 'kaiming',
+  },
+  router='poly(splits=4)',
+)
+
 # Fan et al., arXiv:2502.16894: each expert starts from a part of the kernel's
 # singular values. The paper's rank of 8 is that of all experts together.
 GOAT = mixture_of(
