@@ -405,11 +405,6 @@ def check(options: Mapping[str, Any]) -> None:
     )
   if init == 'zero':
     return
-  if options['a_groups'] or options['b_groups']:
-    raise ValueError(
-      f'init_weights={init!r} has factors of each layer; drop a_groups and '
-      'b_groups'
-    )
   if 'experts' not in options:
     if init == FROM_CHUNKS:
       raise ValueError(
