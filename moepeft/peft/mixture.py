@@ -170,6 +170,12 @@ class Mixture(nn.Module):
     )
 
   @property
+  def down_arrays(self) -> tuple[str, ...]:
+    """Regular expressions of the experts' down-projections, [*in, e, r]."""
+    names = getattr(self.expert, 'down_names', ())
+    return tuple(f'{name}$' for name in names if name not in self.share)
+
+  @property
   def tied_arrays(self) -> dict[str, int]:
     """{regular expression: groups} of arrays that layers have in common."""
     return getattr(self.expert, 'tied_arrays', {})
