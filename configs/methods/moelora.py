@@ -17,16 +17,8 @@ scale: alpha / r = 4 / 2 = 2, times weights that sum to one.
 
 from moepeft import config as config_lib
 
-# The embedded tasks of group B.
-_TASKS = 'storage|profession|stars|verdict'
-
 
 def get_config(values: str = ''):
-  v = config_lib.values(values, tasks=_TASKS)
-  names = ', '.join(map(repr, v.tasks.split('|')))
-  c = config_lib.finetuning(
-    '', f'moelora(router=task(tasks=[{names}]))', learning_rate=2e-4
+  return config_lib.finetuning(
+    values, 'moelora(router=task(tasks={tasks}))', learning_rate=2e-4
   )
-  # Other tasks have no routing of their own.
-  c.evaluation.tasks = 'B'
-  return c

@@ -18,16 +18,8 @@ scale: alpha / r = 1 / 8 = 0.125, times weights that sum to one, of A and of B.
 
 from moepeft import config as config_lib
 
-# The embedded tasks of group B.
-_TASKS = 'storage|profession|stars|verdict'
-
 
 def get_config(values: str = ''):
-  v = config_lib.values(values, tasks=_TASKS)
-  names = ', '.join(map(repr, v.tasks.split('|')))
-  c = config_lib.finetuning(
-    '', f'poly(router=poly(tasks=[{names}]))', learning_rate=1e-3
+  return config_lib.finetuning(
+    values, 'poly(router=poly(tasks={tasks}))', learning_rate=1e-3
   )
-  # Other tasks have no routing of their own.
-  c.evaluation.tasks = 'B'
-  return c

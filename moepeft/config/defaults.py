@@ -364,6 +364,10 @@ def paper(size: str, model: str = '', data: str = '') -> ConfigDict:
   return c
 
 
+# Those of group B, which evaluation has too.
+EMBEDDED_TASKS = 'storage|profession|stars|verdict'
+
+
 def finetuning(text: str, method: str, **paper: float) -> ConfigDict:
   """A published method with its paper's settings, for any model and data.
 
@@ -373,17 +377,29 @@ def finetuning(text: str, method: str, **paper: float) -> ConfigDict:
   Args:
     text: what stands after the colon of --config: model=PATH, data=FILE and
       the settings by name; adapters=A|B, trained ones, where the method has a
-      place for them, as in 'arrow({adapters})'.
+      place for them, as in 'arrow({adapters})'; tasks=A|B, names in the data,
+      where it has one, as in 'poly(router=poly(tasks={tasks}))'.
     paper: the paper's values of steps, batch_size, length and learning_rate.
   """
   settings = dict(steps=300, batch_size=16, length=512, learning_rate=2e-4)
   if '{adapters}' in method:
     settings['adapters'] = ''
+  if '{tasks}' in method:
+    settings['tasks'] = EMBEDDED_TASKS
   v = values(text, model='', data='', method=method, **settings | paper)
   c = default()
   paths = v.adapters.split('|') if v.get('adapters') else []
   option = f'from_adapters={paths}' if paths else ''
   c.method = v.method.replace('{adapters}', option)
+  if v.get('tasks'):
+    if v.model:
+      raise ValueError(
+        'conversations name no task, which this method routes by; leave out '
+        'model='
+      )
+    c.method = c.method.replace('{tasks}', str(v.tasks.split('|')))
+    # Other tasks have no routing of their own.
+    c.evaluation.tasks = 'B'
   c.steps, c.batch_size = v.steps, v.batch_size
   c.model.dropout = 0.0
   c.optimizer.learning_rate = v.learning_rate

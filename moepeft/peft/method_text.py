@@ -302,10 +302,12 @@ def _check_combination(spec: Spec, method: Method) -> None:
       f'experts; drop it or {sorted(unlike)[0]}'
     )
   reads = options.get('reads', method.values.get('reads', 'input'))
-  if options.get('share_router') and reads != 'input':
+  shared = [n for n in ('share_router', 'share_routing') if options.get(n)]
+  if shared and reads != 'input':
     raise ValueError(
-      f'{spec.name}: sites share a router where they read the same input; got '
-      f"reads={reads!r}; write reads='input', or drop share_router"
+      f'{spec.name}: sites share a router where they read the same input, or '
+      'take the routing of the first one, which reads its input; got '
+      f"reads={reads!r}; write reads='input', or drop {shared[0]}"
     )
   if 'train_experts' in options and 'from_adapters' not in options:
     raise ValueError(

@@ -128,6 +128,10 @@ class Mixture(nn.Module):
     share_router: whether the sites of a layer that read the same input (q, k
       and v; gate and up) have one router and one routing, those of the first of
       them; as in HMoRA (openreview lTkHiXeuDl). It needs reads='input'.
+    share_routing: whether all sites of a layer have the router and the routing
+      of the first of them, whatever they read; as in Hard-Routed MoR-LoRA
+      (arXiv:2606.31413), where that of the feed-forward's input holds for its
+      down-projection too. It needs reads='input'.
     from_adapters: paths of the trained adapters that the experts start as, one
       each; empty where they start as fresh ones. The experts then stay as they
       are, and only the router is trained.
@@ -147,6 +151,7 @@ class Mixture(nn.Module):
   shared_experts: int = option(0, Range(0, 65_536))
   identity_experts: int = option(0, Range(0, 65_536))
   share_router: bool = False
+  share_routing: bool = False
   from_adapters: tuple[str, ...] = option((), Texts(), training_only=True)
   train_experts: bool = option(False, None, training_only=True)
 
@@ -165,9 +170,20 @@ class Mixture(nn.Module):
     )
 
   @property
+  def down_arrays(self) -> tuple[str, ...]:
+    """Regular expressions of the experts' down-projections, [*in, e, r]."""
+    names = getattr(self.expert, 'down_names', ())
+    return tuple(f'{name}$' for name in names if name not in self.share)
+
+  @property
   def tied_arrays(self) -> dict[str, int]:
     """{regular expression: groups} of arrays that layers have in common."""
     return getattr(self.expert, 'tied_arrays', {})
+
+  @property
+  def shares_routing(self) -> bool:
+    """Whether a site may have the routing of an earlier one of its layer."""
+    return self.share_router or self.share_routing
 
   @property
   def two_pass(self) -> bool:
@@ -213,13 +229,14 @@ class Mixture(nn.Module):
 
   def _route(self, x: Array, features: Array, ctx: Context) -> Routing:
     """The routing of the features of x, from an earlier site if shared."""
-    routings = ctx.layer_routings if self.share_router else None
+    routings = ctx.layer_routings if self.shares_routing else None
     if routings is None:
       return route(self, self.router, features, ctx)
-    routing = routings.get(self.name, x)
+    key = None if self.share_routing else x
+    routing = routings.get(self.name, key)
     if routing is None:
       routing = route(self, self.router, features, ctx)
-      routings.put(self.name, x, routing)
+      routings.put(self.name, key, routing)
     return routing
 
   @property

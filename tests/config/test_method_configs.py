@@ -4,6 +4,9 @@
 import importlib.util
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moepeft import registries
@@ -12,12 +15,15 @@ from moepeft.config.check import check
 from moepeft.models import FAMILIES
 from moepeft.moe import aux_losses
 from moepeft.peft import METHODS, build
+from moepeft.training.optimizers import make_optimizer
 from tests import ROOT
 
 FOLDER = ROOT / 'configs' / 'methods'
-NAMES = sorted(path.stem for path in FOLDER.glob('*.py'))
+# Rates of their own for a method of another name; tested below.
+BASELINES = {'loraplus'}
+NAMES = sorted({path.stem for path in FOLDER.glob('*.py')} - BASELINES)
 # Mixtures of adapters that are trained already.
-OF_ADAPTERS = {'arrow', 'phatgoose', 'xlora'}
+OF_ADAPTERS = {'arrow', 'hardrouted', 'phatgoose', 'xlora'}
 # They need a decoder-only model, which the embedded one is not.
 OF_DECODERS = {'xlora'}
 # Their data name tasks, which conversations do not.
@@ -69,6 +75,21 @@ def test_a_config_says_how_it_differs_and_its_scale(name):
     assert alpha / rank == value == expert.alpha / expert.rank
   else:
     assert scale == 'none'
+
+
+@pytest.mark.parametrize('values', ['', 'learning_rate=0.001'])
+def test_loraplus_trains_b_at_16_times_the_rate_of_a(values):
+  config = read('loraplus', values)
+  check(config, registries.BY_KEY)
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  params = {'q': {'lora': {'a': jnp.zeros(3), 'b': jnp.zeros(3)}}}
+  gradient = jax.tree.map(jnp.ones_like, params)
+  updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+  # AdamW's first step is the rate; the warm-up has 15 steps of 300.
+  rate = (0.001 if values else 5e-5) / 15
+  updates = updates['q']['lora']
+  np.testing.assert_allclose(updates['a'], np.full(3, -rate), rtol=1e-5)
+  np.testing.assert_allclose(updates['b'], 16 * updates['a'], rtol=1e-5)
 
 
 @pytest.mark.parametrize('name', sorted(OF_ADAPTERS))

@@ -73,6 +73,7 @@ METHODS = (
   f"moelora(experts=3, dropout=0.0, router=task(tasks=['a', 'b']), {_AT})",
   'smear(experts=3, size=2)',
   f"poly(experts=3, rank=2, router=poly(tasks=['a', 'b']), {_AT})",
+  'hardrouted(experts=3, rank=2)',
   f"mhr(experts=3, rank=2, router=poly(tasks=['a', 'b'], splits=2), {_AT})",
   # Even weights: else its function is the base's on average only.
   f'goat(experts=3, rank=1, dropout=0.0, router=uniform, {_AT})',

@@ -161,7 +161,7 @@ def test_the_copies_stay_as_they_are_and_the_model_starts_as_the_base():
     ("goat(share='a')", 'goat: .* drop share'),
     ('goat(experts_per_layer=[2, 3])', 'drop experts_per_layer'),
     ("goat(combine='parameters')", 'drop combine'),
-    ("lora(init_weights='pissa', a_groups=2)", 'drop a_groups and b_groups'),
+    ("lora(init_weights='pissa', a_groups=2)", 'a_groups .* init_weights'),
     ("dora(init_weights='pissa')", "dora's option init_weights is one of zero"),
   ],
 )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes each preset the published method that it is named after."""
 
+import functools
 import types
 
 import flax.linen as nn
@@ -79,6 +80,7 @@ def test_a_preset_is_its_text_and_options_replace_its_values(preset):
     ('mhr', 1 / 8),
     ('goat', 16 / 1),
     ('phatgoose', 1 / 16),
+    ('hardrouted', 256 / 128),
     ('hmora', 8 / 8),
     ('lily', 16 / 16),
   ],
@@ -347,6 +349,65 @@ def test_phatgoose_takes_the_two_adapters_whose_gates_point_to_the_token():
   first = 1 / (1 + np.exp(-2))
   np.testing.assert_allclose(
     routing.combine_weights[0, 0], [first, 0, 1 - first], rtol=1e-4
+  )
+
+
+def test_hardrouted_takes_one_expert_for_a_whole_feed_forward():
+  method = 'hardrouted(experts=3, rank=2)'
+  model, _ = small.make(method)
+  variables = small.variables(method, noise=0.3)
+  routers = {
+    p for p in weight_mapping.flatten(variables['peft']) if 'router' in p
+  }
+  assert routers == {
+    f'{side}/layers/mlp/wi_0/hardrouted/router/kernel'
+    for side in ('encoder', 'decoder')
+  }
+  _, sown = jax.jit(functools.partial(model.apply, mutable=['weights']))(
+    variables, small.batch()
+  )
+  (weights,) = sown['weights']['encoder']['layers']['mlp']['wi_0'][
+    'hardrouted'
+  ]['weights']
+  chosen = np.argmax(weights, -1)
+  np.testing.assert_array_equal(weights, np.eye(3)[chosen])
+  assert len(np.unique(chosen)) == 3
+  # The gate, up- and down-projection of expert e, of d 11 and f 17, at the
+  # first layer of the encoder.
+  params = small.params()['encoder']['layers']['mlp']
+  layer = jax.tree.map(lambda a: np.asarray(a[0]), params)
+  tree = variables['peft']['encoder']['layers']['mlp']
+  x = normal('x', 2, 7, 11)
+
+  def projected(y, name, e):
+    a, b = (np.asarray(tree[name]['hardrouted'][leaf][0]) for leaf in 'ab')
+    # Alpha 256 over a rank of 2.
+    return y @ layer[name]['kernel'] + 128 * (y @ a[:, e]) @ b[e]
+
+  kernel = np.asarray(tree['wi_0']['hardrouted']['router']['kernel'][0])
+  chosen = np.argmax(x @ kernel, -1)
+  expected = np.zeros_like(x)
+  for e in range(3):
+    gate = np.asarray(jax.nn.gelu(projected(x, 'wi_0', e)))
+    y = projected(gate * projected(x, 'wi_1', e), 'wo', e)
+    expected += np.where((chosen == e)[..., None], y, 0)
+  actual = whole_feed_forward(
+    model, layer, jax.tree.map(lambda a: a[0], tree), x
+  )
+  # The rank's scale of 128 makes the outputs large.
+  np.testing.assert_allclose(
+    actual, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
+  )
+
+
+def whole_feed_forward(model, params, tree, x):
+  """A feed-forward of a T5 layer with adapters inside."""
+  ctx = Context().at_layer(jnp.int32(0))
+  mlp = Mlp(11, 17, True, 'gelu', 'encoder/mlp', model.adapter_map)
+  cast = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, tree))
+  variables = {'params': cast[0], 'peft': cast[1]}
+  return jax.jit(lambda v, x: mlp.apply(v, x, ctx))(
+    variables, jnp.asarray(x, jnp.float32)
   )
 
 

@@ -30,6 +30,7 @@ METHODS: Registry = Registry(
     'flylora': 'presets:FLYLORA',
     'arrow': 'presets:ARROW',
     'phatgoose': 'presets:PHATGOOSE',
+    'hardrouted': 'presets:HARDROUTED',
     'xlora': 'presets:XLORA',
     'comol': 'presets:COMOL',
     'dynmole': 'presets:DYNMOLE',

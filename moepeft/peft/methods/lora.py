@@ -4,7 +4,7 @@
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -167,6 +167,9 @@ class Lora(nn.Module):
     """Regular expressions of arrays that stay as they were drawn."""
     copies = () if self.init_weights == 'zero' else ('initial_[ab]$',)
     return copies if self.train_a else ('a$', *copies)
+
+  # Of experts, what `Mixture.down_arrays` lists.
+  down_names: ClassVar[tuple[str, ...]] = ('a',)
 
   @property
   def tied_arrays(self) -> dict[str, int]:
@@ -402,11 +405,6 @@ def check(options: Mapping[str, Any]) -> None:
     )
   if init == 'zero':
     return
-  if options['a_groups'] or options['b_groups']:
-    raise ValueError(
-      f'init_weights={init!r} has factors of each layer; drop a_groups and '
-      'b_groups'
-    )
   if 'experts' not in options:
     if init == FROM_CHUNKS:
       raise ValueError(
