@@ -79,6 +79,7 @@ METHODS = (
   f'goat(experts=3, rank=1, dropout=0.0, router=uniform, {_AT})',
   'molora(experts=3, rank=2, share_router=True)',
   'lily(experts=3, rank=2)',
+  'mode(experts=3, rank=2)',
   'adamix(experts=3, size=2)',
   'hmora(experts=3, rank=2, dropout=0.0)',
   "tokens(new='3|5-7')",

@@ -83,6 +83,7 @@ def test_a_preset_is_its_text_and_options_replace_its_values(preset):
     ('hardrouted', 256 / 128),
     ('hmora', 8 / 8),
     ('lily', 16 / 16),
+    ('mode', 16 / 4),
   ],
 )
 def test_the_scale_is_the_paper_s(preset, scale):
@@ -582,3 +583,38 @@ def test_adamix_draws_an_expert_and_then_merges_all():
     for i, row in enumerate(np.asarray(drawn))
   }
   assert len(chosen) > 1
+
+
+def test_mode_routes_each_column_over_rank_one_experts():
+  # y = f(x) + 5 / 2 sum_r (x A_r) sum_e p_re B_er, p_r = softmax(x W_r).
+  f, x, y, inside, outside = projection('q')
+  tree = {
+    'a': normal('a', *inside, 2),
+    'b': normal('b', 3, 2, *outside),
+    'router': {'kernel': normal('kernel', 2, 11, 3)},
+  }
+  mixture = adapter('mode(experts=3, rank=2, alpha=5.0)')
+  expected = y
+  for r in range(2):
+    p = softmax(x @ tree['router']['kernel'][r])
+    column = x @ tree['a'][:, r]
+    for e in range(3):
+      weight = 5 / 2 * column * p[..., e]
+      expected = expected + np.multiply.outer(weight, tree['b'][e, r])
+  np.testing.assert_allclose(
+    call(mixture, tree, f, x), expected, rtol=1e-4, atol=1e-4
+  )
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    'router=magnitude',
+    'router=random',
+    'router=arrow',
+    'combine=parameters',
+  ],
+)
+def test_columns_need_routers_that_can_be_repeated(options):
+  with pytest.raises(ValueError, match='drop by_column'):
+    build(f'mode({options})', SITES)

@@ -44,6 +44,7 @@ METHODS: Registry = Registry(
     'hmora': 'presets:HMORA',
     'adamix': 'presets:ADAMIX',
     'lily': 'presets:LILY',
+    'mode': 'presets:MODE',
     'tokens': 'tokens:METHOD',
     'prompt': 'prompt_tuning:METHOD',
     'p_tuning': 'p_tuning:METHOD',

@@ -263,7 +263,9 @@ class Lora(nn.Module):
       z = z[..., None, :]
     elif many_b and mixing.combine == 'parameters':
       z = jnp.einsum('bter,bte->btr', z, weights.astype(x.dtype))[..., None, :]
-    z = z * (weights * self.scale)[..., None].astype(x.dtype)
+    weights = (weights * self.scale).astype(x.dtype)
+    by_column = mixing.by_column
+    z = z * (weights.swapaxes(-1, -2) if by_column else weights[..., None])
     if not many_b:
       z = jnp.sum(z, axis=-2)
     return up(z, b)
@@ -442,6 +444,7 @@ METHOD = Method(
   shareable=('a', 'b'),
   combine=('outputs', 'parameters'),
   dispatches=True,
+  columns=True,
   merge=merge,
   check=check,
   size_option='rank',

@@ -288,3 +288,7 @@ LILY = mixture_of(
   roles=_at('query', 'key', 'value'),
   router="softmax(kernel_init='kaiming')",
 )
+
+# Ning et al., arXiv:2408.01505: one A, and a router for each of its columns
+# over rank-one experts.
+MODE = mixture_of(lora.METHOD, values={'share': 'a', 'by_column': True})
