@@ -231,6 +231,9 @@ def _router_arrays(
     ]
     for leaf in layers[0]:
       path = f'{site}/{name}/router/{leaf}'
+      if path not in metadata:
+        # Another site of the layer has the router.
+        continue
       stacked = np.stack([layer[leaf] for layer in layers])
       result[path] = stacked.reshape(metadata[path][0])
   return result

@@ -138,16 +138,19 @@ class LayerRoutings:
   """The routings of one call of a layer, while it is traced."""
 
   def __init__(self):
-    self._entries: list[tuple[str, Array, Routing]] = []
+    self._entries: list[tuple[str, Array | None, Routing]] = []
 
-  def get(self, adapter: str, x: Array) -> Routing | None:
-    """The routing that an adapter of this name has made from this array."""
+  def get(self, adapter: str, x: Array | None) -> Routing | None:
+    """The routing that an adapter of this name has made from this array.
+
+    None stands for whatever the first site of the layer has read.
+    """
     for name, read, routing in self._entries:
       if name == adapter and read is x:
         return routing
     return None
 
-  def put(self, adapter: str, x: Array, routing: Routing) -> None:
+  def put(self, adapter: str, x: Array | None, routing: Routing) -> None:
     self._entries.append((adapter, x, routing))
 
 

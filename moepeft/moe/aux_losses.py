@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Router losses: pure functions of a site's sums, averaged over sites.
 
+Losses of the experts' parameters alone are beside them; a training step
+evaluates these once.
+
 The paper's runs use none of them, by its text and its released code. Every
 weight defaults to zero.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr
 
 from moepeft.core.ranges import Range, suggestion
-from moepeft.core.types import Array
+from moepeft.core.types import Array, Tree
 from moepeft.moe import ROUTERS
 from moepeft.moe.router import RouterLoss
 from moepeft.moe.router_stats import RouterStats, over_experts
@@ -106,6 +111,50 @@ LOSSES = {
 }
 
 
+def orthogonality(a: Array) -> Array:
+  """sum_{e<f} |A_e^T A_f|^2 (Frobenius) of experts A [i, e, r].
+
+  Source: O-LoRA (Wang et al., arXiv:2310.14152), its loss between the subspaces
+  of tasks, here between experts.
+  """
+  products = jnp.einsum('ier,ifs->efrs', a, a)
+  pairs = jnp.triu(jnp.ones(products.shape[:2]), 1)
+  return jnp.einsum('efrs,ef->', products**2, pairs)
+
+
+# Losses of the down-projections of a mixture's experts, [i, e, r] in a layer.
+PARAMETER_LOSSES = {'orthogonality': orthogonality}
+
+
+def parameter_loss(
+  tree: Tree, arrays: Collection[str], weights: Mapping[str, float]
+) -> Array:
+  """The weighted sum of PARAMETER_LOSSES, each the mean over arrays and layers.
+
+  Args:
+    tree: below 'layers', the first axis of an array is that of layers.
+    arrays: regular expressions of the paths of [*in, e, r],
+      `peft.build.Built.down_arrays`.
+    weights: {name of a loss: weight}; those of other losses are left out.
+  """
+  total = jnp.float32(0)
+  flat = flax.traverse_util.flatten_dict(tree, sep='/')
+  stacks = [
+    array.reshape(
+      array.shape[0] if 'layers' in path.split('/') else 1,
+      -1,
+      *array.shape[-2:],
+    )
+    for path, array in flat.items()
+    if any(re.search(pattern, path) for pattern in arrays)
+  ]
+  for name, function in PARAMETER_LOSSES.items():
+    if stacks and weights.get(name):
+      values = [jnp.mean(jax.vmap(function)(stack)) for stack in stacks]
+      total += weights[name] * sum(values) / len(values)
+  return total
+
+
 def router_losses() -> dict[str, RouterLoss]:
   """All losses by name: those for every router, and those of entries."""
   losses = {name: RouterLoss(function) for name, function in LOSSES.items()}
@@ -123,7 +172,7 @@ def check_weights(weights: Mapping[str, Any]) -> None:
     ValueError: a name is not a loss, or a weight is not a number in range; the
       message has the name.
   """
-  losses = router_losses()
+  losses = {**router_losses(), **PARAMETER_LOSSES}
   for name, weight in weights.items():
     if name not in losses:
       raise ValueError(
@@ -140,7 +189,8 @@ def auxiliary_loss(
 
   Args:
     sites: {path: RouterStats}, from `router_stats.collect`.
-    weights: {name of a loss: weight}; losses with weight 0 are not computed.
+    weights: {name of a loss: weight}; losses with weight 0 are not computed,
+      nor those of parameters.
 
   Raises:
     ValueError: as `check_weights`.
@@ -149,6 +199,8 @@ def auxiliary_loss(
   losses = router_losses()
   total = jnp.float32(0)
   for name, weight in weights.items():
+    if name in PARAMETER_LOSSES:
+      continue
     loss = losses[name]
     values = [
       loss.function(stats)

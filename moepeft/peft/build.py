@@ -45,6 +45,16 @@ class Built:
     return tuple(patterns)
 
   @property
+  def down_arrays(self) -> tuple[str, ...]:
+    """Regular expressions of the paths of mixtures' down-projections."""
+    patterns = {
+      f'/{adapter.name}/{arrays}': None
+      for _, adapter in self.adapter_map.entries
+      for arrays in getattr(adapter, 'down_arrays', ())
+    }
+    return tuple(patterns)
+
+  @property
   def tied_arrays(self) -> dict[str, int]:
     """As `peft.tied_layers.tie` takes them."""
     return {

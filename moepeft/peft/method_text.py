@@ -302,11 +302,24 @@ def _check_combination(spec: Spec, method: Method) -> None:
       f'experts; drop it or {sorted(unlike)[0]}'
     )
   reads = options.get('reads', method.values.get('reads', 'input'))
-  if options.get('share_router') and reads != 'input':
+  shared = [n for n in ('share_router', 'share_routing') if options.get(n)]
+  if shared and reads != 'input':
     raise ValueError(
-      f'{spec.name}: sites share a router where they read the same input; got '
-      f"reads={reads!r}; write reads='input', or drop share_router"
+      f'{spec.name}: sites share a router where they read the same input, or '
+      'take the routing of the first one, which reads its input; got '
+      f"reads={reads!r}; write reads='input', or drop {shared[0]}"
     )
+  values = {k: o.default for k, o in method.options().items()} | options
+  if values.get('by_column'):
+    router = options.get('router', method_string.parse(method.router))
+    router = ROUTERS[getattr(router, 'name', router)]
+    fixed = router.update or router.from_experts or router.pooled_module
+    if fixed or values['combine'] != 'outputs':
+      raise ValueError(
+        f'{spec.name}: by_column needs a router without state or a fixed '
+        "projection, such as softmax or topk, and combine='outputs'; change "
+        'them, or drop by_column'
+      )
   if 'train_experts' in options and 'from_adapters' not in options:
     raise ValueError(
       f'{spec.name}: train_experts is for experts that are given by '

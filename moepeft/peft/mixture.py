@@ -21,14 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepeft.core.ranges import Choices, IntegerList, Range, Texts, option
-from moepeft.core.types import Array, Context, Routing
+from moepeft.core.types import AXIS_NAMES, Array, Context, Router, Routing
 from moepeft.moe import DEFAULT_ROUTER
 from moepeft.moe.dispatch import Dispatch, dispatch
 from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.nn.adapter_hook import BaseLayer, flatten_features
-from moepeft.nn.initializers import record_expert_counts
+from moepeft.nn.initializers import METADATA, record_expert_counts
 from moepeft.peft.method import Method
 
 READS = ('input', 'output', 'heads', 'down', 'first_pass')
@@ -58,7 +58,8 @@ class Mixing:
     k: the number of experts with weight, the same for every token; None if it
       differs, or if the weights are not known yet.
     share: the parameters that all experts have in common, one letter each.
-    combine, dispatch: as in `Mixture`.
+    combine, dispatch, by_column: as in `Mixture`; by column, the weights are
+      [b, t, r, e].
     splits: the number of equal parts of the inputs and of the outputs that have
       weights of their own; with more than one, parameters are combined and none
       is shared.
@@ -70,6 +71,7 @@ class Mixing:
   share: str = ''
   combine: str = 'outputs'
   dispatch: str = 'dense'
+  by_column: bool = False
   splits: int = 1
 
   def slots(self, pays: Callable[[int, int, int], bool]) -> Dispatch | None:
@@ -128,6 +130,13 @@ class Mixture(nn.Module):
     share_router: whether the sites of a layer that read the same input (q, k
       and v; gate and up) have one router and one routing, those of the first of
       them; as in HMoRA (openreview lTkHiXeuDl). It needs reads='input'.
+    share_routing: whether all sites of a layer have the router and the routing
+      of the first of them, whatever they read; as in Hard-Routed MoR-LoRA
+      (arXiv:2606.31413), where that of the feed-forward's input holds for its
+      down-projection too. It needs reads='input'.
+    by_column: whether each column of the rank has a router of its own, as in
+      MoDE (Ning et al., arXiv:2408.01505): an expert's rank-one terms are
+      weighted apart.
     from_adapters: paths of the trained adapters that the experts start as, one
       each; empty where they start as fresh ones. The experts then stay as they
       are, and only the router is trained.
@@ -147,6 +156,8 @@ class Mixture(nn.Module):
   shared_experts: int = option(0, Range(0, 65_536))
   identity_experts: int = option(0, Range(0, 65_536))
   share_router: bool = False
+  share_routing: bool = False
+  by_column: bool = False
   from_adapters: tuple[str, ...] = option((), Texts(), training_only=True)
   train_experts: bool = option(False, None, training_only=True)
 
@@ -165,9 +176,20 @@ class Mixture(nn.Module):
     )
 
   @property
+  def down_arrays(self) -> tuple[str, ...]:
+    """Regular expressions of the experts' down-projections, [*in, e, r]."""
+    names = getattr(self.expert, 'down_names', ())
+    return tuple(f'{name}$' for name in names if name not in self.share)
+
+  @property
   def tied_arrays(self) -> dict[str, int]:
     """{regular expression: groups} of arrays that layers have in common."""
     return getattr(self.expert, 'tied_arrays', {})
+
+  @property
+  def shares_routing(self) -> bool:
+    """Whether a site may have the routing of an earlier one of its layer."""
+    return self.share_router or self.share_routing
 
   @property
   def two_pass(self) -> bool:
@@ -199,6 +221,7 @@ class Mixture(nn.Module):
       share=self.share,
       combine=self.combine,
       dispatch=self.dispatch,
+      by_column=self.by_column,
       splits=self._splits,
     )
     if self.reads != 'down':
@@ -213,14 +236,31 @@ class Mixture(nn.Module):
 
   def _route(self, x: Array, features: Array, ctx: Context) -> Routing:
     """The routing of the features of x, from an earlier site if shared."""
-    routings = ctx.layer_routings if self.share_router else None
+    routings = ctx.layer_routings if self.shares_routing else None
     if routings is None:
-      return route(self, self.router, features, ctx)
-    routing = routings.get(self.name, x)
+      return route(self, self._router, features, ctx)
+    key = None if self.share_routing else x
+    routing = routings.get(self.name, key)
     if routing is None:
-      routing = route(self, self.router, features, ctx)
-      routings.put(self.name, x, routing)
+      routing = route(self, self._router, features, ctx)
+      routings.put(self.name, key, routing)
     return routing
+
+  @property
+  def _router(self) -> Router:
+    """The router; by column, r of it with results [b, t, r, e]."""
+    if not self.by_column:
+      return self.router
+    lifted = nn.vmap(
+      lambda router, x, ctx: router(x, ctx),
+      in_axes=None,
+      out_axes=2,
+      axis_size=self.expert.rank,
+      variable_axes={'peft': 0, METADATA: 0},
+      split_rngs={'peft': True, METADATA: True, 'router': True},
+      metadata_params={'peft': AXIS_NAMES['r']},
+    )
+    return lambda x, ctx: lifted(self.router, x, ctx)
 
   @property
   def _splits(self) -> int:

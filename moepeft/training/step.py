@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from moepeft.core.types import Array, Batch, State
@@ -43,7 +44,12 @@ def make_train_step(
     'router_loss' and 'gradient_norm'.
   """
   routers = method_routers(method.method, method.semantics)
-  nonlinear = ('routing',) if any(router_losses.values()) else ()
+  weighted = {name for name, weight in router_losses.items() if weight}
+  nonlinear = ('routing',) if weighted - {*aux_losses.PARAMETER_LOSSES} else ()
+
+  def parameter_loss(weights):
+    tied = tie(weights, method.tied_arrays)
+    return aux_losses.parameter_loss(tied, method.down_arrays, router_losses)
 
   def train_step(state: State, batch: Batch):
     rng = jax.random.fold_in(state.rng, state.step)
@@ -85,6 +91,10 @@ def make_train_step(
     gradient, metrics = grad_accumulation.gradient(
       sums_fn, loss_fn, weights, batch, rng, accumulate, nonlinear
     )
+    if weighted & {*aux_losses.PARAMETER_LOSSES}:
+      loss, slope = jax.value_and_grad(parameter_loss)(weights)
+      gradient = jax.tree.map(jnp.add, gradient, slope)
+      metrics['router_loss'] += loss
     updates, opt = optimizer.update(gradient, state.opt, weights)
     metrics['gradient_norm'] = optax.global_norm(gradient)
     return state.replace(

@@ -23,7 +23,7 @@ FOLDER = ROOT / 'configs' / 'methods'
 BASELINES = {'loraplus'}
 NAMES = sorted({path.stem for path in FOLDER.glob('*.py')} - BASELINES)
 # Mixtures of adapters that are trained already.
-OF_ADAPTERS = {'arrow', 'phatgoose', 'xlora'}
+OF_ADAPTERS = {'arrow', 'hardrouted', 'phatgoose', 'xlora'}
 # They need a decoder-only model, which the embedded one is not.
 OF_DECODERS = {'xlora'}
 # Their data name tasks, which conversations do not.

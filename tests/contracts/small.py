@@ -73,11 +73,13 @@ METHODS = (
   f"moelora(experts=3, dropout=0.0, router=task(tasks=['a', 'b']), {_AT})",
   'smear(experts=3, size=2)',
   f"poly(experts=3, rank=2, router=poly(tasks=['a', 'b']), {_AT})",
+  'hardrouted(experts=3, rank=2)',
   f"mhr(experts=3, rank=2, router=poly(tasks=['a', 'b'], splits=2), {_AT})",
   # Even weights: else its function is the base's on average only.
   f'goat(experts=3, rank=1, dropout=0.0, router=uniform, {_AT})',
   'molora(experts=3, rank=2, share_router=True)',
   'lily(experts=3, rank=2)',
+  'mode(experts=3, rank=2)',
   'adamix(experts=3, size=2)',
   'hmora(experts=3, rank=2, dropout=0.0)',
   "tokens(new='3|5-7')",

@@ -18,7 +18,9 @@ from .probes import PROBES
 
 # Experts and ranks unlike every size of the base.
 METHODS = tuple(
-  method.replace('experts=3', 'experts=7').replace('rank=3', 'rank=13')
+  method.replace('experts=3', 'experts=7')
+  .replace('rank=3', 'rank=13')
+  .replace('size=3', 'size=13')
   for method in (
     *small.METHODS,
     "ia3(targets='*')",
@@ -37,7 +39,8 @@ QUICK = (
   'prompt(length=2)',
   'prefix(length=2, hidden=4)',
 )
-# The sizes of small.GATED and small.RELU; a router reads d, n h, f or h.
+# The sizes of small.GATED and small.RELU; a router reads d, n h, f, h, the rank
+# of x A, or a task's vector of 64.
 SIZES = {
   'd': {11},
   'n': {3},
@@ -49,10 +52,11 @@ SIZES = {
   'l': {2, 3},
   # 8 of a preset that counts its experts by layer.
   'e': {7, 8},
-  'r': {1, 2, 4, 13},
+  # 16 of the MLP of ldmole's router.
+  'r': {1, 2, 4, 13, 16},
   # Two tasks, and none.
   'g': {3},
-  'i': {11, 15, 17, 5},
+  'i': {11, 15, 17, 5, 2, 64},
 }
 
 

@@ -57,6 +57,7 @@ ADAPTERS = {
   'ln_tuning': 'ln_tuning',
   'prefix': 'prefix(length=3)',
   'adamix': 'adamix(experts=3, size=2)',
+  'mode': f'mode(experts=3, rank=2, {_AT})',
   'lily': 'lily(experts=3, rank=2)',
   'hash': f'molora(experts=3, rank=2, router=hash(seed=3), {_AT})',
   'prefixes': 'mixture(expert=prefix(length=3), experts=3)',

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes each preset the published method that it is named after."""
 
+import functools
 import types
 
 import flax.linen as nn
@@ -79,8 +80,10 @@ def test_a_preset_is_its_text_and_options_replace_its_values(preset):
     ('mhr', 1 / 8),
     ('goat', 16 / 1),
     ('phatgoose', 1 / 16),
+    ('hardrouted', 256 / 128),
     ('hmora', 8 / 8),
     ('lily', 16 / 16),
+    ('mode', 16 / 4),
   ],
 )
 def test_the_scale_is_the_paper_s(preset, scale):
@@ -350,6 +353,65 @@ def test_phatgoose_takes_the_two_adapters_whose_gates_point_to_the_token():
   )
 
 
+def test_hardrouted_takes_one_expert_for_a_whole_feed_forward():
+  method = 'hardrouted(experts=3, rank=2)'
+  model, _ = small.make(method)
+  variables = small.variables(method, noise=0.3)
+  routers = {
+    p for p in weight_mapping.flatten(variables['peft']) if 'router' in p
+  }
+  assert routers == {
+    f'{side}/layers/mlp/wi_0/hardrouted/router/kernel'
+    for side in ('encoder', 'decoder')
+  }
+  _, sown = jax.jit(functools.partial(model.apply, mutable=['weights']))(
+    variables, small.batch()
+  )
+  (weights,) = sown['weights']['encoder']['layers']['mlp']['wi_0'][
+    'hardrouted'
+  ]['weights']
+  chosen = np.argmax(weights, -1)
+  np.testing.assert_array_equal(weights, np.eye(3)[chosen])
+  assert len(np.unique(chosen)) == 3
+  # The gate, up- and down-projection of expert e, of d 11 and f 17, at the
+  # first layer of the encoder.
+  params = small.params()['encoder']['layers']['mlp']
+  layer = jax.tree.map(lambda a: np.asarray(a[0]), params)
+  tree = variables['peft']['encoder']['layers']['mlp']
+  x = normal('x', 2, 7, 11)
+
+  def projected(y, name, e):
+    a, b = (np.asarray(tree[name]['hardrouted'][leaf][0]) for leaf in 'ab')
+    # Alpha 256 over a rank of 2.
+    return y @ layer[name]['kernel'] + 128 * (y @ a[:, e]) @ b[e]
+
+  kernel = np.asarray(tree['wi_0']['hardrouted']['router']['kernel'][0])
+  chosen = np.argmax(x @ kernel, -1)
+  expected = np.zeros_like(x)
+  for e in range(3):
+    gate = np.asarray(jax.nn.gelu(projected(x, 'wi_0', e)))
+    y = projected(gate * projected(x, 'wi_1', e), 'wo', e)
+    expected += np.where((chosen == e)[..., None], y, 0)
+  actual = whole_feed_forward(
+    model, layer, jax.tree.map(lambda a: a[0], tree), x
+  )
+  # The rank's scale of 128 makes the outputs large.
+  np.testing.assert_allclose(
+    actual, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
+  )
+
+
+def whole_feed_forward(model, params, tree, x):
+  """A feed-forward of a T5 layer with adapters inside."""
+  ctx = Context().at_layer(jnp.int32(0))
+  mlp = Mlp(11, 17, True, 'gelu', 'encoder/mlp', model.adapter_map)
+  cast = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, tree))
+  variables = {'params': cast[0], 'peft': cast[1]}
+  return jax.jit(lambda v, x: mlp.apply(v, x, ctx))(
+    variables, jnp.asarray(x, jnp.float32)
+  )
+
+
 def test_comol_is_lora_with_a_core_merged_for_each_token():
   f, x, y, inside, outside = projection('q')
   a, b = normal('a', *inside, 2), normal('b', 2, *outside)
@@ -521,3 +583,38 @@ def test_adamix_draws_an_expert_and_then_merges_all():
     for i, row in enumerate(np.asarray(drawn))
   }
   assert len(chosen) > 1
+
+
+def test_mode_routes_each_column_over_rank_one_experts():
+  # y = f(x) + 5 / 2 sum_r (x A_r) sum_e p_re B_er, p_r = softmax(x W_r).
+  f, x, y, inside, outside = projection('q')
+  tree = {
+    'a': normal('a', *inside, 2),
+    'b': normal('b', 3, 2, *outside),
+    'router': {'kernel': normal('kernel', 2, 11, 3)},
+  }
+  mixture = adapter('mode(experts=3, rank=2, alpha=5.0)')
+  expected = y
+  for r in range(2):
+    p = softmax(x @ tree['router']['kernel'][r])
+    column = x @ tree['a'][:, r]
+    for e in range(3):
+      weight = 5 / 2 * column * p[..., e]
+      expected = expected + np.multiply.outer(weight, tree['b'][e, r])
+  np.testing.assert_allclose(
+    call(mixture, tree, f, x), expected, rtol=1e-4, atol=1e-4
+  )
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    'router=magnitude',
+    'router=random',
+    'router=arrow',
+    'combine=parameters',
+  ],
+)
+def test_columns_need_routers_that_can_be_repeated(options):
+  with pytest.raises(ValueError, match='drop by_column'):
+    build(f'mode({options})', SITES)

@@ -116,12 +116,12 @@ def bucket_of(built: Built, label: str) -> Bucket:
     entries = built.adapter_map.entries
     for _, module in entries:
       check_decodes(module)
-      if getattr(module, 'share_router', False):
+      if getattr(module, 'shares_routing', False):
         raise ValueError(
           f'{label} is {built.method!r}, which cannot be served beside other '
           'adapters: its sites share routers, and a pool has sites that the '
           'adapter does not have; serve it alone (--workdir or --adapter), or '
-          'train it without share_router'
+          'train it without share_router and share_routing'
         )
     sites = tuple(path for path, module in entries if module.name == name)
     parts.append(

@@ -5,7 +5,7 @@ Houlsby et al., arXiv:1902.00751 (sequential, after the attention and the
 feed-forward); He et al., arXiv:2110.04366 (parallel).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ class Bottleneck(nn.Module):
   place: str = option('sequential', Choices(('sequential', 'parallel')))
   scale: float = option(1.0, Range(-1_000, 1_000))
   dropout: float = option(0.0, DROPOUT, training_only=True)
+
+  # Of experts, what `Mixture.down_arrays` lists.
+  down_names: ClassVar[tuple[str, ...]] = ('down',)
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:

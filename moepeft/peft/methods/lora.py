@@ -4,7 +4,7 @@
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -168,6 +168,9 @@ class Lora(nn.Module):
     copies = () if self.init_weights == 'zero' else ('initial_[ab]$',)
     return copies if self.train_a else ('a$', *copies)
 
+  # Of experts, what `Mixture.down_arrays` lists.
+  down_names: ClassVar[tuple[str, ...]] = ('a',)
+
   @property
   def tied_arrays(self) -> dict[str, int]:
     """{regular expression: groups} of arrays that layers have in common."""
@@ -260,7 +263,9 @@ class Lora(nn.Module):
       z = z[..., None, :]
     elif many_b and mixing.combine == 'parameters':
       z = jnp.einsum('bter,bte->btr', z, weights.astype(x.dtype))[..., None, :]
-    z = z * (weights * self.scale)[..., None].astype(x.dtype)
+    weights = (weights * self.scale).astype(x.dtype)
+    by_column = mixing.by_column
+    z = z * (weights.swapaxes(-1, -2) if by_column else weights[..., None])
     if not many_b:
       z = jnp.sum(z, axis=-2)
     return up(z, b)
@@ -439,6 +444,7 @@ METHOD = Method(
   shareable=('a', 'b'),
   combine=('outputs', 'parameters'),
   dispatches=True,
+  columns=True,
   merge=merge,
   check=check,
   size_option='rank',

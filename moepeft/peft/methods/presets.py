@@ -103,6 +103,15 @@ PHATGOOSE = mixture_of(
   router='phatgoose(k=2)',
 )
 
+# Molavi et al., arXiv:2606.31413: trained adapters, exactly one of them for a
+# token in a feed-forward.
+HARDROUTED = mixture_of(
+  lora.METHOD,
+  values={'rank': 128, 'alpha': 256.0, 'share_routing': True},
+  roles=_at(*_FEED_FORWARD),
+  router="hard(kernel_init='kaiming')",
+)
+
 # Buehler and Buehler, arXiv:2402.07148: trained adapters, weighted at each site
 # and token by what a first pass of the base makes of the token.
 XLORA = mixture_of(
@@ -279,3 +288,7 @@ LILY = mixture_of(
   roles=_at('query', 'key', 'value'),
   router="softmax(kernel_init='kaiming')",
 )
+
+# Ning et al., arXiv:2408.01505: one A, and a router for each of its columns
+# over rank-one experts.
+MODE = mixture_of(lora.METHOD, values={'share': 'a', 'by_column': True})
