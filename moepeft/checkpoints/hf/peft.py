@@ -313,24 +313,21 @@ def _fields_and_rules(
   if set(names) == {'ia3'}:
     fields = {'peft_type': 'IA3', 'feedforward_modules': []}
     return fields, _all_ia3_rules(config, adapter, specs), {}
-  if names == ['ln_tuning']:
-    sites = sites_in(adapter.tree, 'ln_tuning')
-    fields = {'peft_type': peft_norms.PEFT_TYPE}
-    return fields, peft_norms.rules(config, sites), {}
-  if names == ['vera']:
-    sites = sites_in(adapter.tree, 'vera')
-    peft_lora.check_sites(sites, hf.family_of(config).projections(config))
-    vera = peft_low_rank.vera_of(specs['vera'])
-    return (
-      peft_low_rank.vera_fields(vera),
-      peft_low_rank.vera_rules(config, sites),
-      {'r': vera.rank},
-    )
+  describe = _SINGLE.get(names[0]) if len(names) == 1 else None
+  if describe is not None:
+    return describe(config, adapter.tree, specs[names[0]])
   raise CheckpointError(
     f'peft cannot represent {adapter.method!r}: an adapter of peft is lora, '
     'dora, ia3, one vera, one ln_tuning, one prompt or one prefix; write the '
     'moepeft format instead'
   )
+
+
+# Methods of which peft has one in an adapter.
+_SINGLE = {
+  'ln_tuning': peft_norms.describe,
+  'vera': peft_low_rank.describe_vera,
+}
 
 
 def _all_ia3_rules(

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from moepeft.checkpoints.adapter import sites_in
 from moepeft.checkpoints.hf import model as hf
-from moepeft.checkpoints.hf import peft_config
+from moepeft.checkpoints.hf import peft_config, peft_lora
 from moepeft.checkpoints.hf.peft_names import PREFIX, site_module
 from moepeft.config.method_string import Spec
 from moepeft.models.weight_mapping import (
   CheckpointError,
   Rule,
   Shape,
+  Tree,
   path_in_layers,
 )
 from moepeft.peft.methods.vera import Vera
@@ -190,9 +192,27 @@ def vera_of(spec: Spec) -> Vera:
   return Vera(**{name: v for name, v in spec.options if name != 'targets'})
 
 
-def vera_fields(vera: Vera) -> dict[str, Any]:
-  """The fields of adapter_config.json of a VeRA."""
-  return {
+def describe_vera(
+  config: Any, tree: Tree, spec: Spec
+) -> tuple[dict[str, Any], list[Rule], dict[str, int]]:
+  """(fields of adapter_config.json, rules, size of the rank's letter).
+
+  Raises:
+    CheckpointError: a site is no projection.
+  """
+  vera, rules = vera_of(spec), []
+  projections = hf.family_of(config).projections(config)
+  sites = sites_in(tree, spec.name)
+  peft_lora.check_sites(sites, projections)
+  for site in sites:
+    path = f'{path_in_layers(site)}/{spec.name}'
+    name = f'{PREFIX}{site_module(config, site)}'
+    out = projections[site][1]
+    rules += [
+      Rule(f'{path}/d', f'{name}.{_VECTORS[0]}', 'r', 'r'),
+      Rule(f'{path}/b', f'{name}.{_VECTORS[1]}', out, f'({out})'),
+    ]
+  fields = {
     'peft_type': 'VERA',
     'r': vera.rank,
     'd_initial': vera.d_initial,
@@ -201,21 +221,7 @@ def vera_fields(vera: Vera) -> dict[str, Any]:
     'vera_dropout': vera.dropout,
     'bias': 'none',
   }
-
-
-def vera_rules(config: Any, sites: Mapping[str, Any]) -> list[Rule]:
-  """The rules of a VeRA's vectors at its sites."""
-  rules = []
-  projections = hf.family_of(config).projections(config)
-  for site in sites:
-    path = f'{path_in_layers(site)}/vera'
-    name = f'{PREFIX}{site_module(config, site)}'
-    out = projections[site][1]
-    rules += [
-      Rule(f'{path}/d', f'{name}.{_VECTORS[0]}', 'r', 'r'),
-      Rule(f'{path}/b', f'{name}.{_VECTORS[1]}', out, f'({out})'),
-    ]
-  return rules
+  return fields, rules, {'r': vera.rank}
 
 
 def with_matrices(

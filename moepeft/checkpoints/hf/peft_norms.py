@@ -7,21 +7,28 @@ peft's arrays are those of the base's norms, as the base stores them.
 from collections.abc import Collection
 from typing import Any
 
-from moepeft.checkpoints.adapter import site_patterns
+from moepeft.checkpoints.adapter import site_patterns, sites_in
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf.peft_names import PREFIX
 from moepeft.config.method_string import Spec
-from moepeft.models.weight_mapping import CheckpointError, Rule
+from moepeft.models.weight_mapping import CheckpointError, Rule, Tree
 
 PEFT_TYPE = 'LN_TUNING'
 
 
-def rules(config: Any, sites: Collection[str]) -> list[Rule]:
-  """The rules of a tuning of some norms.
+def describe(
+  config: Any, tree: Tree, spec: Spec
+) -> tuple[dict[str, Any], list[Rule], dict[str, int]]:
+  """(fields of adapter_config.json, rules, sizes of no letters).
 
   Raises:
     CheckpointError: a site is no norm.
   """
+  sites = sites_in(tree, spec.name)
+  return {'peft_type': PEFT_TYPE}, _rules(config, sites), {}
+
+
+def _rules(config: Any, sites: Collection[str]) -> list[Rule]:
   norms = _norm_rules(config)
   if unknown := sorted(set(sites) - set(norms)):
     raise CheckpointError(f'{", ".join(unknown)} is no norm of the model')
@@ -49,7 +56,7 @@ def read(config: Any, stored_names: Collection[str]) -> tuple[str, list[Rule]]:
   ]
   targets = '|'.join(filter(None, patterns))
   method = str(Spec('ln_tuning', (('targets', targets),)))
-  return method, rules(config, sites)
+  return method, _rules(config, sites)
 
 
 def _norm_rules(config: Any) -> dict[str, list[Rule]]:
