@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads and writes adapters of `peft`.
 
-LoRA, DoRA, (IA)^3, norms, prompts and prefixes are read and written; VeRA is
-written, and read as LoRA, as are LoHa and LoKr (`peft_low_rank`).
+LoRA, DoRA, (IA)^3, norms, prompts, prefixes and Poly are read and written; VeRA
+is written, and read as LoRA, as are LoHa and LoKr (`peft_low_rank`).
 
 An adapter is a directory with adapter_config.json and
 adapter_model.safetensors. peft scales the inputs of `feedforward_modules`: at
@@ -32,6 +32,7 @@ from moepeft.checkpoints.hf import (
   peft_lora,
   peft_low_rank,
   peft_norms,
+  peft_poly,
   peft_prefix,
   peft_prompt,
 )
@@ -69,6 +70,8 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> AdapterWeights:
     return peft_prefix.read(path, config, fields, tensors)
   if fields['peft_type'] in peft_config.LOW_RANK_TYPES:
     fields, tensors = peft_low_rank.as_lora(config, fields, tensors)
+  if fields['peft_type'] == peft_poly.PEFT_TYPE:
+    return peft_poly.read(path, config, fields, tensors)
   rank_sizes, shapes, fetch_stored = {}, tensors.shapes, tensors.fetch
   if fields['peft_type'] == 'LORA':
     lora = peft_lora.read(config, fields, tensors)
@@ -122,8 +125,8 @@ def save(
     CheckpointError: peft cannot represent the method, or `path` is not empty.
   """
   adapter = peft_lora.without_initial_factors(adapter)
-  if prompt_format := _prompt_format(adapter):
-    fields, arrays = prompt_format.write(config, adapter)
+  if module := _module_of(adapter):
+    fields, arrays = module.write(config, adapter)
     _write(path, config, arrays, fields, base, like or {}, overwrite)
     return
   family = hf.family_of(config)
@@ -161,8 +164,8 @@ def check(config: Any, adapter: AdapterWeights) -> None:
     CheckpointError: it cannot.
   """
   adapter = peft_lora.without_initial_factors(adapter)
-  if prompt_format := _prompt_format(adapter):
-    prompt_format.write(config, adapter)
+  if module := _module_of(adapter):
+    module.write(config, adapter)
   else:
     _fields_and_rules(config, adapter)
 
@@ -191,12 +194,17 @@ def _write(
     )
 
 
-def _prompt_format(adapter: AdapterWeights) -> ModuleType | None:
-  """The module that writes an adapter of one prompt or prefix, else None."""
+def _module_of(adapter: AdapterWeights) -> ModuleType | None:
+  """The module that writes an adapter which is no LoRA or (IA)^3, else None."""
   names = [spec.name for spec in method_instances(adapter.method).values()]
   if len(names) > 1:
     return None
-  return {'prompt': peft_prompt, 'prefix': peft_prefix}.get(names[0])
+  return {
+    'prompt': peft_prompt,
+    'prefix': peft_prefix,
+    'poly': peft_poly,
+    'mhr': peft_poly,
+  }.get(names[0])
 
 
 def _open_tensors(folder: Path) -> directory.Tensors:
@@ -318,8 +326,8 @@ def _fields_and_rules(
     return describe(config, adapter.tree, specs[names[0]])
   raise CheckpointError(
     f'peft cannot represent {adapter.method!r}: an adapter of peft is lora, '
-    'dora, ia3, one vera, one ln_tuning, one prompt or one prefix; write the '
-    'moepeft format instead'
+    'dora, one poly, ia3, one vera, one ln_tuning, one prompt or one prefix; '
+    'write the moepeft format instead'
   )
 
 

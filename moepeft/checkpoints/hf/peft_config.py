@@ -17,7 +17,8 @@ FILE = 'adapter_config.json'
 _PROMPT_TYPES = (*peft_prompt.PEFT_TYPES, peft_prefix.PEFT_TYPE)
 # Read as LoRA, see `peft_low_rank`.
 LOW_RANK_TYPES = ('VERA', 'LOHA', 'LOKR')
-_TYPES = ('LORA', 'IA3', 'LN_TUNING', *LOW_RANK_TYPES, *_PROMPT_TYPES)
+_POLY = 'POLY'
+_TYPES = ('LORA', 'IA3', 'LN_TUNING', *LOW_RANK_TYPES, *_PROMPT_TYPES, _POLY)
 # Fields that are read, or do not change the function of a trained adapter.
 # Other fields must be empty.
 _ACCEPTED_FIELDS = frozenset(
@@ -46,10 +47,17 @@ _LOW_RANK_FIELDS = frozenset(
   use_effective_conv2d vera_dropout
   """.split()
 )
+# Further fields of Poly, which are positive, and required.
+_POLY_SIZES = ('r', 'n_tasks', 'n_skills', 'n_splits')
+_POLY_FIELDS = frozenset((*_POLY_SIZES, 'poly_type', 'init_weights'))
 # Other initializations also change the base's weights.
 _ACCEPTED_VALUES = {
   'bias': ('none',),
   'init_lora_weights': (True, 'gaussian', 'orthogonal', 'eva', 'mica'),
+}
+# peft 0.21 saves an X-LoRA with changed names, and does not read it back.
+_ADVICE = {
+  'XLORA': ". Its experts are: train xlora(from_adapters=['a', 'b']) with them"
 }
 _SELECTION_FIELDS = ('exclude_modules', 'layers_to_transform', 'layers_pattern')
 
@@ -65,7 +73,7 @@ def read(path: str) -> dict[str, Any]:
   if not isinstance(kind, str) or kind not in _TYPES:
     raise CheckpointError(
       f'{path} is a peft adapter of the type {kind!r}; '
-      f'{", ".join(_TYPES)} are supported'
+      f'{", ".join(_TYPES)} are supported{_ADVICE.get(str(kind), "")}'
     )
   try:
     _check(fields)
@@ -81,13 +89,13 @@ def read(path: str) -> dict[str, Any]:
       'not supported: merge them and the adapter into the base '
       'with peft (merge_and_unload) and use the merged model'
     )
-  accepted_fields = _ACCEPTED_FIELDS | (
-    _PROMPT_FIELDS
-    if kind in _PROMPT_TYPES
-    else _LOW_RANK_FIELDS
-    if kind in LOW_RANK_TYPES
-    else set()
-  )
+  accepted_fields = _ACCEPTED_FIELDS
+  for types, further_fields in (
+    (_PROMPT_TYPES, _PROMPT_FIELDS),
+    (LOW_RANK_TYPES, _LOW_RANK_FIELDS),
+    ((_POLY,), _POLY_FIELDS),
+  ):
+    accepted_fields |= further_fields if kind in types else set()
   for name, value in sorted(fields.items()):
     neutral = _ACCEPTED_VALUES.get(name, ())
     is_neutral = not value or value in neutral
@@ -105,6 +113,7 @@ _FIELD_TYPES: dict[str, type] = {
   **dict.fromkeys(('r', 'num_virtual_tokens', 'token_dim'), int),
   **dict.fromkeys(('num_transformer_submodules',), int),
   **dict.fromkeys(('alpha', 'lora_alpha', 'lora_dropout'), float),
+  **dict.fromkeys(('n_tasks', 'n_skills', 'n_splits'), int),
   **dict.fromkeys(('use_dora', 'use_rslora', 'fan_in_fan_out'), bool),
   **dict.fromkeys(('rank_pattern', 'alpha_pattern'), dict),
   'base_model_name_or_path': str,
@@ -123,6 +132,9 @@ def _check(fields: Mapping[str, Any]) -> None:
       raise ValueError(f'expected 1 to {_MAX_VALUE:,} in {name!r}, got {value}')
     if value is not None and kind is float and not 0 <= value <= _MAX_VALUE:
       raise ValueError(f'expected 0 to {_MAX_VALUE:,} in {name!r}, got {value}')
+  if fields['peft_type'] == _POLY:
+    for name in _POLY_SIZES:
+      untrusted.field(fields, name, int)
   if fields['peft_type'] == 'LORA':
     untrusted.field(fields, 'r', int)
     untrusted.field(fields, 'lora_alpha', float)
