@@ -15,7 +15,7 @@ from moepeft.models import weight_mapping
 from moepeft.moe import router_state
 from moepeft.nn import initializers
 from moepeft.nn.expert_padding import padding_size
-from moepeft.peft.tied_layers import copied_sizes
+from moepeft.peft.tied_layers import spare_sizes
 
 _LAYERS_PART = re.compile(r'(^|/)layers(_\d+)?(?=/)')
 
@@ -40,7 +40,7 @@ def count(config: ConfigDict) -> dict[str, Any]:
     stored_params = quantize.shapes(stored_params, model, config.model.quantize)
   trainable = shapes.get(built.trainable, {})
   trained, _ = router_state.split(trainable, built.frozen_arrays)
-  copies = copied_sizes(trained, built.tied_arrays)
+  spare = spare_sizes(trained, built.tied_arrays, built.unread_arrays)
   trained = weight_mapping.flatten(trained)
   sites = defaultdict(int)
   padded = initializers.padded_axes(module, base_lib.example_batch())
@@ -48,7 +48,7 @@ def count(config: ConfigDict) -> dict[str, Any]:
     size = (
       padded[path].size(leaf.shape) if path in padded else math.prod(leaf.shape)
     )
-    sites[_site(path, built.trainable)] += size - copies.get(path, 0)
+    sites[_site(path, built.trainable)] += size - spare.get(path, 0)
   padding = padding_size({p: a.shape for p, a in trained.items()}, padded)
   peft = sum(sites.values())
   return {

@@ -55,6 +55,15 @@ class Built:
     return tuple(patterns)
 
   @property
+  def unread_arrays(self) -> dict[str, float]:
+    """{regular expression of paths: the share that no adapter reads}."""
+    return {
+      f'/{adapter.name}/{arrays}': share
+      for _, adapter in self.adapter_map.entries
+      for arrays, share in getattr(adapter, 'unread_arrays', {}).items()
+    }
+
+  @property
   def tied_arrays(self) -> dict[str, int]:
     """As `peft.tied_layers.tie` takes them."""
     return {
@@ -184,9 +193,12 @@ def make_adapter(
     counts = values.get('experts_per_layer', ())
     options['experts'] = (
       len(values.get('from_adapters', ()))
+      or len(values.get('ranks', ()))
       or largest_count(counts)
       or values['experts']
     )
+    if values.get('ranks'):
+      options['rank'] = max(values['ranks'])
     if 'experts_per_layer' in declared:
       options['experts_per_layer'] = counts
     options['router'] = ROUTERS[router.name].module(

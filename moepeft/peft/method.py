@@ -56,7 +56,8 @@ class Method:
       zero leaves that output as it is, in a mixture with any weights too.
     shareable: parameters that the experts of a mixture may have in common.
     combine: values of the mixture's option `combine` that it has.
-    columns: whether its mixtures can weight each column of the rank apart.
+    columns: whether its mixtures can weight each column of the rank apart, and
+      have experts of different ranks.
     dispatches: whether its mixtures can sort tokens by expert (`Mixing.slots`).
     merge: (variables, weight, adapter=..., eqn=...) -> weight, or None.
     merges_into: the name of that weight, 'kernel', 'scale' or 'bias'.
@@ -133,7 +134,7 @@ class Method:
       if not self.expert.dispatches:
         del options['dispatch']
       if not self.expert.columns:
-        del options['by_column']
+        del options['by_column'], options['ranks']
       if not self.expert.additive:
         del options['shared_experts'], options['identity_experts']
       options |= self.expert.options()

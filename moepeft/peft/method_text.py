@@ -135,7 +135,9 @@ def expanded_text(
         'experts_per_layer' if options['experts_per_layer'] else 'experts'
       }
       for name in {*EXPERT_COUNTS} - count_names:
-        del options[name]
+        options.pop(name, None)
+      if 'ranks' in count_names:
+        del options['rank']
       if 'from_adapters' not in count_names:
         del options['train_experts']
     name = 'mixture' if entry.expert else spec.name
@@ -320,6 +322,10 @@ def _check_combination(spec: Spec, method: Method) -> None:
         "projection, such as softmax or topk, and combine='outputs'; change "
         'them, or drop by_column'
       )
+  if {'rank', 'ranks'} <= options.keys():
+    raise ValueError(
+      f'{spec.name}: ranks has the rank of each expert; drop rank'
+    )
   if 'train_experts' in options and 'from_adapters' not in options:
     raise ValueError(
       f'{spec.name}: train_experts is for experts that are given by '
@@ -340,11 +346,9 @@ def _check(spec: Spec, options: Mapping[str, Option]) -> None:
       f'{spec.name}: the option sites is now targets; write that'
     )
   if unknown:
-    raise ValueError(
-      f'{spec.name} has no option {", ".join(unknown)}; it has '
-      f'{", ".join(sorted(options)) or "none"}'
-      f'{suggestion(unknown[0], options)}'
-    )
+    near = suggestion(unknown[0], options)
+    listed = near or f'; it has {", ".join(sorted(options)) or "none"}'
+    raise ValueError(f'{spec.name} has no option {", ".join(unknown)}{listed}')
   for name, value in spec.options:
     option = options[name]
     if isinstance(option.default, nn.Module):

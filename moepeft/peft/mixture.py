@@ -43,7 +43,7 @@ COUNTS_BY_QUARTER = {
   'hourglass': (8, 2, 2, 8),
 }
 # Options that say how many experts there are; a method string has one of them.
-EXPERT_COUNTS = ('experts', 'experts_per_layer', 'from_adapters')
+EXPERT_COUNTS = ('experts', 'experts_per_layer', 'from_adapters', 'ranks')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Mixing:
     share: the parameters that all experts have in common, one letter each.
     combine, dispatch, by_column: as in `Mixture`; by column, the weights are
       [b, t, r, e].
+    ranks: as in `Mixture`.
     splits: the number of equal parts of the inputs and of the outputs that have
       weights of their own; with more than one, parameters are combined and none
       is shared.
@@ -72,6 +73,7 @@ class Mixing:
   combine: str = 'outputs'
   dispatch: str = 'dense'
   by_column: bool = False
+  ranks: tuple[int, ...] = ()
   splits: int = 1
 
   def slots(self, pays: Callable[[int, int, int], bool]) -> Dispatch | None:
@@ -134,6 +136,9 @@ class Mixture(nn.Module):
       of the first of them, whatever they read; as in Hard-Routed MoR-LoRA
       (arXiv:2606.31413), where that of the feed-forward's input holds for its
       down-projection too. It needs reads='input'.
+    ranks: the rank of each low-rank expert, whose scale is alpha over it. The
+      arrays of all have the largest; the rest is never read. () where all have
+      the same.
     by_column: whether each column of the rank has a router of its own, as in
       MoDE (Ning et al., arXiv:2408.01505): an expert's rank-one terms are
       weighted apart.
@@ -157,6 +162,7 @@ class Mixture(nn.Module):
   identity_experts: int = option(0, Range(0, 65_536))
   share_router: bool = False
   share_routing: bool = False
+  ranks: tuple[int, ...] = option((), IntegerList(EXPERTS))
   by_column: bool = False
   from_adapters: tuple[str, ...] = option((), Texts(), training_only=True)
   train_experts: bool = option(False, None, training_only=True)
@@ -180,6 +186,14 @@ class Mixture(nn.Module):
     """Regular expressions of the experts' down-projections, [*in, e, r]."""
     names = getattr(self.expert, 'down_names', ())
     return tuple(f'{name}$' for name in names if name not in self.share)
+
+  @property
+  def unread_arrays(self) -> dict[str, float]:
+    """{regular expression: the share of the array that is never read}."""
+    if not self.ranks:
+      return {}
+    share = 1 - sum(self.ranks) / (len(self.ranks) * max(self.ranks))
+    return {f'{name}$': share for name in 'ab' if name not in self.share}
 
   @property
   def tied_arrays(self) -> dict[str, int]:
@@ -222,6 +236,7 @@ class Mixture(nn.Module):
       combine=self.combine,
       dispatch=self.dispatch,
       by_column=self.by_column,
+      ranks=self.ranks,
       splits=self._splits,
     )
     if self.reads != 'down':

@@ -35,15 +35,26 @@ def tie(tree: Tree, groups: Mapping[str, int]) -> Tree:
   return flax.traverse_util.unflatten_dict(flat | tied, sep='/')
 
 
-def copied_sizes(tree: Tree, groups: Mapping[str, int]) -> dict[str, int]:
-  """{path of a tied array: the number of its values that are copies}."""
+def spare_sizes(
+  tree: Tree, groups: Mapping[str, int], unread: Mapping[str, float]
+) -> dict[str, int]:
+  """{path: the number of an array's values that are copies or never read}.
+
+  Args:
+    groups: as of `tie`.
+    unread: {regular expression of paths: the share that is never read}.
+  """
   flat = flax.traverse_util.flatten_dict(tree, sep='/')
   sizes = {}
   for path, array in flat.items():
+    size = math.prod(array.shape)
+    share = next((s for p, s in unread.items() if re.search(p, path)), 0)
+    read = round(size * (1 - share))
     if count := _groups_at(path, groups):
       layers = array.shape[0]
-      copies = layers - len(set(first_layers(layers, count)))
-      sizes[path] = copies * math.prod(array.shape[1:])
+      read = read * len(set(first_layers(layers, count))) // layers
+    if read < size:
+      sizes[path] = size - read
   return sizes
 
 

@@ -14,7 +14,7 @@ from moepeft.moe import router_state
 from moepeft.nn.expert_padding import PaddedAxis, padding_size
 from moepeft.peft import Built
 from moepeft.peft.method_text import expanded_text
-from moepeft.peft.tied_layers import copied_sizes
+from moepeft.peft.tied_layers import spare_sizes
 
 
 def print_summary(
@@ -40,7 +40,9 @@ def print_summary(
   }
   padding = padding_size(shapes, padded)
   trained -= padding
-  trained -= sum(copied_sizes(weights, method.tied_arrays).values())
+  trained -= sum(
+    spare_sizes(weights, method.tied_arrays, method.unread_arrays).values()
+  )
   total, quantized = (trained if method.trainable == 'params' else frozen), ''
   if base.quantise:
     total = quantize.parameters(state.frozen, base.config)

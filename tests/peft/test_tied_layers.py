@@ -11,7 +11,7 @@ from moepeft.core.types import State
 from moepeft.models.t5 import model as t5
 from moepeft.objectives import Objective
 from moepeft.peft import build
-from moepeft.peft.tied_layers import copied_sizes, first_layers, tie
+from moepeft.peft.tied_layers import first_layers, spare_sizes, tie
 from moepeft.training.step import make_train_step
 
 from ..contracts import small
@@ -40,7 +40,7 @@ def test_the_first_layer_has_the_gradient_of_its_group():
   )(tree)
   np.testing.assert_array_equal(slope['layers']['lora']['a'], [3, 0, 3])
   # One of three values is a copy.
-  assert copied_sizes(tree, groups) == {'layers/lora/a': 1}
+  assert spare_sizes(tree, groups, {}) == {'layers/lora/a': 1}
 
 
 def test_training_keeps_the_layers_of_a_group_equal():

@@ -116,6 +116,11 @@ def bucket_of(built: Built, label: str) -> Bucket:
     entries = built.adapter_map.entries
     for _, module in entries:
       check_decodes(module)
+      if getattr(module, 'ranks', ()):
+        raise ValueError(
+          f'{label} is {built.method!r}, which cannot be served beside other '
+          'adapters: its experts have different ranks; serve it alone'
+        )
       if getattr(module, 'shares_routing', False):
         raise ValueError(
           f'{label} is {built.method!r}, which cannot be served beside other '

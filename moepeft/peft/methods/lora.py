@@ -3,7 +3,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -229,7 +229,11 @@ class Lora(nn.Module):
     if mixing and mixing.splits > 1:
       weights = mixing.weights().astype(dtype)
       return split_term(low, a, b, weights) * self.scale
-    slots = mixing and mixing.slots(functools.partial(pays, self.rank))
+    slots = (
+      mixing
+      and not mixing.ranks
+      and mixing.slots(functools.partial(pays, self.rank))
+    )
     if slots:
       term = self._sparse_term(slots, low, a, b)
     else:
@@ -263,9 +267,11 @@ class Lora(nn.Module):
       z = z[..., None, :]
     elif many_b and mixing.combine == 'parameters':
       z = jnp.einsum('bter,bte->btr', z, weights.astype(x.dtype))[..., None, :]
-    weights = (weights * self.scale).astype(x.dtype)
-    by_column = mixing.by_column
-    z = z * (weights.swapaxes(-1, -2) if by_column else weights[..., None])
+    weights = (
+      weights.swapaxes(-1, -2) if mixing.by_column else weights[..., None]
+    )
+    scale = self.column_scales(mixing.ranks) if mixing.ranks else self.scale
+    z = z * (weights * scale).astype(x.dtype)
     if not many_b:
       z = jnp.sum(z, axis=-2)
     return up(z, b)
@@ -357,7 +363,21 @@ class Lora(nn.Module):
 
   @property
   def scale(self) -> float:
-    return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+    return self._scale(self.rank)
+
+  def _scale(self, rank: int) -> float:
+    return self.alpha / (rank**0.5 if self.rslora else rank)
+
+  @nn.nowrap
+  def column_scales(self, ranks: Sequence[int]) -> np.ndarray:
+    """[e, r]: each expert's scale, zero in columns beyond its rank."""
+    return np.array(
+      [
+        [self._scale(rank) * (column < rank) for column in range(self.rank)]
+        for rank in ranks
+      ],
+      np.float32,
+    )
 
 
 def merge(variables, kernel: Array, *, adapter: Lora, eqn: str) -> Array:
@@ -396,6 +416,16 @@ def check(options: Mapping[str, Any]) -> None:
     options: {option: value} of one adapter, or of a mixture of them.
   """
   init = options['init_weights']
+  if options.get('ranks'):
+    ruled_out = [n for n in ('shared_experts', 'from_adapters') if options[n]]
+    ruled_out += ['combine'] if options['combine'] == 'parameters' else []
+    ruled_out += ['dispatch'] if options['dispatch'] == 'sparse' else []
+    ruled_out += [] if init == 'zero' else ['init_weights']
+    if ruled_out:
+      raise ValueError(
+        'experts of different ranks are mixed by their outputs, and all are '
+        f'computed and start at zero; drop {ruled_out[0]} or ranks'
+      )
   tied = [name for name in ('a_groups', 'b_groups') if options[name]]
   unlike = [n for n in ('experts_per_layer', 'from_adapters') if options.get(n)]
   if tied and init != 'zero':
