@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads and writes adapters of `peft`: LoRA, DoRA, (IA)^3, prompts, Poly.
+"""Reads and writes adapters of `peft`.
+
+LoRA, DoRA, (IA)^3, norms, prompts, prefixes and Poly are read and written; VeRA
+is written, and read as LoRA, as are LoHa and LoKr (`peft_low_rank`).
 
 An adapter is a directory with adapter_config.json and
 adapter_model.safetensors. peft scales the inputs of `feedforward_modules`: at
@@ -27,6 +30,8 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import (
   peft_config,
   peft_lora,
+  peft_low_rank,
+  peft_norms,
   peft_poly,
   peft_prefix,
   peft_prompt,
@@ -63,6 +68,8 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> AdapterWeights:
     return peft_prompt.read(path, config, fields, tensors)
   if fields['peft_type'] == peft_prefix.PEFT_TYPE:
     return peft_prefix.read(path, config, fields, tensors)
+  if fields['peft_type'] in peft_config.LOW_RANK_TYPES:
+    fields, tensors = peft_low_rank.as_lora(config, fields, tensors)
   if fields['peft_type'] == peft_poly.PEFT_TYPE:
     return peft_poly.read(path, config, fields, tensors)
   rank_sizes, shapes, fetch_stored = {}, tensors.shapes, tensors.fetch
@@ -70,6 +77,8 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> AdapterWeights:
     lora = peft_lora.read(config, fields, tensors)
     method, rules, rank_sizes = lora.method, lora.rules, lora.rank_sizes
     shapes, fetch_stored = lora.shapes, lora.fetch
+  elif fields['peft_type'] == peft_norms.PEFT_TYPE:
+    method, rules = peft_norms.read(config, shapes)
   else:
     method, rules = _read_ia3(config, shapes)
   sizes = family.axis_sizes(config) | rank_sizes
@@ -142,6 +151,9 @@ def save(
     input_scaled_modules,
     like if like.get('peft_type') == fields['peft_type'] else {},
   )
+  if 'projection_prng_key' in fields:
+    vera = peft_low_rank.vera_of(method_instances(adapter.method)['vera'])
+    arrays = peft_low_rank.with_matrices(config, arrays, vera)
   _write(path, config, arrays, fields, base, like, overwrite)
 
 
@@ -266,7 +278,7 @@ def _missing_arrays(
   """Returns {name: shape} of the arrays of modules that the file lacks.
 
   Raises:
-    CheckpointError: the file is empty, or lacks a DoRA magnitude.
+    CheckpointError: the file is empty, or lacks a norm or a DoRA magnitude.
   """
   if not shapes:
     raise CheckpointError(
@@ -278,6 +290,13 @@ def _missing_arrays(
     for e in entries
     if module_of(e.stored_name) not in stored_modules
   }
+  missing_norms = [name for name in missing_shapes if '.ln_tuning_' in name]
+  if missing_norms:
+    raise CheckpointError(
+      f'{WEIGHTS_FILE} has no {module_of(missing_norms[0])}: an adapter must '
+      'tune a norm in all layers or in none; merge it into its base with peft '
+      '(merge_and_unload) and convert the merged model'
+    )
   missing_magnitudes = [
     name for name in missing_shapes if name.endswith('_vector')
   ]
@@ -302,11 +321,21 @@ def _fields_and_rules(
   if set(names) == {'ia3'}:
     fields = {'peft_type': 'IA3', 'feedforward_modules': []}
     return fields, _all_ia3_rules(config, adapter, specs), {}
+  describe = _SINGLE.get(names[0]) if len(names) == 1 else None
+  if describe is not None:
+    return describe(config, adapter.tree, specs[names[0]])
   raise CheckpointError(
     f'peft cannot represent {adapter.method!r}: an adapter of peft is lora, '
-    'dora, one poly, ia3, one prompt or one prefix; write the moepeft format '
-    'instead'
+    'dora, one poly, ia3, one vera, one ln_tuning, one prompt or one prefix; '
+    'write the moepeft format instead'
   )
+
+
+# Methods of which peft has one in an adapter.
+_SINGLE = {
+  'ln_tuning': peft_norms.describe,
+  'vera': peft_low_rank.describe_vera,
+}
 
 
 def _all_ia3_rules(

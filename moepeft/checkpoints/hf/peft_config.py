@@ -10,12 +10,15 @@ from typing import Any
 from moepeft.checkpoints import directory
 from moepeft.checkpoints.hf import peft_prefix, peft_prompt
 from moepeft.core import untrusted
+from moepeft.core.ranges import MAX_SEED
 from moepeft.models.weight_mapping import CheckpointError
 
 FILE = 'adapter_config.json'
 _PROMPT_TYPES = (*peft_prompt.PEFT_TYPES, peft_prefix.PEFT_TYPE)
+# Read as LoRA, see `peft_low_rank`.
+LOW_RANK_TYPES = ('VERA', 'LOHA', 'LOKR')
 _POLY = 'POLY'
-_TYPES = ('LORA', 'IA3', *_PROMPT_TYPES, _POLY)
+_TYPES = ('LORA', 'IA3', 'LN_TUNING', *LOW_RANK_TYPES, *_PROMPT_TYPES, _POLY)
 # Fields that are read, or do not change the function of a trained adapter.
 # Other fields must be empty.
 _ACCEPTED_FIELDS = frozenset(
@@ -35,6 +38,13 @@ _PROMPT_FIELDS = frozenset(
   num_layers prompt_tuning_init prompt_tuning_init_text tokenizer_kwargs
   tokenizer_name_or_path encoder_dropout encoder_hidden_size encoder_num_layers
   encoder_reparameterization_type init_weights prefix_projection
+  """.split()
+)
+_LOW_RANK_FIELDS = frozenset(
+  """
+  alpha decompose_both decompose_factor d_initial init_weights module_dropout
+  projection_prng_key rank_dropout rank_dropout_scale save_projection
+  use_effective_conv2d vera_dropout
   """.split()
 )
 # Further fields of Poly, which are positive, and required.
@@ -79,10 +89,13 @@ def read(path: str) -> dict[str, Any]:
       'not supported: merge them and the adapter into the base '
       'with peft (merge_and_unload) and use the merged model'
     )
-  accepted_fields = _ACCEPTED_FIELDS | (
-    _PROMPT_FIELDS if kind in _PROMPT_TYPES else set()
-  )
-  accepted_fields |= _POLY_FIELDS if kind == _POLY else set()
+  accepted_fields = _ACCEPTED_FIELDS
+  for types, further_fields in (
+    (_PROMPT_TYPES, _PROMPT_FIELDS),
+    (LOW_RANK_TYPES, _LOW_RANK_FIELDS),
+    ((_POLY,), _POLY_FIELDS),
+  ):
+    accepted_fields |= further_fields if kind in types else set()
   for name, value in sorted(fields.items()):
     neutral = _ACCEPTED_VALUES.get(name, ())
     is_neutral = not value or value in neutral
@@ -99,8 +112,8 @@ def read(path: str) -> dict[str, Any]:
 _FIELD_TYPES: dict[str, type] = {
   **dict.fromkeys(('r', 'num_virtual_tokens', 'token_dim'), int),
   **dict.fromkeys(('num_transformer_submodules',), int),
+  **dict.fromkeys(('alpha', 'lora_alpha', 'lora_dropout'), float),
   **dict.fromkeys(('n_tasks', 'n_skills', 'n_splits'), int),
-  **dict.fromkeys(('lora_alpha', 'lora_dropout'), float),
   **dict.fromkeys(('use_dora', 'use_rslora', 'fan_in_fan_out'), bool),
   **dict.fromkeys(('rank_pattern', 'alpha_pattern'), dict),
   'base_model_name_or_path': str,
@@ -125,6 +138,13 @@ def _check(fields: Mapping[str, Any]) -> None:
   if fields['peft_type'] == 'LORA':
     untrusted.field(fields, 'r', int)
     untrusted.field(fields, 'lora_alpha', float)
+  if fields['peft_type'] in LOW_RANK_TYPES:
+    untrusted.field(fields, 'r', int)
+    seed = untrusted.field(fields, 'projection_prng_key', int, 0)
+    if not 0 <= seed <= MAX_SEED:
+      raise ValueError(f'expected another projection_prng_key, got {seed}')
+    if fields['peft_type'] != 'VERA':
+      untrusted.field(fields, 'alpha', float)
   if (fields.get('lora_dropout') or 0) > 0.99:
     raise ValueError(
       f"expected at most 0.99 in 'lora_dropout', got {fields['lora_dropout']}"

@@ -9,7 +9,8 @@ from moepeft.models.weight_mapping import CheckpointError
 
 PREFIX = 'base_model.model.'
 _LEAF = re.compile(
-  r'\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|ia3_l)$'
+  r'\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|ia3_l'
+  r'|vera_lambda_[bd]|ln_tuning_layers\.(weight|bias))$'
 )
 
 
