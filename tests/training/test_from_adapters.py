@@ -25,6 +25,7 @@ from moepeft.inference import loaded_model
 from moepeft.models import weight_mapping
 from moepeft.moe import router_state
 from moepeft.training import setup
+from scripts import lorahub
 
 from ..preferences import card, written
 
@@ -365,6 +366,56 @@ def test_xlora_is_trained_exported_and_scored(places, tmp_path, monkeypatch):
   assert np.abs(served - plain).max() > 0.01
   with pytest.raises(ValueError, match='routes by a first pass of the base'):
     model.generate(['the sun is 3'])
+
+
+def test_lorahub_sums_a_and_b_apart():
+  trees = [{'a': np.full((2, 2), x), 'b': np.eye(2)} for x in (1.0, 2.0)]
+  tree = lorahub.combined(trees, np.array([0.5, -1.0]))
+  # 1/2 - 2 and (1/2 - 1) I: their product is not the sum of the products.
+  np.testing.assert_allclose(tree['a'], np.full((2, 2), -1.5))
+  np.testing.assert_allclose(tree['b'], -0.5 * np.eye(2))
+
+
+def test_lorahub_s_search_stays_within_its_bounds():
+  target = np.array([1.0, -3.0])
+  best, least = lorahub.search(
+    lambda w: float(np.sum((w - target) ** 2)), 2, 200, seed=0
+  )
+  # The second weight ends at its bound, 1.5 away from the target.
+  np.testing.assert_allclose(best, [1.0, -1.5], atol=0.05)
+  assert least == pytest.approx(1.5**2, rel=0.01)
+
+
+@pytest.mark.slow
+def test_lorahub_writes_the_lora_that_fits_examples_best(
+  places, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(lorahub, 'load_tokenizer', lambda *names: ByteTokenizer())
+  row = {'inputs': 'the sun is 3', 'targets': ' and the moon is 4'}
+  (tmp_path / 'rows.jsonl').write_text(json.dumps(row))
+  data, output = str(tmp_path / 'rows.jsonl'), str(tmp_path / 'out')
+  paths = [places[name] for name in 'ab']
+
+  def find(steps):
+    return lorahub.find(
+      places['llama'], paths, data, output, steps=steps, max_length=32
+    )
+
+  weights, base_loss = find(0)
+  np.testing.assert_array_equal(weights, [0, 0])
+  shutil.rmtree(output)
+  weights, loss = find(30)
+  assert loss < base_loss - 0.01
+  tree, metadata = adapter_lib.load(output)
+  assert metadata['method'].startswith('lora(')
+  written, expected = map(
+    weight_mapping.flatten, (tree, lorahub.combined(places['trees'], weights))
+  )
+  for path, array in expected.items():
+    np.testing.assert_allclose(written[path], array, rtol=1e-6)
+  paths[1] = places['vectors']
+  with pytest.raises(ValueError, match='adapters of one method; got .* ia3'):
+    find(1)
 
 
 @pytest.mark.slow
