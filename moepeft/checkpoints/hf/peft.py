@@ -2,7 +2,7 @@
 """Reads and writes adapters of `peft`.
 
 LoRA, DoRA, (IA)^3, norms, prompts, prefixes and Poly are read and written; VeRA
-is written, and read as LoRA, as are LoHa and LoKr (`peft_low_rank`).
+is written, and read as LoRA, as are AdaLoRA, LoHa and LoKr (`peft_low_rank`).
 
 An adapter is a directory with adapter_config.json and
 adapter_model.safetensors. peft scales the inputs of `feedforward_modules`: at

@@ -16,7 +16,7 @@ from moepeft.models.weight_mapping import CheckpointError
 FILE = 'adapter_config.json'
 _PROMPT_TYPES = (*peft_prompt.PEFT_TYPES, peft_prefix.PEFT_TYPE)
 # Read as LoRA, see `peft_low_rank`.
-LOW_RANK_TYPES = ('VERA', 'LOHA', 'LOKR')
+LOW_RANK_TYPES = ('VERA', 'ADALORA', 'LOHA', 'LOKR')
 _POLY = 'POLY'
 _TYPES = ('LORA', 'IA3', 'LN_TUNING', *LOW_RANK_TYPES, *_PROMPT_TYPES, _POLY)
 # Fields that are read, or do not change the function of a trained adapter.
@@ -42,8 +42,9 @@ _PROMPT_FIELDS = frozenset(
 )
 _LOW_RANK_FIELDS = frozenset(
   """
-  alpha decompose_both decompose_factor d_initial init_weights module_dropout
-  projection_prng_key rank_dropout rank_dropout_scale save_projection
+  alpha beta1 beta2 decompose_both decompose_factor deltaT d_initial init_r
+  init_weights module_dropout orth_reg_weight projection_prng_key rank_dropout
+  rank_dropout_scale save_projection target_r tfinal tinit total_step
   use_effective_conv2d vera_dropout
   """.split()
 )
@@ -110,7 +111,7 @@ def read(path: str) -> dict[str, Any]:
 
 # Fields by their type; ranks and lengths are at least 1.
 _FIELD_TYPES: dict[str, type] = {
-  **dict.fromkeys(('r', 'num_virtual_tokens', 'token_dim'), int),
+  **dict.fromkeys(('r', 'init_r', 'num_virtual_tokens', 'token_dim'), int),
   **dict.fromkeys(('num_transformer_submodules',), int),
   **dict.fromkeys(('alpha', 'lora_alpha', 'lora_dropout'), float),
   **dict.fromkeys(('n_tasks', 'n_skills', 'n_splits'), int),
@@ -143,13 +144,19 @@ def _check(fields: Mapping[str, Any]) -> None:
     seed = untrusted.field(fields, 'projection_prng_key', int, 0)
     if not 0 <= seed <= MAX_SEED:
       raise ValueError(f'expected another projection_prng_key, got {seed}')
-    if fields['peft_type'] != 'VERA':
+    if fields['peft_type'] == 'ADALORA':
+      untrusted.field(fields, 'init_r', int)
+      untrusted.field(fields, 'lora_alpha', float)
+    elif fields['peft_type'] != 'VERA':
       untrusted.field(fields, 'alpha', float)
   if (fields.get('lora_dropout') or 0) > 0.99:
     raise ValueError(
       f"expected at most 0.99 in 'lora_dropout', got {fields['lora_dropout']}"
     )
   for name in ('rank_pattern', 'alpha_pattern'):
+    if fields['peft_type'] == 'ADALORA':
+      # Its patterns list the directions that are left, as its arrays show.
+      continue
     for pattern, value in (fields.get(name) or {}).items():
       _compile_pattern(pattern)
       is_rank = name == 'rank_pattern'

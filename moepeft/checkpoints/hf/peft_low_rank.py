@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of `peft` that compute a LoRA: VeRA, LoHa and LoKr.
+"""Adapters of `peft` that compute a LoRA: VeRA, AdaLoRA, LoHa and LoKr.
 
 They are read as the LoRA of the same function, with its scale in B. A LoHa of
 the rank r has the rank r^2, a LoKr that of its factors multiplied.
@@ -30,8 +30,10 @@ from moepeft.peft.methods.vera import Vera
 _VERA_MATRICES = ('base_model.vera_A', 'base_model.vera_B')
 _VECTORS = ('vera_lambda_d', 'vera_lambda_b')
 _LOHA = ('hada_w1_a', 'hada_w1_b', 'hada_w2_a', 'hada_w2_b')
+_ADALORA = ('lora_A', 'lora_E', 'lora_B')
 _LEAVES = (
   *_VECTORS,
+  *_ADALORA,
   *_LOHA,
   *(f'lokr_w{i}{part}' for i in (1, 2) for part in ('', '_a', '_b')),
 )
@@ -78,6 +80,8 @@ def as_lora(
     ) from None
   ranks = {}
   for module, (a, b) in factors.items():
+    if not len(a):
+      continue
     arrays |= {f'{module}.lora_A.weight': a, f'{module}.lora_B.weight': b}
     ranks[re.escape(module.removeprefix(PREFIX))] = len(a)
   rank = max(ranks.values(), default=1)
@@ -139,6 +143,18 @@ def _inputs(config: Any, outputs: Mapping[str, int]) -> dict[str, int]:
   return inputs
 
 
+def _adalora_factors(config, fields, modules, tensors):
+  """B diag(E) A; the scale stays that of the initial rank after pruning."""
+  del config, tensors
+  factors = {}
+  # As peft has it, its small number too.
+  scale = (fields['lora_alpha'] or fields['init_r']) / (fields['init_r'] + 1e-5)
+  for module, arrays in modules.items():
+    a, e, b = (arrays[name] for name in _ADALORA)
+    factors[module] = (a * e, np.float32(scale) * b)
+  return factors
+
+
 def _loha_factors(config, fields, modules, tensors):
   """The columns of a product by elements are those of both, each by each."""
   del config, tensors
@@ -185,7 +201,12 @@ def _scale(fields, module) -> float:
 
 
 # By peft_type.
-_FORMS = {'VERA': _vera_factors, 'LOHA': _loha_factors, 'LOKR': _lokr_factors}
+_FORMS = {
+  'VERA': _vera_factors,
+  'ADALORA': _adalora_factors,
+  'LOHA': _loha_factors,
+  'LOKR': _lokr_factors,
+}
 
 
 def vera_of(spec: Spec) -> Vera:

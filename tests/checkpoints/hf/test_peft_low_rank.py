@@ -86,6 +86,39 @@ def test_an_adapter_of_peft_computes_the_same_as_a_lora(form, base, tmp_path):
   assert_close(logits(loaded), torch_logits(model))
 
 
+def test_a_pruned_adalora_is_a_lora_of_what_is_left(base, tmp_path):
+  config = reference.AdaLoraConfig(
+    init_r=4,
+    target_r=1,
+    lora_alpha=5,
+    tinit=1,
+    tfinal=1,
+    total_step=4,
+    target_modules=['q', 'wo'],
+  )
+  model = reference.get_peft_model(torch_model(base), config)
+  optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+  tokens = {'input_ids': INPUTS, 'decoder_input_ids': OUTPUTS}
+  tokens = {name: torch.tensor(ids) for name, ids in tokens.items()}
+  generator = torch.Generator().manual_seed(1)
+  for weight in model.parameters():
+    if weight.requires_grad:
+      weight.data.normal_(std=0.5, generator=generator)
+  for step in range(4):
+    loss = model(**tokens, labels=tokens['decoder_input_ids']).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    model.base_model.update_and_allocate(step)
+  model.save_pretrained(tmp_path)
+  stored = load_file(tmp_path / peft.WEIGHTS_FILE)
+  ranks = [len(a) for name, a in stored.items() if name.endswith('lora_E')]
+  assert min(ranks) == 0 and max(ranks) > 1
+  loaded = peft.load(str(tmp_path), CONFIG)
+  saved = reference.PeftModel.from_pretrained(torch_model(base), tmp_path)
+  assert_close(logits(loaded), torch_logits(saved.eval()))
+
+
 VERA = AdapterWeights(
   "vera(rank=7, seed=5, targets='encoder/self/q|decoder/mlp/wo')",
   adapter_tree(
