@@ -6,7 +6,7 @@ b batch, t query or target length, s key or source length, d model, n heads,
 k key-value heads if they are fewer, h head size, f ffn, v vocabulary,
 e experts, r rank, l layers, i the input of a router (a site's features in one
 axis), p positions or buckets of them, y token types, c the output of a square
-projection of d, g tasks (0 is padding).
+projection of d, g tasks (0 is padding), m splits of a router's weights.
 """
 
 from collections.abc import Callable
@@ -32,6 +32,7 @@ AXIS_NAMES = {
   'y': 'token_types',
   'c': 'embed_out',
   'g': 'tasks',
+  'm': 'splits',
 }
 
 Array = jax.Array

@@ -344,12 +344,11 @@ def test_poly_by_hand():
 
 def test_poly_weights_each_split_of_a_task_apart():
   router = ROUTERS['poly'].module(experts=3, tasks=('a',), splits=2)
-  table = normal('table', 2, 6)
+  table = normal('table', 2, 2, 3)
   tree = {'table': jnp.asarray(table, jnp.float32)}
   ctx = Context(task_ids=jnp.ones((1, 1), jnp.int32))
   routing = router.apply({'peft': tree}, jnp.ones((1, 1, 5)), ctx)
-  # The task's row is that of the two splits, one after the other.
-  expected = [equations.poly(part) for part in table[1].reshape(2, 3)]
+  expected = [equations.poly(part) for part in table[1]]
   np.testing.assert_allclose(routing.combine_weights[0, 0], expected, rtol=1e-5)
 
 

@@ -506,8 +506,8 @@ def test_mhr_merges_each_part_of_the_inputs_and_outputs_apart():
   f, x, y, inside, outside = projection('q')
   a, b = normal('a', *inside, 3, 2), normal('b', 3, 2, *outside)
   module = adapter("mhr(experts=3, rank=2, router=poly(tasks=['a'], splits=2))")
-  table = normal('table', 2, 6)
-  z = 1 / (1 + np.exp(-table[1].reshape(2, 3)))
+  table = normal('table', 2, 2, 3)
+  z = 1 / (1 + np.exp(-table[1]))
   w = z / z.sum(-1, keepdims=True)
   flat = b.reshape(3, 2, 15)
   merged_a = np.concatenate(

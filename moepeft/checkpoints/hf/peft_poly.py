@@ -94,12 +94,14 @@ def read(
     for name in names:
       a = fetch(f'{name}.{_A}', (splits, e, i, rank)).transpose(0, 2, 1, 3)
       b = fetch(f'{name}.{_B}', (splits, e, rank, o)).transpose(1, 2, 0, 3)
-      table = fetch(f'{name}.{_ROUTER}', (tasks, splits * e))
+      table = np.pad(
+        fetch(f'{name}.{_ROUTER}', (tasks, splits * e)), ((1, 0), (0, 0))
+      )
       layers.append(
         (
           a.reshape(*inside, e, rank),
           b.reshape(e, rank, *outside),
-          np.pad(table, ((1, 0), (0, 0))),
+          table if splits == 1 else table.reshape(-1, splits, e),
         )
       )
     place = weight_mapping.path_in_layers(site).replace('{l}/', '')
@@ -158,7 +160,7 @@ def write(
       part_b = b[layer].reshape(e, rank, splits, -1).transpose(2, 0, 1, 3)
       arrays[f'{name}.{_A}'] = part_a
       arrays[f'{name}.{_B}'] = part_b * np.float32(mixture.expert.scale * rank)
-      arrays[f'{name}.{_ROUTER}'] = table[layer][1:]
+      arrays[f'{name}.{_ROUTER}'] = table[layer][1:].reshape(-1, splits * e)
   modules = {name.partition('.poly_')[0] for name in arrays}
   return {
     'peft_type': PEFT_TYPE,

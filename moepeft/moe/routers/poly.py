@@ -28,7 +28,7 @@ class Poly(nn.Module):
   starts and the sigmoid after training, as in mttl and peft.
 
   Parameters: table [tasks + 1, e], whose first row is that of padding; with
-  splits, [tasks + 1, splits e].
+  splits, [tasks + 1, splits, e].
 
   Attributes:
     experts: e; tasks: names in the data; splits: equal parts of the experts'
@@ -42,12 +42,13 @@ class Poly(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:
-    shape = (task_rows('poly', self.tasks), self.splits * self.experts)
-    table = peft_param(self, 'table', SymmetricUniform(1e-3), shape, 'ge')
-    logits = by_task(table, x, ctx)
+    parts, axes = (self.experts,), 'ge'
     if self.splits > 1:
-      shape = (*logits.shape[:-1], self.splits, self.experts)
-      logits = logits.reshape(shape)
+      parts, axes = (self.splits, self.experts), 'gme'
+    shape = (task_rows('poly', self.tasks), *parts)
+    table = peft_param(self, 'table', SymmetricUniform(1e-3), shape, axes)
+    logits = by_task(table.reshape(shape[0], -1), x, ctx)
+    logits = logits.reshape(*logits.shape[:-1], *parts)
     logits = mask_experts(logits, ctx)
     noisy = logits
     if ctx.train:
