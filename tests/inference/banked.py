@@ -41,6 +41,7 @@ ADAPTERS = {
   'adamole': f'adamole(experts=3, rank=2, {_AT})',
   'flylora': f'flylora(experts=5, router=magnitude(k=2), {_AT})',
   'arrow': f'arrow(experts=3, rank=2, router=arrow(k=2), {_AT})',
+  'phatgoose': f'phatgoose(experts=3, rank=2, {_AT})',
   'bottleneck': 'bottleneck(size=3)',
   'bottlenecks': "mixture(expert=bottleneck(size=3), experts=3, share='up')",
   'moslora': f'moslora(rank=3, {_AT})',
@@ -72,7 +73,11 @@ def pooled_methods():
   names = set()
   for name, method in METHODS.items():
     router = ROUTERS[method_string.parse(method.router).name]
-    if not (method.not_pooled or router.pools_prompt or router.needs_tasks):
+    values = method.values
+    no_row = values.get('share_router') or values.get('share_routing')
+    no_row = no_row or values.get('reads') == 'first_pass'
+    no_row = no_row or router.pools_prompt or router.needs_tasks
+    if not (method.not_pooled or no_row):
       names.add(name)
   return names
 

@@ -339,6 +339,39 @@ def test_phatgoose_from_its_config_to_its_scores(places, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_hardrouted_trains_one_router_of_a_layer(places, tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    loaded_model, 'load_tokenizer', lambda *names: ByteTokenizer()
+  )
+  paths = [places[name] for name in 'ab']
+  method = f"hardrouted(from_adapters={paths}) + lora(rank=2, targets='*/o')"
+  workdir, exported = str(tmp_path / 'run'), str(tmp_path / 'exported')
+  train.train(config_of(places, method), workdir)
+  arrays = weight_mapping.flatten(restore_adapter(workdir)[0])
+  for path, array in stacked(places).items():
+    path = path.replace('/mixture/', '/hardrouted/')
+    np.testing.assert_array_equal(arrays.pop(path), array)
+  assert arrays.keys() == {
+    'decoder/layers/self/q/hardrouted/router/kernel',
+    *(f'decoder/layers/self/o/lora/{leaf}' for leaf in 'ab'),
+  }
+  assert convert.main(['', f'--workdir={workdir}', f'--output={exported}']) == 0
+  texts = (['the sun is 3'], [' and the moon is 4'])
+  scores = [
+    model.log_probs(*texts)[0]
+    for model in (
+      moepeft.load(workdir),
+      moepeft.load(places['llama'], adapter=exported),
+    )
+  ]
+  np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-5)
+  # With caches and without.
+  monkeypatch.setattr(library, 'why_not_decoded', lambda adapter: 'a reason')
+  (uncached,) = moepeft.load(workdir).log_probs(*texts)
+  np.testing.assert_allclose(uncached, scores[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_xlora_is_trained_exported_and_scored(places, tmp_path, monkeypatch):
   monkeypatch.setattr(
     loaded_model, 'load_tokenizer', lambda *names: ByteTokenizer()

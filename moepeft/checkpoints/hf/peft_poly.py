@@ -42,7 +42,7 @@ def read(
   Args: as of `peft_prompt.read`.
 
   Raises:
-    CheckpointError: an array is missing or has a wrong shape.
+    CheckpointError: an array is missing or has a wrong shape, or there is none.
   """
   tasks, e, splits, rank = (
     fields[name] for name in ('n_tasks', 'n_skills', 'n_splits', 'r')
@@ -76,6 +76,8 @@ def read(
     f'{path} does not fit the model',
     'give the base model that the adapter was trained on',
   )
+  if not shapes:
+    raise CheckpointError(f'{path} holds no arrays: save the adapter again')
 
   def fetch(name, shape):
     if name not in tensors.shapes:
