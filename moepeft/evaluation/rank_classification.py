@@ -59,9 +59,12 @@ def score_choices(
     return _score_decoder_only(model, variables, batch, targets, mask)
   bound = model.bind(variables)
   source_ctx = context(batch, 'inputs', batch['inputs'], train=False)
+  # The batch has no decoder inputs to tell that its inputs are prompts.
+  source_ctx = source_ctx.replace(prompt_mask=source_ctx.token_mask)
   encoded = bound.encode(batch['inputs'], source_ctx)
   pack = functools.partial(jnp.reshape, shape=(b, c * t))
-  segment_ids = jnp.broadcast_to(jnp.arange(c)[:, None], targets.shape)
+  # From 1, as 0 is padding.
+  segment_ids = jnp.broadcast_to(1 + jnp.arange(c)[:, None], targets.shape)
   task_ids = batch.get('inputs_tasks')
   if task_ids is not None:
     # That of the row's first token, which is no padding.

@@ -98,10 +98,17 @@ def _variables(config, method, noise, dtype):
   """Weights so large that all of them matter; biases and scales too."""
   advice = build(method, sites(config)).adapter_map
   model = Decoder(config, advice, param_dtype=dtype)
-  params = small.moved(init_params(model, batch(), 3)['params'], 0.2, 1)
+  params = small.moved(
+    init_params(model, _rows_to_train(), 3)['params'], 0.2, 1
+  )
   # After it: some adapters start from the base's weights.
-  peft = init_params(model, batch(), 3, params)['peft']
+  peft = init_params(model, _rows_to_train(), 3, params)['peft']
   return {'params': params, 'peft': small.moved(peft, noise, 2)}
+
+
+def _rows_to_train():
+  """`batch` with what is trained, which routers of prompts read."""
+  return batch() | {'targets_mask': batch()['inputs_mask']}
 
 
 def place(positions, length):

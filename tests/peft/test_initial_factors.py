@@ -83,8 +83,22 @@ def test_goat_starts_away_from_the_base_where_its_router_chooses():
   assert np.abs(call(module, tree, F, X) - X @ KERNEL).max() > 0.1
 
 
-@pytest.mark.parametrize('init', ['pissa', 'olora'])
-@pytest.mark.parametrize('place', ['q', 'o', 'wo'])
+@pytest.mark.parametrize(
+  ('place', 'init'),
+  [
+    ('q', 'pissa'),
+    ('wo', 'olora'),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ('o', 'pissa'),
+        ('wo', 'pissa'),
+        ('q', 'olora'),
+        ('o', 'olora'),
+      )
+    ),
+  ],
+)
 def test_it_is_peft_s(place, init):
   torch = pytest.importorskip('torch')
   peft = pytest.importorskip('peft')

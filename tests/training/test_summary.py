@@ -18,6 +18,8 @@ def test_the_summary_is_a_table_with_a_line_for_what_is_given(capsys):
     semantics='paper',
     trainable='peft',
     frozen_arrays=(),
+    tied_arrays={},
+    unread_arrays={},
   )
   state = State(
     step=jnp.int32(0),
@@ -33,7 +35,8 @@ def test_the_summary_is_a_table_with_a_line_for_what_is_given(capsys):
   assert lines[:5] == [
     'method              lora(rank=2) (paper semantics)',
     'in full             lora(rank=2, alpha=16.0, rslora=False, dropout=0.0, '
-    "a_init='normal', train_a=True)",
+    "a_init='normal', train_a=True, init_weights='zero', a_groups=0, "
+    'b_groups=0)',
     'base                /base, 3,000 parameters',
     'trained             15 parameters (0.50 %)',
     'tokens              bytes',

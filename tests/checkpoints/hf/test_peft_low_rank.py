@@ -86,6 +86,7 @@ def test_an_adapter_of_peft_computes_the_same_as_a_lora(form, base, tmp_path):
   assert_close(logits(loaded), torch_logits(model))
 
 
+@pytest.mark.slow
 def test_a_pruned_adalora_is_a_lora_of_what_is_left(base, tmp_path):
   config = reference.AdaLoraConfig(
     init_r=4,
