@@ -31,6 +31,8 @@ gc.set_threshold(200_000, 50, 100)
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.ci_tests import CI_TESTS  # noqa: E402
+
 # Every kernel of a program on CPU is mapped, and Linux lets a process have
 # 65,530 areas (vm.max_map_count): beyond, compiling ends in a crash.
 _AREAS = 30_000
@@ -54,6 +56,14 @@ _LONG = frozenset(
 )
 # Folders of many files of a second, for the end: workers then end together.
 _SHORT = ('config', 'core', 'metrics')
+
+
+def pytest_itemcollected(item):
+  file, _, name = item.nodeid.partition('::')
+  is_slow = item.get_closest_marker('slow')
+  if name.startswith(CI_TESTS.get(file, ())) and not is_slow:
+    item.add_marker(pytest.mark.ci)
+    item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,8 @@
 import ast
 
 from scripts import structure
+from tests import ROOT
+from tests.ci_tests import CI_TESTS
 
 # Class names that stand in several files; the list only shrinks.
 DUPLICATE_CLASSES = frozenset()
@@ -137,6 +139,13 @@ def test_a_command_runs_at_the_end_of_its_file():
         isinstance(node, ast.If)
         and ast.unparse(node.test) == "__name__ == '__main__'"
       ), path
+
+
+def test_tests_of_ci_exist():
+  for path, names in CI_TESTS.items():
+    text = (ROOT / path).read_text()
+    for name in names:
+      assert f'def {name.partition("[")[0]}' in text, name
 
 
 def test_class_names_are_unique():

@@ -143,7 +143,7 @@ def run(name, seed=0):
   ctx = context(train=rest == 'training')
   rngs = {'router': jax.random.key(seed)}
   return jax.jit(
-    lambda tree: router.apply(
+    lambda tree: jax.jit(router.apply)(
       {'peft': tree}, jnp.asarray(X, jnp.float32), ctx, rngs=rngs
     )
   )(tree)
@@ -178,7 +178,7 @@ def test_a_bias_moves_against_the_load_by_hand():
   tree = {'kernel': jnp.array([[np.log(3), 0.0]]), 'state_bias': jnp.zeros(2)}
   x = jnp.ones((1, 4, 1))
   mask = jnp.array([[True, True, True, False]])
-  routing = router.apply({'peft': tree}, x, Context(token_mask=mask))
+  routing = jax.jit(router.apply)({'peft': tree}, x, Context(token_mask=mask))
   np.testing.assert_allclose(
     routing.combine_weights, [[[0.75, 0]] * 4], rtol=1e-6
   )
@@ -188,7 +188,9 @@ def test_a_bias_moves_against_the_load_by_hand():
   assert equations.next_bias([0, 0], [3, 0], 0.125) == [-0.125, 0.125]
   # After three steps, 1/4 + 3/8 > 3/4 - 3/8: expert 1 is chosen, and has p.
   bias = 3 * moved['bias']
-  routing = router.apply({'peft': tree | {'state_bias': bias}}, x, Context())
+  routing = jax.jit(router.apply)(
+    {'peft': tree | {'state_bias': bias}}, x, Context()
+  )
   np.testing.assert_allclose(
     routing.combine_weights, [[[0, 0.25]] * 4], rtol=1e-6
   )
@@ -214,7 +216,7 @@ def test_dropped_experts_are_never_chosen_for_their_bias():
   tree = {'kernel': jnp.eye(3), 'state_bias': jnp.array([0.0, 9, 9])}
   # Expert 0 is each token's best, so that it alone is sure to stay.
   x = jnp.broadcast_to(jnp.array([2.0, 0, 0]), (5, 7, 3))
-  weights = router.apply(
+  weights = jax.jit(router.apply)(
     {'peft': tree}, x, Context(train=True), rngs={'router': jax.random.key(0)}
   ).combine_weights
   np.testing.assert_allclose(jnp.sum(weights, -1), 1, rtol=1e-6)
@@ -232,7 +234,7 @@ def test_a_capacity_of_two_by_hand():
     segment_ids=jnp.array([[1, 1, 1, 1, 1, 2]]),
     train=True,
   )
-  weights = router.apply({'peft': tree}, x, ctx).combine_weights[0]
+  weights = jax.jit(router.apply)({'peft': tree}, x, ctx).combine_weights[0]
   expected = [[0.75, 0], [0.75, 0], [0, 0.75], [0, 0], [0.75, 0]]
   np.testing.assert_allclose(np.delete(weights, 4, axis=0), expected, rtol=1e-6)
 
@@ -244,7 +246,7 @@ def test_experts_choose_their_tokens_by_hand():
   x = jnp.array([-1.0, 2, 0, 1, 9])[None, :, None]
   ctx = Context(token_mask=jnp.array([[True] * 4 + [False]]))
   tree = {'kernel': jnp.array([[1.0, 0.0]])}
-  weights = router.apply({'peft': tree}, x, ctx).combine_weights[0, :4]
+  weights = jax.jit(router.apply)({'peft': tree}, x, ctx).combine_weights[0, :4]
   np.testing.assert_array_equal(
     weights > 0, [[False, True], [True, False], [False, True], [True, False]]
   )
@@ -264,7 +266,7 @@ def test_a_task_by_hand():
     'kernel': jnp.eye(2),
   }
   ctx = Context(task_ids=jnp.array([[1, 2]]))
-  weights = router.apply({'peft': tree}, jnp.ones((1, 2, 3)), ctx)
+  weights = jax.jit(router.apply)({'peft': tree}, jnp.ones((1, 2, 3)), ctx)
   np.testing.assert_allclose(
     weights.combine_weights, [[[0.75, 0.25], [0.25, 0.75]]], rtol=1e-6
   )
@@ -287,7 +289,7 @@ def test_a_sentence_by_hand():
     token_mask=jnp.array([[True, True, True, False]]),
     prompt_mask=jnp.array([[True, True, False, True]]),
   )
-  weights = router.apply({'peft': tree}, x, ctx).combine_weights
+  weights = jax.jit(router.apply)({'peft': tree}, x, ctx).combine_weights
   np.testing.assert_allclose(weights, [[[0.75, 0.25]] * 4], rtol=1e-6)
 
 
@@ -301,7 +303,7 @@ def test_prompts_weigh_more_in_higher_layers():
   mask = jnp.ones((1, 1), bool)
   for layer, expected in enumerate([0.119203, 0.5, 0.880797]):
     ctx = Context(prompt_mask=mask, layer=jnp.int32(layer), layer_count=3)
-    weights = router.apply({'peft': tree}, jnp.ones((1, 1, 1)), ctx)
+    weights = jax.jit(router.apply)({'peft': tree}, jnp.ones((1, 1, 1)), ctx)
     np.testing.assert_allclose(
       weights.combine_weights[0, 0], [1 - expected, expected], rtol=1e-5
     )
@@ -336,7 +338,7 @@ def test_poly_by_hand():
   ctx = Context(
     task_ids=jnp.array([[1]]), expert_mask=jnp.array([True, True, False])
   )
-  weights = router.apply({'peft': tree}, jnp.ones((1, 1, 2)), ctx)
+  weights = jax.jit(router.apply)({'peft': tree}, jnp.ones((1, 1, 2)), ctx)
   np.testing.assert_allclose(
     weights.combine_weights, [[[0.75, 0.25, 0]]], rtol=1e-6
   )
@@ -347,7 +349,7 @@ def test_poly_weights_each_split_of_a_task_apart():
   table = normal('table', 2, 2, 3)
   tree = {'table': jnp.asarray(table, jnp.float32)}
   ctx = Context(task_ids=jnp.ones((1, 1), jnp.int32))
-  routing = router.apply({'peft': tree}, jnp.ones((1, 1, 5)), ctx)
+  routing = jax.jit(router.apply)({'peft': tree}, jnp.ones((1, 1, 5)), ctx)
   expected = [equations.poly(part) for part in table[1]]
   np.testing.assert_allclose(routing.combine_weights[0, 0], expected, rtol=1e-5)
 
@@ -357,7 +359,7 @@ def test_poly_draws_a_relaxed_bernoulli_variable_for_each_example():
   tree = {'table': jnp.array([[0.0, 0.0], [1.0, 1.0]])}
   rows = 4001
   ctx = Context(task_ids=jnp.ones((rows, 3), jnp.int32), train=True)
-  weights = router.apply(
+  weights = jax.jit(router.apply)(
     {'peft': tree},
     jnp.ones((rows, 3, 2)),
     ctx,
@@ -377,7 +379,7 @@ def test_a_random_expert_of_an_example_has_all_the_weight_in_training():
   router = ROUTERS['random_then_mean'].module(experts=3)
   mask = jnp.array([True, True, False])
   ctx = Context(train=True, expert_mask=mask)
-  draw = lambda seed: router.apply(  # noqa: E731
+  draw = lambda seed: jax.jit(router.apply)(  # noqa: E731
     {}, jnp.ones((101, 3, 2)), ctx, rngs={'router': jax.random.key(seed)}
   )
   routing = draw(0)

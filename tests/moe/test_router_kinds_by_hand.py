@@ -25,7 +25,7 @@ def route(name, logits, ctx=EVALUATION, rngs=None, **options):
   x = jnp.asarray(logits, jnp.float32)[None]
   router = ROUTERS[name].module(experts=x.shape[-1], **options)
   peft = {'kernel': jnp.eye(x.shape[-1])}
-  return router.apply({'peft': peft}, x, ctx, rngs=rngs)
+  return jax.jit(router.apply)({'peft': peft}, x, ctx, rngs=rngs)
 
 
 def logs(*p):
@@ -62,7 +62,7 @@ def test_relu_gates_are_the_positive_scores_and_their_sum_the_loss():
 
 
 def loss_of(routing, name):
-  sums = router_stats(routing, None)
+  sums = jax.jit(router_stats)(routing, None)
   return aux_losses.auxiliary_loss({'a': sums}, {name: 1.0})
 
 
