@@ -145,7 +145,8 @@ def test_tests_of_ci_exist():
   for path, names in CI_TESTS.items():
     text = (ROOT / path).read_text()
     for name in names:
-      assert f'def {name.partition("[")[0]}' in text, name
+      function = name.partition('[')[0]
+      assert f'def {function}' in text, name
 
 
 def test_class_names_are_unique():
