@@ -42,6 +42,7 @@ _AREAS = 30_000
 _LONG = frozenset(
   (
     'test_adapters',
+    'test_command_line',
     'test_exact',
     'test_extending',
     'test_decoders',
@@ -50,12 +51,14 @@ _LONG = frozenset(
     'test_inline',
     'test_loader',
     'test_router_kinds',
+    'test_router_kinds_by_hand',
+    'test_routers',
     'test_seqio',
     'test_train',
   )
 )
 # Folders of many files of a second, for the end: workers then end together.
-_SHORT = ('config', 'core', 'metrics')
+_SHORT = ('core', 'metrics', 'runs')
 
 
 def pytest_itemcollected(item):
