@@ -21,7 +21,7 @@ import statistics
 import jax
 import numpy as np
 import train_step
-from absl import app, flags
+from absl import flags
 
 from moepeft.config import command_line
 from moepeft.core.types import Tree
@@ -187,4 +187,4 @@ if __name__ == '__main__':
   _DISPATCH = flags.DEFINE_boolean(
     'dispatch', False, 'Compare dense and sparse mixtures.'
   )
-  app.run(main)
+  command_line.run(main)
