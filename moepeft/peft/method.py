@@ -72,13 +72,15 @@ class Exclusion:
         return False
       return values[name] == value if value else values[name] != unused[name]
 
-    first = next(filter(in_use, self.first), None)
-    second = next(filter(in_use, self.second), None)
-    if first is None or second is None:
+    both = [
+      next((o.partition('=')[0] for o in group if in_use(o)), None)
+      for group in (self.first, self.second)
+    ]
+    if None in both:
       return None
-    return self.message.format(
-      first=first, second=second, value=repr(values[second])
-    )
+    first, second = both
+    value = repr(values[second])
+    return self.message.format(first=first, second=second, value=value)
 
 
 @dataclasses.dataclass(frozen=True)
