@@ -72,13 +72,13 @@ class Exclusion:
         return False
       return values[name] == value if value else values[name] != unused[name]
 
-    both = [
+    names = [
       next((o.partition('=')[0] for o in group if in_use(o)), None)
       for group in (self.first, self.second)
     ]
-    if None in both:
+    if None in names:
       return None
-    first, second = both
+    first, second = names
     value = repr(values[second])
     return self.message.format(first=first, second=second, value=value)
 
