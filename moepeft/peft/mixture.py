@@ -35,7 +35,7 @@ READS = ('input', 'output', 'heads', 'down', 'first_pass')
 COMBINE = ('outputs', 'parameters')
 DISPATCH = ('auto', 'dense', 'sparse')
 # Counts of experts by quarters of a stack's layers. Source: MoLA (Gao et al.,
-# arXiv:2402.08562), section 3.3.
+# arXiv:2402.08562).
 COUNTS_BY_QUARTER = {
   'triangle': (8, 6, 4, 2),
   'inverted_triangle': (2, 4, 6, 8),

@@ -36,7 +36,13 @@ MOV = mixture_of(
 # on the attention is a second adapter; see configs/methods/mixlora.py.
 MIXLORA = mixture_of(
   ffn_lora.METHOD,
-  values={'experts': 8, 'rank': 16, 'alpha': 32.0, 'a_init': 'kaiming'},
+  values={
+    'experts': 8,
+    'rank': 16,
+    'alpha': 32.0,
+    'dropout': 0.05,
+    'a_init': 'kaiming',
+  },
   router='topk(k=2, renormalize=True)',
 )
 
@@ -47,6 +53,7 @@ MOLA = mixture_of(
     'experts_per_layer': 'inverted_triangle',
     'rank': 8,
     'alpha': 16.0,
+    'dropout': 0.05,
     'a_init': 'kaiming',
   },
   roles=_at(*_ATTENTION, *_FEED_FORWARD),
@@ -57,9 +64,10 @@ MOLA = mixture_of(
 HYDRALORA = mixture_of(
   lora.METHOD,
   values={
-    'experts': 3,
+    'experts': 4,
     'rank': 4,
     'alpha': 32.0,
+    'dropout': 0.05,
     'share': 'a',
     'a_init': 'kaiming',
   },
@@ -70,7 +78,13 @@ HYDRALORA = mixture_of(
 # Liu and Luo, arXiv:2405.00361: experts above a learned threshold.
 ADAMOLE = mixture_of(
   lora.METHOD,
-  values={'experts': 8, 'rank': 4, 'alpha': 16.0, 'a_init': 'kaiming'},
+  values={
+    'experts': 8,
+    'rank': 4,
+    'alpha': 16.0,
+    'dropout': 0.05,
+    'a_init': 'kaiming',
+  },
   roles=_at(*_ATTENTION),
   router="threshold(kernel_init='kaiming')",
 )
@@ -87,6 +101,7 @@ FLYLORA = mixture_of(
     'a_init': 'sparse',
     'train_a': False,
   },
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
   router='magnitude(k=8)',
 )
 
@@ -179,6 +194,7 @@ LORAMOE = mixture_of(
 MOELORA = mixture_of(
   lora.METHOD,
   values={'experts': 8, 'rank': 2, 'alpha': 4.0, 'dropout': 0.1},
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
   router='task',
 )
 
@@ -189,10 +205,10 @@ SMEAR = mixture_of(
   values={
     'experts': 8,
     'size': 24,
-    'activation': 'gelu',
+    'activation': 'silu',
     'combine': 'parameters',
   },
-  router='sentence',
+  router='sentence(dropout=0.1)',
 )
 
 # Ponti et al., arXiv:2202.13914: low-rank skills, merged for each task.
