@@ -14,9 +14,14 @@ from moepeft.core.types import State, Tree
 from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft.method import Method, options_of
-from moepeft.peft.method_text import format_specs, method_entry, resolve
+from moepeft.peft.method_text import (
+  format_specs,
+  method_entry,
+  option_values,
+  resolve,
+)
 from moepeft.peft.methods import METHODS
-from moepeft.peft.mixture import EXPERT_COUNTS, largest_count
+from moepeft.peft.mixture import largest_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,11 +206,7 @@ def make_adapter(
   declared = method.options()
   if 'router' in declared:
     router = options.get('router') or method_string.parse(method.router)
-    defaults = {name: option.default for name, option in declared.items()}
-    # A count in the text replaces a preset's counts by layer.
-    replaced = options.keys() & EXPERT_COUNTS
-    defaults |= {'experts_per_layer': ()} if replaced else {}
-    values = defaults | options
+    values = option_values(spec, method)
     counts = values.get('experts_per_layer', ())
     options['experts'] = (
       len(values.get('from_adapters', ()))
