@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
+import optax
 
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
@@ -76,6 +77,21 @@ class Built:
       for _, adapter in self.adapter_map.entries
       for arrays, groups in getattr(adapter, 'tied_arrays', {}).items()
     }
+
+  def wrap_optimizer(
+    self, optimizer: optax.GradientTransformation, steps: int
+  ) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps`, with what adapters add to it.
+
+    Raises:
+      ValueError: an adapter does not fit the number of steps.
+    """
+    for adapter in dict(
+      (adapter.name, adapter) for _, adapter in self.adapter_map.entries
+    ).values():
+      if wrap := getattr(adapter, 'wrap_optimizer', None):
+        optimizer = wrap(optimizer, steps)
+    return optimizer
 
   def variables(self, state: State) -> dict[str, Tree]:
     """{'params': ..., 'peft': ...} of a training state; its 'reference'."""

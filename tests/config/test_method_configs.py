@@ -21,8 +21,8 @@ from moepeft.training.optimizers import make_optimizer
 from tests import ROOT
 
 FOLDER = ROOT / 'configs' / 'methods'
-# Rates of their own for a method of another name; tested below.
-BASELINES = {'loraplus'}
+# Configs of methods that are no mixtures; tested below.
+BASELINES = {'adalora', 'loraplus'}
 NAMES = sorted({path.stem for path in FOLDER.glob('*.py')} - BASELINES)
 # Mixtures of adapters that are trained already.
 OF_ADAPTERS = {'arrow', 'hardrouted', 'phatgoose', 'xlora'}
@@ -133,6 +133,19 @@ def test_the_guide_writes_out_a_preset(name):
     for method in (text, preset)
   )
   assert written == built
+
+
+@pytest.mark.parametrize('values', ['', 'steps=3900'])
+def test_adalora_lowers_ranks_in_the_shares_of_the_script(values):
+  config = read('adalora', values)
+  check(config, registries.BY_KEY)
+  family = FAMILIES['t5']
+  built = build(config.method, family.sites(family.sizes['small']))
+  _, adapter = built.adapter_map.entries[0]
+  # Of 300 steps 46.2 and 138.5.
+  schedule = (600, 1800) if values else (46, 138)
+  assert (adapter.tinit, adapter.tfinal) == schedule
+  assert (adapter.alpha, adapter.rank, adapter.scale) == (32, 2, 16)
 
 
 @pytest.mark.parametrize('name', sorted(OF_ADAPTERS))
