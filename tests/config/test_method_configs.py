@@ -68,6 +68,8 @@ def test_a_config_says_how_it_differs_and_its_scale(name):
   family = FAMILIES['llama' if name in OF_DECODERS else 't5']
   sites = family.sites(next(iter(family.sizes.values())))
   expert = build(name, sites).adapter_map.entries[0][1].expert
+  # Of several kinds of experts, those at the first site.
+  expert = expert.at_site[0].expert if hasattr(expert, 'at_site') else expert
   if hasattr(expert, 'alpha'):
     alpha, rank, value = map(
       float, re.search(r'= ([\d.]+) / ([\d.]+) = ([\d.]+)', scale).groups()
