@@ -91,7 +91,7 @@ class Kinds(nn.Module):
 
   @property
   def down_names(self) -> tuple[str, ...]:
-    """Of experts, what `Mixture.down_arrays` lists."""
+    """The arrays of down-projections, which `Mixture.down_arrays` lists."""
     return tuple(
       f'{kind.entry}/{name}'
       for kind in self.at_site

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One mixture can have experts of several kinds, each at sites of its own."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moepeft.checkpoints.adapter import load
 from moepeft.core.types import Context
 from moepeft.inference.adapters.buckets import bucket_of
 from moepeft.models import weight_mapping
@@ -16,6 +18,7 @@ from moepeft.peft.build import function_of
 from moepeft.peft.method_text import canonical_text, expanded_text
 
 from ..contracts import small
+from ..inference import banked
 from ..reference import router_equations as equations
 from .test_semantics import CLOSE, adapter, call, normal, projection, softmax
 
@@ -240,6 +243,14 @@ def test_a_layer_has_one_router_of_its_kinds_and_counts_it_once():
 def test_kinds_that_cannot_be_mixed_are_one_clear_sentence(method, sentence):
   with pytest.raises(ValueError, match=sentence):
     build(method, SITES)
+
+
+def test_an_adapter_of_several_kinds_is_written_and_read(tmp_path):
+  base = banked.base_of(small.GATED)
+  path, built, tree = banked.save(tmp_path / 'moa', base, 'moa(rank=2, size=3)')
+  read, card = load(path)
+  chex.assert_trees_all_equal(read, tree)
+  assert build(card['method'], SITES, card['semantics']) == built
 
 
 def test_a_pool_refuses_several_kinds():
