@@ -171,8 +171,8 @@ def jitter_input(
 ) -> Array:
   """x times uniform noise in [1 - jitter, 1 + jitter], in training only.
 
-  Source: Switch Transformer (arXiv:2101.03961), section 2.2. The released code
-  has the noise in evaluation too.
+  Source: Switch Transformer (arXiv:2101.03961). The released code has the noise
+  in evaluation too.
   """
   if not ctx.train or jitter == 0:
     return x

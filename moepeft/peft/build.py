@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
+import optax
 
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
@@ -14,9 +15,14 @@ from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft.kinds import Kinds, KindsMethod
 from moepeft.peft.method import Method, options_of
-from moepeft.peft.method_text import format_specs, method_entry, resolve
+from moepeft.peft.method_text import (
+  format_specs,
+  method_entry,
+  option_values,
+  resolve,
+)
 from moepeft.peft.methods import METHODS
-from moepeft.peft.mixture import EXPERT_COUNTS, largest_count
+from moepeft.peft.mixture import largest_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +78,21 @@ class Built:
       for _, adapter in self.adapter_map.entries
       for arrays, groups in getattr(adapter, 'tied_arrays', {}).items()
     }
+
+  def wrap_optimizer(
+    self, optimizer: optax.GradientTransformation, steps: int
+  ) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps`, with what adapters add to it.
+
+    Raises:
+      ValueError: an adapter does not fit the number of steps.
+    """
+    for adapter in dict(
+      (adapter.name, adapter) for _, adapter in self.adapter_map.entries
+    ).values():
+      if wrap := getattr(adapter, 'wrap_optimizer', None):
+        optimizer = wrap(optimizer, steps)
+    return optimizer
 
   def variables(self, state: State) -> dict[str, Tree]:
     """{'params': ..., 'peft': ...} of a training state; its 'reference'."""
@@ -190,11 +211,7 @@ def make_adapter(
   declared = method.options()
   if 'router' in declared:
     router = options.get('router') or method_string.parse(method.router)
-    defaults = {name: option.default for name, option in declared.items()}
-    # A count in the text replaces a preset's counts by layer.
-    replaced = options.keys() & EXPERT_COUNTS
-    defaults |= {'experts_per_layer': ()} if replaced else {}
-    values = defaults | options
+    values = option_values(spec, method)
     counts = values.get('experts_per_layer', ())
     options['experts'] = (
       len(values.get('from_adapters', ()))

@@ -18,8 +18,8 @@ import flax.linen as nn
 from moepeft.config.method_string import Spec
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import BaseLayer, wrap
-from moepeft.peft.method import Method, Option
-from moepeft.peft.mixture import can_be_expert
+from moepeft.peft.method import Method, Option, options_of
+from moepeft.peft.mixture import Mixture, can_be_expert
 
 
 class Kind(nn.Module):
@@ -224,19 +224,24 @@ def check(kinds: Sequence[KindEntry], options: Mapping[str, Any]) -> None:
   """
   ruled_out = [n for n in ('experts_per_layer', 'from_adapters') if options[n]]
   ruled_out += ['reads'] if options['reads'] == 'down' else []
-  values_of = []
+  of_kinds = []
   for kind in kinds:
     declared = kind.method.options()
     values = {k: options.get(k, o.default) for k, o in declared.items()}
     starts = values.get('init_weights', 'zero')
     ruled_out += [] if starts == 'zero' else ['init_weights']
-    values_of.append(values)
+    of_kinds.append((kind.method, {**options, **values}))
   if ruled_out:
     raise ValueError(
       'experts of several kinds are new ones that start at zero, as many in '
       'each layer, and have no down-projection in common; drop '
       f'{ruled_out[0]}'
     )
-  for kind, values in zip(kinds, values_of, strict=True):
-    if kind.method.check:
-      kind.method.check({**options, **values})
+  of_mixture = {name: o.default for name, o in options_of(Mixture).items()}
+  for method, values in of_kinds:
+    unused = of_mixture | method.module_defaults
+    errors = [e.error(values, unused) for e in method.exclusions]
+    if any(errors):
+      raise ValueError(next(filter(None, errors)))
+    if method.check:
+      method.check(values)

@@ -17,7 +17,7 @@ from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.config.ranges import SEMANTICS
 from moepeft.core.ranges import IntegerList, short_repr, suggestion
-from moepeft.moe import ROUTERS
+from moepeft.moe import ROUTERS, RouterSpec
 from moepeft.peft.kinds import (
   KindsMethod,
   can_be_kind,
@@ -305,7 +305,7 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
   method = method_entry(spec, methods)
   user_options = dict(spec.options)
   decided = dict(method.defaults.get(semantics, {}))
-  options = method.options()
+  options, router_entry = method.options(), None
   if 'router' in options:
     router = user_options.get('router', method_string.parse(method.router))
     router = Spec(router) if isinstance(router, str) else router
@@ -328,74 +328,60 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
     for kind in kinds:
       _check(kind, methods[kind.name].options() | {'targets': Option('')})
   _check(spec, options | extra)
-  counts = [name for name in EXPERT_COUNTS if name in user_options]
-  if len(counts) > 1:
-    raise ValueError(
-      f'{spec.name} takes one of {" and ".join(counts)}; drop the others'
-    )
   _check_combination(spec, method)
+  if router_entry:
+    _check_columns(spec, method, router_entry)
   return Spec(
     spec.name, tuple((user_options | (decided | user_options)).items())
   )
 
 
-def _check_combination(spec: Spec, method: Method) -> None:
-  """Raises a ValueError for options that exclude one another."""
+def option_values(spec: Spec, method: Method) -> dict[str, Any]:
+  """{option: value} of a flat spec, with the defaults of those not given."""
+  values = {name: option.default for name, option in method.options().items()}
   options = dict(spec.options)
-  if method.check:
-    defaults = {name: o.default for name, o in method.options().items()}
-    try:
-      method.check(defaults | options)
-    except ValueError as error:
-      raise ValueError(f'{spec.name}: {error}') from None
-  fixed = [
-    name
-    for name in ('shared_experts', 'identity_experts')
-    if options.get(name, method.values.get(name, 0))
-  ]
-  unlike = {'experts_per_layer', 'from_adapters'} & options.keys()
-  if fixed and unlike:
+  if 'experts_per_layer' in values and options.keys() & EXPERT_COUNTS:
+    # A count in the text replaces a preset's counts by layer.
+    values['experts_per_layer'] = ()
+  return values | options
+
+
+def _check_combination(spec: Spec, method: Method) -> None:
+  """Raises a ValueError for options that cannot stand together."""
+  options, values = dict(spec.options), option_values(spec, method)
+  counts = [name for name in EXPERT_COUNTS if name in options]
+  if len(counts) > 1:
     raise ValueError(
-      f'{spec.name}: {fixed[0]} needs layers with the same number of fresh '
-      f'experts; drop it or {sorted(unlike)[0]}'
+      f'{spec.name} takes one of {" and ".join(counts)}; drop the others'
     )
-  reads = options.get('reads', method.values.get('reads', 'input'))
-  shared = [
-    name
-    for name in ('share_router', 'share_routing')
-    if options.get(name, method.values.get(name))
-  ]
-  if shared and reads != 'input':
-    raise ValueError(
-      f'{spec.name}: sites share a router where they read the same input, or '
-      'take the routing of the first one, which reads its input; got '
-      f"reads={reads!r}; write reads='input', or "
-      f'{shared[0]}=False'
-    )
-  values = {k: o.default for k, o in method.options().items()} | options
-  if values.get('by_column'):
-    router = options.get('router', method_string.parse(method.router))
-    router = ROUTERS[getattr(router, 'name', router)]
-    fixed = router.update or router.from_experts or router.pooled_module
-    if fixed or values['combine'] != 'outputs':
-      raise ValueError(
-        f'{spec.name}: by_column needs a router without state or a fixed '
-        "projection, such as softmax or topk, and combine='outputs'; change "
-        'them, or drop by_column'
-      )
+  unused = method.module_defaults
+  errors = [exclusion.error(values, unused) for exclusion in method.exclusions]
   if {'rank', 'ranks'} <= options.keys():
-    raise ValueError(
-      f'{spec.name}: ranks has the rank of each expert; drop rank'
-    )
+    errors.append('ranks has the rank of each expert; drop rank')
   if 'train_experts' in options and 'from_adapters' not in options:
-    raise ValueError(
-      f'{spec.name}: train_experts is for experts that are given by '
-      'from_adapters; drop it, since others are trained'
+    errors.append(
+      'train_experts is for experts that are given by from_adapters; drop it, '
+      'since others are trained'
     )
-  if options.get('share') and 'from_adapters' in options:
+  try:
+    if method.check:
+      method.check(values)
+  except ValueError as error:
+    errors.append(str(error))
+  errors = [error for error in errors if error]
+  if errors:
+    raise ValueError(f'{spec.name}: {errors[0]}')
+
+
+def _check_columns(spec: Spec, method: Method, router: RouterSpec) -> None:
+  """Raises a ValueError where a router cannot be one of many at a site."""
+  has_fixed_arrays = (
+    router.update or router.from_experts or router.pooled_module
+  )
+  if has_fixed_arrays and option_values(spec, method).get('by_column'):
     raise ValueError(
-      f'{spec.name}: adapters that were trained apart have no parameter in '
-      'common; drop share'
+      f'{spec.name}: by_column needs a router without state or a fixed '
+      'projection, such as softmax or topk; change it, or drop by_column'
     )
 
 

@@ -29,13 +29,13 @@ from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.nn.adapter_hook import BaseLayer, flatten_features
 from moepeft.nn.initializers import METADATA, record_expert_counts
-from moepeft.peft.method import Method
+from moepeft.peft.method import Exclusion, Method
 
 READS = ('input', 'output', 'heads', 'down', 'first_pass')
 COMBINE = ('outputs', 'parameters')
 DISPATCH = ('auto', 'dense', 'sparse')
 # Counts of experts by quarters of a stack's layers. Source: MoLA (Gao et al.,
-# arXiv:2402.08562), section 3.3.
+# arXiv:2402.08562).
 COUNTS_BY_QUARTER = {
   'triangle': (8, 6, 4, 2),
   'inverted_triangle': (2, 4, 6, 8),
@@ -44,6 +44,33 @@ COUNTS_BY_QUARTER = {
 }
 # Options that say how many experts there are; a method string has one of them.
 EXPERT_COUNTS = ('experts', 'experts_per_layer', 'from_adapters', 'ranks')
+EXCLUSIONS = (
+  Exclusion(
+    ('shared_experts', 'identity_experts'),
+    ('experts_per_layer', 'from_adapters'),
+    '{first} needs layers with the same number of fresh experts; drop it, or '
+    'write `experts` in place of {second}',
+  ),
+  Exclusion(
+    ('share_router', 'share_routing'),
+    ('reads',),
+    'sites share a router where they read the same input, or take the routing '
+    'of the first one, which reads its input; got reads={value}; write '
+    "reads='input', or {first}=False",
+  ),
+  Exclusion(
+    ('by_column',),
+    ('combine',),
+    "each column's experts are mixed by their outputs; write "
+    "combine='outputs', or drop by_column",
+  ),
+  Exclusion(
+    ('share',),
+    ('from_adapters',),
+    'adapters that were trained apart have no parameter in common; write '
+    "share=''",
+  ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,6 +414,7 @@ def mixture_of(
     router=router,
     why_not='its experts are weighted anew for every token',
     initial_change=expert.initial_change,
+    exclusions=(*EXCLUSIONS, *expert.exclusions),
     check=expert.check,
     size_option=expert.size_option,
     exact_identity=expert.additive,

@@ -38,6 +38,7 @@ METHODS = (
   f"lora(rank=4, init_weights='pissa', {_AT})",
   'dora(rank=3)',
   f'dora(rank=3, {_AT})',
+  f'adalora(rank=3, target_rank=2, {_AT})',
   'ia3',
   'vera(rank=3)',
   'bitfit',

@@ -264,6 +264,12 @@ _IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
       'official',
       _lora(3) + _ATTENTIONS * (3 * _NH + _D) + _LAYERS * (_F + _D),
     ),
+    # One value a rank, of four projections an attention and two others.
+    (
+      'adalora(rank=3, target_rank=2)',
+      'official',
+      _lora(3) + (4 * _ATTENTIONS + 2 * _LAYERS) * 3,
+    ),
     ('ia3', 'official', _IA3),
     # K and V: one [h, e] kernel a site; feed-forward: [f, e].
     (
@@ -281,7 +287,7 @@ _IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
       _shared_a(3, 2),
     ),
     # q, k, v, o and wo; two projections with biases beside the feed-forward;
-    # routers of 4 x 6 hidden units, in the decoder also of the encoder's tokens.
+    # a router of 4 x 6 hidden units in each layer and cross-attention.
     (
       'moa(rank=2, size=3)',
       'official',
@@ -322,6 +328,7 @@ def test_parameter_count_equals_its_formula(method, semantics, expected):
     pytest.param('dora(rank=3)', marks=pytest.mark.slow),
     pytest.param("lora(rank=3, init_weights='pissa')", marks=pytest.mark.slow),
     pytest.param('vera(rank=3) + ln_tuning', marks=pytest.mark.slow),
+    pytest.param('adalora(rank=3, target_rank=2)', marks=pytest.mark.slow),
     # LoRA's and a ratio, with heads last, first and none, and beside another.
     "dora(rank=3, targets='*/k|*/cross/o|*/wo') + ia3(targets='*/k|*/act')",
     "ia3(targets='*/k|*/v|*/wo')",

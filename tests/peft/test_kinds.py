@@ -224,7 +224,10 @@ def test_a_layer_has_one_router_of_its_kinds_and_counts_it_once():
     ('mixture(expert=[lora, lora], rank=4)', 'mixture has no option rank'),
     ("moa(share='a')", 'moa has no option share'),
     (f'mixture(expert={TWO}, experts_per_layer=[2, 3])', 'drop experts_per'),
-    (f'mixture(expert={TWO}, reads=down)', 'no down-projection in common'),
+    (
+      f'mixture(expert={TWO}, share_routing=False, reads=down)',
+      'no down-projection in common; drop reads',
+    ),
     (f'mixture(expert={TWO}, reads=output)', "write reads='input'"),
     (
       'mixture(expert=[lora(init_weights=svd_chunks), bottleneck])',

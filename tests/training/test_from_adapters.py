@@ -233,7 +233,7 @@ def test_a_run_goes_on_with_the_same_files_alone(places, run, tmp_path):
     (('a', 'vectors'), ROUTER, "one method, .*/vectors is 'ia3'"),
     (('two', 'a'), ROUTER, r'ia3.*but an expert is one adapter of lora, .*ia3'),
     (('a', 'b'), 'experts=2', 'takes one of experts and from_adapters'),
-    (('a', 'b'), "share='a'", 'no parameter in common; drop share'),
+    (('a', 'b'), "share='a'", "no parameter in common; write share=''"),
     (('a', 'b'), 'router=uniform', 'trains nothing: .*train_experts=True'),
     (
       ('a', 'b'),

@@ -13,6 +13,7 @@ METHODS: Registry = Registry(
     'full': 'full:METHOD',
     'lora': 'lora:METHOD',
     'dora': 'dora:METHOD',
+    'adalora': 'adalora:METHOD',
     'ffn_lora': 'ffn_lora:METHOD',
     'bottleneck': 'bottleneck:METHOD',
     'moslora': 'moslora:METHOD',

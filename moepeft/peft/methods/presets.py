@@ -37,7 +37,13 @@ MOV = mixture_of(
 # on the attention is a second adapter; see configs/methods/mixlora.py.
 MIXLORA = mixture_of(
   ffn_lora.METHOD,
-  values={'experts': 8, 'rank': 16, 'alpha': 32.0, 'a_init': 'kaiming'},
+  values={
+    'experts': 8,
+    'rank': 16,
+    'alpha': 32.0,
+    'dropout': 0.05,
+    'a_init': 'kaiming',
+  },
   router='topk(k=2, renormalize=True)',
 )
 
@@ -48,6 +54,7 @@ MOLA = mixture_of(
     'experts_per_layer': 'inverted_triangle',
     'rank': 8,
     'alpha': 16.0,
+    'dropout': 0.05,
     'a_init': 'kaiming',
   },
   roles=_at(*_ATTENTION, *_FEED_FORWARD),
@@ -58,9 +65,10 @@ MOLA = mixture_of(
 HYDRALORA = mixture_of(
   lora.METHOD,
   values={
-    'experts': 3,
+    'experts': 4,
     'rank': 4,
     'alpha': 32.0,
+    'dropout': 0.05,
     'share': 'a',
     'a_init': 'kaiming',
   },
@@ -71,7 +79,13 @@ HYDRALORA = mixture_of(
 # Liu and Luo, arXiv:2405.00361: experts above a learned threshold.
 ADAMOLE = mixture_of(
   lora.METHOD,
-  values={'experts': 8, 'rank': 4, 'alpha': 16.0, 'a_init': 'kaiming'},
+  values={
+    'experts': 8,
+    'rank': 4,
+    'alpha': 16.0,
+    'dropout': 0.05,
+    'a_init': 'kaiming',
+  },
   roles=_at(*_ATTENTION),
   router="threshold(kernel_init='kaiming')",
 )
@@ -88,6 +102,7 @@ FLYLORA = mixture_of(
     'a_init': 'sparse',
     'train_a': False,
   },
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
   router='magnitude(k=8)',
 )
 
@@ -180,6 +195,7 @@ LORAMOE = mixture_of(
 MOELORA = mixture_of(
   lora.METHOD,
   values={'experts': 8, 'rank': 2, 'alpha': 4.0, 'dropout': 0.1},
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
   router='task',
 )
 
@@ -190,10 +206,10 @@ SMEAR = mixture_of(
   values={
     'experts': 8,
     'size': 24,
-    'activation': 'gelu',
+    'activation': 'silu',
     'combine': 'parameters',
   },
-  router='sentence',
+  router='sentence(dropout=0.1)',
 )
 
 # Ponti et al., arXiv:2202.13914: low-rank skills, merged for each task.
