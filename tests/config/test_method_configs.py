@@ -70,6 +70,8 @@ def test_a_config_says_how_it_differs_and_its_scale(name):
   family = FAMILIES['llama' if name in OF_DECODERS else 't5']
   sites = family.sites(next(iter(family.sizes.values())))
   expert = build(name, sites).adapter_map.entries[0][1].expert
+  # Of several kinds of experts, those at the first site.
+  expert = expert.at_site[0].expert if hasattr(expert, 'at_site') else expert
   if hasattr(expert, 'alpha'):
     alpha, rank, value = map(
       float, re.search(r'= ([\d.]+) / ([\d.]+) = ([\d.]+)', scale).groups()
@@ -113,8 +115,12 @@ def mixtures_of_the_guide():
 
 def options(module):
   """{option: value} of an adapter, but how it is drawn."""
+  if isinstance(module, tuple):
+    return tuple(map(options, module))
+  if not isinstance(module, nn.Module):
+    return module
   return {
-    field.name: options(value) if isinstance(value, nn.Module) else value
+    field.name: options(value)
     for field in dataclasses.fields(module)
     if field.name not in ('name', 'parent', 'a_init', 'kernel_init')
     for value in (getattr(module, field.name),)

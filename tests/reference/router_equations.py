@@ -101,6 +101,19 @@ def sigmoid(z):
   return 1 / (1 + np.exp(-z))
 
 
+def swiglu(x, gate_kernel, up_kernel, kernel, gate_bias=0, up_bias=0, bias=0):
+  """MoA's released code, class Router: w2(silu(w1(x)) * w3(x))."""
+  gate = x @ gate_kernel + gate_bias
+  hidden = gate * sigmoid(gate) * (x @ up_kernel + up_bias)
+  return hidden @ kernel + bias
+
+
+def thresholded_sigmoid(z, x, kernel, bias, largest):
+  """MoA's released code, sparse variant: gates below the threshold are zero."""
+  gates, threshold = sigmoid(z), largest * sigmoid(x @ kernel + bias)
+  return gates * (gates >= threshold)
+
+
 def relu(x, kernel):
   """Wang et al., arXiv:2412.14711: R(x) = ReLU(x W)."""
   return np.array([max(z, 0) for z in x @ kernel])

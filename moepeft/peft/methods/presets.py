@@ -5,6 +5,7 @@ configs/methods/ has a config of each with the paper's training settings, and
 says where paper and released code differ.
 """
 
+from moepeft.peft.kinds import kind_entry, kinds_of
 from moepeft.peft.method import Method
 from moepeft.peft.methods import bottleneck, ffn_lora, ia3, lora, moslora
 from moepeft.peft.mixture import Mixture, mixture_of
@@ -308,3 +309,34 @@ LILY = mixture_of(
 # Ning et al., arXiv:2408.01505: one A, and a router for each of its columns
 # over rank-one experts.
 MODE = mixture_of(lora.METHOD, values={'share': 'a', 'by_column': True})
+
+# Cao et al., arXiv:2506.05928: LoRA at five projections and a bottleneck beside
+# the feed-forward, each with a gate of its own, of one router for a layer.
+MOA = mixture_of(
+  kinds_of(
+    (
+      *(
+        kind_entry(
+          'lora',
+          lora.METHOD,
+          f'*/{site}',
+          rank=8,
+          alpha=8.0,
+          a_init='kaiming',
+        )
+        for site in ('q', 'k', 'v', 'o', 'wo')
+      ),
+      kind_entry(
+        'bottleneck',
+        bottleneck.METHOD,
+        '*/mlp',
+        size=16,
+        activation='silu',
+        place='parallel',
+      ),
+    ),
+    takes_options=True,
+  ),
+  values={'experts': 1, 'share_routing': True},
+  router="sigmoid(hidden=4, bias=True, kernel_init='kaiming')",
+)
