@@ -11,7 +11,8 @@ of the embedded data. An adapter whose router reads tasks is trained and scored;
 requests to generate name no task.
 
 differs: follows the released code (liuqidong07/MOELoRA-peft). Rank 16 and alpha
-  32 are those of all 8 experts together there; here of each, 2 and 4.
+  32 are those of all 8 experts together there; here of each, 2 and 4. Its A is
+  drawn from N(0, 0.01^2), here from N(0, 0.02^2).
 scale: alpha / r = 4 / 2 = 2, times weights that sum to one.
 """
 
@@ -19,6 +20,11 @@ from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):
-  return config_lib.finetuning(
-    values, 'moelora(router=task(tasks={tasks}))', learning_rate=2e-4
+  c = config_lib.finetuning(
+    values,
+    'moelora(router=task(tasks={tasks}))',
+    learning_rate=2e-4,
+    batch_size=64,
   )
+  c.optimizer.schedule = 'linear'
+  return c

@@ -12,7 +12,7 @@ requests to generate name no task.
 
 differs: follows peft's Poly with one split: rank 8, 4 skills, a relaxed
   Bernoulli sample in training and its mean after. The preset mhr has
-  more splits.
+  more splits. The training settings were not taken from the paper.
 scale: alpha / r = 1 / 8 = 0.125, times weights that sum to one, of A and of B.
 """
 

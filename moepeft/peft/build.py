@@ -13,6 +13,7 @@ from moepeft.config.method_string import Spec
 from moepeft.core.types import State, Tree
 from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
+from moepeft.peft.kinds import Kinds, KindsMethod
 from moepeft.peft.method import Method, options_of
 from moepeft.peft.method_text import (
   format_specs,
@@ -139,10 +140,11 @@ def build(
   for spec in specs:
     method = method_entry(spec, methods)
     adapter = make_adapter(spec, unique_name(spec.name, names), methods)
-    paths = _paths(spec, method, sites, semantics)
+    placed = _placed(adapter, spec, method, sites, semantics)
+    paths = [path for path, _ in placed]
     _check_router(spec, paths)
     _check_two_pass(adapter, sites)
-    entries += [(path, adapter) for path in paths]
+    entries += placed
     replaced |= {f'{p}/{s}': spec.name for p in paths for s in method.replaces}
   for path, adapter in entries:
     if path in replaced:
@@ -188,8 +190,11 @@ def adapter_function(module: nn.Module) -> tuple:
   options = options_of(type(module))
   for name in sorted(n for n, o in options.items() if not o.training_only):
     value = getattr(module, name)
-    nested = isinstance(value, nn.Module)
-    fields.append((name, adapter_function(value) if nested else value))
+    if isinstance(value, nn.Module):
+      value = adapter_function(value)
+    elif isinstance(module, Kinds):
+      value = tuple(map(adapter_function, value))
+    fields.append((name, value))
   return (type(module), *fields)
 
 
@@ -212,7 +217,7 @@ def make_adapter(
       len(values.get('from_adapters', ()))
       or len(values.get('ranks', ()))
       or largest_count(counts)
-      or values['experts']
+      or values['experts'] * len(getattr(method.expert, 'kinds', ('one',)))
     )
     if values.get('ranks'):
       options['rank'] = max(values['ranks'])
@@ -258,21 +263,54 @@ def _check_two_pass(adapter: nn.Module, sites: Mapping[str, str]) -> None:
     )
 
 
-def _paths(spec, method, sites, semantics) -> list[str]:
-  """The sites that a spec adapts, in the model's order."""
+def _placed(
+  adapter, spec, method, sites, semantics
+) -> list[tuple[str, nn.Module]]:
+  """(site, adapter) of a spec, in the model's order.
+
+  Of a mixture of several kinds of experts, each site has the kinds at it.
+  """
   patterns = spec.get('targets')
+  if not isinstance(method.expert, KindsMethod):
+    paths = _paths(spec.name, patterns, method, sites, semantics)
+    return [(path, adapter) for path in paths]
+  if patterns is not None:
+    paths = _paths(spec.name, patterns, method, sites, semantics)
+    sites = {path: sites[path] for path in paths}
+  kinds = [
+    _paths(
+      f'{spec.name}: {k.name}', k.targets or None, k.method, sites, semantics
+    )
+    for k in method.expert.kinds
+  ]
+  placed = []
+  for path in sites:
+    present = [i for i, paths in enumerate(kinds) if path in paths]
+    if present and len(present) < len(kinds) and not adapter.share_routing:
+      raise ValueError(
+        f'{spec.name}: not all kinds of experts are at {path}, so a router of '
+        'that site would give weight to others; give all the same `targets`, '
+        'or write share_routing=True'
+      )
+    if present:
+      placed.append((path, adapter.clone(expert=adapter.expert.only(present))))
+  return placed
+
+
+def _paths(name, patterns, method, sites, semantics) -> list[str]:
+  """The sites that a method adapts, in the model's order."""
   if patterns is None:
     roles = method.roles[semantics]
     paths = [path for path, role in sites.items() if role in roles]
     if not paths:
-      raise ValueError(f'{spec.name} finds no site; name some with `targets`')
+      raise ValueError(f'{name} finds no site; name some with `targets`')
     return paths
   paths = set()
   for pattern in patterns.split('|'):
     matched = fnmatch.filter(sites, pattern.strip())
     if not matched:
       raise ValueError(
-        f'{spec.name}: the pattern {pattern!r} matches no site; the sites '
+        f'{name}: the pattern {pattern!r} matches no site; the sites '
         f'are {", ".join(sites)}'
       )
     paths |= set(matched)

@@ -98,6 +98,8 @@ class Method:
     router: of a mixture, the router of a text that names none.
     additive: whether it adds a term to the base's output, so that a term of
       zero leaves that output as it is, in a mixture with any weights too.
+    any_weights: whether its experts take weights of any sum, so that experts of
+      other kinds can have the rest; every additive one does.
     shareable: parameters that the experts of a mixture may have in common.
     combine: values of the mixture's option `combine` that it has.
     columns: whether its mixtures can weight each column of the rank apart, and
@@ -140,6 +142,7 @@ class Method:
   values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   router: str = DEFAULT_ROUTER
   additive: bool = False
+  any_weights: bool = False
   shareable: tuple[str, ...] = ()
   combine: tuple[str, ...] = ('outputs',)
   columns: bool = False

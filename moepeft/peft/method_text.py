@@ -8,7 +8,7 @@ expert's options stand among those of its mixture, as a preset has them:
 mixture(expert=lora, rank=4, experts=10).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +18,12 @@ from moepeft.config.method_string import Spec
 from moepeft.config.ranges import SEMANTICS
 from moepeft.core.ranges import IntegerList, short_repr, suggestion
 from moepeft.moe import ROUTERS, RouterSpec
+from moepeft.peft.kinds import (
+  KindsMethod,
+  can_be_kind,
+  kind_entry,
+  kinds_of,
+)
 from moepeft.peft.method import Method, Option, options_of
 from moepeft.peft.methods import METHODS
 from moepeft.peft.mixture import EXPERT_COUNTS, can_be_expert, mixture_of
@@ -75,8 +81,17 @@ def canonical_text(
       default = _complete_router(method_string.parse(entry.router), semantics)
       if router != _canonical_router(default):
         options['router'] = router
+    if isinstance(options.get('expert'), tuple):
+      options['expert'] = tuple(
+        _canonical_kind(kind, methods) for kind in options['expert']
+      )
     specs.append(Spec(spec.name, tuple(sorted(options.items()))))
   return format_specs(specs, methods)
+
+
+def _canonical_kind(kind: Spec, methods: Mapping[str, Method]) -> Spec:
+  options = _unusual(kind, methods[kind.name].options())
+  return Spec(kind.name, tuple(sorted(options.items())))
 
 
 def _canonical_router(router: Spec) -> Spec:
@@ -122,8 +137,14 @@ def expanded_text(
     options = {k: o.default for k, o in entry.options().items()}
     options |= dict(spec.options)
     if entry.expert:
-      names = (n for n, m in methods.items() if m is entry.expert)
-      options = {'expert': next(names)} | options
+      if isinstance(entry.expert, KindsMethod):
+        expert = entry.expert.specs(options)
+        of_mixture = options_of(entry.module).keys() | {'targets'}
+        options = {k: v for k, v in options.items() if k in of_mixture}
+      else:
+        expert = next(n for n, m in methods.items() if m is entry.expert)
+      options.pop('expert', None)
+      options = {'expert': expert} | options
       router = options['router']
       defaults = options_of(ROUTERS[router.name].module)
       del defaults['experts']
@@ -183,6 +204,8 @@ def method_entry(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Method:
   if 'expert' not in options_of(method.module) or method.expert:
     return method
   expert = spec.get('expert')
+  if isinstance(expert, tuple) and len(expert) > 1:
+    return _mixture_of_kinds(spec.name, expert, methods)
   if expert is None and spec.get('from_adapters'):
     raise ValueError(
       f'{spec.name} has its expert in the files of from_adapters, which are '
@@ -203,15 +226,44 @@ def method_entry(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Method:
   return mixture_of(expert_method)
 
 
+def _mixture_of_kinds(name: str, experts: Sequence[Spec], methods) -> Method:
+  """The entry of a mixture whose option `expert` is a list."""
+  kinds = []
+  for spec in experts:
+    if not isinstance(spec, Spec):
+      raise ValueError(
+        f"{name} has experts like lora or lora(rank=4, targets='*/q'); got "
+        f'{short_repr(spec)}'
+      )
+    method = _find(spec.name, methods, 'method')
+    if not can_be_kind(method):
+      names = [n for n, m in methods.items() if can_be_kind(m)]
+      raise ValueError(
+        f'{name}: {spec.name} cannot be one of several kinds of experts; '
+        f'{", ".join(names)} can'
+      )
+    options = dict(spec.options)
+    targets = options.pop('targets', '')
+    kinds.append(kind_entry(spec.name, method, targets, **options))
+  return mixture_of(kinds_of(kinds), values={'share_routing': True})
+
+
 def flatten_expert(spec: Spec) -> Spec:
   """mixture(expert=lora(rank=4), experts=10) as one list of options.
 
-  mixture(expert=lora, rank=4, experts=10): as a preset has them.
+  mixture(expert=lora, rank=4, experts=10): as a preset has them. Several kinds
+  of experts keep theirs.
 
   Raises:
     ValueError: an option of the expert is one of the mixture too.
   """
   expert = spec.get('expert')
+  if isinstance(expert, tuple) and len(expert) != 1:
+    kinds = (Spec(kind) if isinstance(kind, str) else kind for kind in expert)
+    return spec.replace(expert=tuple(kinds))
+  if isinstance(expert, tuple):
+    (expert,) = expert
+    spec = spec.replace(expert=expert)
   if not isinstance(expert, Spec):
     return spec
   twice = dict(spec.options).keys() & dict(expert.options).keys()
@@ -270,7 +322,11 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
     decided['router'] = user_options['router'] = router
   extra = {'targets': Option('')} if method.module else {}
   if method.expert and method is not methods[spec.name]:
-    extra['expert'] = Option('')
+    kinds = spec.get('expert')
+    kinds = kinds if isinstance(kinds, tuple) else ()
+    extra['expert'] = Option(() if kinds else '')
+    for kind in kinds:
+      _check(kind, methods[kind.name].options() | {'targets': Option('')})
   _check(spec, options | extra)
   _check_combination(spec, method)
   if router_entry:

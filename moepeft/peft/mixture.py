@@ -35,7 +35,7 @@ READS = ('input', 'output', 'heads', 'down', 'first_pass', 'embedding')
 COMBINE = ('outputs', 'parameters')
 DISPATCH = ('auto', 'dense', 'sparse')
 # Counts of experts by quarters of a stack's layers. Source: MoLA (Gao et al.,
-# arXiv:2402.08562), section 3.3.
+# arXiv:2402.08562).
 COUNTS_BY_QUARTER = {
   'triangle': (8, 6, 4, 2),
   'inverted_triangle': (2, 4, 6, 8),
@@ -133,8 +133,9 @@ class Mixture(nn.Module):
   Parameters: the expert's with an axis of experts, and the router's.
 
   Attributes:
-    expert: the adapter that each expert is, unbound.
-    experts: e, the largest where layers have unlike counts.
+    expert: the adapter that each expert is, unbound; `kinds.Kinds` where they
+      are of several kinds.
+    experts: e, of all kinds, the largest where layers have unlike counts.
     experts_per_layer: the counts of a stack's layers, as in MoLA (Gao et al.,
       arXiv:2402.08562), or a name of COUNTS_BY_QUARTER; () where all have e.
       The arrays of all layers have e experts; those beyond a layer's own are
@@ -164,7 +165,9 @@ class Mixture(nn.Module):
     share_routing: whether all sites of a layer have the router and the routing
       of the first of them, whatever they read; as in Hard-Routed MoR-LoRA
       (arXiv:2606.31413), where that of the feed-forward's input holds for its
-      down-projection too. It needs reads='input'.
+      down-projection too. Keys and values of a cross-attention are of other
+      tokens and have the routing of the first of these two. It needs
+      reads='input'.
     ranks: the rank of each low-rank expert, whose scale is alpha over it. The
       arrays of all have the largest; the rest is never read. () where all have
       the same.

@@ -286,6 +286,15 @@ _IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
       'official',
       _shared_a(3, 2),
     ),
+    # q, k, v, o and wo; two projections with biases beside the feed-forward;
+    # a router of 4 x 6 hidden units in each layer and cross-attention.
+    (
+      'moa(rank=2, size=3)',
+      'official',
+      _ATTENTIONS * 4 * (_D + _NH) * 2
+      + _LAYERS * ((_D + _F) * 2 + 2 * _D * 3 + _D + 3)
+      + (_LAYERS + 3) * (2 * (_D * 24 + 24) + 24 * 6 + 6),
+    ),
     ('prompt(length=3)', 'official', 3 * _D),
     # Ranks and outputs at q and v.
     ('vera(rank=3)', 'official', _ATTENTIONS * 2 * (3 + _NH)),

@@ -46,6 +46,7 @@ METHODS: Registry = Registry(
     'adamix': 'presets:ADAMIX',
     'lily': 'presets:LILY',
     'mode': 'presets:MODE',
+    'moa': 'presets:MOA',
     'tokens': 'tokens:METHOD',
     'prompt': 'prompt_tuning:METHOD',
     'p_tuning': 'p_tuning:METHOD',
