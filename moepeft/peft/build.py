@@ -13,7 +13,7 @@ from moepeft.config.method_string import Spec
 from moepeft.core.types import State, Tree
 from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
-from moepeft.peft.kinds import Kinds, KindsMethod
+from moepeft.peft.kinds import KindsMethod
 from moepeft.peft.method import Method, options_of
 from moepeft.peft.method_text import (
   format_specs,
@@ -186,16 +186,19 @@ def function_of(adapter_map: AdapterMap) -> tuple:
 
 def adapter_function(module: nn.Module) -> tuple:
   """As `function_of`, of one adapter or router."""
-  fields = []
   options = options_of(type(module))
-  for name in sorted(n for n, o in options.items() if not o.training_only):
-    value = getattr(module, name)
-    if isinstance(value, nn.Module):
-      value = adapter_function(value)
-    elif isinstance(module, Kinds):
-      value = tuple(map(adapter_function, value))
-    fields.append((name, value))
+  names = sorted(n for n, o in options.items() if not o.training_only)
+  fields = ((name, _value_function(getattr(module, name))) for name in names)
   return (type(module), *fields)
+
+
+def _value_function(value):
+  """A field's value, with the functions of the modules in it."""
+  if isinstance(value, nn.Module):
+    return adapter_function(value)
+  if isinstance(value, tuple):
+    return tuple(map(_value_function, value))
+  return value
 
 
 def make_adapter(
@@ -213,11 +216,12 @@ def make_adapter(
     router = options.get('router') or method_string.parse(method.router)
     values = option_values(spec, method)
     counts = values.get('experts_per_layer', ())
+    kinds = len(getattr(method.expert, 'kinds', ())) or 1
     options['experts'] = (
       len(values.get('from_adapters', ()))
       or len(values.get('ranks', ()))
       or largest_count(counts)
-      or values['experts'] * len(getattr(method.expert, 'kinds', ('one',)))
+      or values['experts'] * kinds
     )
     if values.get('ranks'):
       options['rank'] = max(values['ranks'])

@@ -356,6 +356,11 @@ def _check_combination(spec: Spec, method: Method) -> None:
     )
   unused = method.module_defaults
   errors = [exclusion.error(values, unused) for exclusion in method.exclusions]
+  if (values.get('reads') == 'embedding') != bool(values.get('embedding_size')):
+    errors.append(
+      "reads='embedding' stands beside the number of values of an embedding, "
+      'like embedding_size=384; give both or none'
+    )
   if {'rank', 'ranks'} <= options.keys():
     errors.append('ranks has the rank of each expert; drop rank')
   if 'train_experts' in options and 'from_adapters' not in options:
