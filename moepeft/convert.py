@@ -52,12 +52,11 @@ from ml_collections import config_flags
 
 from moepeft.checkpoints import adapter as adapter_file
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints import directory, quantize
+from moepeft.checkpoints import conversion, directory
 from moepeft.checkpoints import formats as checkpoint_formats
 from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.base import resolve
 from moepeft.checkpoints.directory import LoadedCheckpoint
-from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
 from moepeft.checkpoints.run_metadata import describe_run
@@ -69,18 +68,14 @@ from moepeft.data.tokenizers.tokenizer import (
   HuggingFaceTokenizer,
   load_tokenizer,
 )
-from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.moe import router_state
-from moepeft.peft import build
-from moepeft.peft.merge import merge
 from moepeft.runs.run import Run
 
 # The formats of --to; GGUF files are only read.
 _OUTPUT_FORMATS = tuple(
   name for name in checkpoint_formats.FORMATS if name != 'gguf'
 )
-_SEMANTICS = 'official'  # of adapters in the formats of T5X and peft
 
 
 def define_flags(argv: Sequence[str] = ('',)) -> flags.FlagValues:
@@ -319,18 +314,7 @@ def _load_base(
     raise CheckpointError(
       f'{values.input or values.workdir} names no base model: set --base'
     )
-  path = resolve(path)
-  base_format = checkpoint_formats.detect(path)
-  if base_format == 'hf':
-    return hf.load(path, dtype)
-  if base_format == 'gguf':
-    return gguf.load(path, dtype)
-  if base_format == 't5x':
-    return t5x.load(path, dtype, values.top_k)
-  raise CheckpointError(
-    f'{path} is an adapter ({base_format}), expected a base model (hf, gguf '
-    'or t5x)'
-  )
+  return conversion.load_base(resolve(path), dtype, values.top_k)
 
 
 def _convert_base(values: flags.FlagValues) -> None:
@@ -341,9 +325,12 @@ def _convert_base(values: flags.FlagValues) -> None:
   if values.to == 't5x':
     _write_t5x(values, loaded, adapter, max(getattr(loaded, 'step', 0), 1))
   elif adapter is not None:
-    _write_base_and_adapter(values, loaded, adapter)
+    is_cast = values.dtype is not None
+    conversion.write_base_and_adapter(
+      values.output, values.to, loaded, adapter, is_cast, values.overwrite
+    )
   elif values.to == 'hf':
-    _write_hf(values, values.output, loaded)
+    conversion.write_hf(values.output, loaded, values.overwrite)
   else:
     raise CheckpointError(
       f'{values.input} holds no adapter: --to={values.to} writes adapters, '
@@ -357,14 +344,14 @@ def _convert_peft(values: flags.FlagValues) -> None:
   base = _load_base(values, path, _merge_dtype(values))
   adapter = peft.load(values.input, base.config)
   if values.to == 'hf':
-    _write_merged(values, base, adapter, _SEMANTICS)
+    _write_merged(values, base, adapter, conversion.SEMANTICS)
   elif values.to == 't5x':
     _write_t5x(values, base, adapter)
   elif values.to == 'peft':
     overwrite = values.overwrite
     peft.save(values.output, base.config, adapter, path, fields, overwrite)
   elif values.to == 'moepeft':
-    metadata = _describe(adapter, path, base.sha256, base.config)
+    metadata = conversion.describe(adapter, path, base.sha256, base.config)
     adapter_file.save(values.output, adapter.tree, metadata, values.overwrite)
   else:
     raise _unknown_format(values)
@@ -418,56 +405,6 @@ def _write_adapter(
       _write_merged(values, base, adapter, metadata['semantics'], kind)
 
 
-def _write_merged(
-  values, base, adapter: AdapterWeights, semantics: str, kind: str = ''
-) -> None:
-  """Writes a base with a merged adapter as hf.
-
-  Args:
-    kind: the quantization of the base in training. The adapter is merged into
-      the dequantized base, which gives the logits of training.
-  """
-  sites = FAMILIES[base.config.family].sites(base.config)
-  built = build(adapter.method, sites, semantics)
-  params = base.params
-  if kind:
-    print(f'merging into the base dequantized from {kind}')
-    packed = quantize.pack(params, base.config, kind)
-    params = quantize.unpack(packed, base.config)
-  try:
-    merged = merge(built, {'params': params, 'peft': adapter.tree})
-  except ValueError as error:
-    formats = ' or '.join(
-      f'--to={f}' for f in _adapter_formats(base.config, adapter)
-    )
-    raise CheckpointError(
-      f'{error}; {formats} keeps the adapter as it is'
-    ) from None
-  if values.dtype is None:
-    merged = jax.tree.map(lambda a, b: a.astype(b.dtype), merged, base.params)
-  tokenizer, overwrite = _tokenizer(values, base.path), values.overwrite
-  hf.save(
-    values.output,
-    base.config,
-    merged,
-    values.dtype,
-    tokenizer,
-    overwrite=overwrite,
-  )
-
-
-def _adapter_formats(config, adapter: AdapterWeights) -> list[str]:
-  """The formats that can represent an adapter without its base."""
-  formats = ['moepeft']
-  for name, check in (('peft', peft.check), ('t5x', t5x.check)):
-    try:
-      check(config, adapter)
-      formats.append(name)
-    except ValueError:
-      continue
-  return formats
-
-
 def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
   """The path of the tokenizer of a run, or else of its base.
 
@@ -488,44 +425,42 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
     return None
 
 
+def _write_merged(
+  values: flags.FlagValues,
+  base: LoadedCheckpoint,
+  adapter: AdapterWeights,
+  semantics: str,
+  kind: str = '',
+) -> None:
+  """Writes a base with a merged adapter as hf.
+
+  Args:
+    kind: the quantization of the base in training.
+  """
+  if kind:
+    print(f'merging into the base dequantized from {kind}')
+  params = conversion.merged(base, adapter, semantics, kind)
+  if values.dtype is None:
+    params = jax.tree.map(lambda a, b: a.astype(b.dtype), params, base.params)
+  tokenizer, overwrite = _tokenizer(values, base.path), values.overwrite
+  hf.save(
+    values.output,
+    base.config,
+    params,
+    values.dtype,
+    tokenizer,
+    overwrite=overwrite,
+  )
+
+
 def _write_t5x(
-  values, base, adapter: AdapterWeights | None, step: int = 1
+  values: flags.FlagValues,
+  base: LoadedCheckpoint,
+  adapter: AdapterWeights | None,
+  step: int = 1,
 ) -> None:
   overwrite = values.overwrite
   t5x.save(values.output, base.config, base.params, adapter, step, overwrite)
-
-
-def _write_hf(values, path: str, base) -> None:
-  overwrite = values.overwrite
-  # base.path, as the input may be a name on the hub.
-  hf.save(
-    path, base.config, base.params, tokenizer=base.path, overwrite=overwrite
-  )
-
-
-def _write_base_and_adapter(
-  values, base: t5x.LoadedT5X, adapter: AdapterWeights
-) -> None:
-  """Writes base/ and adapter/ atomically."""
-  # The hash is that of base/, whose weights may be cast.
-  is_cast = values.dtype is not None
-  sha256 = weight_mapping.content_hash(base.params) if is_cast else base.sha256
-  path = str(Path(values.output) / 'base')
-  with directory.atomic_directory(values.output, values.overwrite) as staging:
-    _write_hf(values, str(staging / 'base'), base)
-    target = str(staging / 'adapter')
-    if values.to == 'peft':
-      peft.save(target, base.config, adapter, path)
-    else:
-      metadata = _describe(adapter, path, sha256, base.config)
-      adapter_file.save(target, adapter.tree, metadata)
-
-
-def _describe(adapter: AdapterWeights, path: str, sha256: str, config):
-  family = config.family
-  return adapter_file.describe(
-    adapter.method, _SEMANTICS, path, sha256, family, config
-  )
 
 
 if __name__ == '__main__':
