@@ -271,7 +271,7 @@ class Mixture(nn.Module):
       in_axes=None,
       out_axes=2,
       axis_size=self.expert.rank,
-      variable_axes={'peft': 0, METADATA: 0},
+      variable_axes={'peft': 0, METADATA: 0, 'cache': 0},
       split_rngs={'peft': True, METADATA: True, 'router': True},
       metadata_params={'peft': AXIS_NAMES['r']},
     )

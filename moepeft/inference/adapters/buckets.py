@@ -114,8 +114,8 @@ def bucket_of(built: Built, label: str) -> Bucket:
         f'adapters: {method_entry(spec).not_pooled}'
       )
     entries = built.adapter_map.entries
-    for _, module in entries:
-      check_decodes(module)
+    for path, module in entries:
+      check_decodes(module, path)
       if getattr(module, 'ranks', ()):
         raise ValueError(
           f'{label} is {built.method!r}, which cannot be served beside other '
