@@ -70,6 +70,11 @@ ADAPTERS = {
     "targets='*/q|*/wo')"
   ),
   'xlora': 'xlora(experts=3, rank=2)',
+  # Sites that share a router, and ranks of their own.
+  'hmora': 'hmora(experts=3, rank=2)',
+  'hardrouted': 'hardrouted(experts=3, rank=2)',
+  'shares': "mov(experts=3, reads='input', share_router=True)",
+  'ranks': f'molora(ranks=[3, 1, 2], alpha=5.0, {_AT})',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }
 # Gate and up have names of the family's.
@@ -78,13 +83,7 @@ ADAPTERS['up'] = ADAPTERS['up'].replace('*/up', '*/wi*')
 
 def pooled_methods():
   """The methods that a pool serves."""
-  names = set()
-  for name, method in METHODS.items():
-    values = method.values
-    shares = values.get('share_router') or values.get('share_routing')
-    if not (method.not_pooled or shares):
-      names.add(name)
-  return names
+  return {name for name, method in METHODS.items() if not method.not_pooled}
 
 
 def base_of(config):

@@ -10,6 +10,7 @@ import pytest
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.adapters.served_modules import request_tasks
 from moepeft.inference.engine.limits import EngineConfig
+from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.nn.adapter_hook import AdapterMap
 
@@ -28,7 +29,7 @@ ALL = tuple(banked.ADAPTERS)
 # Only a decoder alone has a first pass.
 ENCODED = tuple(name for name in ALL if name != 'xlora')
 # Inputs beside the tokens, beside adapters that read none of them.
-READS = ('smear', 'moelora', 'xlora', 'ia3', 'poly')
+READS = ('smear', 'moelora', 'xlora', 'ia3', 'hmora', 'shares', 'ranks')
 # Base, adapters, and whether all layers are one program.
 CONFIGS = {
   # Low ranks, scales and routing; test_bank_rows.py has DoRA and two LoRA.
@@ -175,11 +176,19 @@ def test_a_request_in_a_mixed_batch_is_as_alone(served):
 
 def test_experts_are_told_of_the_sites_where_the_adapter_routes(served):
   base, made, engine = served
-  for name, (_, built, _) in made.items():
+  for name, (_, built, tree) in made.items():
+    arrays = {
+      path.replace('/layers/', '/') for path in weight_mapping.flatten(tree)
+    }
+    # Sites that share a router tell of it once, at the first of them.
     routes = {
       path
       for path, module in built.adapter_map.entries
       if hasattr(module, 'router')
+      and not (
+        getattr(module, 'shares_routing', False)
+        and f'{path}/{module.name}/router/kernel' not in arrays
+      )
     }
     if isinstance(base.config, t5.T5Config):
       # Answers' tokens meet neither the encoder nor the keys of its states.
