@@ -9,9 +9,7 @@ Without a model it trains the embedded T5 on the embedded tasks.
 
 differs: follows the released code (r-three/smear) on T5 base, which trains the
   layer norms too, has a mean over padding as well, and smooths labels by 0.1.
-  In a decoder the mean is over the prompt alone. The adapter is trained and
-  scored; generation needs the prompt's mean at each token, which no KV cache
-  holds.
+  In a decoder the mean is over the prompt alone.
 scale: none; bottlenecks have no alpha.
 """
 

@@ -109,8 +109,8 @@ class ModelRunner:
     positions = inputs[1]
     if self.two_pass:
       tokens, _, tasks = inputs
-      ones = np.ones(n, np.int32)
-      prompts = tokens[:, None], positions, ones, 0 * ones, tasks
+      count, prompt_size = np.ones(n, np.int32), np.zeros(n, np.int32)
+      prompts = tokens[:, None], positions, count, prompt_size, tasks
       inputs += (self._first_pass(length, adapters, slots, *prompts),)
     key = 'decode', n, length
     return self._run(key, adapters, slots, positions, *inputs)
