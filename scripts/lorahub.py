@@ -11,6 +11,7 @@ with NGOpt of nevergrad, here a (1+1) evolution strategy does.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from absl import flags
 
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints import directory
 from moepeft.checkpoints.open_adapter import check_base, load_adapter
 from moepeft.config import command_line, default
 from moepeft.core.types import Tree
@@ -27,6 +29,7 @@ from moepeft.evaluation import eval_sets
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.peft import build
 from moepeft.peft.build import function_of
+from moepeft.peft.method_text import method_entry, resolve
 
 BOUND, PENALTY = 1.5, 0.05
 
@@ -69,12 +72,18 @@ def find(
   steps: int = 40,
   seed: int = 0,
   max_length: int = 512,
+  overwrite: bool = False,
 ) -> tuple[np.ndarray, float]:
   """Searches weights and writes the adapter; returns both weights and loss.
 
   Raises:
-    ValueError: the adapters differ in their method, or in their base.
+    ValueError: there is no adapter, a sum of them is not one, they differ in
+      their method or base, the rows are no examples, or `output` has files.
   """
+  if not any(adapters):
+    raise ValueError('LoraHub sums adapters; name them, --adapters=A,B')
+  directory.check_output(Path(output), overwrite)
+  examples = eval_sets.examples_of(jsonl_rows.read(data))
   config = default()
   config.model.path = model
   base = base_lib.load(config.model)
@@ -90,11 +99,16 @@ def find(
     raise ValueError(
       f'LoraHub sums adapters of one method; got {methods}: leave one out'
     )
+  for spec in resolve(loaded[0].method):
+    if not method_entry(spec).additive:
+      raise ValueError(
+        f'LoraHub sums adapters that add a term, such as lora; {adapters[0]} '
+        f'is {loaded[0].method!r}'
+      )
   config.method = loaded[0].method
   config.semantics = loaded[0].semantics or 'official'
   module, built = base_lib.module(base, config)
   tokenizer = load_tokenizer(config.data.tokenizer, model)
-  examples = eval_sets.examples_of(jsonl_rows.read(data))
   likelihood = Likelihood(
     module, tokenizer, max_length, max_length, min(len(examples), 8)
   )
@@ -115,7 +129,7 @@ def find(
     base.config.family,
     base.config,
   )
-  adapter_lib.save(output, combined(trees, weights), metadata)
+  adapter_lib.save(output, combined(trees, weights), metadata, overwrite)
   return weights, least
 
 
@@ -128,6 +142,7 @@ def main(argv) -> None:
     _OUTPUT.value,
     _STEPS.value,
     _SEED.value,
+    overwrite=_OVERWRITE.value,
   )
   for path, weight in zip(_ADAPTERS.value, weights, strict=True):
     print(f'{weight:+.3f} {path}')
@@ -139,6 +154,9 @@ if __name__ == '__main__':
   _ADAPTERS = flags.DEFINE_list('adapters', None, 'A,B', required=True)
   _DATA = flags.DEFINE_string('data', None, 'A few rows.', required=True)
   _OUTPUT = flags.DEFINE_string('output', None, 'A directory.', required=True)
-  _STEPS = flags.DEFINE_integer('steps', 40, 'Losses to compute.')
+  _STEPS = flags.DEFINE_integer('steps', 40, 'Weights to try.', lower_bound=1)
   _SEED = flags.DEFINE_integer('seed', 0, 'Of the search.')
+  _OVERWRITE = flags.DEFINE_boolean(
+    'overwrite', False, 'Replace a directory that has files.'
+  )
   command_line.run(main)

@@ -57,7 +57,7 @@ OTHER_MEANINGS = {
 ENTRY_IMPORTS = {
   'moepeft.checkpoints.hf.peft': 'ia3',
   'moepeft.checkpoints.hf.peft_lora': 'lora',
-  'moepeft.checkpoints.hf.peft_low_rank': 'vera',
+  'moepeft.checkpoints.hf.peft_vera': 'vera',
   'moepeft.checkpoints.hf.peft_poly': 'poly',
   'moepeft.checkpoints.t5x.adapters': 'family',
   'moepeft.peft.mixture': 'softmax',

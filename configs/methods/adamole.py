@@ -18,5 +18,6 @@ from moepeft import config as config_lib
 
 def get_config(values: str = ''):
   c = config_lib.finetuning(values, 'adamole', learning_rate=0.0001, length=256)
+  c.optimizer.schedule = 'constant'
   c.router_losses.threshold_balance = 1e-3
   return c

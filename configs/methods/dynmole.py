@@ -8,8 +8,9 @@ python -m moepeft.train --workdir=DIR \
 Without a model it trains the embedded T5 on the embedded tasks.
 
 differs: routing and losses follow the released code, a branch of MoE-PEFT.
-  Rank, alpha, experts and learning rate are not stated there; here they are
-  those of MoLA.
+  Its loss of the entropy counts padding too, and its losses join the tokens of
+  all layers, here each layer has its own. Rank, alpha, experts and learning
+  rate are not stated there; here they are those of MoLA.
 scale: alpha / r = 16 / 8 = 2, times weights whose sum is below one unless all
   experts are used.
 """

@@ -8,13 +8,15 @@ python -m moepeft.train --workdir=DIR \
 Without a model it trains the embedded T5 on the embedded tasks.
 
 differs: follows the released code (Facico/GOAT-PEFT) and its math.sh: rank 8 of
-  eight experts together, singular values divided by the scale and by 10. The
-  text scales by sqrt(3 eta in / r); the code of May 2025 has that for other
-  values of its option than those of its scripts. The code subtracts the mean
-  of the experts' initial terms from the base's kernel, here frozen copies are
-  subtracted and the base stays as it is. Its load balance of 1e-3 is the sum
-  over all sites, here their mean: multiply it by the number of sites for the
-  same gradient.
+  eight experts together, singular values divided by the scale and by 10. It is
+  the code of May 2025 (ef4d21a), where the scripts have the scale alpha / r;
+  the later commit 64555ae gives their experts the text's scale,
+  sqrt(3 eta in / r) with eta 1, which depends on the site and is not here. The
+  code subtracts the mean of the experts' initial terms from the base's kernel,
+  here frozen copies are subtracted and the base stays as it is. Its load
+  balance of 1e-3 is the sum over all sites, with padding, and counts both
+  experts of a token; here it is the mean over sites and experts: multiply it by
+  twice the number of sites for the same gradient.
 scale: alpha / r = 16 / 1 = 16, times weights that sum to one.
 """
 

@@ -13,9 +13,10 @@ differs: follows the released code (sar-molavi/hard-routed-mor-lora), of the
   paper only the abstract was read. The code has a router for each layer, as
   here, or by router_shared_across_layers, which its example configs set, one
   for all layers. Its straight-through gradient reaches the probability of the
-  chosen expert alone, here those of all experts. The training settings are the
-  defaults of its mixer.train; its experts are trained before, by reinforcement
-  learning, and the text is distilled from them.
+  chosen expert alone, here those of all experts. The LoRAs have the size of its
+  example config, and the training settings are the defaults of its mixer.train;
+  its experts are trained before, by reinforcement learning, and the text is
+  distilled from them.
 scale: alpha / r = 256 / 128 = 2, of one expert; the LoRA at the attention has
   the same.
 """

@@ -13,7 +13,8 @@ differs: follows the released code (LiaoMengqi/HMoRA), where a transformer layer
   input over the prompt, so this is not the paper's task encoder. The code sums
   the losses of all routers with a weight of 0.005; here they are averaged, so
   the weight is larger by the number of routers in its script, two in each of
-  28 layers. It also has dropout of the routers' input.
+  28 layers. B's rate is 1.2 times the others', as in its script. It also has
+  dropout of the routers' input.
 scale: alpha / r = 8 / 8 = 1, by rsLoRA alpha / sqrt(r) = 2.83; times weights
   that sum to one. The LoRA at the output and down projections has the same.
 """
@@ -30,6 +31,7 @@ def get_config(values: str = ''):
     learning_rate=5e-5,
   )
   c.optimizer.schedule = 'constant'
+  c.optimizer.groups = f'*/b: learning_rate={1.2 * c.optimizer.learning_rate}'
   c.loss.label_smoothing = 0.1
   c.router_losses.token_js = c.router_losses.prompt_js = 0.005 * 2 * 28
   return c

@@ -8,7 +8,8 @@ python -m moepeft.train --workdir=DIR \
 Without a model it trains the embedded T5 on the embedded tasks.
 
 differs: follows the paper's ratio of 2^4; the example of the released code
-  (nikhil-ghosh-berkeley/loraplus) has 20, with the rate of A that is here.
+  (nikhil-ghosh-berkeley/loraplus) has 20, with the rate of A that is here, and
+  its scripts others. The ratio was not verified against the paper.
 scale: alpha / r = 16 / 8 = 2.
 """
 

@@ -17,6 +17,8 @@ from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):
-  return config_lib.finetuning(
+  c = config_lib.finetuning(
     values, 'mola', learning_rate=0.0003, batch_size=128, length=256
   )
+  c.optimizer.schedule = 'linear'
+  return c

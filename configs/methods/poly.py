@@ -7,12 +7,12 @@ python -m moepeft.train --workdir=DIR \
 
 It needs data with the name of a task in each row (config.data.source 'tasks',
 'jsonl', 'datasets' or 'seqio'), all of them named in `tasks`; by default those
-of the embedded data. Requests name their task: `generate --task=NAME`, "task" in
-the body of a request to the server.
+of the embedded data. Requests name their task: `generate --task=NAME`, or "task"
+in the body of a request to the server.
 
 differs: follows peft's Poly with one split: rank 8, 4 skills, a relaxed
   Bernoulli sample in training and its mean after. The preset mhr has
-  more splits.
+  more splits. The training settings were not taken from the paper.
 scale: alpha / r = 1 / 8 = 0.125, times weights that sum to one, of A and of B.
 """
 

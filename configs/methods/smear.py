@@ -8,8 +8,11 @@ python -m moepeft.train --workdir=DIR \
 Without a model it trains the embedded T5 on the embedded tasks.
 
 differs: follows the released code (r-three/smear) on T5 base, which trains the
-  layer norms too, has a mean over padding as well, and smooths labels by 0.1.
-  In a decoder the mean is over the prompt alone.
+  layer norms too and has a mean over padding as well. It also normalizes what
+  the bottleneck adds, and draws the projection up at random, without a bias;
+  here it starts at zero, so that the model starts as the base. Its dropout of
+  experts may drop the best one, here that one stays. In a decoder the mean is
+  over the prompt alone.
 scale: none; bottlenecks have no alpha.
 """
 
@@ -19,4 +22,5 @@ from moepeft import config as config_lib
 def get_config(values: str = ''):
   c = config_lib.finetuning(values, 'smear', learning_rate=3e-4, batch_size=128)
   c.optimizer.schedule = 'constant'
+  c.loss.label_smoothing = 0.1
   return c

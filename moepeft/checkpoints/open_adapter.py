@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens trained adapters in any supported format."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from moepeft.checkpoints import adapter as adapter_lib
@@ -60,7 +61,9 @@ def load_adapter(path: str, config: Any) -> StoredAdapter:
   """
   path = resolve(path)
   is_run = Run(path).has_checkpoints_dir
-  form = '' if is_run else checkpoint_formats.detect(path)
+  # A name on the hub is that of a model.
+  is_missing = not Path(path).exists()
+  form = '' if is_run or is_missing else checkpoint_formats.detect(path)
   if is_run or form == 'moepeft':
     tree, metadata = restore_adapter(path) if is_run else adapter_lib.load(path)
     base = metadata['base']
@@ -74,8 +77,9 @@ def load_adapter(path: str, config: Any) -> StoredAdapter:
     return StoredAdapter(*peft.load(path, config))
   if form == 't5x' and (adapter := t5x.load(path).adapter):
     return StoredAdapter(*adapter)
+  problem = 'does not exist' if is_missing else 'holds no adapter'
   raise ValueError(
-    f'{path} holds no adapter; expected the work directory of a run, an '
+    f'{path} {problem}; expected the work directory of a run, an '
     'adapter of moepeft or of peft, or a T5X checkpoint of the released code'
   )
 

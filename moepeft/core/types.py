@@ -55,6 +55,9 @@ class Context:
       None if the batch has no loss mask.
     task_ids: int32 [b, t], 1.. for the tasks that the method's routers name, 0
       on padding. None if the batch has no tasks.
+    embeddings: float32 [b, m, i], a vector of each example of a row that is
+      given with the data, by its segment id less one; m is 1 where a row is one
+      example. None where no router reads them.
     token_ids: int32 [b, t], the ids of the tokens of x, everywhere but at the
       head; in cross-attention those of the encoder at k and v.
     segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
@@ -83,6 +86,7 @@ class Context:
   token_mask: Array | None = None
   prompt_mask: Array | None = None
   task_ids: Array | None = None
+  embeddings: Array | None = None
   token_ids: Array | None = None
   segment_ids: Array | None = None
   positions: Array | None = None

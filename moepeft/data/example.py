@@ -2,8 +2,8 @@
 """Checks of rows from any source, and the policy for bad rows.
 
 A training row has `inputs` and `targets`; a row to rank has `inputs`,
-`choices` and `label`. `dataset` (or `task`), `template` and `idx` are kept
-where they are given.
+`choices` and `label`. `dataset` (or `task`), `template`, `idx` and `embedding`
+(a list of numbers, for routers) are kept where they are given.
 """
 
 import dataclasses
@@ -248,6 +248,7 @@ def parse_example(
     targets=targets.removeprefix(BYTE_ORDER_MARK),
     choices=choices,
     label=label,
+    embedding=parse_embedding(row.get('embedding')),
   )
   row.close({parsed.inputs.strip(), parsed.targets.strip()})
   return parsed
@@ -280,6 +281,19 @@ def _parse_text(row: Mapping, field: str) -> str:
   if not isinstance(value, str) or _has_surrogate(value):
     raise BadRow(f'expected text in {field!r}, got {value!r}')
   return value
+
+
+def parse_embedding(value: Any) -> np.ndarray | None:
+  """float32 [i] of a list of finite numbers; None for any other value, which
+  a table may have for other purposes and only some methods read."""
+  if not isinstance(value, list | tuple | np.ndarray) or not len(value):
+    return None
+  try:
+    embedding = np.asarray(value, np.float32)
+  except (TypeError, ValueError, OverflowError):
+    return None
+  is_vector = embedding.ndim == 1 and np.isfinite(embedding).all()
+  return embedding if is_vector else None
 
 
 def _parse_idx(idx) -> int:

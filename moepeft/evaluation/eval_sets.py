@@ -199,6 +199,8 @@ def digest(rows: Sequence[Example]) -> str | None:
   for e in rows:
     row = (e.task, e.template, e.idx, e.inputs, e.targets, e.choices, e.label)
     sha256.update(json.dumps(row).encode() + b'\n')
+    if e.embedding is not None:
+      sha256.update(e.embedding.tobytes())
   return sha256.hexdigest()[:12]
 
 

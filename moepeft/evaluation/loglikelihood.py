@@ -20,9 +20,9 @@ from moepeft.data.batching.collators import Collator, Seq2SeqCollator
 from moepeft.data.batching.decoder_only import (
   CausalCollator,
 )
+from moepeft.data.batching.router_inputs import RouterInputs
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.models import decoder_only
-from moepeft.moe.task_names import model_task_names
 from moepeft.objectives.cross_entropy import token_losses
 from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
@@ -59,7 +59,7 @@ class Likelihood:
     self._losses = jax.jit(functools.partial(losses, model))
     options = {
       'prefix_ids': model_prefix_ids(model),
-      'tasks': model_task_names(model),
+      'router_inputs': RouterInputs.of_method(model.adapter_map),
     }
     self._collator: Collator = Seq2SeqCollator(
       tokenizer, inputs_length, targets_length, **options

@@ -20,11 +20,14 @@ from moepeft.core import sharding
 from moepeft.core.types import Array, Batch, Context, Tree
 from moepeft.data.batching import decoder_only as batching_decoder_only
 from moepeft.data.batching import packing, seq2seq
-from moepeft.data.batching.task_ids import add_task_ids, task_id
+from moepeft.data.batching.router_inputs import (
+  NO_INPUTS,
+  ExampleInputs,
+  RouterInputs,
+)
 from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 from moepeft.models import decoder_only
 from moepeft.models.sites import context
-from moepeft.moe.task_names import model_task_names
 from moepeft.objectives.cross_entropy import sequence_log_likelihood
 from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
@@ -75,6 +78,7 @@ def score_choices(
     # The first decoder input of each choice.
     prompt_mask=pack(jnp.broadcast_to(jnp.arange(t) == 0, mask.shape)),
     segment_ids=pack(segment_ids),
+    embeddings=_each_choice(batch, c, axis=1),
   )
   logits = bound.decode(pack(shift_right(targets)), ctx, encoded, source_ctx)
   logits = logits.reshape(b * c, t, -1)
@@ -114,6 +118,7 @@ def _score_decoder_only(
     )[:, :-1],
     task_ids=task_ids,
     positions=jnp.maximum(positions, 0),
+    embeddings=_each_choice(batch, c, axis=0),
   )
   bound = model.bind(variables)
   # A token is predicted by the state before it: the first token of a choice by
@@ -128,6 +133,12 @@ def _score_decoder_only(
   return log_likelihoods.reshape(b, c)
 
 
+def _each_choice(batch: Batch, c: int, axis: int) -> Array | None:
+  """The embeddings [b, 1, i] of a batch, if it has some, for c choices."""
+  embeddings = batch.get('embeddings')
+  return None if embeddings is None else jnp.repeat(embeddings, c, axis)
+
+
 @dataclasses.dataclass(frozen=True)
 class EncodedExample:
   """A tokenized example.
@@ -136,13 +147,13 @@ class EncodedExample:
     inputs: int [s], with EOS; for a decoder-only model the prompt, without EOS.
     choices: int [t] each, with EOS.
     cut: whether the input or a choice is truncated.
-    task: see `batching.task_ids`.
+    routed_by: what routers read of the example.
   """
 
   inputs: Sequence[int]
   choices: tuple[Sequence[int], ...]
   cut: bool
-  task: int = 0
+  routed_by: ExampleInputs = NO_INPUTS
 
   @property
   def has_equal_choices(self) -> bool:
@@ -204,7 +215,7 @@ class Ranker:
     self._is_decoder_only = decoder_only(model)
     self._prefix_ids = model_prefix_ids(model)
     self._tokenizer = tokenizer
-    self._tasks = model_task_names(model)
+    self._router_inputs = RouterInputs.of_method(model.adapter_map)
     self._lengths = inputs_length, targets_length
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._batch_size = sharding.round_up(self._mesh, batch_size)
@@ -228,9 +239,9 @@ class Ranker:
         *[targets[c] for c in example.choices], strict=True
       )
       ids = packing.prepend_prefix(self._prefix_ids, ids)
-      task = task_id(self._tasks, example.task)
+      routed_by = self._router_inputs.of_example(example)
       cut = is_cut or any(choices_cut)
-      encoded.append(EncodedExample(ids, choices, cut, task))
+      encoded.append(EncodedExample(ids, choices, cut, routed_by))
     return encoded
 
   def scores(
@@ -352,9 +363,10 @@ class Ranker:
     inputs = [example.inputs for example in padded]
     padded_inputs = seq2seq.pad_pairs(inputs, inputs, s, s)
     padded_choices = seq2seq.pad_pairs(choices, choices, t, t)
-    tasks = [example.task for example in padded]
-    padded_inputs = add_task_ids(padded_inputs, self._tasks, tasks)
-    keys = ('inputs', 'inputs_mask', 'inputs_tasks')
+    padded_inputs = self._router_inputs.add(
+      padded_inputs, [example.routed_by for example in padded]
+    )
+    keys = ('inputs', 'inputs_mask', 'inputs_tasks', 'embeddings')
     batch = {key: padded_inputs[key] for key in keys if key in padded_inputs}
     batch |= {
       key: padded_choices[key].reshape(num_rows, c, t)

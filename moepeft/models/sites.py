@@ -15,6 +15,7 @@ def context(batch: Batch, side: str, ids: Array, train: bool) -> Context:
     token_mask=jnp.ones(ids.shape, bool) if mask is None else mask,
     prompt_mask=_prompt_mask(batch, ids, segments),
     task_ids=batch.get(f'{side}_tasks'),
+    embeddings=batch.get('embeddings'),
     token_ids=ids,
     segment_ids=segments,
     positions=batch.get(f'{side}_positions'),

@@ -36,7 +36,7 @@ def load_balance(sums: RouterStats) -> Array:
 
 
 def router_z_loss(sums: RouterStats) -> Array:
-  """Mean squared log-partition. Source: ST-MoE (arXiv:2202.08906), eq. 5."""
+  """Mean squared log-partition. Source: ST-MoE (arXiv:2202.08906)."""
   return jnp.mean(sums.log_z2 / jnp.maximum(sums.count, 1))
 
 

@@ -9,6 +9,7 @@ from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Context
 from moepeft.nn.initializers import (
   Constant,
+  Initializer,
   Normal,
   kaiming_uniform,
   peft_param,
@@ -55,23 +56,30 @@ class ScoreGate(nn.Module):
     return gate_logits(x, self.input_kernel(x, self.experts, 'ie'))
 
   @nn.nowrap
-  def input_kernel(self, x: Array, outputs: int, axes: str) -> Array:
-    """The parameter `kernel` [i, outputs], drawn as `kernel_init` says."""
+  def input_kernel(
+    self, x: Array, outputs: int, axes: str, name: str = 'kernel'
+  ) -> Array:
+    """A parameter [i, outputs], drawn as `kernel_init` says."""
     inputs = x.shape[-1]
     init = {
       'normal': INIT,
       'kaiming': kaiming_uniform(inputs),
       'zeros': Constant(0),
     }[self.kernel_init]
-    return peft_param(self, 'kernel', init, (inputs, outputs), axes)
+    return peft_param(self, name, init, (inputs, outputs), axes)
+
+  @nn.nowrap
+  def bias_init(self, x: Array) -> Initializer:
+    """The initializer of the parameter `bias`."""
+    is_drawn = self.kernel_init == 'kaiming'
+    return kaiming_uniform(x.shape[-1]) if is_drawn else Constant(0)
 
   @nn.nowrap
   def masked_logits(self, x: Array, ctx: Context) -> Array:
     """float32 [b, t, e], -inf for experts that the layer does not have."""
     scores = self.scores(jitter_input(self, x, self.jitter, ctx))
     if self.bias:
-      is_drawn = self.kernel_init == 'kaiming'
-      init = kaiming_uniform(x.shape[-1]) if is_drawn else Constant(0)
+      init = self.bias_init(x)
       scores += peft_param(self, 'bias', init, (self.experts,), 'e')
     return mask_experts(scores / self.temperature, ctx)
 
@@ -163,8 +171,8 @@ def jitter_input(
 ) -> Array:
   """x times uniform noise in [1 - jitter, 1 + jitter], in training only.
 
-  Source: Switch Transformer (arXiv:2101.03961), section 2.2. The released code
-  has the noise in evaluation too.
+  Source: Switch Transformer (arXiv:2101.03961). The released code has the noise
+  in evaluation too.
   """
   if not ctx.train or jitter == 0:
     return x

@@ -42,8 +42,8 @@ def router_state(
 def against_load(bias: Array, rate: float, sums: RouterStats) -> Array:
   """The next bias [e]: up by `rate` below the mean load, down above it.
 
-  Source: Wang et al., arXiv:2408.15664, algorithm 1. The mean is over the
-  experts that the layer has; the others' biases stay.
+  Source: Wang et al., arXiv:2408.15664. The mean is over the experts that the
+  layer has; the others' biases stay.
   """
   mean = jnp.sum(sums.share, axis=-1, keepdims=True) / sums.experts
   step = rate * jnp.sign(mean - sums.share)

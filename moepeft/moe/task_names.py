@@ -5,8 +5,6 @@ A router that reads the task of a token has the option `tasks`, a list of
 names. `Context.task_ids` has the index of the name in the list, from 1.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -37,11 +35,6 @@ def task_names(adapter_map: AdapterMap) -> tuple[str, ...]:
 def router_tasks(adapter: nn.Module) -> tuple[str, ...]:
   """The task names of an adapter's router; () for most routers."""
   return getattr(getattr(adapter, 'router', None), 'tasks', ())
-
-
-def model_task_names(model: Any) -> tuple[str, ...]:
-  """The task names of a model's routers."""
-  return task_names(model.adapter_map)
 
 
 def require_task_ids(ctx: Context) -> Array:

@@ -120,18 +120,19 @@ def apply_adapters(
   """Calls `f` at `x` with the site's adapters around it, innermost first."""
   for adapter in () if ctx.without_adapters else adapter_map.at(site):
     # A deep clone, because a shared router would belong to the first site only.
-    f = _wrap(adapter.clone(parent=parent, _deep_clone=True), f, ctx)
+    f = wrap(adapter.clone(parent=parent, _deep_clone=True), f, ctx)
   return f(x)
 
 
-def _wrap(adapter: nn.Module, f: BaseLayer, ctx: Context) -> BaseLayer:
+def wrap(adapter: Callable, f: BaseLayer, ctx: Context) -> BaseLayer:
+  """The layer with an adapter around it, (layer, x, ctx) -> y."""
   f = dataclasses.replace(f, call=functools.partial(_call, adapter, f, ctx))
   # In a pool at most one adapter of a row is on, and may replace the sublayer.
   exclusive = getattr(adapter, 'exclusive', False)
   return f if exclusive else dataclasses.replace(f, module=None, run=None)
 
 
-def _call(adapter: nn.Module, f: BaseLayer, ctx: Context, x: Array) -> Array:
+def _call(adapter: Callable, f: BaseLayer, ctx: Context, x: Array) -> Array:
   return adapter(f, x, ctx)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moepeft.core.types import Array, Context
+from moepeft.core.types import Array, Context, LayerRoutings
 from moepeft.nn import chunked_attention, dot_product_attention
 from moepeft.nn.adapter_hook import AdapterMap, BaseLayer, apply_adapters
 from moepeft.nn.attention_mask import AttentionMask, CausalMask
@@ -207,7 +207,8 @@ class Attention(nn.Module):
       source_ctx = source_ctx.replace(
         layer=ctx.layer,
         layer_count=ctx.layer_count,
-        layer_routings=ctx.layer_routings,
+        # Sites that read the source have routings of its tokens.
+        layer_routings=ctx.layer_routings and LayerRoutings(),
       )
       k, v = self._cross_keys_values(source, source_ctx, ctx.decode)
     return self.o(self.core(Heads(q, k, v, bias, mask), ctx), ctx)

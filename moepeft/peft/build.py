@@ -6,16 +6,23 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
+import optax
 
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.core.types import State, Tree
 from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
+from moepeft.peft.kinds import KindsMethod
 from moepeft.peft.method import Method, options_of
-from moepeft.peft.method_text import format_specs, method_entry, resolve
+from moepeft.peft.method_text import (
+  format_specs,
+  method_entry,
+  option_values,
+  resolve,
+)
 from moepeft.peft.methods import METHODS
-from moepeft.peft.mixture import EXPERT_COUNTS, largest_count
+from moepeft.peft.mixture import largest_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +79,21 @@ class Built:
       for arrays, groups in getattr(adapter, 'tied_arrays', {}).items()
     }
 
+  def wrap_optimizer(
+    self, optimizer: optax.GradientTransformation, steps: int
+  ) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps`, with what adapters add to it.
+
+    Raises:
+      ValueError: an adapter does not fit the number of steps.
+    """
+    for adapter in dict(
+      (adapter.name, adapter) for _, adapter in self.adapter_map.entries
+    ).values():
+      if wrap := getattr(adapter, 'wrap_optimizer', None):
+        optimizer = wrap(optimizer, steps)
+    return optimizer
+
   def variables(self, state: State) -> dict[str, Tree]:
     """{'params': ..., 'peft': ...} of a training state; its 'reference'."""
     frozen = {'peft': 'params', 'params': 'peft'}[self.trainable]
@@ -118,10 +140,11 @@ def build(
   for spec in specs:
     method = method_entry(spec, methods)
     adapter = make_adapter(spec, unique_name(spec.name, names), methods)
-    paths = _paths(spec, method, sites, semantics)
+    placed = _placed(adapter, spec, method, sites, semantics)
+    paths = [path for path, _ in placed]
     _check_router(spec, paths)
     _check_two_pass(adapter, sites)
-    entries += [(path, adapter) for path in paths]
+    entries += placed
     replaced |= {f'{p}/{s}': spec.name for p in paths for s in method.replaces}
   for path, adapter in entries:
     if path in replaced:
@@ -163,13 +186,19 @@ def function_of(adapter_map: AdapterMap) -> tuple:
 
 def adapter_function(module: nn.Module) -> tuple:
   """As `function_of`, of one adapter or router."""
-  fields = []
   options = options_of(type(module))
-  for name in sorted(n for n, o in options.items() if not o.training_only):
-    value = getattr(module, name)
-    nested = isinstance(value, nn.Module)
-    fields.append((name, adapter_function(value) if nested else value))
+  names = sorted(n for n, o in options.items() if not o.training_only)
+  fields = ((name, _value_function(getattr(module, name))) for name in names)
   return (type(module), *fields)
+
+
+def _value_function(value):
+  """A field's value, with the functions of the modules in it."""
+  if isinstance(value, nn.Module):
+    return adapter_function(value)
+  if isinstance(value, tuple):
+    return tuple(map(_value_function, value))
+  return value
 
 
 def make_adapter(
@@ -185,17 +214,14 @@ def make_adapter(
   declared = method.options()
   if 'router' in declared:
     router = options.get('router') or method_string.parse(method.router)
-    defaults = {name: option.default for name, option in declared.items()}
-    # A count in the text replaces a preset's counts by layer.
-    replaced = options.keys() & EXPERT_COUNTS
-    defaults |= {'experts_per_layer': ()} if replaced else {}
-    values = defaults | options
+    values = option_values(spec, method)
     counts = values.get('experts_per_layer', ())
+    kinds = len(getattr(method.expert, 'kinds', ())) or 1
     options['experts'] = (
       len(values.get('from_adapters', ()))
       or len(values.get('ranks', ()))
       or largest_count(counts)
-      or values['experts']
+      or values['experts'] * kinds
     )
     if values.get('ranks'):
       options['rank'] = max(values['ranks'])
@@ -241,21 +267,54 @@ def _check_two_pass(adapter: nn.Module, sites: Mapping[str, str]) -> None:
     )
 
 
-def _paths(spec, method, sites, semantics) -> list[str]:
-  """The sites that a spec adapts, in the model's order."""
+def _placed(
+  adapter, spec, method, sites, semantics
+) -> list[tuple[str, nn.Module]]:
+  """(site, adapter) of a spec, in the model's order.
+
+  Of a mixture of several kinds of experts, each site has the kinds at it.
+  """
   patterns = spec.get('targets')
+  if not isinstance(method.expert, KindsMethod):
+    paths = _paths(spec.name, patterns, method, sites, semantics)
+    return [(path, adapter) for path in paths]
+  if patterns is not None:
+    paths = _paths(spec.name, patterns, method, sites, semantics)
+    sites = {path: sites[path] for path in paths}
+  kinds = [
+    _paths(
+      f'{spec.name}: {k.name}', k.targets or None, k.method, sites, semantics
+    )
+    for k in method.expert.kinds
+  ]
+  placed = []
+  for path in sites:
+    present = [i for i, paths in enumerate(kinds) if path in paths]
+    if present and len(present) < len(kinds) and not adapter.share_routing:
+      raise ValueError(
+        f'{spec.name}: not all kinds of experts are at {path}, so a router of '
+        'that site would give weight to others; give all the same `targets`, '
+        'or write share_routing=True'
+      )
+    if present:
+      placed.append((path, adapter.clone(expert=adapter.expert.only(present))))
+  return placed
+
+
+def _paths(name, patterns, method, sites, semantics) -> list[str]:
+  """The sites that a method adapts, in the model's order."""
   if patterns is None:
     roles = method.roles[semantics]
     paths = [path for path, role in sites.items() if role in roles]
     if not paths:
-      raise ValueError(f'{spec.name} finds no site; name some with `targets`')
+      raise ValueError(f'{name} finds no site; name some with `targets`')
     return paths
   paths = set()
   for pattern in patterns.split('|'):
     matched = fnmatch.filter(sites, pattern.strip())
     if not matched:
       raise ValueError(
-        f'{spec.name}: the pattern {pattern!r} matches no site; the sites '
+        f'{name}: the pattern {pattern!r} matches no site; the sites '
         f'are {", ".join(sites)}'
       )
     paths |= set(matched)

@@ -40,6 +40,50 @@ def options_of(module: type[nn.Module] | None) -> dict[str, Option]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Exclusion:
+  """Two groups of options, of which a method has one in use at most.
+
+  An option is in use where its value is not the default of the module that
+  declares it, and 'name=value' where it has that value.
+
+  Attributes:
+    first, second: the two groups.
+    message: the error, with {first} and {second} for the two options in use,
+      and {value} for the value of the second.
+  """
+
+  first: tuple[str, ...]
+  second: tuple[str, ...]
+  message: str
+
+  def error(
+    self, values: Mapping[str, Any], unused: Mapping[str, Any]
+  ) -> str | None:
+    """The message where both groups have an option in use, else None.
+
+    Args:
+      values: {option: value} of all options of a method.
+      unused: {option: its value where it is not in use}.
+    """
+
+    def in_use(option: str) -> bool:
+      name, _, value = option.partition('=')
+      if name not in values:
+        return False
+      return values[name] == value if value else values[name] != unused[name]
+
+    names = [
+      next((o.partition('=')[0] for o in group if in_use(o)), None)
+      for group in (self.first, self.second)
+    ]
+    if None in names:
+      return None
+    first, second = names
+    value = repr(values[second])
+    return self.message.format(first=first, second=second, value=value)
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
   """An entry of METHODS.
 
@@ -54,6 +98,8 @@ class Method:
     router: of a mixture, the router of a text that names none.
     additive: whether it adds a term to the base's output, so that a term of
       zero leaves that output as it is, in a mixture with any weights too.
+    any_weights: whether its experts take weights of any sum, so that experts of
+      other kinds can have the rest; every additive one does.
     shareable: parameters that the experts of a mixture may have in common.
     combine: values of the mixture's option `combine` that it has.
     columns: whether its mixtures can weight each column of the rank apart, and
@@ -63,8 +109,9 @@ class Method:
     merges_into: the name of that weight, 'kernel', 'scale' or 'bias'.
     merge_bias: (variables, bias, adapter=...) -> bias; None leaves it alone.
     innermost: whether the merge holds only where no adapter is inside of it.
-    check: {option: value} -> None, raises a ValueError for options that exclude
-      one another; None where none do.
+    exclusions: its options that exclude one another.
+    check: {option: value} -> None, raises a ValueError for values that the
+      others rule out in another way; None where none do.
     replaces: sites below its own that it computes itself, so that no adapter
       can be there.
     once: whether no other method with this fact can stand beside it.
@@ -95,6 +142,7 @@ class Method:
   values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   router: str = DEFAULT_ROUTER
   additive: bool = False
+  any_weights: bool = False
   shareable: tuple[str, ...] = ()
   combine: tuple[str, ...] = ('outputs',)
   columns: bool = False
@@ -103,6 +151,7 @@ class Method:
   merges_into: str = 'kernel'
   merge_bias: Callable | None = None
   innermost: bool = False
+  exclusions: tuple[Exclusion, ...] = ()
   check: Callable[[Mapping[str, Any]], None] | None = None
   replaces: tuple[str, ...] = ()
   once: bool = False
@@ -144,6 +193,12 @@ class Method:
       )
       for name, option in options.items()
     }
+
+  @property
+  def module_defaults(self) -> dict[str, Any]:
+    """{option: default of the module that declares it}."""
+    defaults = {k: o.default for k, o in options_of(self.module).items()}
+    return defaults | (self.expert.module_defaults if self.expert else {})
 
   def make(self, name: str | None = None, **options: Any) -> nn.Module:
     """The unbound adapter; `options` are checked before, routers are modules.

@@ -8,7 +8,7 @@ expert's options stand among those of its mixture, as a preset has them:
 mixture(expert=lora, rank=4, experts=10).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,13 @@ from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.config.ranges import SEMANTICS
 from moepeft.core.ranges import IntegerList, short_repr, suggestion
-from moepeft.moe import ROUTERS
+from moepeft.moe import ROUTERS, RouterSpec
+from moepeft.peft.kinds import (
+  KindsMethod,
+  can_be_kind,
+  kind_entry,
+  kinds_of,
+)
 from moepeft.peft.method import Method, Option, options_of
 from moepeft.peft.methods import METHODS
 from moepeft.peft.mixture import EXPERT_COUNTS, can_be_expert, mixture_of
@@ -75,8 +81,17 @@ def canonical_text(
       default = _complete_router(method_string.parse(entry.router), semantics)
       if router != _canonical_router(default):
         options['router'] = router
+    if isinstance(options.get('expert'), tuple):
+      options['expert'] = tuple(
+        _canonical_kind(kind, methods) for kind in options['expert']
+      )
     specs.append(Spec(spec.name, tuple(sorted(options.items()))))
   return format_specs(specs, methods)
+
+
+def _canonical_kind(kind: Spec, methods: Mapping[str, Method]) -> Spec:
+  options = _unusual(kind, methods[kind.name].options())
+  return Spec(kind.name, tuple(sorted(options.items())))
 
 
 def _canonical_router(router: Spec) -> Spec:
@@ -122,8 +137,14 @@ def expanded_text(
     options = {k: o.default for k, o in entry.options().items()}
     options |= dict(spec.options)
     if entry.expert:
-      names = (n for n, m in methods.items() if m is entry.expert)
-      options = {'expert': next(names)} | options
+      if isinstance(entry.expert, KindsMethod):
+        expert = entry.expert.specs(options)
+        of_mixture = options_of(entry.module).keys() | {'targets'}
+        options = {k: v for k, v in options.items() if k in of_mixture}
+      else:
+        expert = next(n for n, m in methods.items() if m is entry.expert)
+      options.pop('expert', None)
+      options = {'expert': expert} | options
       router = options['router']
       defaults = options_of(ROUTERS[router.name].module)
       del defaults['experts']
@@ -183,6 +204,8 @@ def method_entry(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Method:
   if 'expert' not in options_of(method.module) or method.expert:
     return method
   expert = spec.get('expert')
+  if isinstance(expert, tuple) and len(expert) > 1:
+    return _mixture_of_kinds(spec.name, expert, methods)
   if expert is None and spec.get('from_adapters'):
     raise ValueError(
       f'{spec.name} has its expert in the files of from_adapters, which are '
@@ -203,15 +226,44 @@ def method_entry(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Method:
   return mixture_of(expert_method)
 
 
+def _mixture_of_kinds(name: str, experts: Sequence[Spec], methods) -> Method:
+  """The entry of a mixture whose option `expert` is a list."""
+  kinds = []
+  for spec in experts:
+    if not isinstance(spec, Spec):
+      raise ValueError(
+        f"{name} has experts like lora or lora(rank=4, targets='*/q'); got "
+        f'{short_repr(spec)}'
+      )
+    method = _find(spec.name, methods, 'method')
+    if not can_be_kind(method):
+      names = [n for n, m in methods.items() if can_be_kind(m)]
+      raise ValueError(
+        f'{name}: {spec.name} cannot be one of several kinds of experts; '
+        f'{", ".join(names)} can'
+      )
+    options = dict(spec.options)
+    targets = options.pop('targets', '')
+    kinds.append(kind_entry(spec.name, method, targets, **options))
+  return mixture_of(kinds_of(kinds), values={'share_routing': True})
+
+
 def flatten_expert(spec: Spec) -> Spec:
   """mixture(expert=lora(rank=4), experts=10) as one list of options.
 
-  mixture(expert=lora, rank=4, experts=10): as a preset has them.
+  mixture(expert=lora, rank=4, experts=10): as a preset has them. Several kinds
+  of experts keep theirs.
 
   Raises:
     ValueError: an option of the expert is one of the mixture too.
   """
   expert = spec.get('expert')
+  if isinstance(expert, tuple) and len(expert) != 1:
+    kinds = (Spec(kind) if isinstance(kind, str) else kind for kind in expert)
+    return spec.replace(expert=tuple(kinds))
+  if isinstance(expert, tuple):
+    (expert,) = expert
+    spec = spec.replace(expert=expert)
   if not isinstance(expert, Spec):
     return spec
   twice = dict(spec.options).keys() & dict(expert.options).keys()
@@ -253,7 +305,7 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
   method = method_entry(spec, methods)
   user_options = dict(spec.options)
   decided = dict(method.defaults.get(semantics, {}))
-  options = method.options()
+  options, router_entry = method.options(), None
   if 'router' in options:
     router = user_options.get('router', method_string.parse(method.router))
     router = Spec(router) if isinstance(router, str) else router
@@ -270,71 +322,71 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
     decided['router'] = user_options['router'] = router
   extra = {'targets': Option('')} if method.module else {}
   if method.expert and method is not methods[spec.name]:
-    extra['expert'] = Option('')
+    kinds = spec.get('expert')
+    kinds = kinds if isinstance(kinds, tuple) else ()
+    extra['expert'] = Option(() if kinds else '')
+    for kind in kinds:
+      _check(kind, methods[kind.name].options() | {'targets': Option('')})
   _check(spec, options | extra)
-  counts = [name for name in EXPERT_COUNTS if name in user_options]
-  if len(counts) > 1:
-    raise ValueError(
-      f'{spec.name} takes one of {" and ".join(counts)}; drop the others'
-    )
   _check_combination(spec, method)
+  if router_entry:
+    _check_columns(spec, method, router_entry)
   return Spec(
     spec.name, tuple((user_options | (decided | user_options)).items())
   )
 
 
-def _check_combination(spec: Spec, method: Method) -> None:
-  """Raises a ValueError for options that exclude one another."""
+def option_values(spec: Spec, method: Method) -> dict[str, Any]:
+  """{option: value} of a flat spec, with the defaults of those not given."""
+  values = {name: option.default for name, option in method.options().items()}
   options = dict(spec.options)
-  if method.check:
-    defaults = {name: o.default for name, o in method.options().items()}
-    try:
-      method.check(defaults | options)
-    except ValueError as error:
-      raise ValueError(f'{spec.name}: {error}') from None
-  fixed = [
-    name
-    for name in ('shared_experts', 'identity_experts')
-    if options.get(name, method.values.get(name, 0))
-  ]
-  unlike = {'experts_per_layer', 'from_adapters'} & options.keys()
-  if fixed and unlike:
+  if 'experts_per_layer' in values and options.keys() & EXPERT_COUNTS:
+    # A count in the text replaces a preset's counts by layer.
+    values['experts_per_layer'] = ()
+  return values | options
+
+
+def _check_combination(spec: Spec, method: Method) -> None:
+  """Raises a ValueError for options that cannot stand together."""
+  options, values = dict(spec.options), option_values(spec, method)
+  counts = [name for name in EXPERT_COUNTS if name in options]
+  if len(counts) > 1:
     raise ValueError(
-      f'{spec.name}: {fixed[0]} needs layers with the same number of fresh '
-      f'experts; drop it or {sorted(unlike)[0]}'
+      f'{spec.name} takes one of {" and ".join(counts)}; drop the others'
     )
-  reads = options.get('reads', method.values.get('reads', 'input'))
-  shared = [n for n in ('share_router', 'share_routing') if options.get(n)]
-  if shared and reads != 'input':
-    raise ValueError(
-      f'{spec.name}: sites share a router where they read the same input, or '
-      'take the routing of the first one, which reads its input; got '
-      f"reads={reads!r}; write reads='input', or drop {shared[0]}"
+  unused = method.module_defaults
+  errors = [exclusion.error(values, unused) for exclusion in method.exclusions]
+  if (values.get('reads') == 'embedding') != bool(values.get('embedding_size')):
+    errors.append(
+      "reads='embedding' stands beside the number of values of an embedding, "
+      'like embedding_size=384; give both or none'
     )
-  values = {k: o.default for k, o in method.options().items()} | options
-  if values.get('by_column'):
-    router = options.get('router', method_string.parse(method.router))
-    router = ROUTERS[getattr(router, 'name', router)]
-    fixed = router.update or router.from_experts or router.pooled_module
-    if fixed or values['combine'] != 'outputs':
-      raise ValueError(
-        f'{spec.name}: by_column needs a router without state or a fixed '
-        "projection, such as softmax or topk, and combine='outputs'; change "
-        'them, or drop by_column'
-      )
   if {'rank', 'ranks'} <= options.keys():
-    raise ValueError(
-      f'{spec.name}: ranks has the rank of each expert; drop rank'
-    )
+    errors.append('ranks has the rank of each expert; drop rank')
   if 'train_experts' in options and 'from_adapters' not in options:
-    raise ValueError(
-      f'{spec.name}: train_experts is for experts that are given by '
-      'from_adapters; drop it, since others are trained'
+    errors.append(
+      'train_experts is for experts that are given by from_adapters; drop it, '
+      'since others are trained'
     )
-  if options.get('share') and 'from_adapters' in options:
+  try:
+    if method.check:
+      method.check(values)
+  except ValueError as error:
+    errors.append(str(error))
+  errors = [error for error in errors if error]
+  if errors:
+    raise ValueError(f'{spec.name}: {errors[0]}')
+
+
+def _check_columns(spec: Spec, method: Method, router: RouterSpec) -> None:
+  """Raises a ValueError where a router cannot be one of many at a site."""
+  has_fixed_arrays = (
+    router.update or router.from_experts or router.pooled_module
+  )
+  if has_fixed_arrays and option_values(spec, method).get('by_column'):
     raise ValueError(
-      f'{spec.name}: adapters that were trained apart have no parameter in '
-      'common; drop share'
+      f'{spec.name}: by_column needs a router without state or a fixed '
+      'projection, such as softmax or topk; change it, or drop by_column'
     )
 
 

@@ -24,18 +24,18 @@ from moepeft.core.ranges import Choices, IntegerList, Range, Texts, option
 from moepeft.core.types import AXIS_NAMES, Array, Context, Router, Routing
 from moepeft.moe import DEFAULT_ROUTER
 from moepeft.moe.dispatch import Dispatch, dispatch
-from moepeft.moe.gate import EXPERTS
+from moepeft.moe.gate import EXPERTS, example_ids
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.nn.adapter_hook import BaseLayer, flatten_features
 from moepeft.nn.initializers import METADATA, record_expert_counts
-from moepeft.peft.method import Method
+from moepeft.peft.method import Exclusion, Method
 
-READS = ('input', 'output', 'heads', 'down', 'first_pass')
+READS = ('input', 'output', 'heads', 'down', 'first_pass', 'embedding')
 COMBINE = ('outputs', 'parameters')
 DISPATCH = ('auto', 'dense', 'sparse')
 # Counts of experts by quarters of a stack's layers. Source: MoLA (Gao et al.,
-# arXiv:2402.08562), section 3.3.
+# arXiv:2402.08562).
 COUNTS_BY_QUARTER = {
   'triangle': (8, 6, 4, 2),
   'inverted_triangle': (2, 4, 6, 8),
@@ -44,6 +44,33 @@ COUNTS_BY_QUARTER = {
 }
 # Options that say how many experts there are; a method string has one of them.
 EXPERT_COUNTS = ('experts', 'experts_per_layer', 'from_adapters', 'ranks')
+EXCLUSIONS = (
+  Exclusion(
+    ('shared_experts', 'identity_experts'),
+    ('experts_per_layer', 'from_adapters'),
+    '{first} needs layers with the same number of fresh experts; drop it, or '
+    'write `experts` in place of {second}',
+  ),
+  Exclusion(
+    ('share_router', 'share_routing'),
+    ('reads',),
+    'sites share a router where they read the same input, or take the routing '
+    'of the first one, which reads its input; got reads={value}; write '
+    "reads='input', or {first}=False",
+  ),
+  Exclusion(
+    ('by_column',),
+    ('combine',),
+    "each column's experts are mixed by their outputs; write "
+    "combine='outputs', or drop by_column",
+  ),
+  Exclusion(
+    ('share',),
+    ('from_adapters',),
+    'adapters that were trained apart have no parameter in common; write '
+    "share=''",
+  ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +133,9 @@ class Mixture(nn.Module):
   Parameters: the expert's with an axis of experts, and the router's.
 
   Attributes:
-    expert: the adapter that each expert is, unbound.
-    experts: e, the largest where layers have unlike counts.
+    expert: the adapter that each expert is, unbound; `kinds.Kinds` where they
+      are of several kinds.
+    experts: e, of all kinds, the largest where layers have unlike counts.
     experts_per_layer: the counts of a stack's layers, as in MoLA (Gao et al.,
       arXiv:2402.08562), or a name of COUNTS_BY_QUARTER; () where all have e.
       The arrays of all layers have e experts; those beyond a layer's own are
@@ -119,7 +147,9 @@ class Mixture(nn.Module):
       where f(x) has no heads; 'down': the experts' down-projections of x,
       x A of low-rank ones; 'first_pass': the last hidden state of the token in
       a pass without adapters, as in X-LoRA (Buehler and Buehler,
-      arXiv:2402.07148).
+      arXiv:2402.07148); 'embedding': a vector of the token's example that is
+      given with the data, so that all its tokens have one routing.
+    embedding_size: the number of values of that vector, 0 for other `reads`.
     share: the parameters that all experts have in common, '' for none.
     combine: 'outputs' weights what the experts compute; 'parameters' weights
       each of their parameters, and computes one expert of the sums, as in
@@ -135,7 +165,9 @@ class Mixture(nn.Module):
     share_routing: whether all sites of a layer have the router and the routing
       of the first of them, whatever they read; as in Hard-Routed MoR-LoRA
       (arXiv:2606.31413), where that of the feed-forward's input holds for its
-      down-projection too. It needs reads='input'.
+      down-projection too. Keys and values of a cross-attention are of other
+      tokens and have the routing of the first of these two. It needs
+      reads='input'.
     ranks: the rank of each low-rank expert, whose scale is alpha over it. The
       arrays of all have the largest; the rest is never read. () where all have
       the same.
@@ -155,6 +187,7 @@ class Mixture(nn.Module):
   )
   router: nn.Module = Softmax(10)
   reads: str = option('input', Choices(READS))
+  embedding_size: int = option(0, Range(0, 65_536))
   share: str = ''
   combine: str = option('outputs', Choices(COMBINE))
   dispatch: str = option('auto', Choices(DISPATCH), training_only=True)
@@ -214,6 +247,8 @@ class Mixture(nn.Module):
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     # At an attention's core x is `Heads`.
     router_input = ctx.first_pass if self.two_pass else getattr(x, 'q', x)
+    if self.embedding_size:
+      router_input = self._embeddings(router_input, ctx)
     if self.reads in ('output', 'heads'):
       router_input = y = f(x)
       f = dataclasses.replace(f, call=_at(f, x, y))
@@ -248,6 +283,23 @@ class Mixture(nn.Module):
         k=routing.k and min(routing.k + self.shared_experts, mixing.experts),
       )
     return self.expert.mix(self, f, x, ctx, mixing)
+
+  def _embeddings(self, x: Array, ctx: Context) -> Array:
+    """The embedding of each token's example, [b, t, i]."""
+    embeddings, size = ctx.embeddings, self.embedding_size
+    if embeddings is None and self.is_mutable_collection('peft'):
+      # The batch that arrays are made with has no embeddings.
+      embeddings = jnp.zeros((len(x), 1, size))
+    if embeddings is None or embeddings.shape[-1] != size:
+      actual = 'none' if embeddings is None else str(embeddings.shape[-1])
+      raise ValueError(
+        f'{self.name} routes by an embedding of each example, of {size} '
+        f'numbers, and this batch has {actual}; train it and score rows that '
+        "have 'embedding', or generate with another method, like "
+        "reads='input'"
+      )
+    index = jnp.maximum(example_ids(x, ctx) - 1, 0)
+    return jnp.take_along_axis(embeddings, index[..., None], axis=1)
 
   def _route(self, x: Array, features: Array, ctx: Context) -> Routing:
     """The routing of the features of x, from an earlier site if shared."""
@@ -386,6 +438,7 @@ def mixture_of(
     router=router,
     why_not='its experts are weighted anew for every token',
     initial_change=expert.initial_change,
+    exclusions=(*EXCLUSIONS, *expert.exclusions),
     check=expert.check,
     size_option=expert.size_option,
     exact_identity=expert.additive,

@@ -6,6 +6,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from moepeft.tasks.stable_random import StableRandom
 
 _HELD_OUT_DIVISOR = 10
@@ -23,6 +25,7 @@ class Example:
     targets: the answer `choices[label]`, at most 16 bytes.
     choices: 2 to 4 distinct answers in random order.
     label: the index of the right answer in `choices`.
+    embedding: a vector for routers, float32 [i]; None for none.
   """
 
   task: str
@@ -32,6 +35,9 @@ class Example:
   targets: str
   choices: tuple[str, ...]
   label: int
+  embedding: np.ndarray | None = dataclasses.field(
+    default=None, compare=False, repr=False
+  )
 
 
 class Instance(NamedTuple):

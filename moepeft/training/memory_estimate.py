@@ -82,6 +82,7 @@ def estimate_training(config: ConfigDict) -> MemoryEstimate:
     optimizer = optimizers.make_optimizer(
       config.optimizer, config.steps, padded
     )
+    optimizer = built.wrap_optimizer(optimizer, config.steps)
     state += size(jax.eval_shape(optimizer.init, trained))
   rows = config.batch_size
   answers = OBJECTIVES.lookup(config.objective).answers_per_row

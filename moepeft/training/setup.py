@@ -150,6 +150,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
   model, method = base_lib.module(base, config)
   padded = base_lib.padded_axes(model, base)
   optimizer = optimizers.make_optimizer(config.optimizer, config.steps, padded)
+  optimizer = method.wrap_optimizer(optimizer, config.steps)
   state, reference, expert_files = _build_state(
     config, base, model, method, optimizer
   )

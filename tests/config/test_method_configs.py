@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """configs/methods has a config of each published mixture."""
 
+import dataclasses
 import importlib.util
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +21,8 @@ from moepeft.training.optimizers import make_optimizer
 from tests import ROOT
 
 FOLDER = ROOT / 'configs' / 'methods'
-# Rates of their own for a method of another name; tested below.
-BASELINES = {'loraplus'}
+# Configs of methods that are no mixtures; tested below.
+BASELINES = {'adalora', 'loraplus'}
 NAMES = sorted({path.stem for path in FOLDER.glob('*.py')} - BASELINES)
 # Mixtures of adapters that are trained already.
 OF_ADAPTERS = {'arrow', 'hardrouted', 'phatgoose', 'xlora'}
@@ -68,6 +70,8 @@ def test_a_config_says_how_it_differs_and_its_scale(name):
   family = FAMILIES['llama' if name in OF_DECODERS else 't5']
   sites = family.sites(next(iter(family.sizes.values())))
   expert = build(name, sites).adapter_map.entries[0][1].expert
+  # Of several kinds of experts, those at the first site.
+  expert = expert.at_site[0].expert if hasattr(expert, 'at_site') else expert
   if hasattr(expert, 'alpha'):
     alpha, rank, value = map(
       float, re.search(r'= ([\d.]+) / ([\d.]+) = ([\d.]+)', scale).groups()
@@ -90,6 +94,64 @@ def test_loraplus_trains_b_at_16_times_the_rate_of_a(values):
   updates = updates['q']['lora']
   np.testing.assert_allclose(updates['a'], np.full(3, -rate), rtol=1e-5)
   np.testing.assert_allclose(updates['b'], 16 * updates['a'], rtol=1e-5)
+
+
+def test_b_of_hmora_has_1_2_times_the_rate():
+  config = read('hmora')
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  params = {'q': {'hmora': {'a': jnp.zeros(3), 'b': jnp.zeros(3)}}}
+  gradient = jax.tree.map(jnp.ones_like, params)
+  updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+  updates = updates['q']['hmora']
+  np.testing.assert_allclose(updates['b'], 1.2 * updates['a'], rtol=1e-5)
+
+
+def mixtures_of_the_guide():
+  """{preset: the mixture that docs/methods.md writes out}."""
+  text = (ROOT / 'docs' / 'methods.md').read_text()
+  rows = re.findall(r'^\| `(\w+)` \| `(mixture\(.*?\))`', text, re.MULTILINE)
+  return {name: text.replace('[...]', "['a']") for name, text in rows}
+
+
+def options(module):
+  """{option: value} of an adapter, but how it is drawn."""
+  if isinstance(module, tuple):
+    return tuple(map(options, module))
+  if not isinstance(module, nn.Module):
+    return module
+  return {
+    field.name: options(value)
+    for field in dataclasses.fields(module)
+    if field.name not in ('name', 'parent', 'a_init', 'kernel_init')
+    for value in (getattr(module, field.name),)
+  }
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_guide_writes_out_a_preset(name):
+  family = FAMILIES['llama' if name in OF_DECODERS else 't5']
+  sites = family.sites(next(iter(family.sizes.values())))
+  text = mixtures_of_the_guide()[name]
+  router = re.search(r'router=(.*)\)', text)
+  preset = f'{name}(router={router[1]})' if name in OF_TASKS else name
+  written, built = (
+    options(build(method, sites).adapter_map.entries[0][1])
+    for method in (text, preset)
+  )
+  assert written == built
+
+
+@pytest.mark.parametrize('values', ['', 'steps=3900'])
+def test_adalora_lowers_ranks_in_the_shares_of_the_script(values):
+  config = read('adalora', values)
+  check(config, registries.BY_KEY)
+  family = FAMILIES['t5']
+  built = build(config.method, family.sites(family.sizes['small']))
+  _, adapter = built.adapter_map.entries[0]
+  # Of 300 steps 46.2 and 138.5.
+  schedule = (600, 1800) if values else (46, 138)
+  assert (adapter.tinit, adapter.tfinal) == schedule
+  assert (adapter.alpha, adapter.rank, adapter.scale) == (32, 2, 16)
 
 
 @pytest.mark.parametrize('name', sorted(OF_ADAPTERS))

@@ -264,6 +264,12 @@ _IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
       'official',
       _lora(3) + _ATTENTIONS * (3 * _NH + _D) + _LAYERS * (_F + _D),
     ),
+    # One value a rank, of four projections an attention and two others.
+    (
+      'adalora(rank=3, target_rank=2)',
+      'official',
+      _lora(3) + (4 * _ATTENTIONS + 2 * _LAYERS) * 3,
+    ),
     ('ia3', 'official', _IA3),
     # K and V: one [h, e] kernel a site; feed-forward: [f, e].
     (
@@ -279,6 +285,15 @@ _IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
       "mixture(expert=lora(rank=2), experts=3, share='a')",
       'official',
       _shared_a(3, 2),
+    ),
+    # q, k, v, o and wo; two projections with biases beside the feed-forward;
+    # a router of 4 x 6 hidden units in each layer and cross-attention.
+    (
+      'moa(rank=2, size=3)',
+      'official',
+      _ATTENTIONS * 4 * (_D + _NH) * 2
+      + _LAYERS * ((_D + _F) * 2 + 2 * _D * 3 + _D + 3)
+      + (_LAYERS + 3) * (2 * (_D * 24 + 24) + 24 * 6 + 6),
     ),
     ('prompt(length=3)', 'official', 3 * _D),
     # Ranks and outputs at q and v.
@@ -313,6 +328,7 @@ def test_parameter_count_equals_its_formula(method, semantics, expected):
     pytest.param('dora(rank=3)', marks=pytest.mark.slow),
     pytest.param("lora(rank=3, init_weights='pissa')", marks=pytest.mark.slow),
     pytest.param('vera(rank=3) + ln_tuning', marks=pytest.mark.slow),
+    pytest.param('adalora(rank=3, target_rank=2)', marks=pytest.mark.slow),
     # LoRA's and a ratio, with heads last, first and none, and beside another.
     "dora(rank=3, targets='*/k|*/cross/o|*/wo') + ia3(targets='*/k|*/act')",
     "ia3(targets='*/k|*/v|*/wo')",

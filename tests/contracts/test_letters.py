@@ -50,10 +50,10 @@ SIZES = {
   'v': {37},
   'p': {32},
   'l': {2, 3},
-  # 8 of a preset that counts its experts by layer.
-  'e': {7, 8},
-  # 16 of the MLP of ldmole's router.
-  'r': {1, 2, 4, 13, 16},
+  # 8 of a preset that counts its experts by layer; two and six kinds of seven.
+  'e': {7, 8, 14, 42},
+  # 16 of the MLP of ldmole's router, 4 x 42 of that of moa's.
+  'r': {1, 2, 4, 13, 16, 168},
   # Two tasks, and none.
   'g': {3},
   'm': {2},

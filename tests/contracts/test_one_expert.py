@@ -8,6 +8,7 @@ import pytest
 
 from moepeft.moe import ROUTERS
 from moepeft.peft import METHODS
+from moepeft.peft.kinds import Kinds
 from moepeft.peft.method import options_of
 from moepeft.peft.mixture import Mixture
 from tests.contracts.router_cases import context, make
@@ -67,9 +68,10 @@ def test_one_vector_is_ia3():
 
 def test_every_expert_form_is_tried():
   forms = {entry.expert.module for entry in METHODS.values() if entry.expert}
-  # Feed-forwards, cores and bottlenecks: tests/peft/test_presets.py.
+  # Feed-forwards, cores and bottlenecks: tests/peft/test_presets.py; several
+  # kinds: tests/peft/test_kinds.py.
   tried = {
     METHODS[name].module
     for name in ('lora', 'ia3', 'ffn_lora', 'moslora', 'bottleneck')
   }
-  assert forms == tried
+  assert forms == tried | {Kinds}

@@ -175,7 +175,8 @@ def test_the_score_of_a_model_is_that_of_a_plain_call():
   np.testing.assert_allclose(actual, expected.reshape(2, 3), rtol=1e-4)
 
 
-OF_TASKS = "task(tasks=['a', 'b'])"
+OF_TASKS = "router=task(tasks=['a', 'b'])"
+OF_EMBEDDINGS = "reads='embedding', embedding_size=3"
 
 
 @pytest.mark.parametrize(
@@ -183,15 +184,15 @@ OF_TASKS = "task(tasks=['a', 'b'])"
   [
     ('encoder-decoder', OF_TASKS),
     ('decoder', OF_TASKS),
-    ('encoder-decoder', 'sentence'),
-    pytest.param('decoder', 'sentence', marks=pytest.mark.slow),
+    ('encoder-decoder', OF_EMBEDDINGS),
+    ('decoder', OF_EMBEDDINGS),
+    ('encoder-decoder', 'router=sentence'),
+    pytest.param('decoder', 'router=sentence', marks=pytest.mark.slow),
   ],
 )
 def test_a_router_of_examples_ranks_as_it_was_trained(kind, router):
   """A choice's score is its likelihood as a row of training."""
-  method = (
-    f"molora(experts=3, rank=2, router={router}, targets='*/self/q|*/wo')"
-  )
+  method = f"molora(experts=3, rank=2, {router}, targets='*/self/q|*/wo')"
   if kind == 'decoder':
     config = dataclasses.replace(small_decoders.CONFIGS['llama'], vocab=263)
     model, values = small_decoders.make(config, method, noise=0.1)
@@ -199,8 +200,13 @@ def test_a_router_of_examples_ranks_as_it_was_trained(kind, router):
     config = dataclasses.replace(small.GATED, vocab=263)
     model, _ = small.make(method, config)
     values = small.variables(method, config, noise=0.1)
+  # They differ in their task and their embedding alone.
   rows = [
-    Example(task, '', 0, 'abcd', 'yes', ('yes', 'no'), 0) for task in ('a', 'b')
+    Example(task, '', 0, 'abcd', 'yes', ('yes', 'no'), 0, embedding)
+    for task, embedding in (
+      ('a', np.array([9, 0, 0], np.float32)),
+      ('b', np.array([0, 9, 0], np.float32)),
+    )
   ]
   ranker = Ranker(model, WORDS, 11, 5, 2)
   scores = np.array(ranker.scores(values, ranker.prepare(rows)))
@@ -213,8 +219,8 @@ def test_a_router_of_examples_ranks_as_it_was_trained(kind, router):
   nll, _ = likelihood.sums(values, each)
   # Logits near ten in float32, in rows of other lengths.
   np.testing.assert_allclose(scores.reshape(-1), -nll, rtol=1e-4)
-  # The rows differ in their task alone.
-  assert (np.abs(scores[0] - scores[1]).max() > 1e-2) == (router == OF_TASKS)
+  differs = np.abs(scores[0] - scores[1]).max() > 1e-2
+  assert differs == (router in (OF_TASKS, OF_EMBEDDINGS))
 
 
 # Of 2, 3 and 5 choices, so that some are filled up to 4 and 8; more rows than

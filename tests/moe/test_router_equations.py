@@ -36,6 +36,11 @@ MLP = {
   'output_kernel': normal('output kernel', 5),
   'output_bias': normal('output bias'),
 }
+SWIGLU = {
+  'gate_kernel': normal('gate', INPUTS, 2 * E),
+  'up_kernel': normal('up', INPUTS, 2 * E),
+  'kernel': normal('output', 2 * E, E),
+}
 
 
 def sparsity(x):
@@ -97,6 +102,17 @@ CASES = {
     lambda x: equations.top_p(x, KERNEL, 0.95, True),
   ),
   'sigmoid': ({}, {'kernel': KERNEL}, lambda x: equations.sigmoid(x @ KERNEL)),
+  'sigmoid_hidden': (
+    {'hidden': 2},
+    SWIGLU,
+    lambda x: equations.sigmoid(equations.swiglu(x, **SWIGLU)),
+  ),
+  # The gates of the tokens are on both sides.
+  'sigmoid_threshold': (
+    {'max_threshold': 0.9},
+    {'kernel': KERNEL, 'threshold_kernel': W, 'threshold_bias': BIAS},
+    lambda x: equations.thresholded_sigmoid(x @ KERNEL, x, W, BIAS, 0.9),
+  ),
   'relu': ({}, {'kernel': KERNEL}, lambda x: equations.relu(x, KERNEL)),
   'hard': ({}, {'kernel': KERNEL}, lambda x: equations.hard(x @ KERNEL)),
   'gumbel': ({}, {'kernel': KERNEL}, lambda x: equations.hard(x @ KERNEL)),
@@ -142,6 +158,8 @@ ROUTER_OF = {
   'temperature': 'softmax',
   'biased': 'softmax',
   'flat': 'softmax',
+  'sigmoid_hidden': 'sigmoid',
+  'sigmoid_threshold': 'sigmoid',
   'top_p_renormalized': 'top_p',
 }
 

@@ -78,10 +78,11 @@ def test_a_shared_routing_is_made_and_counted_once():
 
 
 @pytest.mark.slow
-def test_shared_routers_generate_what_they_score():
+@pytest.mark.parametrize('method', [SHARED, 'moa(rank=2, size=3)'])
+def test_shared_routers_generate_what_they_score(method):
   # The cross-attention's k and v, one of them with the router, are cached.
-  model, _ = small.make(SHARED)
-  variables = small.variables(SHARED, noise=0.3)
+  model, _ = small.make(method)
+  variables = small.variables(method, noise=0.3)
   (answer,) = answers.engine_answers(
     model, variables, answers.real_rows(small.batch())[:1], 3, logprobs=5
   )

@@ -2,7 +2,9 @@
 """Published routers in NumPy, float64, one token at a time.
 
 Nothing of moepeft is imported. Each function takes one token's features x [i]
-and the router's parameters, and returns the weights [e] of the experts.
+and the router's parameters, and returns the weights [e] of the experts. An
+equation has its number where that was verified; for the others a docstring
+names what of the released code was read.
 """
 
 import numpy as np
@@ -14,7 +16,7 @@ def softmax(z):
 
 
 def soft(x, kernel):
-  """Zadouri et al., arXiv:2309.05444, equation 3."""
+  """Zadouri et al., arXiv:2309.05444; routing.py of the released code."""
   return softmax(x @ kernel)
 
 
@@ -31,7 +33,7 @@ def top_k(x, kernel, k, renormalize):
 
 
 def threshold(x, kernel, threshold_kernel, bias, max_threshold=None):
-  """Liu and Luo, arXiv:2405.00361, equations 4 to 6."""
+  """Liu and Luo, arXiv:2405.00361; AdaMoeLayer.forward of its code."""
   p = softmax(x @ kernel)
   max_threshold = max_threshold or 1 / len(p)
   t = max_threshold / (1 + np.exp(-(x @ threshold_kernel + bias)))
@@ -52,13 +54,13 @@ def threshold_balance(tokens):
 
 
 def magnitude(z, bias, k):
-  """Zou et al., arXiv:2510.08396, equations 4 to 6."""
+  """Zou et al., arXiv:2510.08396; FlyLoRALinear.forward of its code."""
   kept = np.argsort(-np.abs(z + bias), kind='stable')[:k]
   return np.isin(np.arange(len(z)), kept).astype(float)
 
 
 def arrow(x, prototypes, k, temperature=1.0):
-  """Ostapenko et al., arXiv:2405.11157, equations 2 and 3."""
+  """Ostapenko et al., arXiv:2405.11157; ArrowLoraLinearLayer of peft."""
   scores = np.abs(x @ prototypes) / temperature
   kept = np.argsort(-scores, kind='stable')[:k]
   weights = np.zeros_like(scores)
@@ -67,7 +69,7 @@ def arrow(x, prototypes, k, temperature=1.0):
 
 
 def phatgoose(x, gates, k):
-  """Muqeeth et al., arXiv:2402.05859, section 3.2: standardized, over sqrt(n).
+  """Muqeeth et al., arXiv:2402.05859; Router._forward of its released code.
 
   Args:
     gates: [i, e].
@@ -99,6 +101,19 @@ def sigmoid(z):
   return 1 / (1 + np.exp(-z))
 
 
+def swiglu(x, gate_kernel, up_kernel, kernel, gate_bias=0, up_bias=0, bias=0):
+  """MoA's released code, class Router: w2(silu(w1(x)) * w3(x))."""
+  gate = x @ gate_kernel + gate_bias
+  hidden = gate * sigmoid(gate) * (x @ up_kernel + up_bias)
+  return hidden @ kernel + bias
+
+
+def thresholded_sigmoid(z, x, kernel, bias, largest):
+  """MoA's released code, sparse variant: gates below the threshold are zero."""
+  gates, threshold = sigmoid(z), largest * sigmoid(x @ kernel + bias)
+  return gates * (gates >= threshold)
+
+
 def relu(x, kernel):
   """Wang et al., arXiv:2412.14711: R(x) = ReLU(x W)."""
   return np.array([max(z, 0) for z in x @ kernel])
@@ -125,7 +140,7 @@ def top_p(x, kernel, p, renormalize):
 
 
 def hard(z):
-  """Bengio et al., arXiv:1308.3432, section 4: the forward pass alone."""
+  """Bengio et al., arXiv:1308.3432: the forward pass alone."""
   return np.eye(len(z))[np.argmax(z)]
 
 
@@ -239,8 +254,8 @@ def generalized_js(tokens, balance, certainty):
 
 
 def product_key(x, first, second, experts, k):
-  """Lample et al., arXiv:1907.05242, equations 3 to 5: the k largest sums of
-  the k best of each table, softmax.
+  """Lample et al., arXiv:1907.05242: the k largest sums of the k best of each
+  table, softmax.
 
   Expert e is (e // m, e % m). Where pairs are no expert, as many more of each
   table are tried.

@@ -17,7 +17,7 @@ def softmax(z):
 
 
 def balanced(x, kernel, bias, k, renormalize=False):
-  """Wang et al., arXiv:2408.15664, equations 1 and 3, of one token x [i]."""
+  """Wang et al., arXiv:2408.15664, the biased gate of one token x [i]."""
   p = softmax(x @ kernel)
   chosen = np.argsort(-(p + bias), kind='stable')[:k]
   weights = np.zeros_like(p)
@@ -26,7 +26,7 @@ def balanced(x, kernel, bias, k, renormalize=False):
 
 
 def next_bias(bias, counts, rate):
-  """Wang et al., arXiv:2408.15664, algorithm 1: b + u sign(mean - count)."""
+  """Wang et al., arXiv:2408.15664: b + u sign(mean - count)."""
   mean = sum(counts) / len(counts)
   return [
     b + rate * ((c < mean) - (c > mean))
@@ -45,7 +45,7 @@ def layer_norm(x):
 
 
 def sentence(x, prompt, kernel, kernel_scale, scale, bias):
-  """Muqeeth et al., arXiv:2306.03745, section 3; Router.forward of its code.
+  """Muqeeth et al., arXiv:2306.03745; Router.forward of its code.
 
   Args:
     prompt: the number of the tokens in the prompt.
@@ -89,7 +89,7 @@ def bounded_js(rows, balance, certainty):
 
 
 def switch(x, kernel, capacity=math.inf):
-  """Fedus et al., arXiv:2101.03961, equations 1 and 2, and section 2.2."""
+  """Fedus et al., arXiv:2101.03961: p of the best expert, up to a capacity."""
   taken = [0] * kernel.shape[1]
   weights = np.zeros((len(x), kernel.shape[1]))
   for row, p in zip(weights, softmax(x @ kernel), strict=True):
@@ -101,7 +101,7 @@ def switch(x, kernel, capacity=math.inf):
 
 
 def expert_choice(x, kernel, capacity_factor):
-  """Zhou et al., arXiv:2202.09368, equations 1 and 2."""
+  """Zhou et al., arXiv:2202.09368: each expert takes its k best tokens."""
   s = softmax(x @ kernel)
   tokens, experts = s.shape
   k = math.ceil(capacity_factor * tokens / experts)
@@ -124,7 +124,7 @@ def poly(logits, uniform=None):
 
 
 def localized_balance(examples, in_group, delta):
-  """Dou et al., arXiv:2312.09979, equations 5 to 7; torch.var is unbiased.
+  """Dou et al., arXiv:2312.09979; Linear.cv_squared of its released code.
 
   Args:
     examples: for each, the weights [t, e] of its tokens.

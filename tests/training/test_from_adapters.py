@@ -27,11 +27,13 @@ from moepeft.moe import router_state
 from moepeft.training import setup
 from scripts import lorahub
 
+from .. import commands
 from ..contracts import answers
 from ..preferences import card, written
 
 LORA = "lora(rank=3, alpha=5.0, targets='decoder/self/q|decoder/self/v')"
 ROUTER = 'router=topk(k=1)'
+ROW = json.dumps({'inputs': 'the sun is 3', 'targets': ' and the moon is 4'})
 
 
 def trained_adapter(path, model_path, method, seed, sha256=None):
@@ -234,7 +236,7 @@ def test_a_run_goes_on_with_the_same_files_alone(places, run, tmp_path):
     (('a', 'vectors'), ROUTER, "one method, .*/vectors is 'ia3'"),
     (('two', 'a'), ROUTER, r'ia3.*but an expert is one adapter of lora, .*ia3'),
     (('a', 'b'), 'experts=2', 'takes one of experts and from_adapters'),
-    (('a', 'b'), "share='a'", 'no parameter in common; drop share'),
+    (('a', 'b'), "share='a'", "no parameter in common; write share=''"),
     (('a', 'b'), 'router=uniform', 'trains nothing: .*train_experts=True'),
     (
       ('a', 'b'),
@@ -441,13 +443,44 @@ def test_lorahub_s_search_stays_within_its_bounds():
   assert least == pytest.approx(1.5**2, rel=0.01)
 
 
+@pytest.mark.parametrize(
+  ('rows', 'names', 'message'),
+  [
+    ('', 'a', 'rows.jsonl holds no rows; expected at least one'),
+    ('{"inputs": "a", ', 'a', r'rows.jsonl, line 1: not JSON .*; mend or'),
+    ('{"text": "a"}', 'a', "line 1: expected text in 'inputs'"),
+    (ROW, ('a', 'nowhere'), 'nowhere does not exist; expected the work'),
+    (ROW, ('a', 'foreign'), 'foreign was trained on another base than'),
+    (ROW, ('a', 'rank'), 'adapters of one method; got .*rank=3.*rank=2'),
+    (ROW, ('a', 'vectors'), 'adapters of one method; got .* ia3'),
+    (ROW, ('vectors',), "that add a term, such as lora; .* is 'ia3'"),
+    (ROW, ('',), 'name them, --adapters=A,B'),
+  ],
+)
+def test_lorahub_answers_mistakes_in_one_sentence(
+  places, tmp_path, rows, names, message
+):
+  (tmp_path / 'rows.jsonl').write_text(rows)
+  paths = [places.get(name, name) for name in names]
+  data, output = str(tmp_path / 'rows.jsonl'), str(tmp_path / 'out')
+  with pytest.raises(ValueError, match=message) as error:
+    lorahub.find(places['llama'], paths, data, output)
+  assert '\n' not in str(error.value)
+
+
+def test_lorahub_tries_one_weight_at_least():
+  options = (f'--{name}=A' for name in ('model', 'adapters', 'data', 'output'))
+  result = commands.run('scripts.lorahub', *options, '--steps=0')
+  assert result.returncode == 2
+  assert result.stderr == 'error: flag --steps=0: 0 is not a positive integer\n'
+
+
 @pytest.mark.slow
 def test_lorahub_writes_the_lora_that_fits_examples_best(
   places, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(lorahub, 'load_tokenizer', lambda *names: ByteTokenizer())
-  row = {'inputs': 'the sun is 3', 'targets': ' and the moon is 4'}
-  (tmp_path / 'rows.jsonl').write_text(json.dumps(row))
+  (tmp_path / 'rows.jsonl').write_text(ROW)
   data, output = str(tmp_path / 'rows.jsonl'), str(tmp_path / 'out')
   paths = [places[name] for name in 'ab']
 
@@ -468,9 +501,6 @@ def test_lorahub_writes_the_lora_that_fits_examples_best(
   )
   for path, array in expected.items():
     np.testing.assert_allclose(written[path], array, rtol=1e-6)
-  paths[1] = places['vectors']
-  with pytest.raises(ValueError, match='adapters of one method; got .* ia3'):
-    find(1)
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def trained_loss(name, family, shuffled):
   config = config_lib.default()
   config.objective, config.batch_size = objective, ROWS
   batch = behind_prompt(batch_of(), model_prefix_ids(model))
-  optimizer = optax.adam(1e-2)
+  optimizer = built.wrap_optimizer(optax.adam(1e-2), STEPS)
   collections = init_params(model, batch, 1, params())
   trainable = collections[built.trainable]
   frozen = collections['params' if built.trainable == 'peft' else 'peft']

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads and writes adapters of `peft`.
 
-LoRA, DoRA, (IA)^3, norms, prompts, prefixes and Poly are read and written; VeRA
-is written, and read as LoRA, as are AdaLoRA, LoHa and LoKr (`peft_low_rank`).
+LoRA, DoRA, (IA)^3, norms, prompts, prefixes, Poly and the VeRA of moepeft are
+read and written; VeRA of peft, AdaLoRA, LoHa and LoKr are read as LoRA
+(`peft_low_rank`).
 
 An adapter is a directory with adapter_config.json and
 adapter_model.safetensors. peft scales the inputs of `feedforward_modules`: at
@@ -35,6 +36,7 @@ from moepeft.checkpoints.hf import (
   peft_poly,
   peft_prefix,
   peft_prompt,
+  peft_vera,
 )
 from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, site_module
 from moepeft.config import method_string
@@ -68,13 +70,17 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> AdapterWeights:
     return peft_prompt.read(path, config, fields, tensors)
   if fields['peft_type'] == peft_prefix.PEFT_TYPE:
     return peft_prefix.read(path, config, fields, tensors)
-  if fields['peft_type'] in peft_config.LOW_RANK_TYPES:
+  lora = None
+  if fields['peft_type'] == peft_vera.PEFT_TYPE:
+    lora = peft_vera.read(config, fields, tensors)
+  if fields['peft_type'] in peft_config.LOW_RANK_TYPES and not lora:
     fields, tensors = peft_low_rank.as_lora(config, fields, tensors)
   if fields['peft_type'] == peft_poly.PEFT_TYPE:
     return peft_poly.read(path, config, fields, tensors)
   rank_sizes, shapes, fetch_stored = {}, tensors.shapes, tensors.fetch
   if fields['peft_type'] == 'LORA':
     lora = peft_lora.read(config, fields, tensors)
+  if lora:
     method, rules, rank_sizes = lora.method, lora.rules, lora.rank_sizes
     shapes, fetch_stored = lora.shapes, lora.fetch
   elif fields['peft_type'] == peft_norms.PEFT_TYPE:
@@ -152,8 +158,8 @@ def save(
     like if like.get('peft_type') == fields['peft_type'] else {},
   )
   if 'projection_prng_key' in fields:
-    vera = peft_low_rank.vera_of(method_instances(adapter.method)['vera'])
-    arrays = peft_low_rank.with_matrices(config, arrays, vera)
+    vera = peft_vera.vera_of(method_instances(adapter.method)['vera'])
+    arrays = peft_vera.with_matrices(config, arrays, vera)
   _write(path, config, arrays, fields, base, like, overwrite)
 
 
@@ -334,7 +340,7 @@ def _fields_and_rules(
 # Methods of which peft has one in an adapter.
 _SINGLE = {
   'ln_tuning': peft_norms.describe,
-  'vera': peft_low_rank.describe_vera,
+  'vera': peft_vera.describe,
 }
 
 

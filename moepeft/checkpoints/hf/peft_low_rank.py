@@ -2,37 +2,25 @@
 """Adapters of `peft` that compute a LoRA: VeRA, AdaLoRA, LoHa and LoKr.
 
 They are read as the LoRA of the same function, with its scale in B. A LoHa of
-the rank r has the rank r^2, a LoKr that of its factors multiplied.
+the rank r has the rank r^2, a LoKr that of its factors multiplied. A VeRA that
+moepeft wrote stays one, see `peft_vera`.
 """
 
 import collections
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from moepeft.checkpoints.adapter import sites_in
-from moepeft.checkpoints.hf import model as hf
-from moepeft.checkpoints.hf import peft_config, peft_lora
-from moepeft.checkpoints.hf.peft_names import PREFIX, site_module
-from moepeft.config.method_string import Spec
-from moepeft.models.weight_mapping import (
-  CheckpointError,
-  Rule,
-  Shape,
-  Tree,
-  path_in_layers,
-)
-from moepeft.peft.methods.vera import Vera
+from moepeft.checkpoints.hf import peft_config, peft_vera
+from moepeft.checkpoints.hf.peft_names import PREFIX
+from moepeft.models.weight_mapping import CheckpointError, Shape
 
-_VERA_MATRICES = ('base_model.vera_A', 'base_model.vera_B')
-_VECTORS = ('vera_lambda_d', 'vera_lambda_b')
 _LOHA = ('hada_w1_a', 'hada_w1_b', 'hada_w2_a', 'hada_w2_b')
 _ADALORA = ('lora_A', 'lora_E', 'lora_B')
 _LEAVES = (
-  *_VECTORS,
+  *peft_vera.VECTORS,
   *_ADALORA,
   *_LOHA,
   *(f'lokr_w{i}{part}' for i in (1, 2) for part in ('', '_a', '_b')),
@@ -69,7 +57,7 @@ def as_lora(
     module, _, leaf = name.rpartition('.')
     if leaf in _LEAVES:
       modules[module][leaf] = np.asarray(tensors.fetch(name), np.float32)
-    elif name not in _VERA_MATRICES:
+    elif name not in peft_vera.MATRICES:
       arrays[name] = tensors.fetch(name)
   try:
     factors = _FORMS[fields['peft_type']](config, fields, modules, tensors)
@@ -91,56 +79,6 @@ def as_lora(
   # The scale is one.
   lora |= {'rank_pattern': ranks, 'alpha_pattern': ranks}
   return lora, LoraTensors(arrays)
-
-
-def _vera_factors(config, fields, modules, tensors):
-  """{module: (d A, b B)} with the shared A and B cut to the module."""
-  outputs = {m: len(arrays['vera_lambda_b']) for m, arrays in modules.items()}
-  inputs = _inputs(config, outputs)
-  if _VERA_MATRICES[0] in tensors.shapes:
-    a, b = (np.float32(tensors.fetch(name)) for name in _VERA_MATRICES)
-  else:
-    largest = max(inputs.values()), max(outputs.values())
-    a, b = _torch_matrices(fields, *largest)
-  return {
-    module: (
-      arrays['vera_lambda_d'][:, None] * a[:, : inputs[module]],
-      arrays['vera_lambda_b'][:, None] * b[: outputs[module]],
-    )
-    for module, arrays in modules.items()
-  }
-
-
-def _torch_matrices(fields, inputs, outputs):
-  """A and B that peft draws from a seed where its file has none.
-
-  torch takes the lower 24 bits of each number of MT19937.
-  """
-  generator = np.random.RandomState(fields.get('projection_prng_key', 0))
-  matrices = []
-  for shape in ((fields['r'], inputs), (outputs, fields['r'])):
-    bits = generator.randint(0, 2**32, math.prod(shape), np.uint32)
-    numbers = (bits & 0xFFFFFF).astype(np.float32) / 2**23 - 1
-    bound = np.float32((6 / shape[1]) ** 0.5)
-    matrices.append(numbers.reshape(shape) * bound)
-  return matrices
-
-
-def _inputs(config: Any, outputs: Mapping[str, int]) -> dict[str, int]:
-  """The number of inputs of modules of the base.
-
-  Args:
-    outputs: {module: its number of outputs}.
-  """
-  shapes = {e.stored_name: e.stored_shape for e in hf.model_entries(config)}
-  inputs = {}
-  for module, size in outputs.items():
-    shape = shapes[f'{module.removeprefix(PREFIX)}.weight']
-    if size not in shape:
-      raise ValueError(f'{module} has {size} outputs, its weight is {shape}')
-    # [out, in], or [in, out] of a Conv1D.
-    inputs[module] = math.prod(shape) // size
-  return inputs
 
 
 def _adalora_factors(config, fields, modules, tensors):
@@ -202,73 +140,8 @@ def _scale(fields, module) -> float:
 
 # By peft_type.
 _FORMS = {
-  'VERA': _vera_factors,
+  'VERA': peft_vera.factors,
   'ADALORA': _adalora_factors,
   'LOHA': _loha_factors,
   'LOKR': _lokr_factors,
 }
-
-
-def vera_of(spec: Spec) -> Vera:
-  return Vera(**{name: v for name, v in spec.options if name != 'targets'})
-
-
-def describe_vera(
-  config: Any, tree: Tree, spec: Spec
-) -> tuple[dict[str, Any], list[Rule], dict[str, int]]:
-  """(fields of adapter_config.json, rules, size of the rank's letter).
-
-  Raises:
-    CheckpointError: a site is no projection.
-  """
-  vera, rules = vera_of(spec), []
-  projections = hf.family_of(config).projections(config)
-  sites = sites_in(tree, spec.name)
-  peft_lora.check_sites(sites, projections)
-  for site in sites:
-    path = f'{path_in_layers(site)}/{spec.name}'
-    name = f'{PREFIX}{site_module(config, site)}'
-    out = projections[site][1]
-    rules += [
-      Rule(f'{path}/d', f'{name}.{_VECTORS[0]}', 'r', 'r'),
-      Rule(f'{path}/b', f'{name}.{_VECTORS[1]}', out, f'({out})'),
-    ]
-  fields = {
-    'peft_type': 'VERA',
-    'r': vera.rank,
-    'd_initial': vera.d_initial,
-    'projection_prng_key': vera.seed,
-    'save_projection': True,
-    'vera_dropout': vera.dropout,
-    'bias': 'none',
-  }
-  return fields, rules, {'r': vera.rank}
-
-
-def with_matrices(
-  config: Any, arrays: Mapping[str, np.ndarray], vera: Vera
-) -> dict[str, np.ndarray]:
-  """The arrays of a VeRA with A and B of the largest module, as peft has them.
-
-  peft scales A by the largest number of inputs, moepeft by a module's own: d
-  takes the difference.
-
-  Args:
-    arrays: {name in peft: array}, of the vectors.
-  """
-  vectors_d, vectors_b = (
-    {n.rpartition('.')[0]: a for n, a in arrays.items() if n.endswith(leaf)}
-    for leaf in _VECTORS
-  )
-  outputs = {module: len(b) for module, b in vectors_b.items()}
-  inputs = _inputs(config, outputs)
-  largest = max(inputs.values()), max(outputs.values())
-  scaled = {
-    f'{module}.{_VECTORS[0]}': d
-    * np.float32((largest[0] / inputs[module]) ** 0.5)
-    for module, d in vectors_d.items()
-  }
-  matrices = vera.matrices(*((size,) for size in largest))
-  transposed = (np.ascontiguousarray(np.asarray(m).T) for m in matrices)
-  named = dict(zip(_VERA_MATRICES, transposed, strict=True))
-  return {**arrays, **scaled, **named}

@@ -10,11 +10,14 @@ from ml_collections import ConfigDict
 
 from moepeft.data.batching import packing, seq2seq
 from moepeft.data.batching.decoder_only import CausalCollator, check_truncation
-from moepeft.data.batching.task_ids import add_task_ids, task_id
+from moepeft.data.batching.router_inputs import (
+  NO_INPUTS,
+  ExampleInputs,
+  RouterInputs,
+)
 from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.models import check_decodes, decoder_only
-from moepeft.moe.task_names import task_names
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft.prefix import placeholder_ids
 from moepeft.tasks import Example
@@ -82,7 +85,7 @@ class Seq2SeqCollator:
     seed: of the packed rows' order.
     prefix_ids: placeholders of a soft prompt before all inputs, which count
       towards inputs_length.
-    tasks: task names with ids; see `batching.task_ids`.
+    router_inputs: what the method's routers read of examples.
   """
 
   tokenizer: Tokenizer
@@ -91,7 +94,7 @@ class Seq2SeqCollator:
   packed: bool = False
   seed: int = 0
   prefix_ids: tuple[int, ...] = ()
-  tasks: tuple[str, ...] = ()
+  router_inputs: RouterInputs = RouterInputs()
 
   def __post_init__(self):
     packing.length_after_prefix(
@@ -107,20 +110,23 @@ class Seq2SeqCollator:
       else []
     )
     return [
-      self._with_prefix(*next(pairs)[:2], task_id(self.tasks, item.task))
+      self._with_prefix(*next(pairs)[:2], self.router_inputs.of_example(item))
       if isinstance(item, Example)
       else self._with_prefix(*item)
       for item in items
     ]
 
   def _with_prefix(
-    self, x: Sequence[int], y: Sequence[int], task: int = 0
+    self,
+    x: Sequence[int],
+    y: Sequence[int],
+    routed_by: ExampleInputs = NO_INPUTS,
   ) -> packing.TokenizedPair:
     """Adds the prefix; inputs that are truncated for it keep their EOS."""
     if self.prefix_ids and len(x) > self.max_lengths[0]:
       x = [*x[: self.max_lengths[0] - 1], x[-1]]
     return packing.TokenizedPair(
-      packing.prepend_prefix(self.prefix_ids, x), y, task
+      packing.prepend_prefix(self.prefix_ids, x), y, routed_by
     )
 
   def rows(self, window: int, encoded: Sequence[packing.TokenizedPair]) -> Rows:
@@ -129,7 +135,8 @@ class Seq2SeqCollator:
       return self.pad(encoded)
     rng = np.random.default_rng((self.seed, window))
     lengths = np.array(self.sizes(encoded)[0])
-    return self.pack(encoded, packing.shuffled_bins(lengths, self.lengths, rng))
+    sizes = self.router_inputs.with_counts(lengths, self.lengths)
+    return self.pack(encoded, packing.shuffled_bins(*sizes, rng))
 
   def pack(
     self,
@@ -137,12 +144,12 @@ class Seq2SeqCollator:
     bins: Sequence[Sequence[int]],
   ) -> Rows:
     rows = packing.pack_pairs(encoded, *self.lengths, bins)
-    return add_task_ids(rows, self.tasks, [e.task for e in encoded], bins)
+    return self.router_inputs.add(rows, [e.routed_by for e in encoded], bins)
 
   def pad(self, encoded: Sequence[packing.TokenizedPair]) -> Rows:
-    x, y, tasks = zip(*encoded, strict=True)
+    x, y, routed_by = zip(*encoded, strict=True)
     rows = seq2seq.pad_pairs(x, y, *self.lengths)
-    return add_task_ids(rows, self.tasks, tasks)
+    return self.router_inputs.add(rows, routed_by)
 
   def count_truncated(self, items: Sequence) -> int:
     return sum(
@@ -187,18 +194,18 @@ def make_model_collator(
   Args:
     model: a model or its config; None for an encoder-decoder's batches.
     adapter_map: the model's method. It may have a soft prompt
-      (`moepeft.peft.prefix`) or routers that read the task of an example
-      (`moepeft.moe.task_names`).
+      (`moepeft.peft.prefix`) or routers that read more of an example than
+      its tokens (`RouterInputs`).
 
   Raises:
     ValueError: config.data.truncation is unknown, or has no effect on this
       model's batches, or the model has no decoder.
   """
-  prefix_ids, tasks = (), ()
+  prefix_ids, router_inputs = (), RouterInputs()
   if adapter_map is not None:
     vocab = getattr(model, 'config', model).vocab
     prefix_ids = placeholder_ids(adapter_map, vocab)
-    tasks = task_names(adapter_map)
+    router_inputs = RouterInputs.of_method(adapter_map)
   if model is not None:
     check_decodes(model)
   if model is not None and decoder_only(model):
@@ -209,7 +216,7 @@ def make_model_collator(
       data.packing,
       seed,
       prefix_ids,
-      tasks,
+      router_inputs,
     )
   check_truncation(data.truncation)
   is_single = 'single' in READERS.lookup(data.source).batches
@@ -221,7 +228,7 @@ def make_model_collator(
     )
   lengths = data.inputs_length, data.targets_length
   return Seq2SeqCollator(
-    tokenizer, *lengths, data.packing, seed, prefix_ids, tasks
+    tokenizer, *lengths, data.packing, seed, prefix_ids, router_inputs
   )
 
 

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from moepeft.data.batching import packing
+from moepeft.data.batching.router_inputs import (
+  NO_INPUTS,
+  ExampleInputs,
+  RouterInputs,
+)
 from moepeft.data.batching.seq2seq import PAD
-from moepeft.data.batching.task_ids import add_task_ids, task_id
 from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 from moepeft.tasks import Example
 
@@ -26,13 +30,13 @@ class Sample:
     loss_mask: bool [n], True on the tokens that are targets. The first entry
       has no effect, as no token precedes it.
     cut: whether the text was truncated.
-    task: id of the example's task, from 1; 0 where no router reads tasks.
+    routed_by: what routers read of the example.
   """
 
   ids: np.ndarray
   loss_mask: np.ndarray
   cut: bool = False
-  task: int = 0
+  routed_by: ExampleInputs = NO_INPUTS
 
   @property
   def has_targets(self) -> bool:
@@ -50,11 +54,14 @@ def check_truncation(truncation: str) -> None:
 
 
 def make_sample(
-  prompt: Sequence[int], answer: Sequence[int], task: int = 0
+  prompt: Sequence[int],
+  answer: Sequence[int],
+  routed_by: ExampleInputs = NO_INPUTS,
 ) -> Sample:
   """A sample of a prompt and an answer, with the loss on the answer."""
   ids = np.concatenate([np.asarray(x, np.int32) for x in (prompt, answer)])
-  return Sample(ids, np.arange(len(ids)) >= len(prompt), task=task)
+  loss_mask = np.arange(len(ids)) >= len(prompt)
+  return Sample(ids, loss_mask, routed_by=routed_by)
 
 
 def encode_prompts(
@@ -203,7 +210,7 @@ class CausalCollator:
     seed: of the packed rows' order.
     prefix_ids: placeholders of a soft prompt before all texts, which count
       towards `length`; see `prepend_prefix`.
-    tasks: task names with ids; see `batching.task_ids`.
+    router_inputs: what the method's routers read of examples.
   """
 
   tokenizer: Tokenizer
@@ -212,7 +219,7 @@ class CausalCollator:
   packed: bool = False
   seed: int = 0
   prefix_ids: tuple[int, ...] = ()
-  tasks: tuple[str, ...] = ()
+  router_inputs: RouterInputs = RouterInputs()
 
   def __post_init__(self):
     check_truncation(self.truncation)
@@ -263,8 +270,8 @@ class CausalCollator:
       else:
         is_example = isinstance(item, Example)
         pair = next(encoded_examples) if is_example else item
-        task = task_id(self.tasks, item.task) if is_example else 0
-        samples.append(make_sample(*pair, task))
+        read = (self.router_inputs.of_example(item),) if is_example else ()
+        samples.append(make_sample(*pair, *read))
     return samples
 
   def rows(self, window: int, encoded: Sequence[Sample]):
@@ -273,15 +280,16 @@ class CausalCollator:
       return self.pad(encoded)
     rng = np.random.default_rng((self.seed, window))
     lengths = np.array(self.sizes(encoded)[0])
-    return self.pack(encoded, packing.shuffled_bins(lengths, self.lengths, rng))
+    sizes = self.router_inputs.with_counts(lengths, self.lengths)
+    return self.pack(encoded, packing.shuffled_bins(*sizes, rng))
 
   def pack(self, encoded: Sequence[Sample], bins: Sequence[Sequence[int]]):
     rows = pack_samples(encoded, self.length, bins)
-    return add_task_ids(rows, self.tasks, [e.task for e in encoded], bins)
+    return self.router_inputs.add(rows, [e.routed_by for e in encoded], bins)
 
   def pad(self, encoded: Sequence[Sample]) -> dict[str, np.ndarray]:
     rows = pad_samples(encoded, self.length)
-    return add_task_ids(rows, self.tasks, [e.task for e in encoded])
+    return self.router_inputs.add(rows, [e.routed_by for e in encoded])
 
   def count_truncated(self, items: Sequence) -> int:
     max_length = self.max_lengths[0] + 1

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moepeft.data.batching.router_inputs import NO_INPUTS, ExampleInputs
+
 
 def prepend_prefix(
   prefix_ids: Sequence[int], ids: Sequence[int]
@@ -48,12 +50,12 @@ class TokenizedPair(NamedTuple):
 
   Attributes:
     inputs, targets: token ids.
-    task: the task id, as in `decoder_only.Sample`.
+    routed_by: what routers read of the example.
   """
 
   inputs: Sequence[int]
   targets: Sequence[int]
-  task: int = 0
+  routed_by: ExampleInputs = NO_INPUTS
 
 
 def best_fit_bins(

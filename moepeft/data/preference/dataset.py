@@ -207,7 +207,7 @@ class PreferenceDataset:
     digest = hashlib.sha256()
     for item in self.items:
       for side in item.sides:
-        # Without the task id, which older runs' hashes do not have.
+        # Without `routed_by`, which older runs' hashes do not have.
         fields = (
           (side.ids, side.loss_mask, side.cut)
           if isinstance(side, Sample)

@@ -337,8 +337,16 @@ def apply_template(
   ):
     choices = []
   answer = choices.index(targets) if choices else -1
+  embedding = example_lib.parse_embedding(row.get('embedding'))
   return Example(
-    task, template.name, index, inputs, targets, tuple(choices), answer
+    task,
+    template.name,
+    index,
+    inputs,
+    targets,
+    tuple(choices),
+    answer,
+    embedding,
   )
 
 

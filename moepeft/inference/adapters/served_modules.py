@@ -54,8 +54,14 @@ def check_decodes(adapter: nn.Module, path: str) -> None:
 
   Raises:
     ValueError: its router reads the prompt outside of the layers, which have
-      the caches.
+      the caches, or an embedding, which no request has.
   """
+  if getattr(adapter, 'embedding_size', 0):
+    raise ValueError(
+      f'{adapter.name} routes by an embedding of each example, and a request '
+      'has none; train it and score rows with it, or generate with '
+      'router=sentence'
+    )
   if reads_prompt(adapter) and '/' not in path:
     raise ValueError(
       f'the router of {adapter.name} reads the whole prompt at {path!r}, and '

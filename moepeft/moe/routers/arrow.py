@@ -30,9 +30,8 @@ class Arrow(nn.Module):
   from the adapters in `from_adapters`, and nothing is trained. The sign of a
   singular vector means nothing, hence the absolute value.
 
-  Source: Ostapenko et al., arXiv:2405.11157, section 4.1. The defaults are
-  those of peft, which has no division by |x| either, though it calls the
-  product a cosine.
+  Source: Ostapenko et al., arXiv:2405.11157. The defaults are those of peft,
+  which has no division by |x| either, though it calls the product a cosine.
 
   Parameters: kernel [i, e], the prototypes, not trained.
 

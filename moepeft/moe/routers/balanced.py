@@ -19,8 +19,7 @@ class Balanced(LinearGate):
   b chooses experts and weights none. It is state, which moves by `rate`
   towards even loads after each optimizer step.
 
-  Source: Wang et al., arXiv:2408.15664, equation 3 and algorithm 1, with a
-  softmax as the gate.
+  Source: Wang et al., arXiv:2408.15664, with a softmax as the gate.
 
   Parameters: kernel [i, e]. State: bias [e].
 

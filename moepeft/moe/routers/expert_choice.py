@@ -17,8 +17,8 @@ class ExpertChoice(LinearGate):
 
   Of each example an expert chooses the ceil(capacity_factor * tokens / e) with
   the largest p, so that all loads are even. What comes later decides too: only
-  encoders may use it. Source: Zhou et al., arXiv:2202.09368, section 3.2,
-  whose experts choose among the tokens of a batch.
+  encoders may use it. Source: Zhou et al., arXiv:2202.09368, whose experts
+  choose among the tokens of a batch.
 
   Attributes:
     capacity_factor: experts a token on average; 2 is the paper's.

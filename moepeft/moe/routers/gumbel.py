@@ -14,10 +14,10 @@ from moepeft.nn.numerics import softmax
 class Gumbel(ScoreGate):
   """weights = 1 for one expert, with the gradient of softmax((x W + g) / t).
 
-  In training g is Gumbel noise, so that an expert is drawn with its
-  probability softmax(x W); otherwise the most probable one is taken. Source:
-  Jang et al., arXiv:1611.01144, equations 1 and 2 and section 2.2; a router of
-  SMEAR's baselines (Muqeeth et al., arXiv:2306.03745).
+  In training g is Gumbel noise, so that an expert is drawn with its probability
+  softmax(x W); otherwise the most probable one is taken. Source: Jang et al.,
+  arXiv:1611.01144; a router of SMEAR's baselines (Muqeeth et al.,
+  arXiv:2306.03745).
 
   Attributes:
     temperature: t; the smaller, the nearer the gradient is to that of a draw,

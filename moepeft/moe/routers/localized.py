@@ -27,7 +27,7 @@ class Localized(LinearGate):
   so that the two groups become unlike, and the experts of one alike. Without a
   `delta` all experts are to become alike, and no task is read.
 
-  Source: LoRAMoE (Dou et al., arXiv:2312.09979), equations 5 to 7. The released
+  Source: LoRAMoE (Dou et al., arXiv:2312.09979) and its released code, whose
   script has delta 0 and no weight of the loss.
 
   Attributes:

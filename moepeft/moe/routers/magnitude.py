@@ -20,8 +20,8 @@ class Magnitude(nn.Module):
   x A (reads='down'). There is no trained parameter; d is state, which moves by
   `rate` towards even loads after each optimizer step.
 
-  Source: FlyLoRA (Zou et al., arXiv:2510.08396), equations 4 to 7. The
-  fork of peft in its repository moves d in every forward pass, evaluation too.
+  Source: FlyLoRA (Zou et al., arXiv:2510.08396). The fork of peft in its
+  repository moves d in every forward pass, evaluation too.
 
   State: bias [e].
 

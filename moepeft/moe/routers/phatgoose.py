@@ -30,8 +30,8 @@ class Phatgoose(nn.Module):
 
   v_e is the gate of adapter e: with the adapter frozen, sigmoid(x . v_e) times
   its term was trained on the adapter's data. No parameter is trained here, and
-  LN has no scale and no bias. Source: Muqeeth et al., arXiv:2402.05859, section
-  3, and its released code, r-three/phatgoose.
+  LN has no scale and no bias. Source: Muqeeth et al., arXiv:2402.05859, and
+  its released code, r-three/phatgoose.
 
   Parameters: kernel [i, e], the gates, not trained.
 

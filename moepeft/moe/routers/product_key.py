@@ -18,10 +18,10 @@ class ProductKey(LinearGate):
   """weights = softmax over the k largest of s_i + t_j, expert e being (i, j).
 
   s = x U and t = x V have about sqrt(e) scores each: i = e // m and j = e % m,
-  m columns of V. Source: Lample et al., arXiv:1907.05242, equations 2 to 5, as
-  a router in scalable-moe-lora (github.com/attrung), where each table reads all
-  of x and not a half of a query. The k largest of all e sums are taken: where e
-  is a product, they are among those of the k largest scores of each table.
+  m columns of V. Source: Lample et al., arXiv:1907.05242, as a router in
+  scalable-moe-lora (github.com/attrung), where each table reads all of x and
+  not a half of a query. The k largest of all e sums are taken: where e is a
+  product, they are among those of the k largest scores of each table.
 
   Parameters: kernel, U [i, ceil(sqrt(e))]; second_kernel, V [i, m].
 

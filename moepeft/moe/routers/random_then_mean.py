@@ -20,11 +20,11 @@ from moepeft.nn.numerics import softmax
 class RandomThenMean(nn.Module):
   """weights = 1 for a random expert in training; 1 / e after it.
 
-  Source: AdaMix (Wang et al., arXiv:2205.12410), sections 3.1 and 3.3, which
-  averages parameters; the mean of outputs equals it where experts are linear,
-  or are mixed in their parameters. Here each example draws at each site, there
-  each batch, and its code draws apart for the projections down and up. The loss
-  that it adds is config.loss.consistency. No parameters.
+  Source: AdaMix (Wang et al., arXiv:2205.12410), which averages parameters; the
+  mean of outputs equals it where experts are linear, or are mixed in their
+  parameters. Here each example draws at each site, there each batch, and its
+  code draws apart for the projections down and up. The loss that it adds is
+  config.loss.consistency. No parameters.
   """
 
   experts: int = option(1, EXPERTS)

@@ -32,9 +32,8 @@ class Sentence(nn.Module):
 
   All tokens of an example have the same weights; with combine='parameters' its
   experts are merged into one, as in the paper. Source: SMEAR (Muqeeth et al.,
-  arXiv:2306.03745), section 3, and its released code, which takes the mean over
-  padding too, and has a bias in LN(W): it adds the same to all logits, and is
-  left out.
+  arXiv:2306.03745) and its released code, which takes the mean over padding
+  too, and has a bias in LN(W): it adds the same to all logits, and is left out.
 
   Parameters: kernel [i, e]; scale, bias [i] of LN(m); kernel_scale [i] of
   LN(W), which is over each expert's column.

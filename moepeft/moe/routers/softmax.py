@@ -12,8 +12,7 @@ from moepeft.nn.numerics import softmax
 class Softmax(LinearGate):
   """weights = softmax(x W); each row sums to one.
 
-  Source: Zadouri et al., arXiv:2309.05444, equations of section 2; no bias,
-  float32.
+  Source: Zadouri et al., arXiv:2309.05444; no bias, float32.
   """
 
   @nn.compact

@@ -19,10 +19,10 @@ class Switch(LinearGate):
   choose it; the others get no adapter, and the load of the load-balance loss
   does not count them.
 
-  Source: Switch Transformer (Fedus et al., arXiv:2101.03961), equations 1 to
-  3, with the capacity of an example, as MixLoRA's 'switch' (arXiv:2404.15159),
-  32 there, instead of a batch. MixLoRA's code multiplies by p in training
-  alone, and so computes another function afterwards; here both do.
+  Source: Switch Transformer (Fedus et al., arXiv:2101.03961), with the capacity
+  of an example, as MixLoRA's 'switch' (arXiv:2404.15159), 32 there, instead of
+  a batch. MixLoRA's code multiplies by p in training alone, and so computes
+  another function afterwards; here both do.
 
   Attributes:
     capacity: tokens that an expert takes of an example; 0 for all.

@@ -21,7 +21,7 @@ class Threshold(LinearGate):
   the default maximum of 1 / e the most probable expert is always above it; with
   a larger one a token may have no expert, and then no adapter.
 
-  Source: AdaMoLE (Liu and Luo, arXiv:2405.00361), equations 4 to 6.
+  Source: AdaMoLE (Liu and Luo, arXiv:2405.00361) and its released code.
 
   Parameters: kernel [i, e]; threshold_kernel [i], threshold_bias [], drawn as
   by torch.nn.Linear.

@@ -19,7 +19,7 @@ from moepeft.peft.method import Method
 from moepeft.peft.methods.lora import DROPOUT, down, up
 
 _ZERO = Constant(0)
-# Houlsby et al., section 3.
+# Houlsby et al., arXiv:1902.00751: near the identity at first.
 _INIT = Normal(0.01)
 
 

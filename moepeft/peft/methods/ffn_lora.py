@@ -2,8 +2,8 @@
 """LoRA inside a whole feed-forward sublayer, as an expert of MixLoRA.
 
 Each expert is the frozen feed-forward with low-rank terms of its own at the
-gate, the up- and the down-projection (Li et al., arXiv:2404.15159, section
-3.1). The experts share the frozen weights, whose three products are computed
+gate, the up- and the down-projection (Li et al., arXiv:2404.15159). The
+experts share the frozen weights, whose three products are computed
 once: those with x do not depend on the expert, and the down-projection of the
 weighted sum of hidden activations is the weighted sum of the down-projections.
 Experts are computed one after the other, and again for the gradient, so that

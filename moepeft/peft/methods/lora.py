@@ -30,7 +30,7 @@ from moepeft.nn.initializers import (
 )
 from moepeft.nn.low_rank_matmul import low_rank_matmul
 from moepeft.nn.numerics import to_f32
-from moepeft.peft.method import Method
+from moepeft.peft.method import Exclusion, Method
 
 INIT_A = Normal(0.02)
 INIT_B = Constant(0)
@@ -38,15 +38,34 @@ RANK = Range(1, 65_536)
 ALPHA = Range(0, 1_000_000)
 DROPOUT = Range(0, 1, below=True)
 A_INITS = ('normal', 'kaiming', 'sparse')
-# Values of `init_weights` of one adapter, that of experts, and options of a
-# mixture that it excludes.
+# Values of `init_weights` of one adapter, and that of experts.
 FROM_BASE, FROM_CHUNKS = ('pissa', 'olora'), 'svd_chunks'
-_NOT_IN_CHUNKS = (
-  'share',
-  'experts_per_layer',
-  'from_adapters',
-  'shared_experts',
-  'identity_experts',
+EXCLUSIONS = (
+  Exclusion(
+    ('ranks',),
+    ('shared_experts', 'combine', 'dispatch=sparse', 'init_weights'),
+    'experts of different ranks are mixed by their outputs, and all are '
+    'computed and start at zero; drop {second} or ranks',
+  ),
+  Exclusion(
+    ('a_groups', 'b_groups'),
+    ('experts_per_layer', 'from_adapters', 'init_weights'),
+    '{first} gives layers one array, and {second} gives each its own; drop one '
+    'of them',
+  ),
+  Exclusion(
+    (f'init_weights={FROM_CHUNKS}',),
+    (
+      'share',
+      'experts_per_layer',
+      'from_adapters',
+      'shared_experts',
+      'identity_experts',
+      'combine',
+    ),
+    f"init_weights='{FROM_CHUNKS}' is of experts with factors of their own "
+    'that the router alone weights, as many in each layer; drop {second}',
+  ),
 )
 # FlyLoRA's k / r, 8 of 32 (arXiv:2510.08396).
 _DENSITY = 0.25
@@ -410,51 +429,22 @@ def svd_factors(
 
 
 def check(options: Mapping[str, Any]) -> None:
-  """Raises a ValueError for an `init_weights` that the other options rule out.
+  """Raises a ValueError for an `init_weights` of a mixture in one adapter, or
+  one of an adapter in a mixture.
 
   Args:
     options: {option: value} of one adapter, or of a mixture of them.
   """
   init = options['init_weights']
-  if options.get('ranks'):
-    ruled_out = [n for n in ('shared_experts', 'from_adapters') if options[n]]
-    ruled_out += ['combine'] if options['combine'] == 'parameters' else []
-    ruled_out += ['dispatch'] if options['dispatch'] == 'sparse' else []
-    ruled_out += [] if init == 'zero' else ['init_weights']
-    if ruled_out:
-      raise ValueError(
-        'experts of different ranks are mixed by their outputs, and all are '
-        f'computed and start at zero; drop {ruled_out[0]} or ranks'
-      )
-  tied = [name for name in ('a_groups', 'b_groups') if options[name]]
-  unlike = [n for n in ('experts_per_layer', 'from_adapters') if options.get(n)]
-  if tied and init != 'zero':
-    unlike.append('init_weights')
-  if tied and unlike:
+  if 'experts' not in options and init == FROM_CHUNKS:
     raise ValueError(
-      f'{tied[0]} gives layers one array, and {unlike[0]} gives each its own; '
-      'drop one of them'
+      f'init_weights={init!r} gives each expert of a mixture a part; for one '
+      "adapter write init_weights='pissa'"
     )
-  if init == 'zero':
-    return
-  if 'experts' not in options:
-    if init == FROM_CHUNKS:
-      raise ValueError(
-        f'init_weights={init!r} gives each expert of a mixture a part; for one '
-        "adapter write init_weights='pissa'"
-      )
-    return
-  if init != FROM_CHUNKS:
+  if 'experts' in options and init in FROM_BASE:
     raise ValueError(
       f'init_weights={init!r} would start all experts as the same one; '
       f'init_weights={FROM_CHUNKS!r} gives each a part of the singular values'
-    )
-  excluded = [name for name in _NOT_IN_CHUNKS if options.get(name)]
-  excluded += ['combine'] if options['combine'] == 'parameters' else []
-  if excluded:
-    raise ValueError(
-      f'init_weights={init!r} is of experts with factors of their own that the '
-      f'router alone weights, as many in each layer; drop {excluded[0]}'
     )
 
 
@@ -476,6 +466,7 @@ METHOD = Method(
   dispatches=True,
   columns=True,
   merge=merge,
+  exclusions=EXCLUSIONS,
   check=check,
   size_option='rank',
   scaled_leaves=('b', 'initial_b'),

@@ -83,6 +83,7 @@ METHOD = Method(
   additive=True,
   shareable=('a', 'b', 'ab'),
   merge=merge,
+  exclusions=lora.EXCLUSIONS,
   size_option='rank',
   exact_identity=True,
 )

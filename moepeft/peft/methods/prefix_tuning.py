@@ -210,6 +210,7 @@ METHOD = Method(
   module=Prefix,
   # The attention cores of a T5's encoder, its decoder and between them.
   roles={'official': ('core',), 'paper': ('core',)},
+  any_weights=True,
   why_not='its keys and values are of no token',
   initial_change='its keys and values take attention from the first step on',
   size_option='length',

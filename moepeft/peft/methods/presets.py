@@ -5,6 +5,7 @@ configs/methods/ has a config of each with the paper's training settings, and
 says where paper and released code differ.
 """
 
+from moepeft.peft.kinds import kind_entry, kinds_of
 from moepeft.peft.method import Method
 from moepeft.peft.methods import bottleneck, ffn_lora, ia3, lora, moslora
 from moepeft.peft.mixture import Mixture, mixture_of
@@ -36,7 +37,13 @@ MOV = mixture_of(
 # on the attention is a second adapter; see configs/methods/mixlora.py.
 MIXLORA = mixture_of(
   ffn_lora.METHOD,
-  values={'experts': 8, 'rank': 16, 'alpha': 32.0, 'a_init': 'kaiming'},
+  values={
+    'experts': 8,
+    'rank': 16,
+    'alpha': 32.0,
+    'dropout': 0.05,
+    'a_init': 'kaiming',
+  },
   router='topk(k=2, renormalize=True)',
 )
 
@@ -47,6 +54,7 @@ MOLA = mixture_of(
     'experts_per_layer': 'inverted_triangle',
     'rank': 8,
     'alpha': 16.0,
+    'dropout': 0.05,
     'a_init': 'kaiming',
   },
   roles=_at(*_ATTENTION, *_FEED_FORWARD),
@@ -57,9 +65,10 @@ MOLA = mixture_of(
 HYDRALORA = mixture_of(
   lora.METHOD,
   values={
-    'experts': 3,
+    'experts': 4,
     'rank': 4,
     'alpha': 32.0,
+    'dropout': 0.05,
     'share': 'a',
     'a_init': 'kaiming',
   },
@@ -70,7 +79,13 @@ HYDRALORA = mixture_of(
 # Liu and Luo, arXiv:2405.00361: experts above a learned threshold.
 ADAMOLE = mixture_of(
   lora.METHOD,
-  values={'experts': 8, 'rank': 4, 'alpha': 16.0, 'a_init': 'kaiming'},
+  values={
+    'experts': 8,
+    'rank': 4,
+    'alpha': 16.0,
+    'dropout': 0.05,
+    'a_init': 'kaiming',
+  },
   roles=_at(*_ATTENTION),
   router="threshold(kernel_init='kaiming')",
 )
@@ -87,6 +102,7 @@ FLYLORA = mixture_of(
     'a_init': 'sparse',
     'train_a': False,
   },
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
   router='magnitude(k=8)',
 )
 
@@ -179,6 +195,7 @@ LORAMOE = mixture_of(
 MOELORA = mixture_of(
   lora.METHOD,
   values={'experts': 8, 'rank': 2, 'alpha': 4.0, 'dropout': 0.1},
+  roles=_at(*_ATTENTION, *_FEED_FORWARD),
   router='task',
 )
 
@@ -189,10 +206,10 @@ SMEAR = mixture_of(
   values={
     'experts': 8,
     'size': 24,
-    'activation': 'gelu',
+    'activation': 'silu',
     'combine': 'parameters',
   },
-  router='sentence',
+  router='sentence(dropout=0.1)',
 )
 
 # Ponti et al., arXiv:2202.13914: low-rank skills, merged for each task.
@@ -292,3 +309,34 @@ LILY = mixture_of(
 # Ning et al., arXiv:2408.01505: one A, and a router for each of its columns
 # over rank-one experts.
 MODE = mixture_of(lora.METHOD, values={'share': 'a', 'by_column': True})
+
+# Cao et al., arXiv:2506.05928: LoRA at five projections and a bottleneck beside
+# the feed-forward, each with a gate of its own, of one router for a layer.
+MOA = mixture_of(
+  kinds_of(
+    (
+      *(
+        kind_entry(
+          'lora',
+          lora.METHOD,
+          f'*/{site}',
+          rank=8,
+          alpha=8.0,
+          a_init='kaiming',
+        )
+        for site in ('q', 'k', 'v', 'o', 'wo')
+      ),
+      kind_entry(
+        'bottleneck',
+        bottleneck.METHOD,
+        '*/mlp',
+        size=16,
+        activation='silu',
+        place='parallel',
+      ),
+    ),
+    takes_options=True,
+  ),
+  values={'experts': 1, 'share_routing': True},
+  router="sigmoid(hidden=4, bias=True, kernel_init='kaiming')",
+)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VeRA, LoHa and LoKr of peft are read as LoRA; VeRA is written."""
+"""VeRA, LoHa and LoKr of peft are read as LoRA; VeRA is written and read."""
 
 import json
 
@@ -10,7 +10,9 @@ from safetensors.numpy import load_file, save_file
 from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
+from moepeft.peft.method_text import canonical_text
 
 from ..cases import CONFIGS, adapter_tree
 from .test_peft import CONFIG, INPUTS, OUTPUTS, PARAMS, logits
@@ -135,8 +137,20 @@ def test_a_vera_is_written_with_its_matrices(base, tmp_path):
   expected = logits(VERA)
   model = reference.PeftModel.from_pretrained(torch_model(base), tmp_path / 'a')
   assert_close(torch_logits(model.eval()), expected)
-  # Read back, it is a LoRA of the same function.
-  assert_close(logits(peft.load(str(tmp_path / 'a'), CONFIG)), expected)
+  # Read back, it is a VeRA of the same seed.
+  loaded = peft.load(str(tmp_path / 'a'), CONFIG)
+  assert canonical_text(loaded.method) == canonical_text(VERA.method)
+  read, written = map(weight_mapping.flatten, (loaded.tree, VERA.tree))
+  assert read.keys() == written.keys()
+  for path, array in written.items():
+    # d is scaled by a number and by its inverse.
+    np.testing.assert_allclose(read[path], array, rtol=1e-6)
+  peft.save(tmp_path / 'b', CONFIG, loaded)
+  # Matrices of another seed are no VeRA of this one, but a LoRA.
+  other = edited(tmp_path / 'c', projection_prng_key=6)
+  loaded = peft.load(other, CONFIG)
+  assert loaded.method.startswith('lora(')
+  assert_close(logits(loaded), expected)
 
 
 def edited(path, **changes):

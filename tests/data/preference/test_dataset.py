@@ -13,6 +13,7 @@ from moepeft import config as config_lib
 from moepeft.data.__main__ import show
 from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.batching.decoder_only import CausalCollator, Sample
+from moepeft.data.batching.router_inputs import ExampleInputs
 from moepeft.data.loader import make_loader
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.sources import open_data
@@ -345,18 +346,22 @@ def test_the_hash_is_the_one_that_older_references_were_made_for(tmp_path):
   digest = hashlib.sha256()
   for item in data.items:
     for side in item.sides:
-      # Before routers read tasks a sample was its ids, mask and cut.
+      # Before routers read more, a sample was its ids, mask and cut.
       for field in (side.ids, side.loss_mask, side.cut):
         array = np.asarray(field, np.int32)
         digest.update(np.int64(array.size).tobytes() + array.tobytes())
   assert data.sha256 == digest.hexdigest()
-  tasks = [
+  routed_by = ExampleInputs(2, np.ones(3, np.float32))
+  routed = [
     dataclasses.replace(
-      item, sides=tuple(dataclasses.replace(s, task=2) for s in item.sides)
+      item,
+      sides=tuple(
+        dataclasses.replace(s, routed_by=routed_by) for s in item.sides
+      ),
     )
     for item in data.items
   ]
-  assert dataclasses.replace(data, items=tuple(tasks)).sha256 == data.sha256
+  assert dataclasses.replace(data, items=tuple(routed)).sha256 == data.sha256
 
 
 @pytest.mark.parametrize('objective', ['dpo', 'kto'])

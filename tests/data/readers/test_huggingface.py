@@ -123,7 +123,7 @@ def test_rows_keep_what_they_say_of_themselves(tmp_path):
   assert (first.task, first.template, first.idx) == ('d', 't', 5)
   assert (first.choices, first.label) == (('a', 'b'), 1)
   # What a row lacks is None in a table.
-  assert tuple(vars(second).values()) == ('r', '', 1, 'x', 'y', (), -1)
+  assert tuple(vars(second).values()) == ('r', '', 1, 'x', 'y', (), -1, None)
 
 
 def bad_files(folder):
@@ -165,9 +165,9 @@ def test_raw_columns_are_put_into_words(tmp_path, name):
   assert len(actual) == 10 and actual.inapplicable == 4
   assert [vars(e) for e in actual[1:3]] == [
     dict(task='mine', template='ask', idx=1, inputs='word 1?', targets='yes')
-    | dict(choices=(), label=-1),
+    | dict(choices=(), label=-1, embedding=None),
     dict(task='mine', template='shout', idx=1, inputs='WORD 1!', targets='yes')
-    | dict(choices=('no', 'yes'), label=1),
+    | dict(choices=('no', 'yes'), label=1, embedding=None),
   ]
 
 

@@ -58,10 +58,10 @@ def test_every_template_of_a_row_that_it_applies_to_gives_an_example(tmp_path):
   assert [tuple(vars(e).values()) for e in actual] == [
     # 'generate' has nothing to say of the first row.
     ('glue_mrpc', 'same_thing_', 0)
-    + ('Is A cat the same as a dog?', 'no', ('no', 'yes'), 0),
-    ('glue_mrpc', 'generate', 1, 'Reword: Two', '2', (), -1),
+    + ('Is A cat the same as a dog?', 'no', ('no', 'yes'), 0, None),
+    ('glue_mrpc', 'generate', 1, 'Reword: Two', '2', (), -1, None),
     ('glue_mrpc', 'same_thing_', 1)
-    + ('Is Two the same as 2?', 'yes', ('no', 'yes'), 1),
+    + ('Is Two the same as 2?', 'yes', ('no', 'yes'), 1, None),
   ]
   assert actual.inapplicable == 1
   assert actual.notes('rows') == [
