@@ -35,7 +35,7 @@ from moepeft.nn.adapter_hook import AdapterMap, contraction, flatten_features
 from moepeft.nn.initializers import init_params, peft_param
 from moepeft.objectives import seq2seq
 from moepeft.objectives.cross_entropy import mean_loss
-from moepeft.peft import build
+from moepeft.peft import build, low_rank
 from moepeft.peft.methods import lora
 from moepeft.peft.mixture import Mixture
 
@@ -70,7 +70,7 @@ class Naive(Mixture):
 
   @nn.compact
   def __call__(self, f, x, ctx):
-    inside, outside = lora.shapes(f, 'molora')
+    inside, outside = low_rank.shapes(f, 'molora')
     ranks = (self.experts, self.expert.rank)
     a = peft_param(
       self, 'a', lora.INIT_A, (*inside, *ranks), f'{f.input_axes}er'
@@ -81,7 +81,7 @@ class Naive(Mixture):
     p = route(self, self.router, flatten_features(x), ctx).combine_weights
     _, _, outer, output = contraction(f.eqn)
     # As in `Lora.mix`: what is compared is how the experts' outputs are mixed.
-    z = lora.down(x, a)
+    z = low_rank.down(x, a)
     each = jnp.einsum(f'bter,er{outer}->bte{outer}', z, b)
     mixed = jnp.einsum(f'bte{outer},bte->{output}', each, p)
     return f(x) + mixed * self.expert.scale

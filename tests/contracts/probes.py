@@ -11,6 +11,7 @@ from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.nn.adapter_hook import contraction
 from moepeft.nn.initializers import peft_param
+from moepeft.peft import low_rank
 from moepeft.peft.method import Method
 from moepeft.peft.methods import lora, prefix_tuning, presets
 
@@ -34,7 +35,7 @@ class Dora(nn.Module):
 
   @nn.compact
   def __call__(self, f, x, ctx):
-    inside, outside = lora.shapes(f, 'dora')
+    inside, outside = low_rank.shapes(f, 'dora')
     a = peft_param(
       self, 'a', lora.INIT_A, (*inside, self.rank), f'{f.input_axes}r'
     )

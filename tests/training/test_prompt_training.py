@@ -15,7 +15,7 @@ from moepeft.checkpoints.restore import restore_adapter
 from moepeft.inference import loaded_model
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.generator import GenerationConfig, Generator
-from moepeft.models import FAMILIES
+from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.decoder.model import Decoder
 from moepeft.peft import build
 from moepeft.peft.prefix import model_prefix_ids
@@ -110,6 +110,28 @@ def test_what_mlps_compute_in_training_is_exported_and_served(base, tmp_path):
   (bucket,) = pool.buckets
   # Rounded up to powers of two.
   assert bucket.method == 'prompt(length=8) + prefix(length=4)'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'method',
+  ['p_tuning(length=5, hidden=3)', 'prefix(length=2, hidden=3, dropout=0.1)'],
+)
+def test_an_interrupted_run_of_an_mlp_resumes_to_the_same_bytes(
+  method, base, tmp_path
+):
+  # An export has what the MLP computed; the checkpoint has to have the MLP.
+  whole, parts = str(tmp_path / 'whole'), str(tmp_path / 'parts')
+  train.train(card(base, method=method), whole)
+  train.train(card(base, method=method, steps=2), parts)
+  train.train(card(base, method=method), parts)
+  expected, actual = map(
+    weight_mapping.flatten, (restore_adapter(p)[0] for p in (whole, parts))
+  )
+  assert any(path.endswith('/embedding') for path in expected)
+  assert actual.keys() == expected.keys()
+  for path, array in expected.items():
+    np.testing.assert_array_equal(actual[path], array, err_msg=path)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ out / splits], and the router [tasks, splits * skills], without the row of
 padding. A layer that the adapter omits gets zeros.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +35,52 @@ _A, _B = 'poly_lora_A', 'poly_lora_B'
 _ROUTER = 'poly_router.module_logits'
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+  """The sizes of a Poly of `peft` and of one of its sites.
+
+  Attributes:
+    tasks, experts, splits, rank: of the adapter.
+    inside, outside: the features of the site's input and output.
+  """
+
+  tasks: int
+  experts: int
+  splits: int
+  rank: int
+  inside: tuple[int, ...]
+  outside: tuple[int, ...]
+
+  @property
+  def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+    """{name of an array in its module: shape in peft}."""
+    # peft divides in the same way, and fails where the splits do not divide.
+    inputs, outputs = (
+      math.prod(features) // self.splits
+      for features in (self.inside, self.outside)
+    )
+    return {
+      _A: (self.splits, self.experts, inputs, self.rank),
+      _B: (self.splits, self.experts, self.rank, outputs),
+      _ROUTER: (self.tasks, self.splits * self.experts),
+    }
+
+  @property
+  def are_divided(self) -> bool:
+    sizes = math.prod(self.inside), math.prod(self.outside)
+    return all(size % self.splits == 0 for size in sizes)
+
+  def layer(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{name in moepeft: array} of one module."""
+    e, rank = self.experts, self.rank
+    a = stored[_A].transpose(0, 2, 1, 3).reshape(*self.inside, e, rank)
+    b = stored[_B].transpose(1, 2, 0, 3).reshape(e, rank, *self.outside)
+    table = np.pad(stored[_ROUTER], ((1, 0), (0, 0)))
+    if self.splits > 1:
+      table = table.reshape(-1, self.splits, e)
+    return {'a': a, 'b': b, 'router/table': table}
+
+
 def read(
   path: str, config: Any, fields: Mapping[str, Any], tensors: directory.Tensors
 ) -> AdapterWeights:
@@ -44,32 +91,68 @@ def read(
   Raises:
     CheckpointError: an array is missing or has a wrong shape, or there is none.
   """
-  tasks, e, splits, rank = (
-    fields[name] for name in ('n_tasks', 'n_skills', 'n_splits', 'r')
+  numbers = [fields[n] for n in ('n_tasks', 'n_skills', 'n_splits', 'r')]
+  sites = {
+    site: _Sizes(*numbers, *axes)
+    for site, axes in _features(config).items()
+    if any(f'{m}.{_A}' in tensors.shapes for m in _modules(config, site))
+  }
+  _check(path, config, sites, tensors)
+
+  def fetch(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name not in tensors.shapes:
+      return np.zeros(shape, np.float32)
+    array = tensors.fetch(name)
+    weight_mapping.check_finite(name, array, path)
+    return np.asarray(array, np.float32)
+
+  arrays = {}
+  for site, sizes in sites.items():
+    shapes = sizes.stored_shapes
+    layers = [
+      sizes.layer({n: fetch(f'{module}.{n}', s) for n, s in shapes.items()})
+      for module in _modules(config, site)
+    ]
+    place = weight_mapping.path_in_layers(site).replace('{l}/', '')
+    for leaf in layers[0]:
+      stacked = np.stack([layer[leaf] for layer in layers])
+      arrays[f'{place}/{_INSTANCE}/{leaf}'] = stacked
+  tasks, e, splits, rank = numbers
+  router = Spec(
+    'poly', (('tasks', tuple(map(str, range(tasks)))), ('splits', splits))
   )
-  features = _features(config)
-  modules, shapes = {}, {}
-  for site, axes in features.items():
-    # peft divides in the same way, and fails where the splits do not divide.
-    inside, outside = (math.prod(sizes) // splits for sizes in axes)
-    for name in _modules(config, site):
-      if f'{name}.{_A}' in tensors.shapes:
-        modules[site] = _modules(config, site)
-        shapes |= {
-          f'{name}.{_A}': (splits, e, inside, rank),
-          f'{name}.{_B}': (splits, e, rank, outside),
-          f'{name}.{_ROUTER}': (tasks, splits * e),
-        }
-  undivided = [
-    site
-    for site in modules
-    if any(math.prod(sizes) % splits for sizes in features[site])
-  ]
+  targets = site_patterns(sites, _features(config))
+  options = dict(experts=e, rank=rank, router=router, targets=targets)
+  method = method_string.format_method(
+    (Spec(_INSTANCE, tuple(options.items())),)
+  )
+  return AdapterWeights(method, weight_mapping.unflatten(arrays))
+
+
+def _check(
+  path: str,
+  config: Any,
+  sites: Mapping[str, _Sizes],
+  tensors: directory.Tensors,
+) -> None:
+  """
+  Raises:
+    CheckpointError: as `read`.
+  """
+  undivided = [site for site, sizes in sites.items() if not sizes.are_divided]
   if undivided:
     raise CheckpointError(
-      f'{path} has {splits} splits at {", ".join(undivided)}, whose sizes they '
-      'do not divide: give the base model that the adapter was trained on'
+      f'{path} has {sites[undivided[0]].splits} splits at '
+      f'{", ".join(undivided)}, whose sizes they do not divide: give the base '
+      'model that the adapter was trained on'
     )
+  shapes = {
+    f'{module}.{name}': shape
+    for site, sizes in sites.items()
+    for module in _modules(config, site)
+    if f'{module}.{_A}' in tensors.shapes
+    for name, shape in sizes.stored_shapes.items()
+  }
   weight_mapping.check(
     shapes,
     tensors.shapes,
@@ -78,49 +161,6 @@ def read(
   )
   if not shapes:
     raise CheckpointError(f'{path} holds no arrays: save the adapter again')
-
-  def fetch(name, shape):
-    if name not in tensors.shapes:
-      return np.zeros(shape, np.float32)
-    array = tensors.fetch(name)
-    weight_mapping.check_finite(name, array, path)
-    return np.asarray(array, np.float32)
-
-  arrays = {}
-  for site, names in modules.items():
-    inside, outside = features[site]
-    i, o = (math.prod(axes) // splits for axes in features[site])
-    layers = []
-    for name in names:
-      a = fetch(f'{name}.{_A}', (splits, e, i, rank)).transpose(0, 2, 1, 3)
-      b = fetch(f'{name}.{_B}', (splits, e, rank, o)).transpose(1, 2, 0, 3)
-      table = np.pad(
-        fetch(f'{name}.{_ROUTER}', (tasks, splits * e)), ((1, 0), (0, 0))
-      )
-      layers.append(
-        (
-          a.reshape(*inside, e, rank),
-          b.reshape(e, rank, *outside),
-          table if splits == 1 else table.reshape(-1, splits, e),
-        )
-      )
-    place = weight_mapping.path_in_layers(site).replace('{l}/', '')
-    leaves = ('a', 'b', 'router/table')
-    for leaf, stacked in zip(leaves, zip(*layers, strict=True), strict=True):
-      arrays[f'{place}/{_INSTANCE}/{leaf}'] = np.stack(stacked)
-  router = Spec(
-    'poly', (('tasks', tuple(map(str, range(tasks)))), ('splits', splits))
-  )
-  options = {
-    'experts': e,
-    'rank': rank,
-    'router': router,
-    'targets': site_patterns(modules, features),
-  }
-  method = method_string.format_method(
-    (Spec(_INSTANCE, tuple(options.items())),)
-  )
-  return AdapterWeights(method, weight_mapping.unflatten(arrays))
 
 
 def write(

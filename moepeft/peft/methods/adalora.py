@@ -26,6 +26,7 @@ from moepeft.core.types import Array, Context, Tree
 from moepeft.nn.adapter_hook import BaseLayer
 from moepeft.nn.initializers import Constant, Normal, peft_param
 from moepeft.nn.numerics import to_f32
+from moepeft.peft import low_rank
 from moepeft.peft.method import Method
 from moepeft.peft.methods import lora
 
@@ -53,10 +54,10 @@ class AdaLora(nn.Module):
       paper has the sum of the squares.
   """
 
-  rank: int = option(12, lora.RANK)
-  target_rank: int = option(8, lora.RANK, training_only=True)
-  alpha: float = option(16.0, lora.ALPHA)
-  dropout: float = option(0.0, lora.DROPOUT, training_only=True)
+  rank: int = option(12, low_rank.RANK)
+  target_rank: int = option(8, low_rank.RANK, training_only=True)
+  alpha: float = option(16.0, low_rank.ALPHA)
+  dropout: float = option(0.0, low_rank.DROPOUT, training_only=True)
   tinit: int = option(0, STEPS, training_only=True)
   tfinal: int = option(0, STEPS, training_only=True)
   delta_t: int = option(1, Range(1, 2**31 - 1), training_only=True)
@@ -66,7 +67,7 @@ class AdaLora(nn.Module):
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
-    inside, outside = lora.shapes(f, 'adalora')
+    inside, outside = low_rank.shapes(f, 'adalora')
     shape_a, shape_b = (*inside, self.rank), (self.rank, *outside)
     a = peft_param(self, 'a', Normal(0.02), shape_a, f'{f.input_axes}r')
     e = peft_param(self, 'e', Constant(0), (self.rank,), 'r')
@@ -74,8 +75,8 @@ class AdaLora(nn.Module):
     y = f(x)
     drop = nn.Dropout(self.dropout)
     low = drop(x, deterministic=not ctx.train).astype(y.dtype)
-    z = lora.down(low, a) * (e * self.scale).astype(y.dtype)
-    return y + lora.up(z, b)
+    z = low_rank.down(low, a) * (e * self.scale).astype(y.dtype)
+    return y + low_rank.up(z, b)
 
   @property
   def scale(self) -> float:
@@ -243,7 +244,9 @@ def _replace(tree: Tree, arrays: Mapping[str, Array]) -> Tree:
 def merge(variables, kernel: Array, *, adapter: AdaLora, eqn: str) -> Array:
   """W + alpha / r A diag(e) B, in float32."""
   a = variables['a'] * variables['e']
-  return to_f32(kernel) + adapter.scale * lora.product(a, variables['b'], eqn)
+  return to_f32(kernel) + adapter.scale * low_rank.product(
+    a, variables['b'], eqn
+  )
 
 
 def check(options: Mapping[str, Any]) -> None:

@@ -15,8 +15,8 @@ from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import BaseLayer
 from moepeft.nn.initializers import Constant, Normal, peft_param
 from moepeft.nn.mlp import ACTIVATIONS
+from moepeft.peft.low_rank import DROPOUT, down, up
 from moepeft.peft.method import Method
-from moepeft.peft.methods.lora import DROPOUT, down, up
 
 _ZERO = Constant(0)
 # Houlsby et al., arXiv:1902.00751: near the identity at first.

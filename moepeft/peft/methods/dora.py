@@ -14,6 +14,7 @@ from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import BaseLayer, contraction, kernel_letters
 from moepeft.nn.initializers import Constant, peft_param
 from moepeft.nn.numerics import to_f32
+from moepeft.peft import low_rank
 from moepeft.peft.method import Method
 from moepeft.peft.methods import lora
 from moepeft.peft.methods.lora import Lora
@@ -38,7 +39,7 @@ class Dora(Lora):
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
-    inside, outside = lora.shapes(f, 'dora')
+    inside, outside = low_rank.shapes(f, 'dora')
     shape_a, shape_b = (*inside, self.rank), (self.rank, *outside)
     init_a = self.init_a(inside)
     a = peft_param(self, 'a', init_a, shape_a, f'{f.input_axes}r')
@@ -47,12 +48,12 @@ class Dora(Lora):
     magnitude = peft_param(
       self, 'magnitude', lambda *_: norm(kernel, f.eqn), outside, f.output_axes
     )
-    changed = kernel + self.scale * lora.product(a, b, f.eqn)
+    changed = kernel + self.scale * low_rank.product(a, b, f.eqn)
     size = jax.lax.stop_gradient(norm(changed, f.eqn))
     y = f(x)
     drop = nn.Dropout(self.dropout)
     x = drop(x, deterministic=not ctx.train).astype(y.dtype)
-    term = lora.up(lora.down(x, a) * self.scale, b)
+    term = low_rank.up(low_rank.down(x, a) * self.scale, b)
     ratio = share(magnitude, size).astype(y.dtype)
     y = ratio * (y + term)
     return y if f.bias is None else y + (1 - ratio) * f.bias.astype(y.dtype)
@@ -90,14 +91,14 @@ class ServedDora(nn.Module):
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
-    inside, outside = lora.shapes(f, 'dora')
+    inside, outside = low_rank.shapes(f, 'dora')
     shape_a, shape_b = (*inside, self.rank), (self.rank, *outside)
     a = peft_param(self, 'a', lora.INIT_A, shape_a, f'{f.input_axes}r')
     b = peft_param(self, 'b', lora.INIT_B, shape_b, f'r{f.output_axes}')
     ratio = peft_param(self, 'ratio', Constant(1), outside, f.output_axes)
     y = f(x)
     ratio = ratio.astype(y.dtype)
-    term = lora.up(lora.down(x.astype(y.dtype), a), b)
+    term = low_rank.up(low_rank.down(x.astype(y.dtype), a), b)
     y = ratio * (y + term)
     return y if f.bias is None else y + (1 - ratio) * f.bias.astype(y.dtype)
 

@@ -24,16 +24,9 @@ from moepeft.core.types import Array, Context
 from moepeft.moe.dispatch import Dispatch
 from moepeft.nn.adapter_hook import BaseLayer
 from moepeft.nn.initializers import kaiming_uniform, peft_param
+from moepeft.peft.low_rank import ALPHA, DROPOUT, RANK, down, up
 from moepeft.peft.method import Method
-from moepeft.peft.methods.lora import (
-  ALPHA,
-  DROPOUT,
-  INIT_A,
-  INIT_B,
-  RANK,
-  down,
-  up,
-)
+from moepeft.peft.methods.lora import INIT_A, INIT_B
 
 
 class FfnLora(nn.Module):

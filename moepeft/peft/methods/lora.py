@@ -13,13 +13,7 @@ import numpy as np
 from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Context
 from moepeft.moe.dispatch import Dispatch
-from moepeft.nn.adapter_hook import (
-  BaseLayer,
-  contraction,
-  flatten_features,
-  kernel_letters,
-  sizes,
-)
+from moepeft.nn.adapter_hook import BaseLayer, flatten_features
 from moepeft.nn.initializers import (
   Constant,
   Initializer,
@@ -28,18 +22,23 @@ from moepeft.nn.initializers import (
   kaiming_uniform,
   peft_param,
 )
-from moepeft.nn.low_rank_matmul import low_rank_matmul
 from moepeft.nn.numerics import to_f32
+from moepeft.peft.initial_factors import FROM_BASE, FROM_CHUNKS, of_kernel
+from moepeft.peft.low_rank import (
+  ALPHA,
+  DROPOUT,
+  RANK,
+  down,
+  product,
+  shapes,
+  split_term,
+  up,
+)
 from moepeft.peft.method import Exclusion, Method
 
 INIT_A = Normal(0.02)
 INIT_B = Constant(0)
-RANK = Range(1, 65_536)
-ALPHA = Range(0, 1_000_000)
-DROPOUT = Range(0, 1, below=True)
 A_INITS = ('normal', 'kaiming', 'sparse')
-# Values of `init_weights` of one adapter, and that of experts.
-FROM_BASE, FROM_CHUNKS = ('pissa', 'olora'), 'svd_chunks'
 EXCLUSIONS = (
   Exclusion(
     ('ranks',),
@@ -69,24 +68,6 @@ EXCLUSIONS = (
 )
 # FlyLoRA's k / r, 8 of 32 (arXiv:2510.08396).
 _DENSITY = 0.25
-# GOAT's rho (its released code has no option for it).
-_CHUNK_DIVISOR = 10
-
-
-def down(x: Array, a: Array) -> Array:
-  """x A: [b, t, *in] and [*in, ...] -> [b, t, ...], in x's dtype."""
-  rank = a.shape[x.ndim - 2 :]
-  x = flatten_features(x)
-  flat = a.astype(x.dtype).reshape(x.shape[-1], -1)
-  return low_rank_matmul(x, flat).reshape(*x.shape[:2], *rank)
-
-
-def up(z: Array, b: Array) -> Array:
-  """z B: [b, t, ...] and [..., *out] -> [b, t, *out], in z's dtype."""
-  out = b.shape[z.ndim - 2 :]
-  z = flatten_features(z)
-  flat = b.astype(z.dtype).reshape(z.shape[-1], -1)
-  return low_rank_matmul(z, flat).reshape(*z.shape[:2], *out)
 
 
 def pays(rank: int, tokens: int, e: int, k: int) -> bool:
@@ -95,49 +76,6 @@ def pays(rank: int, tokens: int, e: int, k: int) -> bool:
   Measured; docs/methods.md has the table.
   """
   return tokens >= 256 and e * rank >= 256 * k
-
-
-def split_term(x: Array, a: Array, b: Array, weights: Array) -> Array:
-  """x A B of experts whose parts are merged with weights [b, t, n, e].
-
-  The inputs are n equal parts and so are the outputs; the weights of part n are
-  those of its rows of A and of its columns of B. A last part may be smaller.
-
-  Args:
-    a, b: [*in, e, r], [e, r, *out].
-  """
-  splits, (e, r, *out) = weights.shape[2], b.shape
-  x = _parts(flatten_features(x), 2, splits)
-  a = _parts(a.astype(x.dtype).reshape(-1, e, r), 0, splits)
-  z = jnp.einsum('btni,nier,btne->btr', x, a, weights, optimize='optimal')
-  b = _parts(b.astype(x.dtype).reshape(e, r, -1), 2, splits)
-  y = jnp.einsum('btr,btne,erno->btno', z, weights, b, optimize='optimal')
-  return flatten_features(y)[..., : math.prod(out)].reshape(*x.shape[:2], *out)
-
-
-def _parts(array: Array, axis: int, count: int) -> Array:
-  """The array with an axis in `count` parts, the last padded with zeros."""
-  size = -(-array.shape[axis] // count)
-  padding = [(0, 0)] * array.ndim
-  padding[axis] = (0, size * count - array.shape[axis])
-  shape = (*array.shape[:axis], count, size, *array.shape[axis + 1 :])
-  return jnp.pad(array, padding).reshape(shape)
-
-
-def shapes(f: BaseLayer, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """The input's and the output's feature shapes at a projection.
-
-  Raises:
-    ValueError: the site has no weight to stand beside.
-  """
-  if f.eqn is None:
-    raise ValueError(
-      f'{name} needs sites with a projection (like */q or */wo); '
-      'change its option `targets`'
-    )
-  _, inner, outer, _ = contraction(f.eqn)
-  size = sizes(f.eqn, f.shape)
-  return tuple(size[c] for c in inner), tuple(size[c] for c in outer)
 
 
 class Lora(nn.Module):
@@ -322,7 +260,10 @@ class Lora(nn.Module):
     init_a, init_b = self.init_a(inside, e_a, splits), INIT_B
     if self.init_weights != 'zero':
       # Once for A and B.
-      decompose = functools.cache(lambda: self.from_base(f, mixing))
+      experts = mixing.experts if mixing else 1
+      decompose = functools.cache(
+        lambda: of_kernel(f, self.init_weights, self.rank, experts, self.scale)
+      )
       init_a, init_b = (
         lambda key, shape, dtype, i=i: decompose()[i].reshape(shape)
         for i in (0, 1)
@@ -330,26 +271,6 @@ class Lora(nn.Module):
     a = peft_param(module, 'a', init_a, shape_a, f'{f.input_axes}{axes_a}')
     b = peft_param(module, 'b', init_b, shape_b, f'{axes_b}{f.output_axes}')
     return a, b, e_a, e_b
-
-  @nn.nowrap
-  def from_base(self, f: BaseLayer, mixing: Any) -> tuple[Array, Array]:
-    """A and B [in, e r] and [e r, out] of the kernel, by `init_weights`."""
-    _, inner, outer, _ = contraction(f.eqn)
-    kernel = jnp.einsum(f'{kernel_letters(f.eqn)}->{inner}{outer}', f.kernel())
-    inside = math.prod(sizes(f.eqn, f.shape)[letter] for letter in inner)
-    kernel = to_f32(kernel).reshape(inside, -1)
-    e = mixing.experts if mixing else 1
-    if e * self.rank > min(kernel.shape):
-      raise ValueError(
-        f'init_weights={self.init_weights!r} takes rank x experts = '
-        f'{self.rank} x {e} directions of a kernel of {kernel.shape}; take a '
-        'lower rank'
-      )
-    if self.init_weights == 'olora':
-      q, r = jnp.linalg.qr(kernel.T)
-      return r[: self.rank].T, q[:, : self.rank].T
-    divisor = _CHUNK_DIVISOR if self.init_weights == FROM_CHUNKS else 1
-    return svd_factors(kernel, self.rank, e, self.scale * divisor)
 
   @nn.nowrap
   def init_a(
@@ -410,24 +331,6 @@ def merge(variables, kernel: Array, *, adapter: Lora, eqn: str) -> Array:
   return to_f32(kernel) + adapter.scale * term
 
 
-def svd_factors(
-  kernel: Array, rank: int, chunks: int, scale: float
-) -> tuple[Array, Array]:
-  """A [in, chunks rank] and B [chunks rank, out] of U S V = W.
-
-  Of each of `chunks` equal parts of S the first `rank`: A = U sqrt(S / scale)
-  and B = sqrt(S / scale) V.
-
-  Args:
-    kernel: W [in, out].
-  """
-  u, s, v = jnp.linalg.svd(kernel, full_matrices=False)
-  part = len(s) // chunks
-  chosen = np.concatenate([part * i + np.arange(rank) for i in range(chunks)])
-  root = jnp.sqrt(s[chosen] / scale)
-  return u[:, chosen] * root, root[:, None] * v[chosen]
-
-
 def check(options: Mapping[str, Any]) -> None:
   """Raises a ValueError for an `init_weights` of a mixture in one adapter, or
   one of an adapter in a mixture.
@@ -446,12 +349,6 @@ def check(options: Mapping[str, Any]) -> None:
       f'init_weights={init!r} would start all experts as the same one; '
       f'init_weights={FROM_CHUNKS!r} gives each a part of the singular values'
     )
-
-
-def product(a: Array, b: Array, eqn: str) -> Array:
-  """A B with the axes of the kernel of `eqn`."""
-  _, inner, outer, _ = contraction(eqn)
-  return jnp.einsum(f'{inner}r,r{outer}->{kernel_letters(eqn)}', a, b)
 
 
 _PROJECTIONS = ('query', 'key', 'value', 'output', 'gate', 'down')

@@ -20,6 +20,7 @@ from moepeft.nn.adapter_hook import (
 )
 from moepeft.nn.initializers import kaiming_uniform, peft_param
 from moepeft.nn.numerics import to_f32
+from moepeft.peft import low_rank
 from moepeft.peft.method import Method
 from moepeft.peft.methods import lora
 
@@ -52,9 +53,9 @@ class MosLora(lora.Lora):
       module, 'core', kaiming_uniform(r), (*e, r, r), f'{letter}rr'
     ).astype(dtype)
     drop = nn.Dropout(self.dropout)
-    z = lora.down(drop(x, deterministic=not ctx.train).astype(dtype), a)
+    z = low_rank.down(drop(x, deterministic=not ctx.train).astype(dtype), a)
     if mixing is None:
-      return lora.up(lora.down(z, core) * self.scale, b)
+      return low_rank.up(low_rank.down(z, core) * self.scale, b)
     weights = (mixing.weights(flatten_features(z)) * self.scale).astype(dtype)
     if e_a:
       z = jnp.einsum('bter,ero,bte->bteo', z, core, weights)
@@ -62,7 +63,7 @@ class MosLora(lora.Lora):
       z = jnp.einsum('btr,ero,bte->bteo', z, core, weights)
     if not e_b:
       z = jnp.sum(z, axis=-2)
-    return lora.up(z, b)
+    return low_rank.up(z, b)
 
 
 def merge(variables, kernel: Array, *, adapter: MosLora, eqn: str) -> Array:

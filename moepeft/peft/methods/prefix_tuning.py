@@ -27,8 +27,8 @@ from moepeft.nn.initializers import (
   kaiming_uniform,
   peft_param,
 )
+from moepeft.peft.low_rank import DROPOUT
 from moepeft.peft.method import Method
-from moepeft.peft.methods.lora import DROPOUT
 
 # torch.nn.Embedding's initializer, in the released code of both papers.
 _INIT = Normal(1)

@@ -16,8 +16,8 @@ from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import BaseLayer, contraction, sizes
 from moepeft.nn.initializers import Constant, peft_param
 from moepeft.nn.numerics import to_f32
+from moepeft.peft import low_rank
 from moepeft.peft.method import Method
-from moepeft.peft.methods import lora
 
 
 class Vera(nn.Module):
@@ -35,22 +35,22 @@ class Vera(nn.Module):
     dropout: of the term's input, in training.
   """
 
-  rank: int = option(256, lora.RANK)
+  rank: int = option(256, low_rank.RANK)
   d_initial: float = option(0.1, Range(-1_000, 1_000), training_only=True)
   seed: int = option(0, Range(0, MAX_SEED))
-  dropout: float = option(0.0, lora.DROPOUT, training_only=True)
+  dropout: float = option(0.0, low_rank.DROPOUT, training_only=True)
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
-    inside, outside = lora.shapes(f, 'vera')
+    inside, outside = low_rank.shapes(f, 'vera')
     d = peft_param(self, 'd', Constant(self.d_initial), (self.rank,), 'r')
     b = peft_param(self, 'b', Constant(0), outside, f.output_axes)
     matrix_a, matrix_b = self.matrices(inside, outside)
     y = f(x)
     drop = nn.Dropout(self.dropout)
     x = drop(x, deterministic=not ctx.train).astype(y.dtype)
-    z = lora.down(x, matrix_a) * d.astype(y.dtype)
-    return y + lora.up(z, matrix_b) * b.astype(y.dtype)
+    z = low_rank.down(x, matrix_a) * d.astype(y.dtype)
+    return y + low_rank.up(z, matrix_b) * b.astype(y.dtype)
 
   @nn.nowrap
   def matrices(
@@ -90,7 +90,7 @@ def merge(variables, kernel: Array, *, adapter: Vera, eqn: str) -> Array:
   _, inner, outer, _ = contraction(eqn)
   size = sizes(eqn, kernel.shape)
   a, b = adapter.matrices(*(tuple(size[c] for c in s) for s in (inner, outer)))
-  term = lora.product(a * variables['d'], b * variables['b'], eqn)
+  term = low_rank.product(a * variables['d'], b * variables['b'], eqn)
   return to_f32(kernel) + term
 
 
