@@ -206,7 +206,9 @@ def main(argv) -> None:
   generator = Generator(
     run.model, run.variables, run.tokenizer, config, max(batch_size, num)
   )
-  repl_config = ReplConfig(stream, _CHAT.value, _SEED.value, num, batch_size)
+  repl_config = ReplConfig(
+    stream, _CHAT.value, _TASK.value, _SEED.value, num, batch_size
+  )
   encode = run.prompt_encoder(_CHAT.value, _SYSTEM.value)
   repl = ChatRepl(generator, encode, repl_config)
   try:
@@ -244,6 +246,9 @@ if __name__ == '__main__':
     'tokenizer.',
   )
   _SYSTEM = flags.DEFINE_string('system', '', 'The system turn, with --chat.')
+  _TASK = flags.DEFINE_string(
+    'task', '', "The prompts' task, for an adapter that routes by the task."
+  )
   _MAX_NEW_TOKENS = flags.DEFINE_integer(
     'max_new_tokens',
     32,

@@ -23,10 +23,8 @@ from ml_collections import ConfigDict
 from moepeft import evaluate as evaluate_command
 from moepeft.checkpoints import base as base_lib
 from moepeft.config import command_line
-from moepeft.evaluation.loglikelihood import answer_log_probs
 from moepeft.inference import sampling
 from moepeft.inference.adapters.fixed import FixedAdapter
-from moepeft.inference.adapters.served_modules import why_not_decoded
 from moepeft.inference.api import LogprobRequest, Request
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
@@ -81,6 +79,7 @@ class Model:
     seed: int = 0,
     chat: bool = False,
     routing: bool = False,
+    task: str = '',
   ) -> list[Answer]:
     """Generates an answer to each prompt.
 
@@ -90,6 +89,7 @@ class Model:
       seed: the sampling seed.
       chat: whether to apply the tokenizer's chat template.
       routing: whether to return the experts' weights of each token.
+      task: the prompts' task, for an adapter that routes by the task.
 
     Raises:
       ValueError: a prompt and its answer are too long, or a value is invalid.
@@ -106,6 +106,7 @@ class Model:
         seed=seed + i,
         eos_token_ids=self.loaded.eos_token_ids,
         routing=routing,
+        task=task,
       )
       for i, prompt in enumerate(prompts)
     ]
@@ -120,9 +121,12 @@ class Model:
     ]
 
   def log_probs(
-    self, prompts: Sequence[str], answers: Sequence[str]
+    self, prompts: Sequence[str], answers: Sequence[str], task: str = ''
   ) -> list[np.ndarray]:
     """Log-probability of each token of each answer, EOS included, in nats.
+
+    Args:
+      task: the prompts' task, for an adapter that routes by the task.
 
     Raises:
       ValueError: a prompt and its answer are too long.
@@ -130,14 +134,12 @@ class Model:
     encode, tokenizer = self.loaded.prompt_encoder(), self.loaded.tokenizer
     requests = [
       LogprobRequest(
-        tuple(encode([prompt])), (*tokenizer.encode(answer), tokenizer.eos)
+        tuple(encode([prompt])),
+        (*tokenizer.encode(answer), tokenizer.eos),
+        task=task,
       )
       for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    model = self.loaded.model
-    if any(why_not_decoded(a) for _, a in model.adapter_map.entries):
-      score = functools.partial(answer_log_probs, model, self.loaded.variables)
-      return [score(r.prompt_ids, r.answer_ids) for r in requests]
     return self._engine.log_probs(requests)
 
   def evaluate(

@@ -14,9 +14,7 @@ differs: follows the released code (LiaoMengqi/HMoRA), where a transformer layer
   the losses of all routers with a weight of 0.005; here they are averaged, so
   the weight is larger by the number of routers in its script, two in each of
   28 layers. B's rate is 1.2 times the others', as in its script. It also has
-  dropout of the routers' input. The adapter is trained
-  and scored; generation needs the prompt's mean at each token, which no KV
-  cache holds.
+  dropout of the routers' input.
 scale: alpha / r = 8 / 8 = 1, by rsLoRA alpha / sqrt(r) = 2.83; times weights
   that sum to one. The LoRA at the output and down projections has the same.
 """

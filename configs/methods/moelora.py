@@ -7,8 +7,8 @@ python -m moepeft.train --workdir=DIR \
 
 It needs data with the name of a task in each row (config.data.source 'tasks',
 'jsonl', 'datasets' or 'seqio'), all of them named in `tasks`; by default those
-of the embedded data. An adapter whose router reads tasks is trained and scored;
-requests to generate name no task.
+of the embedded data. Requests name their task: `generate --task=NAME`, or
+"task" in the body of a request to the server.
 
 differs: follows the released code (liuqidong07/MOELoRA-peft). Rank 16 and alpha
   32 are those of all 8 experts together there; here of each, 2 and 4. Its A is

@@ -12,8 +12,7 @@ differs: follows the released code (r-three/smear) on T5 base, which trains the
   the bottleneck adds, and draws the projection up at random, without a bias;
   here it starts at zero, so that the model starts as the base. Its dropout of
   experts may drop the best one, here that one stays. In a decoder the mean is
-  over the prompt alone. The adapter is trained and scored; generation needs the
-  prompt's mean at each token, which no KV cache holds.
+  over the prompt alone.
 scale: none; bottlenecks have no alpha.
 """
 

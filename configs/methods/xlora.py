@@ -6,8 +6,8 @@ pass gives its weights at every site and layer; only these heads are trained:
 python -m moepeft.train --workdir=DIR \
   --config=configs/methods/xlora.py:model=PATH,data=FILE,adapters=A|B
 
-It needs a decoder-only model. The mixture is trained and scored; generation
-needs the first pass at each token, for which no KV cache is kept.
+It needs a decoder-only model. Generation keeps a second KV cache, that of the
+first pass.
 
 differs: follows peft's X-LoRA with layerwise_scalings, as in the paper, and a
   head of one linear layer, the default of both codes; by peft's default all

@@ -26,17 +26,18 @@ def checksums(tree: Tree) -> dict[str, str]:
   All processes of a run must call it.
   """
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  # All sums are dispatched before the first one is fetched.
-  lanes = [_lane_sums(leaf) for _, leaf in flat]
   return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): _text(leaf, sums)
-    for (path, leaf), sums in zip(flat, lanes, strict=True)
+    jax.tree_util.keystr(path, simple=True, separator='/'): _text(leaf)
+    for path, leaf in flat
   }
 
 
-def _text(array: Array | np.ndarray, sums: tuple[Array, ...]) -> str:
+def _text(array: Array | np.ndarray) -> str:
   shape = ','.join(map(str, array.shape))
-  digits = ''.join(f'{int(lane):08x}' for lane in sums)
+  # Fetched before the next sum starts: programs with collectives that XLA loads
+  # from a compilation cache overlap on the devices of a CPU, and wait for each
+  # other forever.
+  digits = ''.join(f'{int(lane):08x}' for lane in _lane_sums(array))
   return f'{array.dtype}[{shape}] {digits}'
 
 

@@ -13,6 +13,7 @@ from moepeft.core.types import Tree
 from moepeft.data.batching import decoder_only, seq2seq
 from moepeft.data.batching.packing import length_after_prefix
 from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.inference.adapters.served_modules import request_tasks
 from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.inference.length_check import check_length
 from moepeft.inference.prompts import encode_example_prompt
@@ -73,22 +74,30 @@ class BatchGenerator:
     Args:
       progress: called after each batch with its number of examples.
     """
-    return self.texts(variables, [e.inputs for e in examples], progress)
+    tasks = None
+    if request_tasks(self._model.adapter_map):
+      tasks = [e.task for e in examples]
+    return self.texts(variables, [e.inputs for e in examples], progress, tasks)
 
   def texts(
     self,
     variables: Tree,
     inputs: Sequence[str],
     progress: Callable[[int], None] = lambda answers: None,
+    tasks: Sequence[str] | None = None,
   ) -> list[str]:
-    """The most probable continuation of each input, as text."""
+    """The most probable continuation of each input, as text.
+
+    Args:
+      tasks: the name of each input's task, for routers that read it.
+    """
     ids = [self._encode(text)[0] for text in inputs]
     if self._generator is None:
       self._generator = Generator(
         self._model, variables, self._tokenizer, self._config, self._batch_size
       )
     self._generator.update_weights(variables)
-    return self._generator.generate_texts(ids, progress=progress)
+    return self._generator.generate_texts(ids, None, progress, tasks)
 
   def _encode(self, text: str) -> tuple[list[int], bool]:
     """(ids of an input, whether it was truncated)."""

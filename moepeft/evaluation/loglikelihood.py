@@ -15,16 +15,12 @@ from moepeft.core.types import Array, Batch, Tree
 from moepeft.data.batching.bucketing import (
   make_buckets,
   repeat_last,
-  round_up,
 )
 from moepeft.data.batching.collators import Collator, Seq2SeqCollator
 from moepeft.data.batching.decoder_only import (
   CausalCollator,
-  Sample,
-  pad_samples,
 )
 from moepeft.data.batching.router_inputs import RouterInputs
-from moepeft.data.batching.seq2seq import pad_pairs
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.models import decoder_only
 from moepeft.objectives.cross_entropy import token_losses
@@ -33,7 +29,6 @@ from moepeft.tasks import Example
 
 # The shortest (inputs, targets) lengths of a batch, to limit compilations.
 _MIN_LENGTHS = 64, 16
-_MAX_LENGTH = 1 << 30
 
 
 def losses(model: Any, variables: Tree, batch: Batch) -> Array:
@@ -46,35 +41,6 @@ def losses(model: Any, variables: Tree, batch: Batch) -> Array:
   logits = model.apply(variables, batch)
   nll = token_losses(logits, batch['targets'])
   return jnp.where(batch['targets_mask'], nll, 0)
-
-
-def answer_log_probs(
-  model: Any, variables: Tree, prompt: Sequence[int], answer: Sequence[int]
-) -> np.ndarray:
-  """log p of each token of an answer in nats, float32 [t], without a cache.
-
-  Args:
-    prompt: ids of a decoder's prompt, or of an encoder's inputs.
-  """
-  prompt = (*model_prefix_ids(model), *prompt)
-  if decoder_only(model):
-    ids = np.array((*prompt, *answer), np.int32)
-    sample = Sample(ids, np.arange(len(ids)) >= len(prompt))
-    longest = max(model.config.length, len(ids))
-    batch = pad_samples([sample], round_up(len(ids), _MIN_LENGTHS[0], longest))
-  else:
-    s, t = (
-      round_up(len(ids), least, _MAX_LENGTH)
-      for ids, least in zip((prompt, answer), _MIN_LENGTHS, strict=True)
-    )
-    batch = pad_pairs([prompt], [answer], s, t)
-  nll = _jitted_losses(model)(variables, batch)
-  return -np.asarray(nll)[batch['targets_mask']]
-
-
-@functools.lru_cache(maxsize=2)
-def _jitted_losses(model: Any) -> Callable:
-  return jax.jit(functools.partial(losses, model))
 
 
 class Likelihood:

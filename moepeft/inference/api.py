@@ -60,6 +60,9 @@ class Request:
     timeout: seconds, queueing included, after which the answer ends with TIME.
     client: the client's name; the queue is fair between clients.
     min_new_tokens: the minimum number of tokens before an eos token.
+    task: the task's name, for adapters that route by the task; '' for none.
+    prompt_size: the number of `prompt_ids` that adapters which route by the
+      prompt read; None for all.
   """
 
   id: str
@@ -76,6 +79,8 @@ class Request:
   timeout: float | None = None
   client: str = ''
   min_new_tokens: int = 0
+  task: str = ''
+  prompt_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +163,13 @@ class LogprobRequest:
     prompt_ids: the ids of a decoder's prompt, or of an encoder's inputs.
     answer_ids: the ids that are scored, the eos token included.
     adapter: the name of a loaded adapter; '' is the base.
+    task: see `Request`.
   """
 
   prompt_ids: tuple[int, ...]
   answer_ids: tuple[int, ...]
   adapter: str = ''
+  task: str = ''
 
 
 class RequestRefused(ValueError):
@@ -201,6 +208,8 @@ class LoadedAdapter:
     source: the path from which it was read.
     soft_prompt_length: the number of tokens of the soft prompt. They take cache
       entries before each prompt, and are not counted as prompt tokens.
+    tasks: the names of tasks, of which a request has to name one; () if it
+      names none.
   """
 
   name: str
@@ -209,6 +218,7 @@ class LoadedAdapter:
   bytes: int
   source: str
   soft_prompt_length: int = 0
+  tasks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

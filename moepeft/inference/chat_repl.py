@@ -24,6 +24,7 @@ class ReplConfig:
   Attributes:
     stream: whether tokens are printed when they are generated.
     chat: whether the prompts are the user's turns of one conversation.
+    task: the name of the prompts' task, for routers that read it.
     seed: the sampling seed; the i-th answer to a prompt depends on the seed and
       on i, not on the other prompts.
     num: the number of answers to each prompt.
@@ -32,6 +33,7 @@ class ReplConfig:
 
   stream: bool = False
   chat: bool = False
+  task: str = ''
   seed: int = 0
   num: int = 1
   batch_size: int = 8
@@ -106,7 +108,8 @@ class ChatRepl:
     """Generates the answers to a batch; with `stream` it prints them too."""
     answers = [''] * len(rows)
     started = time.perf_counter()
-    for chunk in self._generator.stream(rows, seeds):
+    tasks = [self._config.task] * len(rows)
+    for chunk in self._generator.stream(rows, seeds, tasks):
       self.speed.tokens += chunk.token is not None
       answers[chunk.row] += chunk.text
       if self._config.stream:

@@ -15,11 +15,12 @@ from moepeft.data.batching.bucketing import round_up
 from moepeft.data.batching.seq2seq import PAD
 from moepeft.data.tokenizers.tokenizer import Tokenizer, skipped_special_tokens
 from moepeft.inference.adapters.fixed import FixedAdapter
+from moepeft.inference.adapters.served_modules import request_tasks
 from moepeft.inference.api import FAILED, Event, Finished, Request, Token
 from moepeft.inference.beam_search import BeamConfig
 from moepeft.inference.detokenizer import TextStream
 from moepeft.inference.engine.engine import Engine
-from moepeft.inference.engine.limits import EngineConfig
+from moepeft.inference.engine.limits import EngineConfig, find_task
 from moepeft.inference.length_check import check_length
 from moepeft.inference.sampling import Sampling
 from moepeft.peft.prefix import model_prefix_ids
@@ -112,6 +113,7 @@ class Generator:
     self._tokenizer, self._config = tokenizer, config
     self._batch_size = batch_size
     self._soft_prompt = model_prefix_ids(model)
+    self._tasks = request_tasks(model.adapter_map)
     self._decoder_only = hasattr(model, 'extend')
     self._non_text_ids = {*config.eos_token_ids}
     if not self._decoder_only:
@@ -155,18 +157,20 @@ class Generator:
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda answers: None,
+    tasks: Sequence[str] | None = None,
   ) -> list[str]:
     """Generates the answer to each prompt (ids), as text.
 
     Args:
       seeds: a sampling seed for each prompt; 0 by default.
+      tasks: the name of each prompt's task, for routers that read it.
       progress: called with the number of newly finished answers.
     """
     if not self._config.stop_strings:
-      answers = self.generate_ids(prompts, seeds, progress)
+      answers = self.generate_ids(prompts, seeds, progress, tasks)
       return [self._tokenizer.decode(self._text_ids(ids)) for ids in answers]
     texts = [''] * len(prompts)
-    for chunk in self.stream(prompts, seeds):
+    for chunk in self.stream(prompts, seeds, tasks):
       texts[chunk.row] += chunk.text
       if chunk.token is None:
         progress(1)
@@ -177,12 +181,13 @@ class Generator:
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda answers: None,
+    tasks: Sequence[str] | None = None,
   ) -> list[list[int]]:
     """Generates the ids of each answer, eos included, without stop strings."""
     if self._config.beams is not None:
-      return self._beam_search(prompts, progress)
+      return self._beam_search(prompts, progress, tasks)
     answers: list[list[int]] = [[] for _ in prompts]
-    for _, request, event in self._stream_events(prompts, seeds):
+    for _, request, event in self._stream_events(prompts, seeds, tasks):
       if isinstance(event, Token):
         answers[int(request.id)].append(event.token.id)
       else:
@@ -193,6 +198,7 @@ class Generator:
     self,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None = None,
+    tasks: Sequence[str] | None = None,
   ) -> Iterator[Chunk]:
     """Yields a chunk for each new token, and one at the end of each answer."""
     texts = [
@@ -204,12 +210,12 @@ class Generator:
       for _ in prompts
     ]
     if self._config.beams is not None:
-      for row, answer in enumerate(self._beam_search(prompts)):
+      for row, answer in enumerate(self._beam_search(prompts, tasks=tasks)):
         for token in answer:
           yield Chunk(row, self._feed(texts[row], token), token)
         yield Chunk(row, texts[row].finish())
       return
-    for engine, request, event in self._stream_events(prompts, seeds):
+    for engine, request, event in self._stream_events(prompts, seeds, tasks):
       row = int(request.id)
       if isinstance(event, Finished):
         yield Chunk(row, texts[row].finish())
@@ -227,7 +233,10 @@ class Generator:
     return [token for token in ids if token not in self._non_text_ids]
 
   def _stream_events(
-    self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None
+    self,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int] | None,
+    tasks: Sequence[str] | None,
   ) -> Iterator[tuple[Engine, Request, Event]]:
     """Yields the events of all prompts; the id of a request is its row.
 
@@ -235,7 +244,7 @@ class Generator:
       ValueError: see `check_prompts`.
       RuntimeError: a request failed.
     """
-    requests = self._make_requests(prompts, seeds)
+    requests = self._make_requests(prompts, seeds, tasks)
     for engine, request, event in _stream(self._get_engines(prompts), requests):
       if isinstance(event, Finished) and event.reason == FAILED:
         raise RuntimeError(f'prompt {request.id} failed: {event.message}')
@@ -245,13 +254,16 @@ class Generator:
     self,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None = None,
+    tasks: Sequence[str] | None = None,
   ) -> list[Request]:
     """
     Raises:
-      ValueError: see `check_prompts`.
+      ValueError: see `check_prompts`, or a task is not one of the routers'.
     """
     self.check_prompts(prompts)
-    config = self._config
+    config, tasks = self._config, tasks or [''] * len(prompts)
+    for task in {*tasks}:
+      find_task(task, self._tasks)
     return [
       Request(
         str(row),
@@ -261,8 +273,9 @@ class Generator:
         seed=0 if seeds is None else seeds[row],
         eos_token_ids=config.eos_token_ids,
         min_new_tokens=config.min_new_tokens,
+        task=task,
       )
-      for row, ids in enumerate(prompts)
+      for row, (ids, task) in enumerate(zip(prompts, tasks, strict=True))
     ]
 
   def _get_engines(self, prompts: Sequence[Sequence[int]]) -> list[Engine]:
@@ -319,9 +332,10 @@ class Generator:
     self,
     prompts: Sequence[Sequence[int]],
     progress: Callable[[int], None] = lambda answers: None,
+    tasks: Sequence[str] | None = None,
   ) -> list[list[int]]:
     """Returns the best answer to each prompt by beam search."""
-    requests = self._make_requests(prompts)
+    requests = self._make_requests(prompts, tasks=tasks)
     engines, size = self._get_engines(prompts), self._batch_size
     answers: list[list[int]] = [[] for _ in prompts]
 

@@ -36,9 +36,9 @@ class RouterSpec:
     causal: whether a token's routing depends on no later token of its row,
       outside of the prompt. A decoder needs a causal router.
     pools_prompt: whether the router reads the whole prompt
-      (`Context.prompt_mask`) at each token, as sentence-level routers do. The
-      engine's caches do not have the prompt, so such a router supports training
-      and scoring, but no generation.
+      (`Context.prompt_mask`) at each token, as sentence-level routers do. In
+      generation it has what it reads in the collection 'cache', and prompts
+      are computed in one chunk, without the prefix cache.
     independent_of_batch: whether a token's routing depends on no other row.
     learned: whether the router has trained parameters.
     needs_tasks: whether the router needs the option `tasks`, as its weights

@@ -307,10 +307,12 @@ class Mixture(nn.Module):
     if routings is None:
       return route(self, self._router, features, ctx)
     key = None if self.share_routing else x
-    routing = routings.get(self.name, key)
+    # A wrapper of a pool has the name, and an expert's module shares its scope.
+    name = self.path[-1]
+    routing = routings.get(name, key)
     if routing is None:
       routing = route(self, self._router, features, ctx)
-      routings.put(self.name, key, routing)
+      routings.put(name, key, routing)
     return routing
 
   @property
@@ -323,7 +325,7 @@ class Mixture(nn.Module):
       in_axes=None,
       out_axes=2,
       axis_size=self.expert.rank,
-      variable_axes={'peft': 0, METADATA: 0},
+      variable_axes={'peft': 0, METADATA: 0, 'cache': 0},
       split_rngs={'peft': True, METADATA: True, 'router': True},
       metadata_params={'peft': AXIS_NAMES['r']},
     )

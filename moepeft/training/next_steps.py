@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from moepeft.inference.adapters.served_modules import request_tasks
 from moepeft.peft.build import Built
 from moepeft.peft.merge import is_mergeable
 
@@ -18,14 +19,23 @@ _MAX_FINDINGS = 3
 
 
 def commands(
-  workdir: str, config: ConfigDict, built: Built, chat: bool, prompt: str = ''
+  workdir: str,
+  config: ConfigDict,
+  built: Built,
+  chat: bool,
+  prompt: str = '',
+  task: str = '',
 ) -> dict[str, str]:
   """{purpose: shell command} to try, serve and export a run.
 
   Args:
     chat: whether the run was trained by a chat template.
     prompt: an example's inputs; a long one is replaced.
+    task: the example's task; a router's first one if it does not name it.
   """
+  tasks = request_tasks(built.adapter_map)
+  if task not in tasks:
+    task = next(iter(tasks), '')
   if not prompt or len(prompt) > _MAX_PROMPT or not prompt.isprintable():
     prompt = 'What is LoRA?' if chat else 'Some text'
   output = f'{workdir.rstrip("/")}_export'
@@ -48,6 +58,7 @@ def commands(
       'generate',
       f'--workdir={workdir}',
       *(['--chat'] if chat else []),
+      *([f'--task={task}'] if task else []),
       f'--prompt={prompt}',
     ],
     'serve it': ['serve', *serve],

@@ -27,18 +27,20 @@ def make_engine(model, variables, max_model_len=32, slots=4):
   return Engine(model, variables['params'], pool, config)
 
 
-def engine_answers(model, variables, prompts, count, **options):
+def engine_answers(model, variables, prompts, count, tasks=None, **options):
   """The engine's answers to prompts.
 
   Args:
+    tasks: the task of each prompt; None where no router reads it.
     options: of the requests.
   """
+  tasks = tasks or [''] * len(prompts)
   longest = max(map(len, prompts)) + count
   engine = make_engine(model, variables, max(32, longest))
   return engine.generate(
     [
-      Request(str(i), tuple(map(int, ids)), count, **options)
-      for i, ids in enumerate(prompts)
+      Request(str(i), tuple(map(int, ids)), count, task=task, **options)
+      for i, (ids, task) in enumerate(zip(prompts, tasks, strict=True))
     ]
   )
 
@@ -60,8 +62,14 @@ def _whole_call(model):
   return jax.jit(model.apply)
 
 
-def uncached_logits(model, variables, prompt, answer, length=32):
-  """Logits [t + 1, v] at an answer's tokens and after it, by one call."""
+def uncached_logits(model, variables, prompt, answer, length=32, task=0):
+  """Logits [t + 1, v] at an answer's tokens and after it, by one call.
+
+  The call is one of training: its batch has the mask of trained targets.
+
+  Args:
+    task: the row's task id.
+  """
   decoder_only = hasattr(model, 'extend')
   ids = np.zeros((2, 1, length), np.int32)
   text = [*prompt, *answer] if decoder_only else prompt
@@ -71,6 +79,11 @@ def uncached_logits(model, variables, prompt, answer, length=32):
   if not decoder_only:
     ids[1, 0, 1 : len(answer) + 1] = answer
     batch['decoder_inputs'], first = ids[1], 0
+  batch['targets_mask'] = np.arange(length)[None] >= first
+  if task:
+    batch |= dict.fromkeys(
+      ('inputs_tasks', 'targets_tasks'), np.full((1, length), task)
+    )
   # Sliced by NumPy: JAX would compile a program for each length.
   logits = np.array(_whole_call(model)(variables, batch))[0]
   return logits[first : first + len(answer) + 1]

@@ -319,7 +319,7 @@ def test_a_donated_step_leaves_every_array_where_it_was(on_eight, method, name):
 def test_what_a_rule_could_not_spread_is_told(on_eight):
   said = on_eight[1]['full|fsdp']['said']
   assert '8 x cpu (data 8, model 1)' in said
-  assert 'does not divide: encoder/relpos/embedding (n=4 by 8)' in said
+  assert 'does not divide: encoder/relpos/embedding (heads=4 by 8)' in said
   assert 'divide' not in on_eight[1]['full|tp4']['said']
 
 

@@ -7,11 +7,9 @@ import numpy as np
 
 from moepeft.checkpoints import adapter
 from moepeft.checkpoints.base import Base, example_batch
-from moepeft.config import method_string
 from moepeft.inference.adapters.stacking import row_tree
 from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.t5 import model as t5
-from moepeft.moe import ROUTERS
 from moepeft.nn.initializers import Constant, param_metadata
 from moepeft.peft import METHODS, build
 
@@ -62,6 +60,21 @@ ADAPTERS = {
   'lily': 'lily(experts=3, rank=2)',
   'hash': f'molora(experts=3, rank=2, router=hash(seed=3), {_AT})',
   'prefixes': 'mixture(expert=prefix(length=3), experts=3)',
+  # Routed by the prompt, by the task, and by a first pass of the base.
+  'smear': 'smear(experts=3, size=2)',
+  'vectors': 'mov(experts=3, router=sentence)',
+  'moelora': f"moelora(experts=3, router=task(tasks=['a', 'b']), {_AT})",
+  'poly': f"poly(experts=3, rank=2, router=poly(tasks=['b', 'c']), {_AT})",
+  'mhr': (
+    "mhr(experts=3, rank=2, router=poly(tasks=['a', 'b'], splits=2), "
+    "targets='*/q|*/wo')"
+  ),
+  'xlora': 'xlora(experts=3, rank=2)',
+  # Sites that share a router, and ranks of their own.
+  'hmora': 'hmora(experts=3, rank=2)',
+  'hardrouted': 'hardrouted(experts=3, rank=2)',
+  'shares': "mov(experts=3, reads='input', share_router=True)",
+  'ranks': f'molora(ranks=[3, 1, 2], alpha=5.0, {_AT})',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }
 # Gate and up have names of the family's.
@@ -69,17 +82,8 @@ ADAPTERS['up'] = ADAPTERS['up'].replace('*/up', '*/wi*')
 
 
 def pooled_methods():
-  """The methods that a pool serves; some have routers that no engine runs."""
-  names = set()
-  for name, method in METHODS.items():
-    router = ROUTERS[method_string.parse(method.router).name]
-    values = method.values
-    no_row = values.get('share_router') or values.get('share_routing')
-    no_row = no_row or values.get('reads') == 'first_pass'
-    no_row = no_row or router.pools_prompt or router.needs_tasks
-    if not (method.not_pooled or no_row):
-      names.add(name)
-  return names
+  """The methods that a pool serves."""
+  return {name for name, method in METHODS.items() if not method.not_pooled}
 
 
 def base_of(config):

@@ -16,14 +16,16 @@ SITES = {
 }
 
 
-def commands(method, chat=False, prompt='', workdir='work dirs/law', **changes):
+def commands(
+  method, chat=False, prompt='', workdir='work dirs/law', task='', **changes
+):
   config = config_lib.default()
   config.model.path = 'package:t5_tiny'
   for key, value in changes.items():
     section, _, name = key.partition('__')
     config[section][name] = value
   built = build(method, SITES)
-  lines = next_steps.commands(workdir, config, built, chat, prompt)
+  lines = next_steps.commands(workdir, config, built, chat, prompt, task)
   return {name: shlex.split(line) for name, line in lines.items()}
 
 
@@ -58,6 +60,12 @@ def test_an_adapter_is_served_over_its_base():
     '--adapter=law=work dirs/law',
     '--quantise=int8',
   ]
+
+
+def test_an_adapter_that_routes_by_the_task_is_tried_with_one():
+  method = "moelora(router=task(tasks=['a', 'b']))"
+  assert '--task=a' in commands(method)['try it']
+  assert '--task=b' in commands(method, task='b')['try it']
 
 
 def test_a_chat_model_is_tried_by_a_turn_and_t5_by_an_example():

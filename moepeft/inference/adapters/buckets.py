@@ -4,7 +4,9 @@
 A bucket is a method whose rank is rounded up to 4, 8, 16, ... and whose scale
 is one. Smaller ranks are padded with zeros, and alpha / r is multiplied into B.
 The target modules are the method's default ones and those of the adapters named
-at the start. An adapter without one of them has the identity there.
+at the start. An adapter without one of them has the identity there. A mixture
+whose sites share routers has exactly its own target modules: the router is at
+the first of them. Experts of different ranks have exactly these.
 
 Each method has one bucket, with the largest rank named. A bucket for each rank
 would cost more, because every row reads its slot in every bucket.
@@ -48,19 +50,23 @@ class BucketPart:
     rank: the largest rank, or soft prompt length, that fits; 0 for a method
       without either.
     sites: the paths of the target modules, in the model's order.
+    exact_sites: whether the adapters of the bucket have all of them.
   """
 
   name: str
   kind: Spec
   rank: int
   sites: tuple[str, ...]
+  exact_sites: bool = False
 
   @property
   def spec(self) -> Spec:
     """The method with a scale of one, without target modules."""
     if size_option(self.kind) != 'rank':
       return self.sized
-    return self.sized.replace(alpha=float(self.rank))
+    spec = self.sized.replace(alpha=float(self.rank))
+    # A preset may have it by default.
+    return spec.replace(rslora=False) if _value(spec, 'rslora') else spec
 
   @property
   def sized(self) -> Spec:
@@ -91,7 +97,9 @@ class Bucket:
   def holds(self, other_bucket: 'Bucket') -> bool:
     """Whether the adapters of the other bucket fit into this one."""
     return _kinds(self.parts) == _kinds(other_bucket.parts) and all(
-      part.rank >= other_part.rank and set(part.sites) >= set(other_part.sites)
+      part.rank >= other_part.rank
+      and set(part.sites) >= set(other_part.sites)
+      and not (part.exact_sites and part.sites != other_part.sites)
       for part, other_part in zip(self.parts, other_bucket.parts, strict=True)
     )
 
@@ -114,24 +122,14 @@ def bucket_of(built: Built, label: str) -> Bucket:
         f'adapters: {method_entry(spec).not_pooled}'
       )
     entries = built.adapter_map.entries
-    for _, module in entries:
-      check_decodes(module)
-      if getattr(module, 'ranks', ()):
-        raise ValueError(
-          f'{label} is {built.method!r}, which cannot be served beside other '
-          'adapters: its experts have different ranks; serve it alone'
-        )
-      if getattr(module, 'shares_routing', False):
-        raise ValueError(
-          f'{label} is {built.method!r}, which cannot be served beside other '
-          'adapters: its sites share routers, and a pool has sites that the '
-          'adapter does not have; serve it alone (--workdir or --adapter), or '
-          'train it without share_router and share_routing'
-        )
-    sites = tuple(path for path, module in entries if module.name == name)
-    parts.append(
-      BucketPart(name, _kind(spec), round_up_rank(rank_of(spec)), sites)
+    for path, module in entries:
+      check_decodes(module, path)
+    modules = {path: module for path, module in entries if module.name == name}
+    shares = any(
+      getattr(module, 'shares_routing', False) for module in modules.values()
     )
+    rank = round_up_rank(rank_of(spec))
+    parts.append(BucketPart(name, _kind(spec), rank, tuple(modules), shares))
   return Bucket('', tuple(parts))
 
 
@@ -144,9 +142,9 @@ def merge_buckets(
     required: the smallest buckets of the adapters, from `bucket_of`.
     sites: {path: role} of the model's target modules.
   """
-  merged: dict[tuple[Spec, ...], Bucket] = {}
+  merged: dict[tuple, Bucket] = {}
   for bucket in required:
-    key = _kinds(bucket.parts)
+    key = *_kinds(bucket.parts), *_exact_sites(bucket.parts)
     merged[key] = _merge(merged.get(key, bucket), bucket, sites)
   named, used_names = [], set()
   for bucket in merged.values():
@@ -170,7 +168,7 @@ def adapter_map_of(buckets: Sequence[Bucket]) -> AdapterMap:
 
 def size_option(spec: Spec) -> str:
   """The option that is padded: 'rank', 'length', or '' for none."""
-  return method_entry(spec).size_option
+  return '' if spec.get('ranks') else method_entry(spec).size_option
 
 
 def rank_of(spec: Spec) -> int:
@@ -203,6 +201,9 @@ def _kind(spec: Spec) -> Spec:
     k for k, o in method_entry(spec).options().items() if o.training_only
   )
   slot_options = (*_SLOT_OPTIONS, size_option(spec))
+  if spec.get('ranks'):
+    # Its scales are of the experts' ranks.
+    slot_options = ('targets',)
   spec = _without(spec, (*slot_options, *training_only))
   router = spec.get('router')
   if isinstance(router, Spec):
@@ -228,6 +229,10 @@ def _kinds(parts: Sequence[BucketPart]) -> tuple[Spec, ...]:
   return tuple(part.kind for part in parts)
 
 
+def _exact_sites(parts: Sequence[BucketPart]) -> tuple[tuple[str, ...], ...]:
+  return tuple(part.sites if part.exact_sites else () for part in parts)
+
+
 def _merge(a: Bucket, b: Bucket, sites: Mapping[str, str]) -> Bucket:
   """Merges two buckets of the same kinds, and adds default target modules."""
   parts = []
@@ -235,6 +240,8 @@ def _merge(a: Bucket, b: Bucket, sites: Mapping[str, str]) -> Bucket:
     groups = method_entry(part.kind).roles.values()
     roles = {role for group in groups for role in group}
     paths = {path for path, role in sites.items() if role in roles}
+    if part.exact_sites:
+      paths = set()
     paths |= {*part.sites, *other_part.sites}
     parts.append(
       dataclasses.replace(

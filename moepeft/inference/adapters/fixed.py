@@ -9,7 +9,11 @@ import jax
 import numpy as np
 
 from moepeft.core.types import Array, Tree
-from moepeft.inference.adapters.served_modules import check_decodes
+from moepeft.inference.adapters.served_modules import (
+  check_decodes,
+  reads_prompt,
+  request_tasks,
+)
 from moepeft.inference.api import LoadedAdapter, UnknownAdapter
 from moepeft.peft.prefix import model_prefix_ids
 
@@ -27,6 +31,9 @@ class AcquiredAdapter:
       have more.
     soft_prompt_ids: the placeholder ids of its soft prompt, which precede every
       prompt.
+    tasks: the names of tasks, of which a request has to name one; () if it
+      names none.
+    reads_prompt: whether a router reads the whole prompt.
   """
 
   row: np.ndarray
@@ -34,6 +41,8 @@ class AcquiredAdapter:
   bucket: str = ''
   sites: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
   soft_prompt_ids: tuple[int, ...] = ()
+  tasks: tuple[str, ...] = ()
+  reads_prompt: bool = False
 
 
 class FixedAdapter:
@@ -56,12 +65,16 @@ class FixedAdapter:
     )
     sites: dict[str, set[str]] = {}
     for path, module in model.adapter_map.entries:
-      check_decodes(module)
+      check_decodes(module, path)
       sites.setdefault(module.name, set()).add(path)
     self._acquired = AcquiredAdapter(
       np.zeros(0, np.int32),
       sites={name: frozenset(paths) for name, paths in sites.items()},
       soft_prompt_ids=model_prefix_ids(model),
+      tasks=request_tasks(model.adapter_map),
+      reads_prompt=any(
+        reads_prompt(adapter) for _, adapter in model.adapter_map.entries
+      ),
     )
 
   def row_tree(

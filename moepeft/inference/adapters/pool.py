@@ -28,6 +28,10 @@ from moepeft.inference.adapters.fixed import AcquiredAdapter
 from moepeft.inference.adapters.load import TrainedAdapter, read_adapter
 from moepeft.inference.adapters.lru import LruSlots
 from moepeft.inference.adapters.pad import Layout, PaddedAdapter
+from moepeft.inference.adapters.served_modules import (
+  reads_prompt,
+  request_tasks,
+)
 from moepeft.inference.api import LoadedAdapter, UnknownAdapter
 from moepeft.peft import build
 
@@ -169,6 +173,7 @@ class AdapterPool:
         pad.slot_bytes(self._layouts[padded.bucket]),
         adapter.source,
         len(adapter.soft_prompt_ids),
+        request_tasks(adapter.built.adapter_map),
       )
       if previous and previous.sha256 != sha256:
         self._remove_name(name, previous.sha256)
@@ -210,12 +215,15 @@ class AdapterPool:
       slots.acquire(sha256)
       names = [bucket.name for bucket in self.buckets]
       row[names.index(pooled.bucket)] = slots[sha256]
+      adapter_map = pooled.padded.adapter.built.adapter_map
       return AcquiredAdapter(
         row,
         sha256,
         pooled.bucket,
         self._sites_of(sha256),
         pooled.padded.adapter.soft_prompt_ids,
+        self._loaded[name].tasks,
+        any(reads_prompt(a) for _, a in adapter_map.entries),
       )
 
   def release(self, acquired: AcquiredAdapter) -> None:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
 from moepeft.moe import ROUTERS, RouterSpec
-from moepeft.moe.task_names import router_tasks
-from moepeft.nn.adapter_hook import BaseLayer
+from moepeft.moe.task_names import task_names
+from moepeft.nn.adapter_hook import AdapterMap, BaseLayer
 from moepeft.nn.initializers import Constant, peft_param
 from moepeft.peft import Method
 
@@ -32,6 +32,14 @@ class SwitchedAdapter(nn.Module):
   # Other adapters of the row are identities where this one is on.
   exclusive = True
 
+  @property
+  def router(self) -> nn.Module | None:
+    return getattr(self.adapter, 'router', None)
+
+  @property
+  def two_pass(self) -> bool:
+    return getattr(self.adapter, 'two_pass', False)
+
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     nn.share_scope(self, self.adapter)
@@ -41,43 +49,41 @@ class SwitchedAdapter(nn.Module):
     return jnp.where(on > 0, self.adapter(cached_base, x, ctx), y)
 
 
-def check_decodes(adapter: nn.Module) -> None:
-  """Checks that the engine can run an adapter's router.
+def check_decodes(adapter: nn.Module, path: str) -> None:
+  """Checks that the engine can run an adapter at a site.
 
   Raises:
-    ValueError: it cannot, as `why_not_decoded` says.
+    ValueError: its router reads the prompt outside of the layers, which have
+      the caches, or an embedding, which no request has.
   """
-  reason = why_not_decoded(adapter)
-  if reason:
-    raise ValueError(reason)
+  if getattr(adapter, 'embedding_size', 0):
+    raise ValueError(
+      f'{adapter.name} routes by an embedding of each example, and a request '
+      'has none; train it and score rows with it, or generate with '
+      'router=sentence'
+    )
+  if reads_prompt(adapter) and '/' not in path:
+    raise ValueError(
+      f'the router of {adapter.name} reads the whole prompt at {path!r}, and '
+      'only layers have a cache of it; train it and score with it, or generate '
+      "with targets='*/*'"
+    )
 
 
-def why_not_decoded(adapter: nn.Module) -> str:
-  """The reason why the engine cannot run an adapter's router, or ''.
-
-  The router reads the whole prompt, the task of an example, or a first pass of
-  the base.
-  """
+def reads_prompt(adapter: nn.Module) -> bool:
+  """Whether an adapter's router reads the whole prompt at each token."""
   entry = router_entry(adapter)
-  if entry is not None and entry.pools_prompt:
-    return (
-      f'the router of {adapter.name} reads the whole prompt at each token, '
-      'which the KV cache does not contain; train it and score with it, or '
-      'generate with another router'
-    )
-  if getattr(adapter, 'two_pass', False):
-    return (
-      f'{adapter.name} routes by a first pass of the base, of which the engine '
-      'keeps no KV cache; train it and score with it, or generate with '
-      "reads='input'"
-    )
-  if router_tasks(adapter):
-    return (
-      f'the router of {adapter.name} reads the task of each example, and a '
-      'request has no task; train it and score with it, or generate with '
-      'another router'
-    )
-  return ''
+  return entry is not None and entry.pools_prompt
+
+
+def request_tasks(adapter_map: AdapterMap) -> tuple[str, ...]:
+  """The names of tasks, of which a request has to name one; () for none."""
+  entries = tuple(
+    (path, adapter)
+    for path, adapter in adapter_map.entries
+    if (entry := router_entry(adapter)) and entry.needs_tasks
+  )
+  return task_names(AdapterMap(entries))
 
 
 def router_entry(adapter: nn.Module) -> RouterSpec | None:

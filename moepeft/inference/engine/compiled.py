@@ -72,7 +72,11 @@ class Programs:
     self._plans[key] = lambda: (f, args, donate)
 
   def plan_cache(
-    self, method: LayeredMethod, length: int, *inputs: Any
+    self,
+    method: LayeredMethod,
+    length: int,
+    *inputs: Any,
+    first_pass: LayeredMethod | None = None,
   ) -> None:
     """Computes the shapes of the cache, and plans `copy` and `clear` of slots.
 
@@ -80,20 +84,14 @@ class Programs:
       method: a method of one row that creates a cache.
       length: the number of cache entries of a slot.
       inputs: the shapes of the method's inputs.
+      first_pass: the method of a first pass, which has a cache of its own.
 
     Raises:
       ValueError: the cache does not fit into memory.
     """
-    method = LayeredMethod(
-      method.model,
-      method.name,
-      method.side,
-      method.arguments,
-      method.outputs,
-      write_cache=lambda cache, rows, positions, new: new,
-    )
-    layer, args = self._layer(method, {}, inputs)
-    _, row, _ = jax.eval_shape(layer, *args)
+    row = self._row_cache(method, inputs)
+    if first_pass is not None:
+      row[kv_cache.FIRST_PASS] = self._row_cache(first_pass, inputs)
     layer_cache = kv_cache.shapes(row, self._slots, length)
     depth = self.weights.depth(method.side)
     leaves = jax.tree.leaves(layer_cache)
@@ -195,6 +193,19 @@ class Programs:
     return jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), self.cache
     )
+
+  def _row_cache(self, method: LayeredMethod, inputs: tuple) -> Tree:
+    """Returns the shapes of the cache that a method of one row creates."""
+    method = LayeredMethod(
+      method.model,
+      method.name,
+      method.side,
+      method.arguments,
+      method.outputs,
+      write_cache=lambda cache, rows, positions, new: new,
+    )
+    layer, args = self._layer(method, {}, inputs)
+    return jax.eval_shape(layer, *args)[1]
 
   def _layer(self, method, cache, inputs) -> tuple[Callable, tuple]:
     """Returns a layer's function and the shapes of its arguments."""

@@ -23,49 +23,95 @@ def cache_lens(config: EngineConfig) -> tuple[int, ...]:
 
 
 def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
-  """Plans the programs `prefill`, `decode` and `score`."""
-  lengths = cache_lens(config)
-  longest = prefill(model, 1, 1, lengths[-1])
-  programs.plan_cache(longest, lengths[-1], int32(1, 1), int32(1), int32(1))
+  """Plans the programs `prefill`, `decode`, `score` and, for adapters that read
+  a first pass of the base, `first_pass`."""
+  lengths, chunks = cache_lens(config), config.chunks
+  if model.reads_prompt:
+    chunks = whole_prompt_lens(config)
+  d, dtype = model.module.config.d_model, model.module.dtype
+
+  def states(n, t):
+    return jax.ShapeDtypeStruct((n, t, d), dtype)
+
+  def first_pass(n, t):
+    return (states(n, t),) if model.two_pass else ()
+
+  def prompts(n, t):
+    return int32(n, t), int32(n), int32(n), int32(n), int32(n)
+
+  def plan_chunk(n, t, length):
+    if model.two_pass:
+      method = prefill(model, n, t, length, first_pass=True)
+      programs.plan_method(('first_pass', n, t, length), method, *prompts(n, t))
+
+  longest = lengths[-1]
+  programs.plan_cache(
+    prefill(model, 1, 1, longest),
+    longest,
+    *(*prompts(1, 1), *first_pass(1, 1)),
+    first_pass=prefill(model, 1, 1, longest, first_pass=True)
+    if model.two_pass
+    else None,
+  )
   for length in lengths:
     for n in config.prefill_batch_sizes:
-      for t in config.chunks:
+      for t in chunks:
         if t <= length:
+          plan_chunk(n, t, length)
           key, method = ('prefill', n, t, length), prefill(model, n, t, length)
-          programs.plan_method(key, method, int32(n, t), int32(n), int32(n))
+          programs.plan_method(key, method, *prompts(n, t), *first_pass(n, t))
     for n in config.batch_sizes:
+      plan_chunk(n, 1, length)
       key, method = ('decode', n, length), decode(model, n, length)
-      programs.plan_method(key, method, int32(n), int32(n))
-  d, dtype = model.module.config.d_model, model.module.dtype
+      rows = int32(n), int32(n), int32(n)
+      programs.plan_method(key, method, *rows, *first_pass(n, 1))
   for n in config.prefill_batch_sizes:
-    for t in config.chunks:
+    for t in chunks:
       if t <= lengths[-1]:
-        states = jax.ShapeDtypeStruct((n, t, d), dtype)
         w, f = programs.weights, functools.partial(score, model)
         args = (
           w.params,
           w.adapter_params,
           int32(n, w.num_buckets),
-          states,
+          states(n, t),
           int32(n, t),
+          int32(n),
         )
         programs.plan(('score', n, t), f, *args)
 
 
-def prefill(model: ServedModel, n: int, t: int, length: int) -> LayeredMethod:
+def whole_prompt_lens(config: EngineConfig) -> tuple[int, ...]:
+  """The lengths to which prompts that are read in one chunk are padded."""
+  return tuple(sorted({*config.chunks, *cache_lens(config)}))
+
+
+def prefill(
+  model: ServedModel, n: int, t: int, length: int, first_pass: bool = False
+) -> LayeredMethod:
   """Reads a chunk of t tokens of each of n prompts.
 
   The inputs are ids, int32 [n, t]; the position of each row's first token,
-  int32 [n], with position + t <= length; and the number of each row's ids that
-  are not padding, int32 [n]. The outputs are states [n, t, d] and the experts'
-  weights {path: [n, t, e]}.
+  int32 [n], with position + t <= length; the number of each row's ids that
+  are not padding; the number of its tokens that are the prompt; and its task,
+  int32 [n] each. For a model with two passes they are followed by the states
+  of the first one. The outputs are states [n, t, d] and the experts' weights
+  {path: [n, t, e]}.
+
+  Args:
+    first_pass: whether it is that of the base alone, with a cache of its own.
   """
 
-  def arguments(stack, ids, position, count):
+  def arguments(stack, ids, position, count, prompt_size, task, *first_states):
+    mask = (jnp.arange(t) < count)[None]
+    positions = (position + jnp.arange(t))[None]
     ctx = Context(
-      token_mask=(jnp.arange(t) < count)[None],
-      positions=(position + jnp.arange(t))[None],
+      token_mask=mask,
+      prompt_mask=mask & (positions < prompt_size),
+      task_ids=jnp.where(mask, task, 0),
+      positions=positions,
+      first_pass=_one_row(first_states),
       decode=True,
+      without_adapters=first_pass,
       cache_length=length,
       run_layers=stack,
     )
@@ -74,21 +120,26 @@ def prefill(model: ServedModel, n: int, t: int, length: int) -> LayeredMethod:
   def outputs(states, weights, *rows):
     return states[:, 0], weights
 
-  cache = _cache_functions(n, t, length)
+  cache = _cache_functions(n, t, length, first_pass)
   return LayeredMethod(model, 'states', 'decoder', arguments, outputs, *cache)
 
 
 def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
   """Computes the next token of n sequences.
 
-  The inputs are each sequence's last token and its position, int32 [n] each.
-  The output is a `sampler.StepOutput`.
+  The inputs are each sequence's last token, its position and its task, int32
+  [n] each, and the states of a first pass as in `prefill`. The output is a
+  `sampler.StepOutput`.
   """
 
-  def arguments(stack, token, position):
+  def arguments(stack, token, position, task, *first_states):
     ctx = Context(
       token_mask=jnp.ones((1, 1), bool),
+      # The cache has what routers read of the prompt.
+      prompt_mask=jnp.zeros((1, 1), bool),
+      task_ids=task[None, None],
       positions=position[None, None],
+      first_pass=_one_row(first_states),
       decode=True,
       cache_length=length,
       run_layers=stack,
@@ -105,14 +156,22 @@ def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
   return LayeredMethod(model, 'extend', 'decoder', arguments, outputs, *cache)
 
 
-def _cache_functions(n: int, t: int, length: int):
+def _one_row(states: tuple[Array, ...]) -> Array | None:
+  """[t, d] -> [1, t, d]; None for a model with one pass."""
+  return states[0][None] if states else None
+
+
+def _cache_functions(n: int, t: int, length: int, first_pass: bool = False):
   """The `read_cache` and `write_cache` of a `LayeredMethod`."""
 
   def read_cache(cache, rows):
-    return kv_cache.read_rows(cache, rows, n, length)
+    part = kv_cache.of_pass(cache, first_pass)
+    return kv_cache.read_rows(part, rows, n, length)
 
   def write_cache(cache, rows, positions, new):
-    return kv_cache.write_rows(cache, rows, new, positions, t)
+    part = kv_cache.of_pass(cache, first_pass)
+    part = kv_cache.write_rows(part, rows, new, positions, t)
+    return {**cache, **({kv_cache.FIRST_PASS: part} if first_pass else part)}
 
   return read_cache, write_cache
 
@@ -124,6 +183,7 @@ def score(
   adapters: Array,
   states: Array,
   next_ids: Array,
+  tasks: Array,
 ):
   """Computes the log-probability of the token after each token of a chunk.
 
@@ -131,19 +191,21 @@ def score(
     adapters: int32 [n, z].
     states: the outputs of `prefill`, [n, t, d].
     next_ids: int32 [n, t], the token after each token.
+    tasks: int32 [n].
 
   Returns:
     The log-probabilities [n, t], and the ids and the log-probabilities
     [n, t, top] of the most probable tokens.
   """
 
-  def compute_row(adapters, states, next_ids):
+  def compute_row(adapters, states, next_ids, task):
     peft = model.row_tree(adapter_params, adapters)
-    ctx = Context(token_mask=jnp.ones((1, len(states)), bool))
+    mask = jnp.ones((1, len(states)), bool)
+    ctx = Context(token_mask=mask, task_ids=jnp.where(mask, task, 0))
     variables = {'params': params, 'peft': peft}
     logits = model.module.apply(variables, states[None], ctx, method='logits')
     logits = logits[0].astype(jnp.float32)
     top = min(MAX_LOGPROBS, logits.shape[-1])
     return sampler.score(logits, next_ids), *sampler.top_tokens(logits, top)
 
-  return jax.vmap(compute_row)(adapters, states, next_ids)
+  return jax.vmap(compute_row)(adapters, states, next_ids, tasks)

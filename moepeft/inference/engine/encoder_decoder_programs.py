@@ -25,19 +25,19 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
     return jax.ShapeDtypeStruct((n, length, d), dtype)
 
   def source(length):
-    return states(1, length), int32(1), int32(1, length)
+    return states(1, length), int32(1), int32(1, length), int32(1)
 
   longest = config.cache_lens[-1]
   programs.plan_cache(attach(model, longest), longest, *source(longest))
   for s in config.input_lens:
     length = padded_size(config.cache_lens, s)
     method = encode(model, s, length)
-    programs.plan_method(('encode', s), method, int32(1, s), int32(1))
+    programs.plan_method(('encode', s), method, int32(1, s), int32(1), int32(1))
   for length in config.cache_lens:
     method = attach(model, length)
     programs.plan_method(('attach', length), method, *source(length))
     for n in config.batch_sizes:
-      method, rows = decode(model, n, length), (int32(n), int32(n), int32(n))
+      method, rows = decode(model, n, length), [int32(n)] * 4
       programs.plan_method(('decode', n, length), method, *rows)
     method = score(model, length)
     rows = int32(1, length), int32(1, length), *source(length)
@@ -45,23 +45,28 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
 
 
 def _encoder_context(
-  size: Array, length: int, stack=None, ids: Array | None = None
+  size: Array, length: int, task: Array, stack=None, ids: Array | None = None
 ) -> Context:
-  """The context of the encoder's ids [length]."""
+  """The context of the encoder's ids [length], all of which are the prompt."""
   mask = (jnp.arange(length) < size)[None]
-  ids = None if ids is None else ids[None]
-  return Context(token_mask=mask, token_ids=ids, run_layers=stack)
+  return Context(
+    token_mask=mask,
+    prompt_mask=mask,
+    task_ids=jnp.where(mask, task, 0),
+    token_ids=None if ids is None else ids[None],
+    run_layers=stack,
+  )
 
 
 def encode(model: ServedModel, s: int, length: int) -> LayeredMethod:
   """Encodes input ids.
 
-  The inputs are ids, int32 [1, s], and the number of ids that are not padding,
-  int32 [1]. The output is states [length, d].
+  The inputs are ids, int32 [1, s]; the number of ids that are not padding,
+  int32 [1]; and the task, int32 [1]. The output is states [length, d].
   """
 
-  def arguments(stack, ids, size):
-    return ids[None], _encoder_context(size, s, stack)
+  def arguments(stack, ids, size, task):
+    return ids[None], _encoder_context(size, s, task, stack)
 
   def outputs(states, weights, *rows):
     return jnp.pad(states[0, 0], ((0, length - s), (0, 0)))
@@ -73,19 +78,22 @@ def attach(model: ServedModel, length: int) -> LayeredMethod:
   """Writes the cross-attention's keys and values to a slot.
 
   The inputs are encoder states [1, length, d], the number of them that are not
-  padding, int32 [1], and their ids, int32 [1, length]. There is no output.
+  padding, int32 [1], their ids, int32 [1, length], and the task, int32 [1].
+  There is no output.
   """
 
-  def arguments(stack, states, size, source_ids):
+  def arguments(stack, states, size, source_ids, task):
     ctx = Context(
       token_mask=jnp.ones((1, 1), bool),
+      prompt_mask=jnp.ones((1, 1), bool),
+      task_ids=task[None, None],
       index=jnp.int32(0),
       decode=True,
       cache_length=length,
       run_layers=stack,
     )
     ids = jnp.full((1, 1), PAD, jnp.int32)
-    source_ctx = _encoder_context(size, length, ids=source_ids)
+    source_ctx = _encoder_context(size, length, task, ids=source_ids)
     return ids, ctx, states[None], source_ctx
 
   def write_cache(cache, rows, positions, new):
@@ -106,12 +114,16 @@ def attach(model: ServedModel, length: int) -> LayeredMethod:
 def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
   """Computes the next token of n answers; see `decoder_programs.decode`.
 
-  A third input, int32 [n], is the number of tokens of each row's inputs.
+  The inputs are each answer's last token, its position, the number of tokens of
+  its row's inputs, and its task, int32 [n] each.
   """
 
-  def arguments(stack, token, position, size):
+  def arguments(stack, token, position, size, task):
     ctx = Context(
       token_mask=jnp.ones((1, 1), bool),
+      # The decoder's prompt is its first input.
+      prompt_mask=(position == 0)[None, None],
+      task_ids=task[None, None],
       index=position,
       decode=True,
       cache_length=length,
@@ -120,7 +132,8 @@ def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
     # Unused: the cross-attention reads its keys and values from the cache.
     module = model.module
     encoded = jnp.zeros((1, length, module.config.d_model), module.dtype)
-    return token[None, None], ctx, encoded, _encoder_context(size, length)
+    source_ctx = _encoder_context(size, length, task)
+    return token[None, None], ctx, encoded, source_ctx
 
   def outputs(logits, weights, *rows):
     logits = logits[:, 0, 0].astype(jnp.float32)
@@ -146,10 +159,15 @@ def score(model: ServedModel, length: int) -> LayeredMethod:
   [1, length] each, then the inputs of `attach`. The output is float32 [length].
   """
 
-  def arguments(stack, ids, next_ids, states, size, source_ids):
+  def arguments(stack, ids, next_ids, states, size, source_ids, task):
     # Attention is causal, so the padding after the answer needs no mask.
-    ctx = Context(token_mask=jnp.ones((1, length), bool), run_layers=stack)
-    source_ctx = _encoder_context(size, length, ids=source_ids)
+    ctx = Context(
+      token_mask=jnp.ones((1, length), bool),
+      prompt_mask=(jnp.arange(length) == 0)[None],
+      task_ids=jnp.full((1, length), task),
+      run_layers=stack,
+    )
+    source_ctx = _encoder_context(size, length, task, ids=source_ids)
     return ids[None], ctx, states[None], source_ctx
 
   def outputs(logits, weights, ids, next_ids, *source):

@@ -44,6 +44,7 @@ from moepeft.inference.engine.limits import (
   EngineConfig,
   check_request,
   check_request_length,
+  find_task,
   max_model_len,
 )
 from moepeft.inference.engine.model_runner import ModelRunner
@@ -138,11 +139,13 @@ class Engine:
         raise RequestRefused(self._closed_reason or self._core.failure_message)
       if isinstance(self._adapters, FixedAdapter):
         adapter = self._adapters.acquire(request.adapter)
-        soft_prompt = len(adapter.soft_prompt_ids)
+        soft_prompt, tasks = len(adapter.soft_prompt_ids), adapter.tasks
       elif request.adapter:
-        soft_prompt = self._check_adapter(request.adapter).soft_prompt_length
+        adapter = self._check_adapter(request.adapter)
+        soft_prompt, tasks = adapter.soft_prompt_length, adapter.tasks
       else:
-        soft_prompt = 0
+        soft_prompt, tasks = 0, ()
+      find_task(request.task, tasks)
       check_request_length(request, self._model, self._config, soft_prompt)
       if request.id in self._sequences:
         raise RequestRefused(f'a request {request.id!r} is already in progress')

@@ -267,7 +267,9 @@ def run_test_request(runner: ModelRunner) -> None:
   events: list[Event] = []
   core = EngineCore(runner, lambda sequence: None)
   prompt = (0,) * max(1, min(3, runner.config.max_model_len - 2))
-  request = Request('test', prompt, 2)
+  adapter = runner.adapters.acquire('')
+  request = Request('test', prompt, 2, task=next(iter(adapter.tasks), ''))
+  runner.adapters.release(adapter)
   core.scheduler.add(Sequence(request, events.append))
   while core.scheduler.has_unfinished:
     core.step()

@@ -4,6 +4,10 @@
 The arrays of a layer are [slots, 1, s, k, h], s the cache's length. A step
 copies the rows of its slots, up to the length that the longest of them needs,
 so idle slots and short sequences cost no time.
+
+Routers that read the prompt have an array without a length, `prompt_mean`. A
+model with a first pass of the base alone has the cache of that pass under
+FIRST_PASS.
 """
 
 from collections.abc import Callable
@@ -15,6 +19,11 @@ from moepeft.core.types import Array, Tree
 
 # The axis of token positions.
 _LENGTH_AXIS = -3
+FIRST_PASS = 'first_pass'
+
+
+def _has_length(path: tuple) -> bool:
+  return path[-1].key != 'prompt_mean'
 
 
 def shapes(row: Tree, slots: int, length: int) -> Tree:
@@ -24,12 +33,20 @@ def shapes(row: Tree, slots: int, length: int) -> Tree:
     row: the shapes of a cache of one row, [1, ...], of any length.
   """
 
-  def leaf_shape(a):
+  def leaf_shape(path, a):
     shape = [slots, *a.shape[1:]]
-    shape[_LENGTH_AXIS] = length
+    if _has_length(path):
+      shape[_LENGTH_AXIS] = length
     return jax.ShapeDtypeStruct(tuple(shape), a.dtype)
 
-  return jax.tree.map(leaf_shape, row)
+  return jax.tree_util.tree_map_with_path(leaf_shape, row)
+
+
+def of_pass(cache: Tree, first_pass: bool) -> Tree:
+  """The part of a layer's cache that the first or the second pass has."""
+  if first_pass:
+    return cache[FIRST_PASS]
+  return {key: tree for key, tree in cache.items() if key != FIRST_PASS}
 
 
 def zeros(shapes: Tree) -> Tree:
@@ -46,13 +63,14 @@ def read_rows(cache: Tree, rows: Array, n: int, length: int) -> Tree:
     rows: int32 [n].
   """
 
-  def read_leaf(a):
-    a = jax.lax.slice_in_dim(a, 0, length, axis=a.ndim + _LENGTH_AXIS)
+  def read_leaf(path, a):
+    if _has_length(path):
+      a = jax.lax.slice_in_dim(a, 0, length, axis=a.ndim + _LENGTH_AXIS)
     # Slices, because a gather copies element by element on CPU.
     leaf_rows = [jax.lax.dynamic_slice_in_dim(a, rows[i], 1) for i in range(n)]
     return jnp.concatenate(leaf_rows) if n > 1 else leaf_rows[0]
 
-  return jax.tree.map(read_leaf, cache)
+  return jax.tree_util.tree_map_with_path(read_leaf, cache)
 
 
 def write_rows(
@@ -74,11 +92,12 @@ def write_rows(
       return a
     axis = a.ndim + _LENGTH_AXIS
     for i in reversed(range(new.shape[0])):
-      entries = jax.lax.dynamic_slice_in_dim(
-        new[i : i + 1], positions[i], t, axis
-      )
+      entries = new[i : i + 1]
       start = [jnp.int32(0)] * a.ndim
-      start[0], start[axis] = rows[i], positions[i]
+      start[0] = rows[i]
+      if _has_length(path):
+        start[axis] = positions[i]
+        entries = jax.lax.dynamic_slice_in_dim(entries, positions[i], t, axis)
       a = jax.lax.dynamic_update_slice(a, entries, start)
     return a
 

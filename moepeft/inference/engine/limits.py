@@ -148,6 +148,24 @@ def check_request(request: Request, model: Any, config: EngineConfig) -> None:
     raise RequestRefused(str(e)) from None
 
 
+def find_task(task: str, tasks: tuple[str, ...]) -> int:
+  """The index of a request's task in an adapter's list, from 1; 0 for none.
+
+  Raises:
+    RequestRefused: the adapter needs another name, or none.
+  """
+  if not tasks and task:
+    raise RequestRefused(
+      f'the adapter does not route by the task; leave out task={task!r}'
+    )
+  if tasks and task not in tasks:
+    raise RequestRefused(
+      f'the adapter routes by the task, which is one of {", ".join(tasks)}; '
+      f'got task={task!r}'
+    )
+  return tasks.index(task) + 1 if tasks else 0
+
+
 def _check_ids(ids: tuple[int, ...], v: int) -> None:
   if not ids:
     raise RequestRefused('the prompt has no token; give at least one')

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from moepeft.core.types import Array, Tree
+from moepeft.inference.adapters.served_modules import reads_prompt
 from moepeft.inference.engine import (
   decoder_programs,
   encoder_decoder_programs,
@@ -28,7 +29,14 @@ class ModelRunner:
   """A model with its adapters, compiled programs and KV cache.
 
   The methods have the names of the programs. n is the number of rows, z the
-  number of adapter buckets.
+  number of adapter buckets. A task is its index in the adapter's list, from 1;
+  0 for none.
+
+  Attributes:
+    two_pass: whether a first pass of the base precedes each call.
+    reads_prompt: whether a router reads the whole prompt.
+    cache_lens: the lengths of the cache that programs read.
+    whole_prompt_lens: the lengths of prompts that are read in one chunk.
   """
 
   def __init__(
@@ -41,16 +49,26 @@ class ModelRunner:
   ):
     self.model = model.clone(adapter_map=adapters.adapter_map)
     self.config, self.adapters = config, adapters
+    self.two_pass = self.model.adapter_map.two_pass
+    self.reads_prompt = any(
+      reads_prompt(adapter) for _, adapter in adapters.adapter_map.entries
+    )
     scan = config.scan
     if scan is None:
       scan = jax.default_backend() != 'cpu'
     self.weights = LayeredWeights(params, adapters, scan, device)
     self.programs = Programs(self.weights, config.slots, config.compile_ahead)
-    served = ServedModel(self.model, adapters.row_tree, config.routing)
+    served = ServedModel(
+      self.model,
+      adapters.row_tree,
+      config.routing,
+      self.reads_prompt,
+    )
     decoder_only = hasattr(model, 'extend')
-    self.cache_lens = config.cache_lens
+    self.cache_lens, self.whole_prompt_lens = config.cache_lens, ()
     if decoder_only:
       self.cache_lens = decoder_programs.cache_lens(config)
+      self.whole_prompt_lens = decoder_programs.whole_prompt_lens(config)
     plan = (
       decoder_programs.plan if decoder_only else encoder_decoder_programs.plan
     )
@@ -88,8 +106,14 @@ class ModelRunner:
       slots: int32 [n].
       inputs: int32 [n] each, from `DecoderPrefill.decode_inputs`.
     """
+    positions = inputs[1]
+    if self.two_pass:
+      tokens, _, tasks = inputs
+      count, prompt_size = np.ones(n, np.int32), np.zeros(n, np.int32)
+      prompts = tokens[:, None], positions, count, prompt_size, tasks
+      inputs += (self._first_pass(length, adapters, slots, *prompts),)
     key = 'decode', n, length
-    return self._run(key, adapters, slots, inputs[1], *inputs)
+    return self._run(key, adapters, slots, positions, *inputs)
 
   def prefill(
     self,
@@ -99,6 +123,8 @@ class ModelRunner:
     ids: np.ndarray,
     starts: np.ndarray,
     counts: np.ndarray,
+    prompt_sizes: np.ndarray,
+    tasks: np.ndarray,
   ) -> tuple[Array, Tree]:
     """Reads a chunk of n prompts.
 
@@ -109,15 +135,25 @@ class ModelRunner:
       ids: int32 [n, t].
       starts: int32 [n], the position of each row's first id.
       counts: int32 [n], the number of ids of each row that are not padding.
+      prompt_sizes: int32 [n], the number of tokens of each row's prompt.
+      tasks: int32 [n].
 
     Returns:
       States [n, t, d], and {path: experts' weights [n, t, e]}.
     """
+    inputs = ids, starts, counts, prompt_sizes, tasks
+    if self.two_pass:
+      inputs += (self._first_pass(length, adapters, slots, *inputs),)
     key = 'prefill', *ids.shape, length
-    return self._run(key, adapters, slots, starts, ids, starts, counts)
+    return self._run(key, adapters, slots, starts, *inputs)
+
+  def _first_pass(self, length, adapters, slots, ids, starts, *inputs) -> Array:
+    """The states [n, t, d] of the base alone."""
+    key = 'first_pass', *ids.shape, length
+    return self._run(key, adapters, slots, starts, ids, starts, *inputs)[0]
 
   def encode(
-    self, s: int, adapters: np.ndarray, ids: np.ndarray, size: int
+    self, s: int, adapters: np.ndarray, ids: np.ndarray, size: int, task: int
   ) -> Array:
     """Encodes input ids to states [length, d].
 
@@ -128,8 +164,8 @@ class ModelRunner:
       size: the number of ids that are not padding.
     """
     zero = np.zeros(1, np.int32)
-    size = np.array([size], np.int32)
-    args = adapters[None], zero, zero, ids[None], size
+    size, task = np.array([[size], [task]], np.int32)
+    args = adapters[None], zero, zero, ids[None], size, task
     return self._run(('encode', s), *args)
 
   def attach(
@@ -138,6 +174,7 @@ class ModelRunner:
     slot: int,
     states: Array,
     source_ids: Sequence[int],
+    task: int,
   ) -> None:
     """Writes the cross-attention's keys and values to a slot.
 
@@ -147,17 +184,22 @@ class ModelRunner:
       source_ids: the ids of the states that are not padding.
     """
     slot, start = np.array([slot], np.int32), np.zeros(1, np.int32)
-    source = _source(states, source_ids)
+    source = _source(states, source_ids, task)
     args = adapters[None], slot, start, *source
     self._run(('attach', len(states)), *args)
 
   def score_prompts(
-    self, adapters: np.ndarray, states: Array, next_ids: np.ndarray
+    self,
+    adapters: np.ndarray,
+    states: Array,
+    next_ids: np.ndarray,
+    tasks: np.ndarray,
   ) -> tuple[Array, ...]:
     """See `decoder_programs.score`."""
     w = self.weights
     program = self.programs[('score', *next_ids.shape)]
-    return program(w.params, w.adapter_params, adapters, states, next_ids)
+    args = adapters, states, next_ids, tasks
+    return program(w.params, w.adapter_params, *args)
 
   def score_answer(
     self,
@@ -166,10 +208,11 @@ class ModelRunner:
     next_ids: np.ndarray,
     states: Array,
     source_ids: Sequence[int],
+    task: int,
   ) -> Array:
     """See `encoder_decoder_programs.score` and `attach`."""
     zero = np.zeros(1, np.int32)
-    args = ids[None], next_ids[None], *_source(states, source_ids)
+    args = ids[None], next_ids[None], *_source(states, source_ids, task)
     key = 'score', len(states)
     return self._run(key, adapters[None], zero, zero, *args)
 
@@ -214,8 +257,9 @@ class ModelRunner:
     return self.programs[(*key, 'after')](*shared, x, weights, *inputs)
 
 
-def _source(states: Array, ids: Sequence[int]) -> tuple[Array, ...]:
-  """The encoder's states, the number of its ids, and these with padding."""
+def _source(states: Array, ids: Sequence[int], task: int) -> tuple[Array, ...]:
+  """The encoder's states, the number of its ids, these with padding, a task."""
   padded = np.zeros((1, len(states)), np.int32)
   padded[0, : len(ids)] = ids
-  return states[None], np.array([len(ids)], np.int32), padded
+  size, task = np.array([[len(ids)], [task]], np.int32)
+  return states[None], size, padded, task

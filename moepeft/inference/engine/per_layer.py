@@ -33,11 +33,18 @@ class ServedModel:
     row_tree: see `adapters.stacking.row_tree`.
     routing: whether programs return the experts' weights; otherwise they return
       {}.
+    reads_prompt: whether a router reads the whole prompt.
   """
 
   module: Any
   row_tree: Callable[..., Tree]
   routing: bool
+  reads_prompt: bool = False
+
+  @property
+  def two_pass(self) -> bool:
+    """Whether a first pass of the base precedes each call."""
+    return self.module.adapter_map.two_pass
 
 
 class _Side(nn.Module):

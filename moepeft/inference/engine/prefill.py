@@ -35,9 +35,11 @@ class DecoderPrefill:
   def assign_slot(self, sequence: Sequence) -> None:
     """Gives a slot to a sequence that has its adapter already."""
     ids, adapter = sequence.ids, sequence.adapter
-    # Cached tokens have no logits, so a scored prompt is computed again.
-    reusable = ids[:-1] if sequence.request.prompt_logprobs is None else ()
-    assignment = self._slots.take(reusable, adapter.sha256)
+    # Cached tokens have no logits, so a scored prompt is computed again. One
+    # that a router reads as a whole is computed as a whole.
+    scored = sequence.request.prompt_logprobs is not None
+    reusable = () if scored or adapter.reads_prompt else ids[:-1]
+    assignment = self._slots.take(reusable, sequence.cache_key)
     slot = sequence.slot = assignment.slot
     sequence.num_cached_tokens = max(
       0, len(slot.ids) - len(adapter.soft_prompt_ids)
@@ -46,17 +48,29 @@ class DecoderPrefill:
     sequence.track_previous(sequence.request.prompt_ids, vocab)
     if assignment.source is not None:
       self._runner.copy(assignment.source.number, slot.number)
-    self._update_prefilled(sequence)
+    if not adapter.reads_prompt:
+      self._update_prefilled(sequence)
 
   def read_chunk(self, batch: list[Sequence]) -> None:
-    """Reads a chunk of each prompt; sets `prefilled` after the last chunk."""
+    """Reads a chunk of each prompt; sets `prefilled` after the last chunk.
+
+    A prompt that a router reads is one chunk, with its last token: a token's
+    routing depends on all of them. If the first sequence has such a prompt, the
+    others wait.
+    """
     runner = self._runner
+    whole = batch[0].adapter.reads_prompt
+    batch = [s for s in batch if s.adapter.reads_prompt == whole]
     starts = [len(sequence.slot.ids) for sequence in batch]
     remaining = [
-      len(sequence.ids) - 1 - start
+      len(sequence.ids) - (not whole) - start
       for sequence, start in zip(batch, starts, strict=True)
     ]
-    t = self._chunk(max(remaining), max(starts))
+    t = (
+      padded_size(runner.whole_prompt_lens, max(remaining))
+      if whole
+      else self._chunk(max(remaining), max(starts))
+    )
     counts = [min(t, count) for count in remaining]
     chunks = [
       sequence.ids[start : start + count]
@@ -71,11 +85,14 @@ class DecoderPrefill:
       _pad_rows([_pad_ids(chunk, t) for chunk in chunks], n),
       _pad_rows(starts, n),
       _pad_rows(counts, n),
+      _pad_rows([sequence.prompt_size for sequence in batch], n),
+      _pad_rows([sequence.task_id for sequence in batch], n),
     )
     if any(s.request.prompt_logprobs is not None for s in batch):
       self._score_chunk(batch, adapters, states, experts, starts, counts)
     for sequence, chunk in zip(batch, chunks, strict=True):
-      sequence.slot.ids.extend(chunk)
+      # The last token is the first decode step's input, which caches it again.
+      sequence.slot.ids.extend(chunk[:-1] if whole else chunk)
       self._update_prefilled(sequence)
 
   def cache_len(self, sequence: Sequence) -> int:
@@ -83,10 +100,11 @@ class DecoderPrefill:
     return len(sequence.ids) + len(sequence.answer)
 
   def decode_inputs(self, batch: list[Sequence]) -> tuple[np.ndarray, ...]:
-    """The decode step's token ids and positions, int32 [n] each."""
+    """The decode step's token ids, positions and tasks, int32 [n] each."""
     tokens = [(sequence.answer or sequence.ids)[-1] for sequence in batch]
     positions = [self.cache_len(sequence) - 1 for sequence in batch]
-    return np.array(tokens, np.int32), np.array(positions, np.int32)
+    tasks = [sequence.task_id for sequence in batch]
+    return tuple(np.array(a, np.int32) for a in (tokens, positions, tasks))
 
   def record_cached_token(self, sequence: Sequence) -> None:
     """Records that a decode step has cached the token of `decode_inputs`."""
@@ -133,6 +151,7 @@ class DecoderPrefill:
       adapters,
       states,
       _pad_rows([_pad_ids(ids, t) for ids in next_ids], n),
+      _pad_rows([sequence.task_id for sequence in batch], n),
     )
     routing = any(sequence.request.routing for sequence in batch)
     logprobs, top_ids, top_values, experts = jax.device_get(
@@ -164,7 +183,7 @@ class DecoderPrefill:
 class EncoderDecoderPrefill:
   """Prefill of an encoder-decoder.
 
-  Encoder states are cached by the adapter's hash and the input ids.
+  Encoder states are cached by the adapter's hash, the task and the input ids.
   """
 
   batch_size = 1
@@ -177,17 +196,21 @@ class EncoderDecoderPrefill:
     )
 
   def assign_slot(self, sequence: Sequence) -> None:
-    sequence.slot = self._slots.take((), sequence.adapter.sha256).slot
+    sequence.slot = self._slots.take((), sequence.cache_key).slot
     sequence.track_previous((PAD,), self._runner.model.config.vocab)
 
   def read_chunk(self, batch: list[Sequence]) -> None:
     (sequence,) = batch
-    sha256, ids = sequence.adapter.sha256, sequence.ids
-    if (sha256, ids) in self._encoder_states:
+    ids = sequence.ids
+    if (sequence.cache_key, ids) in self._encoder_states:
       sequence.num_cached_tokens = len(sequence.request.prompt_ids)
-    states = self.encode(sha256, sequence.adapter.row, ids)
-    slot = sequence.slot.number
-    self._runner.attach(sequence.adapter.row, slot, states, ids)
+    self._runner.attach(
+      sequence.adapter.row,
+      sequence.slot.number,
+      self.encode(sequence),
+      ids,
+      sequence.task_id,
+    )
     sequence.prefilled = True
 
   def cache_len(self, sequence: Sequence) -> int:
@@ -197,26 +220,24 @@ class EncoderDecoderPrefill:
     tokens = [s.answer[-1] if s.answer else PAD for s in batch]
     positions = [len(sequence.answer) for sequence in batch]
     sizes = [len(sequence.ids) for sequence in batch]
-    return tuple(np.array(a, np.int32) for a in (tokens, positions, sizes))
+    tasks = [sequence.task_id for sequence in batch]
+    columns = tokens, positions, sizes, tasks
+    return tuple(np.array(column, np.int32) for column in columns)
 
   def record_cached_token(self, sequence: Sequence) -> None:
     pass
 
-  def encode(
-    self, sha256: str, adapter: np.ndarray, ids: tuple[int, ...]
-  ) -> Array:
-    """The encoder states [length, d] of input ids, from the cache if possible.
-
-    Args:
-      sha256: hash of the adapter.
-      adapter: int32 [z], the adapter's slot in each bucket.
-    """
-    key = sha256, ids
+  def encode(self, sequence: Sequence) -> Array:
+    """The encoder states [length, d] of inputs, from the cache if possible."""
+    adapter, ids = sequence.adapter.row, sequence.ids
+    key = sequence.cache_key, ids
     if key in self._encoder_states:
       self._encoder_states.move_to_end(key)
       return self._encoder_states[key]
     s = padded_size(self._runner.config.input_lens, len(ids))
-    states = self._runner.encode(s, adapter, _pad_ids(ids, s), len(ids))
+    states = self._runner.encode(
+      s, adapter, _pad_ids(ids, s), len(ids), sequence.task_id
+    )
     self._encoder_states[key] = states
     size = sum(a.nbytes for a in self._encoder_states.values())
     while self._encoder_states and size > self._runner.config.encoder_bytes:

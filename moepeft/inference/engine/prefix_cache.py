@@ -2,8 +2,8 @@
 """The prefix cache: assigns slots, and reuses keys and values of prefixes.
 
 A slot keeps its keys and values when its sequence has finished. A new sequence
-reuses them up to the first different token, if its adapter has the same content
-hash.
+reuses them up to the first different token, if it has the same adapter, by its
+content hash, and task.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ class Slot:
 
   Attributes:
     ids: the tokens of its keys and values, from position 0 on.
-    sha256: content hash of the adapter that computed them.
+    key: the adapter and the task with which they were computed.
     busy: whether a sequence has the slot.
     last_used: a counter's value when the slot was last taken or released.
   """
 
   number: int
   ids: list[int] = dataclasses.field(default_factory=list)
-  sha256: str = ''
+  key: str = ''
   busy: bool = False
   last_used: int = 0
 
-  def common_prefix(self, ids: Sequence[int], sha256: str) -> int:
+  def common_prefix(self, ids: Sequence[int], key: str) -> int:
     """The length of the common prefix of `ids` and the slot's tokens."""
-    if self.sha256 != sha256:
+    if self.key != key:
       return 0
     pairs = enumerate(zip(self.ids, ids, strict=False))
     return next(
@@ -65,7 +65,7 @@ class PrefixCache:
     """The number of slots that no sequence has."""
     return sum(not slot.busy for slot in self.slots)
 
-  def take(self, ids: Sequence[int], sha256: str) -> SlotAssignment:
+  def take(self, ids: Sequence[int], key: str) -> SlotAssignment:
     """Assigns a free slot to a sequence.
 
     The slot with the longest common prefix is taken if it is free and loses at
@@ -74,7 +74,7 @@ class PrefixCache:
 
     Args:
       ids: the tokens that may be reused; () for none.
-      sha256: content hash of the sequence's adapter.
+      key: `Sequence.cache_key`.
 
     Raises:
       ValueError: no slot is free.
@@ -83,14 +83,14 @@ class PrefixCache:
     if not free:
       raise ValueError('no slot is free; look at `free` first')
     lru = min(free, key=lambda slot: (len(slot.ids) > 0, slot.last_used))
-    best = max(self.slots, key=lambda slot: slot.common_prefix(ids, sha256))
-    prefix = best.common_prefix(ids, sha256)
+    best = max(self.slots, key=lambda slot: slot.common_prefix(ids, key))
+    prefix = best.common_prefix(ids, key)
     in_place = not best.busy and (best is lru or 2 * prefix >= len(best.ids))
     if prefix and in_place:
-      return self._assign(best, best.ids[:prefix], sha256)
+      return self._assign(best, best.ids[:prefix], key)
     if prefix >= _MIN_COPY:
-      return self._assign(lru, best.ids[:prefix], sha256, best)
-    return self._assign(lru, [], sha256)
+      return self._assign(lru, best.ids[:prefix], key, best)
+    return self._assign(lru, [], key)
 
   def release(self, slot: Slot) -> None:
     """Frees a slot; its keys and values stay for reuse."""
@@ -102,8 +102,8 @@ class PrefixCache:
     for slot in self.slots:
       slot.ids = []
 
-  def _assign(self, slot, ids, sha256, source=None):
+  def _assign(self, slot, ids, key, source=None):
     self._clock += 1
-    slot.ids, slot.sha256 = list(ids), sha256
+    slot.ids, slot.key = list(ids), key
     slot.busy, slot.last_used = True, self._clock
     return SlotAssignment(slot, source)

@@ -5,7 +5,8 @@ A decoder-only model scores an answer in the prefill, as part of the prompt. An
 encoder-decoder scores it in one call without a cache.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +26,11 @@ from moepeft.inference.engine.limits import (
   check_request_length,
   padded_size,
 )
+from moepeft.inference.engine.sequence import Sequence
 
 
 def echo_requests(
-  requests: Sequence[LogprobRequest], first: int
+  requests: SequenceOf[LogprobRequest], first: int
 ) -> list[Request]:
   """Makes requests whose prompts are the prompts and answers to be scored.
 
@@ -42,13 +44,15 @@ def echo_requests(
       0,
       request.adapter,
       prompt_logprobs=0,
+      task=request.task,
+      prompt_size=len(request.prompt_ids),
     )
     for i, request in enumerate(requests)
   ]
 
 
 def answer_logprobs(
-  requests: Sequence[LogprobRequest],
+  requests: SequenceOf[LogprobRequest],
   events: Iterable[tuple[Request, Event]],
 ) -> list[np.ndarray]:
   """Returns the log-probabilities of the answers, float64 [t] each.
@@ -80,20 +84,25 @@ def score_answer(core: EngineCore, request: LogprobRequest) -> np.ndarray:
     ArithmeticError: the log-probabilities are NaN or infinite.
   """
   runner, answer = core.runner, request.answer_ids
-  as_request = Request('', request.prompt_ids, len(answer), request.adapter)
+  as_request = Request(
+    '', request.prompt_ids, len(answer), request.adapter, task=request.task
+  )
   check_request(as_request, runner.model, runner.config)
   adapter = runner.adapters.acquire(request.adapter)
   try:
-    ids = (*adapter.soft_prompt_ids, *request.prompt_ids)
-    soft_prompt = len(adapter.soft_prompt_ids)
+    sequence = Sequence(as_request, lambda event: None)
+    sequence.set_adapter(adapter)
+    ids, soft_prompt = sequence.ids, len(adapter.soft_prompt_ids)
     check_request_length(as_request, runner.model, runner.config, soft_prompt)
-    states = core.prefill.encode(adapter.sha256, adapter.row, ids)
+    states = core.prefill.encode(sequence)
     length = padded_size(runner.cache_lens, len(answer))
     if length > len(states):
       states = jnp.pad(states, ((0, length - len(states)), (0, 0)))
     inputs, next_ids = np.full((2, len(states)), PAD, np.int32)
     inputs[1 : len(answer)], next_ids[: len(answer)] = answer[:-1], answer
-    logprobs = runner.score_answer(adapter.row, inputs, next_ids, states, ids)
+    logprobs = runner.score_answer(
+      adapter.row, inputs, next_ids, states, ids, sequence.task_id
+    )
   finally:
     runner.adapters.release(adapter)
   logprobs = np.asarray(logprobs, np.float64)[: len(answer)]

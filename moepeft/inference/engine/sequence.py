@@ -9,6 +9,7 @@ import numpy as np
 
 from moepeft.inference.adapters.fixed import AcquiredAdapter
 from moepeft.inference.api import Event, Request, TokenLogprob
+from moepeft.inference.engine.limits import find_task
 from moepeft.inference.engine.prefix_cache import Slot
 
 
@@ -21,6 +22,8 @@ class Sequence:
     arrival: the `time.monotonic` of the submission.
     ids: the soft prompt's and the prompt's ids; () while the request waits.
     slot, adapter: None while the request waits.
+    task_id: the index of the request's task in the adapter's list, from 1; 0
+      for none.
     answer: the answer's tokens so far.
     prefilled: whether the prompt is in the cache; in a decoder-only model all
       of it but the last token, which is the first decode step's input.
@@ -39,6 +42,7 @@ class Sequence:
   ids: tuple[int, ...] = ()
   slot: Slot | None = None
   adapter: AcquiredAdapter | None = None
+  task_id: int = 0
   answer: list[int] = dataclasses.field(default_factory=list)
   prefilled: bool = False
   num_cached_tokens: int = 0
@@ -49,9 +53,26 @@ class Sequence:
   has_finite_logits: bool = False
 
   def set_adapter(self, adapter: AcquiredAdapter) -> None:
-    """Sets the adapter, and puts its soft prompt before the prompt."""
+    """Sets the adapter, and puts its soft prompt before the prompt.
+
+    Raises:
+      RequestRefused: the request's task is not one of the adapter's.
+    """
     self.adapter, self.started = adapter, time.monotonic()
     self.ids = (*adapter.soft_prompt_ids, *self.request.prompt_ids)
+    self.task_id = find_task(self.request.task, adapter.tasks)
+
+  @property
+  def cache_key(self) -> str:
+    """Equal for sequences whose equal ids have equal keys and values."""
+    return f'{self.adapter.sha256}/{self.task_id}'
+
+  @property
+  def prompt_size(self) -> int:
+    """The number of `ids` that a router of the prompt reads."""
+    size = self.request.prompt_size
+    size = len(self.request.prompt_ids) if size is None else size
+    return len(self.adapter.soft_prompt_ids) + size
 
   def timed_out(self, now: float) -> bool:
     timeout = self.request.timeout

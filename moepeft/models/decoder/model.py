@@ -201,7 +201,9 @@ class Decoder(Transformer):
 
     Where adapters read a first pass of the base alone, it precedes.
     """
-    if self.adapter_map.two_pass:
+    # An engine computes the first pass with a cache of its own.
+    is_first = ctx.without_adapters or ctx.first_pass is not None
+    if self.adapter_map.two_pass and not is_first:
       base = ctx.replace(without_adapters=True, train=False)
       first_pass = jax.lax.stop_gradient(self._one_pass(ids, base))
       ctx = ctx.replace(first_pass=first_pass)

@@ -56,7 +56,7 @@ class Hybrid(nn.Module):
   def __call__(self, x: Array, ctx: Context) -> Routing:
     ids = example_ids(x, ctx)
     token = self._logits('', x, ctx)
-    prompt = self._logits('prompt_', prompt_mean(x, ids, ctx), ctx)
+    prompt = self._logits('prompt_', prompt_mean(self, x, ids, ctx), ctx)
     prompt = jnp.broadcast_to(prompt, token.shape)
     a = self._layer_weight(ctx)
     p, q = softmax(token), softmax(prompt)

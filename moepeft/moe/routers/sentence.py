@@ -57,7 +57,7 @@ class Sentence(nn.Module):
     scale = peft_param(self, 'scale', Constant(1), (size,), 'i')
     bias = peft_param(self, 'bias', Constant(0), (size,), 'i')
     ids = example_ids(x, ctx)
-    mean = layer_norm(prompt_mean(x, ids, ctx), scale, bias, EPSILON)
+    mean = layer_norm(prompt_mean(self, x, ids, ctx), scale, bias, EPSILON)
     columns = layer_norm(kernel.T, kernel_scale, jnp.float32(0), EPSILON).T
     logits = mask_experts(gate_logits(mean, columns), ctx)
     logits = jnp.broadcast_to(logits, (*x.shape[:-1], self.experts))
@@ -65,12 +65,14 @@ class Sentence(nn.Module):
     return Routing(logits, softmax(noisy))
 
 
-def prompt_mean(x: Array, ids: Array, ctx: Context) -> Array:
+def prompt_mean(router: nn.Module, x: Array, ids: Array, ctx: Context) -> Array:
   """The mean of x [b, t, ..., i] over the prompt of each token's example.
 
-  Its axis t has size 1 where a row is one example.
+  Its axis t has size 1 where a row is one example. In a cached call it is that
+  of an earlier call with the prompt, unless this call has the prompt.
 
   Args:
+    router: has the mean in its collection 'cache'.
     ids: from `example_ids`.
 
   Raises:
@@ -92,7 +94,12 @@ def prompt_mean(x: Array, ids: Array, ctx: Context) -> Array:
       'bts,bs...->bt...', same, x, precision=jax.lax.Precision.HIGHEST
     )
     count = jnp.sum(same, axis=-1)
-  return total / align(jnp.maximum(count, 1), total)
+  mean = total / align(jnp.maximum(count, 1), total)
+  if not ctx.decode:
+    return mean
+  cache = router.variable('cache', 'prompt_mean', jnp.zeros_like, mean)
+  cache.value = jnp.where(align(count > 0, mean), mean, cache.value)
+  return cache.value
 
 
 ROUTER = RouterSpec(Sentence, pools_prompt=True)

@@ -95,6 +95,7 @@ class GenerationRequest:
       self.body.routing,
       self.service.limits.seconds,
       self.stats.client,
+      task=self.body.task or '',
     )
 
   async def complete(

@@ -127,7 +127,7 @@ class ModelRegistry:
       base,
       *(
         self._model_object(adapter.name, adapter.sha256, self.base)
-        | {'method': adapter.method}
+        | {'method': adapter.method, 'tasks': adapter.tasks}
         for adapter in self._engine.adapters()
       ),
     ]

@@ -113,6 +113,7 @@ class GenerationFields(Strict):
   repetition_penalty: float | None = Field(None, gt=0, le=10)
   response_format: ResponseFormat | None = None
   routing: bool = False
+  task: str | None = None
   top_k: int | None = Field(None, ge=1, lt=1 << 31)
   # Not supported.
   frequency_penalty: Any = None

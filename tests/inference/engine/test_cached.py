@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.inference.adapters.served_modules import router_entry
+from moepeft.checkpoints.base import example_batch
+from moepeft.inference.adapters.served_modules import request_tasks
 from moepeft.models.decoder import model as decoder
 from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.nn.initializers import init_params
@@ -50,14 +51,15 @@ ALIBI = dataclasses.replace(CONFIG, positions='alibi')
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20])
 TOP = 20
 AT = "targets='*/q|*/wo'"
+# By the prompt, by the task, and by a first pass of the base.
+SMEAR = 'smear(experts=3, size=2)'
+MOELORA = (
+  "moelora(experts=3, dropout=0.0, router=task(tasks=['a', 'b']), "
+  "targets='*/q|*/wo')"
+)
+HMORA = 'hmora(experts=3, rank=2, dropout=0.0)'
+XLORA = f"molora(experts=3, rank=2, reads='first_pass', {AT})"
 RANDOM = f'molora(experts=3, rank=2, router=random(k=2), {AT})'
-
-
-def generates(method):
-  """Whether the engine runs the method's routers; see `check_decodes`."""
-  built = build(method, decoder.sites(CONFIG))
-  routers = [router_entry(adapter) for _, adapter in built.adapter_map.entries]
-  return not any(r and (r.pools_prompt or r.needs_tasks) for r in routers)
 
 
 # Soft prompts are tried in tests/inference/test_soft_prompts.py.
@@ -67,8 +69,9 @@ METHODS = (
   *(
     method
     for method in small.METHODS
-    if generates(method) and not method.startswith(('prompt', 'p_tuning'))
+    if not method.startswith(('prompt', 'p_tuning'))
   ),
+  XLORA,
   "lora(rank=2, targets='head|*/o')",
 )
 # Of the largest logit: the model computes in float64, and its logits are
@@ -81,7 +84,7 @@ def make(method, config):
   """(model, variables), moved away from where they do nothing."""
   built = build(method, decoder.sites(config))
   model = Decoder(config, built.adapter_map)
-  variables = init_params(model, {'inputs': jnp.zeros((1, 2), jnp.int32)}, 1)
+  variables = init_params(model, example_batch(), 1)
   return model, small.moved(variables, 0.3, 2)
 
 
@@ -91,9 +94,16 @@ def check_in_float64(model, variables, prompts):
   with jax.enable_x64(True):
     model = model.clone(dtype=jnp.float64, param_dtype=jnp.float64)
     variables = jax.tree.map(lambda a: jnp.asarray(a, 'float64'), variables)
-    cached = answers.engine_answers(model, variables, prompts, 6, logprobs=TOP)
-    for prompt, answer in zip(prompts, cached, strict=True):
-      logits = answers.uncached_logits(model, variables, prompt, answer.ids)
+    tasks = request_tasks(model.adapter_map)
+    ids = [1 + i % len(tasks) if tasks else 0 for i in range(len(prompts))]
+    names = [tasks[i - 1] if i else '' for i in ids]
+    cached = answers.engine_answers(
+      model, variables, prompts, 6, names, logprobs=TOP
+    )
+    for prompt, answer, task in zip(prompts, cached, ids, strict=True):
+      logits = answers.uncached_logits(
+        model, variables, prompt, answer.ids, task=task
+      )
       assert logits.dtype == np.float64 and len(answer.ids) == 6
       expected = np.asarray(jax.nn.log_softmax(logits))
       for token, row in zip(answer.tokens, expected[:-1], strict=True):
@@ -115,7 +125,7 @@ def check_in_float64(model, variables, prompts):
         ('lora(rank=3)', ALIBI),
       ),
       # Its router computes with its path.
-      quick=(RANDOM,),
+      quick=(RANDOM, SMEAR, MOELORA, XLORA),
     ),
     (f'molora(experts=3, rank=2, router=topk(k=2), {AT})', GPT2),
     (f'lora(rank=3, {AT})', WINDOWED),
@@ -126,7 +136,10 @@ def test_a_decoders_cached_logits_are_the_uncached(method, config):
 
 
 @pytest.mark.parametrize(
-  'method', small.others_slow(small.ONE_EACH, quick=small.FEW[1:])
+  'method',
+  small.others_slow(
+    (*small.ONE_EACH, SMEAR, MOELORA, HMORA), quick=(small.FEW[1], SMEAR)
+  ),
 )
 def test_an_encoder_decoders_cached_logits_are_the_uncached(method):
   model, _ = small.make(method)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from moepeft.inference.adapters.pool import AdapterPool
+from moepeft.inference.adapters.served_modules import request_tasks
 from moepeft.inference.engine.limits import EngineConfig
+from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.nn.adapter_hook import AdapterMap
 
@@ -24,6 +26,10 @@ SIZES = (7, 3, 11, 5)
 FEW = ('dora', 'ia3', 'large', 'mov', 'mixlora', 'shared', 'two')
 LLAMA, QWEN2 = (small_decoders.CONFIGS[name] for name in ('llama', 'qwen2'))
 ALL = tuple(banked.ADAPTERS)
+# Only a decoder alone has a first pass.
+ENCODED = tuple(name for name in ALL if name != 'xlora')
+# Inputs beside the tokens, beside adapters that read none of them.
+READS = ('smear', 'moelora', 'xlora', 'ia3', 'hmora', 'shares', 'ranks')
 # Base, adapters, and whether all layers are one program.
 CONFIGS = {
   # Low ranks, scales and routing; test_bank_rows.py has DoRA and two LoRA.
@@ -33,7 +39,9 @@ CONFIGS = {
   'decoder, scanned': (LLAMA, ('molora', 'large'), True),
   't5, scanned': (small.GATED, ('mov', 'large'), True),
   'decoder, all': (LLAMA, ALL, False),
-  't5, all': (small.RELU, ALL, False),
+  't5, all': (small.RELU, ENCODED, False),
+  'decoder, inputs': (LLAMA, READS, False),
+  'decoder, inputs, scanned': (LLAMA, READS, True),
 }
 # The others are tried by the slow suite.
 QUICK = ('decoder, few',)
@@ -78,6 +86,12 @@ def served(request, tmp_path_factory):
     yield base, made, engine
 
 
+def task_of(made, name):
+  """The second of the tasks that an adapter routes by; '' for none."""
+  tasks = request_tasks(made[name][1].adapter_map) if name else ()
+  return tasks[1] if tasks else ''
+
+
 def rows_of(base, made, name, ids, answer):
   """log-probabilities [t, v] of an answer's tokens, as training has them."""
   if isinstance(base.config, t5.T5Config):
@@ -93,6 +107,10 @@ def rows_of(base, made, name, ids, answer):
     # What stands behind the text is seen by nobody.
     batch = {'inputs': inputs}
     first = len(ids) - 1
+  batch['targets_mask'] = np.arange(PLACES)[None] >= first
+  if task_of(made, name):
+    tasks = np.full((1, PLACES), 2)
+    batch |= dict.fromkeys(('inputs_tasks', 'targets_tasks'), tasks)
   if name:
     _, built, tree = made[name]
     logits = banked.alone(base, built, tree, batch)
@@ -109,7 +127,15 @@ def test_the_servers_log_probabilities_are_the_trainers(served):
   asked = [(name, prompt(i, SIZES[i % 4])) for i, name in enumerate(names)]
   with paused(engine):
     mixed = [
-      ask(engine, ids, 5, adapter=name, logprobs=3, routing=True)
+      ask(
+        engine,
+        ids,
+        5,
+        adapter=name,
+        logprobs=3,
+        routing=True,
+        task=task_of(made, name),
+      )
       for name, ids in asked
     ]
   for (name, ids), answer in zip(asked, mixed, strict=True):
@@ -127,14 +153,14 @@ def test_a_request_in_a_mixed_batch_is_as_alone(served):
   asked = [
     (name, prompt(40 + i, SIZES[i % 4])) for i, name in enumerate(['', *made])
   ]
-  options = {'logprobs': 5}
-  alone = [
-    ask(engine, ids, 5, adapter=name, **options).wait() for name, ids in asked
-  ]
+
+  def ask_row(name, ids):
+    task = task_of(made, name)
+    return ask(engine, ids, 5, adapter=name, logprobs=5, task=task)
+
+  alone = [ask_row(name, ids).wait() for name, ids in asked]
   with paused(engine):
-    mixed = [
-      ask(engine, ids, 5, adapter=name, **options) for name, ids in asked
-    ]
+    mixed = [ask_row(name, ids) for name, ids in asked]
   for one, other in zip(alone, mixed, strict=True):
     assert one.tokens == other.tokens
     for a, b in zip(one.scored, other.scored, strict=True):
@@ -150,16 +176,25 @@ def test_a_request_in_a_mixed_batch_is_as_alone(served):
 
 def test_experts_are_told_of_the_sites_where_the_adapter_routes(served):
   base, made, engine = served
-  for name, (_, built, _) in made.items():
+  for name, (_, built, tree) in made.items():
+    arrays = {
+      path.replace('/layers/', '/') for path in weight_mapping.flatten(tree)
+    }
+    # Sites that share a router tell of it once, at the first of them.
     routes = {
       path
       for path, module in built.adapter_map.entries
       if hasattr(module, 'router')
+      and not (
+        getattr(module, 'shares_routing', False)
+        and f'{path}/{module.name}/router/kernel' not in arrays
+      )
     }
     if isinstance(base.config, t5.T5Config):
       # Answers' tokens meet neither the encoder nor the keys of its states.
       routes -= {'decoder/cross/k', 'decoder/cross/v'}
       routes = {path for path in routes if path.startswith('decoder/')}
-    answer = ask(engine, prompt(3, 5), 2, adapter=name, routing=True)
+    task = task_of(made, name)
+    answer = ask(engine, prompt(3, 5), 2, adapter=name, routing=True, task=task)
     for token in answer.scored:
       assert set(token.experts or ()) == routes, name
