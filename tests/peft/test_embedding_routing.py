@@ -7,6 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moepeft.core.types import Context
@@ -159,3 +160,38 @@ def test_a_script_writes_the_embeddings_of_inputs():
   np.testing.assert_array_equal(vectors, encode(['ab', 'c']))
   with pytest.raises(ValueError, match="line 3: expected text in 'inputs'"):
     list(embed_rows.embedded([('line 3', {'inputs': None})], encode))
+
+
+@pytest.mark.slow
+def test_a_mixture_learns_an_answer_that_only_the_embedding_says():
+  # One text, with the answer 'x' or 'y' and EOS, and a control of which half of
+  # each embedding's rows have either answer. It cannot know the answer: ln 2
+  # more, of two tokens half of that, 0.35 a token.
+  model, variables, collator = made('decoder')
+  vectors = 3 * np.eye(2, SIZE, dtype=np.float32)
+  optimizer = optax.adam(3e-2)
+
+  @jax.jit
+  def step(peft, state, batch):
+    def loss(peft):
+      values = {**variables, 'peft': peft}
+      total, sums = loss_sums(model.apply, values, batch, None)
+      return total / sums['weight']
+
+    value, slope = jax.value_and_grad(loss)(peft)
+    updates, state = optimizer.update(slope, state)
+    return optax.apply_updates(peft, updates), state, value
+
+  def trained(kinds):
+    rows = [
+      Example('t', '', i, 'ab', 'xy'[i % 2], (), -1, vectors[kind])
+      for i, kind in enumerate(kinds)
+    ]
+    batch = collator.pad(collator.encode(rows))
+    peft = variables['peft']
+    state = optimizer.init(peft)
+    for _ in range(100):
+      peft, state, value = step(peft, state, batch)
+    return value
+
+  assert trained([0, 1, 0, 1]) < trained([0, 0, 1, 1]) - 0.3
