@@ -5,7 +5,6 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.inference.adapters.buckets import bucket_of
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.peft import build
@@ -102,9 +101,3 @@ def test_routers_are_shared_only_where_sites_read_the_same():
       build(f'molora(share_router=True, reads={reads})', sites)
   with pytest.raises(ValueError, match='where they read the same input'):
     build('mov(share_router=True)', sites)
-
-
-def test_a_pool_refuses_shared_routers():
-  built = build(SHARED, t5.sites(small.GATED))
-  with pytest.raises(ValueError, match='its sites share routers'):
-    bucket_of(built, 'a')
