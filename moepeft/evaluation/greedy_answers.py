@@ -12,8 +12,10 @@ import numpy as np
 from moepeft.core.types import Tree
 from moepeft.data.batching import decoder_only, seq2seq
 from moepeft.data.batching.packing import length_after_prefix
+from moepeft.data.batching.router_inputs import RouterInputs
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference.adapters.served_modules import request_tasks
+from moepeft.inference.api import RouterFields
 from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.inference.length_check import check_length
 from moepeft.inference.prompts import encode_example_prompt
@@ -74,22 +76,32 @@ class BatchGenerator:
     Args:
       progress: called after each batch with its number of examples.
     """
-    tasks = None
-    if request_tasks(self._model.adapter_map):
-      tasks = [e.task for e in examples]
-    return self.texts(variables, [e.inputs for e in examples], progress, tasks)
+    adapter_map = self._model.adapter_map
+    reads_task = bool(request_tasks(adapter_map))
+    inputs = RouterInputs.of_method(adapter_map)
+    fields = []
+    for example in examples:
+      _, embedding = inputs.of_example(example)
+      fields.append(
+        RouterFields(
+          example.task if reads_task else '',
+          () if embedding is None else tuple(map(float, embedding)),
+        )
+      )
+    texts = [example.inputs for example in examples]
+    return self.texts(variables, texts, progress, fields)
 
   def texts(
     self,
     variables: Tree,
     inputs: Sequence[str],
     progress: Callable[[int], None] = lambda answers: None,
-    tasks: Sequence[str] | None = None,
+    router_fields: Sequence[RouterFields] | None = None,
   ) -> list[str]:
     """The most probable continuation of each input, as text.
 
     Args:
-      tasks: the name of each input's task, for routers that read it.
+      router_fields: of each input, for routers that read them.
     """
     ids = [self._encode(text)[0] for text in inputs]
     if self._generator is None:
@@ -97,7 +109,7 @@ class BatchGenerator:
         self._model, variables, self._tokenizer, self._config, self._batch_size
       )
     self._generator.update_weights(variables)
-    return self._generator.generate_texts(ids, None, progress, tasks)
+    return self._generator.generate_texts(ids, None, progress, router_fields)
 
   def _encode(self, text: str) -> tuple[list[int], bool]:
     """(ids of an input, whether it was truncated)."""

@@ -8,7 +8,7 @@ requested, a `Token` for each new token, and one `Finished`.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -61,6 +61,7 @@ class Request:
     client: the client's name; the queue is fair between clients.
     min_new_tokens: the minimum number of tokens before an eos token.
     task: the task's name, for adapters that route by the task; '' for none.
+    embedding: a vector, for adapters that route by an embedding; () for none.
     prompt_size: the number of `prompt_ids` that adapters which route by the
       prompt read; None for all.
   """
@@ -80,7 +81,15 @@ class Request:
   client: str = ''
   min_new_tokens: int = 0
   task: str = ''
+  embedding: tuple[float, ...] = ()
   prompt_size: int | None = None
+
+
+class RouterFields(NamedTuple):
+  """The fields of a request that routers read; see `Request`."""
+
+  task: str = ''
+  embedding: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +172,14 @@ class LogprobRequest:
     prompt_ids: the ids of a decoder's prompt, or of an encoder's inputs.
     answer_ids: the ids that are scored, the eos token included.
     adapter: the name of a loaded adapter; '' is the base.
-    task: see `Request`.
+    task, embedding: see `Request`.
   """
 
   prompt_ids: tuple[int, ...]
   answer_ids: tuple[int, ...]
   adapter: str = ''
   task: str = ''
+  embedding: tuple[float, ...] = ()
 
 
 class RequestRefused(ValueError):
@@ -210,6 +220,8 @@ class LoadedAdapter:
       entries before each prompt, and are not counted as prompt tokens.
     tasks: the names of tasks, of which a request has to name one; () if it
       names none.
+    embedding_size: the size of the embedding that a request has to give; 0 if
+      it gives none.
   """
 
   name: str
@@ -219,6 +231,7 @@ class LoadedAdapter:
   source: str
   soft_prompt_length: int = 0
   tasks: tuple[str, ...] = ()
+  embedding_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

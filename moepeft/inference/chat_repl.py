@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from moepeft.core import terminal
 from moepeft.core.progress import Pass
+from moepeft.inference.api import RouterFields
 from moepeft.inference.generator import Generator, row_seeds
 
 # Encodes the alternating turns of user and assistant, the prompt last.
@@ -108,8 +109,8 @@ class ChatRepl:
     """Generates the answers to a batch; with `stream` it prints them too."""
     answers = [''] * len(rows)
     started = time.perf_counter()
-    tasks = [self._config.task] * len(rows)
-    for chunk in self._generator.stream(rows, seeds, tasks):
+    fields = [RouterFields(self._config.task)] * len(rows)
+    for chunk in self._generator.stream(rows, seeds, fields):
       self.speed.tokens += chunk.token is not None
       answers[chunk.row] += chunk.text
       if self._config.stream:

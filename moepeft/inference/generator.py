@@ -12,15 +12,27 @@ import jax
 
 from moepeft.core.types import Tree
 from moepeft.data.batching.bucketing import round_up
+from moepeft.data.batching.router_inputs import embedding_size
 from moepeft.data.batching.seq2seq import PAD
 from moepeft.data.tokenizers.tokenizer import Tokenizer, skipped_special_tokens
 from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.adapters.served_modules import request_tasks
-from moepeft.inference.api import FAILED, Event, Finished, Request, Token
+from moepeft.inference.api import (
+  FAILED,
+  Event,
+  Finished,
+  Request,
+  RouterFields,
+  Token,
+)
 from moepeft.inference.beam_search import BeamConfig
 from moepeft.inference.detokenizer import TextStream
 from moepeft.inference.engine.engine import Engine
-from moepeft.inference.engine.limits import EngineConfig, find_task
+from moepeft.inference.engine.limits import (
+  EngineConfig,
+  check_embedding,
+  find_task,
+)
 from moepeft.inference.length_check import check_length
 from moepeft.inference.sampling import Sampling
 from moepeft.peft.prefix import model_prefix_ids
@@ -114,6 +126,7 @@ class Generator:
     self._batch_size = batch_size
     self._soft_prompt = model_prefix_ids(model)
     self._tasks = request_tasks(model.adapter_map)
+    self._embedding_size = embedding_size(model.adapter_map)
     self._decoder_only = hasattr(model, 'extend')
     self._non_text_ids = {*config.eos_token_ids}
     if not self._decoder_only:
@@ -157,20 +170,20 @@ class Generator:
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda answers: None,
-    tasks: Sequence[str] | None = None,
+    router_fields: Sequence[RouterFields] | None = None,
   ) -> list[str]:
     """Generates the answer to each prompt (ids), as text.
 
     Args:
       seeds: a sampling seed for each prompt; 0 by default.
-      tasks: the name of each prompt's task, for routers that read it.
+      router_fields: of each prompt, for routers that read them.
       progress: called with the number of newly finished answers.
     """
     if not self._config.stop_strings:
-      answers = self.generate_ids(prompts, seeds, progress, tasks)
+      answers = self.generate_ids(prompts, seeds, progress, router_fields)
       return [self._tokenizer.decode(self._text_ids(ids)) for ids in answers]
     texts = [''] * len(prompts)
-    for chunk in self.stream(prompts, seeds, tasks):
+    for chunk in self.stream(prompts, seeds, router_fields):
       texts[chunk.row] += chunk.text
       if chunk.token is None:
         progress(1)
@@ -181,13 +194,13 @@ class Generator:
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda answers: None,
-    tasks: Sequence[str] | None = None,
+    router_fields: Sequence[RouterFields] | None = None,
   ) -> list[list[int]]:
     """Generates the ids of each answer, eos included, without stop strings."""
     if self._config.beams is not None:
-      return self._beam_search(prompts, progress, tasks)
+      return self._beam_search(prompts, progress, router_fields)
     answers: list[list[int]] = [[] for _ in prompts]
-    for _, request, event in self._stream_events(prompts, seeds, tasks):
+    for _, request, event in self._stream_events(prompts, seeds, router_fields):
       if isinstance(event, Token):
         answers[int(request.id)].append(event.token.id)
       else:
@@ -198,7 +211,7 @@ class Generator:
     self,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None = None,
-    tasks: Sequence[str] | None = None,
+    router_fields: Sequence[RouterFields] | None = None,
   ) -> Iterator[Chunk]:
     """Yields a chunk for each new token, and one at the end of each answer."""
     texts = [
@@ -210,12 +223,16 @@ class Generator:
       for _ in prompts
     ]
     if self._config.beams is not None:
-      for row, answer in enumerate(self._beam_search(prompts, tasks=tasks)):
+      for row, answer in enumerate(
+        self._beam_search(prompts, router_fields=router_fields)
+      ):
         for token in answer:
           yield Chunk(row, self._feed(texts[row], token), token)
         yield Chunk(row, texts[row].finish())
       return
-    for engine, request, event in self._stream_events(prompts, seeds, tasks):
+    for engine, request, event in self._stream_events(
+      prompts, seeds, router_fields
+    ):
       row = int(request.id)
       if isinstance(event, Finished):
         yield Chunk(row, texts[row].finish())
@@ -236,7 +253,7 @@ class Generator:
     self,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None,
-    tasks: Sequence[str] | None,
+    router_fields: Sequence[RouterFields] | None,
   ) -> Iterator[tuple[Engine, Request, Event]]:
     """Yields the events of all prompts; the id of a request is its row.
 
@@ -244,7 +261,7 @@ class Generator:
       ValueError: see `check_prompts`.
       RuntimeError: a request failed.
     """
-    requests = self._make_requests(prompts, seeds, tasks)
+    requests = self._make_requests(prompts, seeds, router_fields)
     for engine, request, event in _stream(self._get_engines(prompts), requests):
       if isinstance(event, Finished) and event.reason == FAILED:
         raise RuntimeError(f'prompt {request.id} failed: {event.message}')
@@ -254,16 +271,18 @@ class Generator:
     self,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int] | None = None,
-    tasks: Sequence[str] | None = None,
+    router_fields: Sequence[RouterFields] | None = None,
   ) -> list[Request]:
     """
     Raises:
       ValueError: see `check_prompts`, or a task is not one of the routers'.
     """
     self.check_prompts(prompts)
-    config, tasks = self._config, tasks or [''] * len(prompts)
-    for task in {*tasks}:
-      find_task(task, self._tasks)
+    config = self._config
+    router_fields = router_fields or [RouterFields()] * len(prompts)
+    for fields in router_fields:
+      find_task(fields.task, self._tasks)
+      check_embedding(fields.embedding, self._embedding_size)
     return [
       Request(
         str(row),
@@ -273,9 +292,11 @@ class Generator:
         seed=0 if seeds is None else seeds[row],
         eos_token_ids=config.eos_token_ids,
         min_new_tokens=config.min_new_tokens,
-        task=task,
+        **fields._asdict(),
       )
-      for row, (ids, task) in enumerate(zip(prompts, tasks, strict=True))
+      for row, (ids, fields) in enumerate(
+        zip(prompts, router_fields, strict=True)
+      )
     ]
 
   def _get_engines(self, prompts: Sequence[Sequence[int]]) -> list[Engine]:
@@ -332,10 +353,10 @@ class Generator:
     self,
     prompts: Sequence[Sequence[int]],
     progress: Callable[[int], None] = lambda answers: None,
-    tasks: Sequence[str] | None = None,
+    router_fields: Sequence[RouterFields] | None = None,
   ) -> list[list[int]]:
     """Returns the best answer to each prompt by beam search."""
-    requests = self._make_requests(prompts, tasks=tasks)
+    requests = self._make_requests(prompts, router_fields=router_fields)
     engines, size = self._get_engines(prompts), self._batch_size
     answers: list[list[int]] = [[] for _ in prompts]
 

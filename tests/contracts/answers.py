@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from moepeft.inference.adapters.fixed import FixedAdapter
-from moepeft.inference.api import Request
+from moepeft.inference.api import Request, RouterFields
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
 
@@ -27,20 +27,22 @@ def make_engine(model, variables, max_model_len=32, slots=4):
   return Engine(model, variables['params'], pool, config)
 
 
-def engine_answers(model, variables, prompts, count, tasks=None, **options):
+def engine_answers(model, variables, prompts, count, fields=None, **options):
   """The engine's answers to prompts.
 
   Args:
-    tasks: the task of each prompt; None where no router reads it.
+    fields: `RouterFields` of each prompt; None where no router reads them.
     options: of the requests.
   """
-  tasks = tasks or [''] * len(prompts)
+  fields = fields or [RouterFields()] * len(prompts)
   longest = max(map(len, prompts)) + count
   engine = make_engine(model, variables, max(32, longest))
   return engine.generate(
     [
-      Request(str(i), tuple(map(int, ids)), count, task=task, **options)
-      for i, (ids, task) in enumerate(zip(prompts, tasks, strict=True))
+      Request(
+        *(str(i), tuple(map(int, ids)), count), **of_row._asdict(), **options
+      )
+      for i, (ids, of_row) in enumerate(zip(prompts, fields, strict=True))
     ]
   )
 
@@ -62,13 +64,15 @@ def _whole_call(model):
   return jax.jit(model.apply)
 
 
-def uncached_logits(model, variables, prompt, answer, length=32, task=0):
+def uncached_logits(
+  model, variables, prompt, answer, length=32, task=0, embedding=()
+):
   """Logits [t + 1, v] at an answer's tokens and after it, by one call.
 
   The call is one of training: its batch has the mask of trained targets.
 
   Args:
-    task: the row's task id.
+    task, embedding: the row's task id and its embedding.
   """
   decoder_only = hasattr(model, 'extend')
   ids = np.zeros((2, 1, length), np.int32)
@@ -84,6 +88,8 @@ def uncached_logits(model, variables, prompt, answer, length=32, task=0):
     batch |= dict.fromkeys(
       ('inputs_tasks', 'targets_tasks'), np.full((1, length), task)
     )
+  if embedding:
+    batch['embeddings'] = np.array(embedding, np.float32)[None, None]
   # Sliced by NumPy: JAX would compile a program for each length.
   logits = np.array(_whole_call(model)(variables, batch))[0]
   return logits[first : first + len(answer) + 1]

@@ -70,6 +70,7 @@ ADAPTERS = {
     "targets='*/q|*/wo')"
   ),
   'xlora': 'xlora(experts=3, rank=2)',
+  'embedded': f"molora(reads='embedding', embedding_size=3, {_AT})",
   # Sites that share a router, and ranks of their own.
   'hmora': 'hmora(experts=3, rank=2)',
   'hardrouted': 'hardrouted(experts=3, rank=2)',

@@ -36,6 +36,22 @@ class ExampleInputs(NamedTuple):
 NO_INPUTS = ExampleInputs()
 
 
+def embedding_size(adapter_map: AdapterMap) -> int:
+  """The size of the embeddings that mixtures read; 0 for none.
+
+  Raises:
+    ValueError: mixtures read embeddings of different sizes.
+  """
+  sizes = {getattr(a, 'embedding_size', 0) for _, a in adapter_map.entries}
+  sizes -= {0}
+  if len(sizes) > 1:
+    raise ValueError(
+      'all mixtures of a method or a server read the same embeddings; got '
+      f'embedding_size={" and ".join(map(str, sorted(sizes)))}'
+    )
+  return max(sizes, default=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class RouterInputs:
   """The inputs of a method's routers that belong to examples.
@@ -55,14 +71,7 @@ class RouterInputs:
       ValueError: routers read different lists of tasks, or embeddings of
         different sizes.
     """
-    sizes = {getattr(a, 'embedding_size', 0) for _, a in adapter_map.entries}
-    sizes -= {0}
-    if len(sizes) > 1:
-      raise ValueError(
-        'all mixtures of a method read the same embeddings; got '
-        f'embedding_size={" and ".join(map(str, sorted(sizes)))}'
-      )
-    return cls(task_names(adapter_map), max(sizes, default=0))
+    return cls(task_names(adapter_map), embedding_size(adapter_map))
 
   def of_example(self, example: Example) -> ExampleInputs:
     """

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from moepeft.core.types import Array, Tree
+from moepeft.data.batching.router_inputs import embedding_size
 from moepeft.inference.adapters.served_modules import (
   check_decodes,
   reads_prompt,
@@ -34,6 +35,8 @@ class AcquiredAdapter:
     tasks: the names of tasks, of which a request has to name one; () if it
       names none.
     reads_prompt: whether a router reads the whole prompt.
+    embedding_size: the size of the embedding that a request has to give; 0 if
+      it gives none.
   """
 
   row: np.ndarray
@@ -43,6 +46,7 @@ class AcquiredAdapter:
   soft_prompt_ids: tuple[int, ...] = ()
   tasks: tuple[str, ...] = ()
   reads_prompt: bool = False
+  embedding_size: int = 0
 
 
 class FixedAdapter:
@@ -75,6 +79,7 @@ class FixedAdapter:
       reads_prompt=any(
         reads_prompt(adapter) for _, adapter in model.adapter_map.entries
       ),
+      embedding_size=embedding_size(model.adapter_map),
     )
 
   def row_tree(

@@ -17,6 +17,7 @@ import numpy as np
 from moepeft.checkpoints.base import Base
 from moepeft.core import memory
 from moepeft.core.types import Tree
+from moepeft.data.batching.router_inputs import embedding_size
 from moepeft.inference.adapters import pad, stacking
 from moepeft.inference.adapters.buckets import (
   Bucket,
@@ -174,6 +175,7 @@ class AdapterPool:
         adapter.source,
         len(adapter.soft_prompt_ids),
         request_tasks(adapter.built.adapter_map),
+        embedding_size(adapter.built.adapter_map),
       )
       if previous and previous.sha256 != sha256:
         self._remove_name(name, previous.sha256)
@@ -224,6 +226,7 @@ class AdapterPool:
         pooled.padded.adapter.soft_prompt_ids,
         self._loaded[name].tasks,
         any(reads_prompt(a) for _, a in adapter_map.entries),
+        self._loaded[name].embedding_size,
       )
 
   def release(self, acquired: AcquiredAdapter) -> None:

@@ -40,6 +40,10 @@ class SwitchedAdapter(nn.Module):
   def two_pass(self) -> bool:
     return getattr(self.adapter, 'two_pass', False)
 
+  @property
+  def embedding_size(self) -> int:
+    return getattr(self.adapter, 'embedding_size', 0)
+
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     nn.share_scope(self, self.adapter)
@@ -54,14 +58,8 @@ def check_decodes(adapter: nn.Module, path: str) -> None:
 
   Raises:
     ValueError: its router reads the prompt outside of the layers, which have
-      the caches, or an embedding, which no request has.
+      the caches.
   """
-  if getattr(adapter, 'embedding_size', 0):
-    raise ValueError(
-      f'{adapter.name} routes by an embedding of each example, and a request '
-      'has none; train it and score rows with it, or generate with '
-      'router=sentence'
-    )
   if reads_prompt(adapter) and '/' not in path:
     raise ValueError(
       f'the router of {adapter.name} reads the whole prompt at {path!r}, and '

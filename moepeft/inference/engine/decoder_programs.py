@@ -33,8 +33,9 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
   def states(n, t):
     return jax.ShapeDtypeStruct((n, t, d), dtype)
 
-  def first_pass(n, t):
-    return (states(n, t),) if model.two_pass else ()
+  def router_inputs(n, t):
+    first_pass = {'first_pass': states(n, t)} if model.two_pass else {}
+    return first_pass | model.embeddings(n)
 
   def prompts(n, t):
     return int32(n, t), int32(n), int32(n), int32(n), int32(n)
@@ -42,13 +43,14 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
   def plan_chunk(n, t, length):
     if model.two_pass:
       method = prefill(model, n, t, length, first_pass=True)
-      programs.plan_method(('first_pass', n, t, length), method, *prompts(n, t))
+      inputs = *prompts(n, t), model.embeddings(n)
+      programs.plan_method(('first_pass', n, t, length), method, *inputs)
 
   longest = lengths[-1]
   programs.plan_cache(
     prefill(model, 1, 1, longest),
     longest,
-    *(*prompts(1, 1), *first_pass(1, 1)),
+    *(*prompts(1, 1), router_inputs(1, 1)),
     first_pass=prefill(model, 1, 1, longest, first_pass=True)
     if model.two_pass
     else None,
@@ -59,12 +61,12 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
         if t <= length:
           plan_chunk(n, t, length)
           key, method = ('prefill', n, t, length), prefill(model, n, t, length)
-          programs.plan_method(key, method, *prompts(n, t), *first_pass(n, t))
+          programs.plan_method(key, method, *prompts(n, t), router_inputs(n, t))
     for n in config.batch_sizes:
       plan_chunk(n, 1, length)
       key, method = ('decode', n, length), decode(model, n, length)
-      rows = int32(n), int32(n), int32(n)
-      programs.plan_method(key, method, *rows, *first_pass(n, 1))
+      rows = int32(n), int32(n), int32(n), router_inputs(n, 1)
+      programs.plan_method(key, method, *rows)
   for n in config.prefill_batch_sizes:
     for t in chunks:
       if t <= lengths[-1]:
@@ -76,6 +78,7 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
           states(n, t),
           int32(n, t),
           int32(n),
+          model.embeddings(n),
         )
         programs.plan(('score', n, t), f, *args)
 
@@ -93,15 +96,14 @@ def prefill(
   The inputs are ids, int32 [n, t]; the position of each row's first token,
   int32 [n], with position + t <= length; the number of each row's ids that
   are not padding; the number of its tokens that are the prompt; and its task,
-  int32 [n] each. For a model with two passes they are followed by the states
-  of the first one. The outputs are states [n, t, d] and the experts' weights
-  {path: [n, t, e]}.
+  int32 [n] each; and the inputs of routers (`ServedModel.fields`). The outputs
+  are states [n, t, d] and the experts' weights {path: [n, t, e]}.
 
   Args:
     first_pass: whether it is that of the base alone, with a cache of its own.
   """
 
-  def arguments(stack, ids, position, count, prompt_size, task, *first_states):
+  def arguments(stack, ids, position, count, prompt_size, task, inputs):
     mask = (jnp.arange(t) < count)[None]
     positions = (position + jnp.arange(t))[None]
     ctx = Context(
@@ -109,7 +111,7 @@ def prefill(
       prompt_mask=mask & (positions < prompt_size),
       task_ids=jnp.where(mask, task, 0),
       positions=positions,
-      first_pass=_one_row(first_states),
+      **model.fields(inputs),
       decode=True,
       without_adapters=first_pass,
       cache_length=length,
@@ -128,18 +130,18 @@ def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
   """Computes the next token of n sequences.
 
   The inputs are each sequence's last token, its position and its task, int32
-  [n] each, and the states of a first pass as in `prefill`. The output is a
+  [n] each, and the inputs of routers as in `prefill`. The output is a
   `sampler.StepOutput`.
   """
 
-  def arguments(stack, token, position, task, *first_states):
+  def arguments(stack, token, position, task, inputs):
     ctx = Context(
       token_mask=jnp.ones((1, 1), bool),
       # The cache has what routers read of the prompt.
       prompt_mask=jnp.zeros((1, 1), bool),
       task_ids=task[None, None],
       positions=position[None, None],
-      first_pass=_one_row(first_states),
+      **model.fields(inputs),
       decode=True,
       cache_length=length,
       run_layers=stack,
@@ -154,11 +156,6 @@ def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
 
   cache = _cache_functions(n, 1, length)
   return LayeredMethod(model, 'extend', 'decoder', arguments, outputs, *cache)
-
-
-def _one_row(states: tuple[Array, ...]) -> Array | None:
-  """[t, d] -> [1, t, d]; None for a model with one pass."""
-  return states[0][None] if states else None
 
 
 def _cache_functions(n: int, t: int, length: int, first_pass: bool = False):
@@ -184,6 +181,7 @@ def score(
   states: Array,
   next_ids: Array,
   tasks: Array,
+  inputs: dict[str, Array],
 ):
   """Computes the log-probability of the token after each token of a chunk.
 
@@ -192,20 +190,22 @@ def score(
     states: the outputs of `prefill`, [n, t, d].
     next_ids: int32 [n, t], the token after each token.
     tasks: int32 [n].
+    inputs: those of routers, without a first pass.
 
   Returns:
     The log-probabilities [n, t], and the ids and the log-probabilities
     [n, t, top] of the most probable tokens.
   """
 
-  def compute_row(adapters, states, next_ids, task):
+  def compute_row(adapters, states, next_ids, task, inputs):
     peft = model.row_tree(adapter_params, adapters)
     mask = jnp.ones((1, len(states)), bool)
-    ctx = Context(token_mask=mask, task_ids=jnp.where(mask, task, 0))
+    task_ids = jnp.where(mask, task, 0)
+    ctx = Context(token_mask=mask, task_ids=task_ids, **model.fields(inputs))
     variables = {'params': params, 'peft': peft}
     logits = model.module.apply(variables, states[None], ctx, method='logits')
     logits = logits[0].astype(jnp.float32)
     top = min(MAX_LOGPROBS, logits.shape[-1])
     return sampler.score(logits, next_ids), *sampler.top_tokens(logits, top)
 
-  return jax.vmap(compute_row)(adapters, states, next_ids, tasks)
+  return jax.vmap(compute_row)(adapters, states, next_ids, tasks, inputs)

@@ -25,19 +25,24 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
     return jax.ShapeDtypeStruct((n, length, d), dtype)
 
   def source(length):
-    return states(1, length), int32(1), int32(1, length), int32(1)
+    return (
+      *(states(1, length), int32(1), int32(1, length), int32(1)),
+      model.embeddings(1),
+    )
 
   longest = config.cache_lens[-1]
   programs.plan_cache(attach(model, longest), longest, *source(longest))
   for s in config.input_lens:
     length = padded_size(config.cache_lens, s)
     method = encode(model, s, length)
-    programs.plan_method(('encode', s), method, int32(1, s), int32(1), int32(1))
+    inputs = int32(1, s), int32(1), int32(1), model.embeddings(1)
+    programs.plan_method(('encode', s), method, *inputs)
   for length in config.cache_lens:
     method = attach(model, length)
     programs.plan_method(('attach', length), method, *source(length))
     for n in config.batch_sizes:
-      method, rows = decode(model, n, length), [int32(n)] * 4
+      rows = *[int32(n)] * 4, model.embeddings(n)
+      method = decode(model, n, length)
       programs.plan_method(('decode', n, length), method, *rows)
     method = score(model, length)
     rows = int32(1, length), int32(1, length), *source(length)
@@ -45,7 +50,12 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
 
 
 def _encoder_context(
-  size: Array, length: int, task: Array, stack=None, ids: Array | None = None
+  size: Array,
+  length: int,
+  task: Array,
+  fields: dict[str, Array],
+  stack=None,
+  ids: Array | None = None,
 ) -> Context:
   """The context of the encoder's ids [length], all of which are the prompt."""
   mask = (jnp.arange(length) < size)[None]
@@ -55,6 +65,7 @@ def _encoder_context(
     task_ids=jnp.where(mask, task, 0),
     token_ids=None if ids is None else ids[None],
     run_layers=stack,
+    **fields,
   )
 
 
@@ -62,11 +73,13 @@ def encode(model: ServedModel, s: int, length: int) -> LayeredMethod:
   """Encodes input ids.
 
   The inputs are ids, int32 [1, s]; the number of ids that are not padding,
-  int32 [1]; and the task, int32 [1]. The output is states [length, d].
+  int32 [1]; the task, int32 [1]; and the inputs of routers
+  (`ServedModel.fields`). The output is states [length, d].
   """
 
-  def arguments(stack, ids, size, task):
-    return ids[None], _encoder_context(size, s, task, stack)
+  def arguments(stack, ids, size, task, inputs):
+    fields = model.fields(inputs)
+    return ids[None], _encoder_context(size, s, task, fields, stack)
 
   def outputs(states, weights, *rows):
     return jnp.pad(states[0, 0], ((0, length - s), (0, 0)))
@@ -78,22 +91,24 @@ def attach(model: ServedModel, length: int) -> LayeredMethod:
   """Writes the cross-attention's keys and values to a slot.
 
   The inputs are encoder states [1, length, d], the number of them that are not
-  padding, int32 [1], their ids, int32 [1, length], and the task, int32 [1].
-  There is no output.
+  padding, int32 [1], their ids, int32 [1, length], the task, int32 [1], and the
+  inputs of routers. There is no output.
   """
 
-  def arguments(stack, states, size, source_ids, task):
+  def arguments(stack, states, size, source_ids, task, inputs):
+    fields = model.fields(inputs)
     ctx = Context(
       token_mask=jnp.ones((1, 1), bool),
       prompt_mask=jnp.ones((1, 1), bool),
       task_ids=task[None, None],
+      **fields,
       index=jnp.int32(0),
       decode=True,
       cache_length=length,
       run_layers=stack,
     )
     ids = jnp.full((1, 1), PAD, jnp.int32)
-    source_ctx = _encoder_context(size, length, task, ids=source_ids)
+    source_ctx = _encoder_context(size, length, task, fields, ids=source_ids)
     return ids, ctx, states[None], source_ctx
 
   def write_cache(cache, rows, positions, new):
@@ -115,15 +130,17 @@ def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
   """Computes the next token of n answers; see `decoder_programs.decode`.
 
   The inputs are each answer's last token, its position, the number of tokens of
-  its row's inputs, and its task, int32 [n] each.
+  its row's inputs, and its task, int32 [n] each, and the inputs of routers.
   """
 
-  def arguments(stack, token, position, size, task):
+  def arguments(stack, token, position, size, task, inputs):
+    fields = model.fields(inputs)
     ctx = Context(
       token_mask=jnp.ones((1, 1), bool),
       # The decoder's prompt is its first input.
       prompt_mask=(position == 0)[None, None],
       task_ids=task[None, None],
+      **fields,
       index=position,
       decode=True,
       cache_length=length,
@@ -132,7 +149,7 @@ def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
     # Unused: the cross-attention reads its keys and values from the cache.
     module = model.module
     encoded = jnp.zeros((1, length, module.config.d_model), module.dtype)
-    source_ctx = _encoder_context(size, length, task)
+    source_ctx = _encoder_context(size, length, task, fields)
     return token[None, None], ctx, encoded, source_ctx
 
   def outputs(logits, weights, *rows):
@@ -159,15 +176,17 @@ def score(model: ServedModel, length: int) -> LayeredMethod:
   [1, length] each, then the inputs of `attach`. The output is float32 [length].
   """
 
-  def arguments(stack, ids, next_ids, states, size, source_ids, task):
+  def arguments(stack, ids, next_ids, states, size, source_ids, task, inputs):
+    fields = model.fields(inputs)
     # Attention is causal, so the padding after the answer needs no mask.
     ctx = Context(
       token_mask=jnp.ones((1, length), bool),
       prompt_mask=(jnp.arange(length) == 0)[None],
       task_ids=jnp.full((1, length), task),
+      **fields,
       run_layers=stack,
     )
-    source_ctx = _encoder_context(size, length, task, ids=source_ids)
+    source_ctx = _encoder_context(size, length, task, fields, ids=source_ids)
     return ids[None], ctx, states[None], source_ctx
 
   def outputs(logits, weights, ids, next_ids, *source):

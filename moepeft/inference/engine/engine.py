@@ -42,6 +42,7 @@ from moepeft.inference.engine.calls import EngineCall, RetryLater
 from moepeft.inference.engine.engine_core import EngineCore, run_test_request
 from moepeft.inference.engine.limits import (
   EngineConfig,
+  check_embedding,
   check_request,
   check_request_length,
   find_task,
@@ -139,13 +140,16 @@ class Engine:
         raise RequestRefused(self._closed_reason or self._core.failure_message)
       if isinstance(self._adapters, FixedAdapter):
         adapter = self._adapters.acquire(request.adapter)
-        soft_prompt, tasks = len(adapter.soft_prompt_ids), adapter.tasks
+        soft_prompt = len(adapter.soft_prompt_ids)
+        tasks, embedding_size = adapter.tasks, adapter.embedding_size
       elif request.adapter:
         adapter = self._check_adapter(request.adapter)
-        soft_prompt, tasks = adapter.soft_prompt_length, adapter.tasks
+        soft_prompt = adapter.soft_prompt_length
+        tasks, embedding_size = adapter.tasks, adapter.embedding_size
       else:
-        soft_prompt, tasks = 0, ()
+        soft_prompt, tasks, embedding_size = 0, (), 0
       find_task(request.task, tasks)
+      check_embedding(request.embedding, embedding_size)
       check_request_length(request, self._model, self._config, soft_prompt)
       if request.id in self._sequences:
         raise RequestRefused(f'a request {request.id!r} is already in progress')

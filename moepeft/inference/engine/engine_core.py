@@ -268,7 +268,11 @@ def run_test_request(runner: ModelRunner) -> None:
   core = EngineCore(runner, lambda sequence: None)
   prompt = (0,) * max(1, min(3, runner.config.max_model_len - 2))
   adapter = runner.adapters.acquire('')
-  request = Request('test', prompt, 2, task=next(iter(adapter.tasks), ''))
+  request = Request(
+    *('test', prompt, 2),
+    task=next(iter(adapter.tasks), ''),
+    embedding=(0.0,) * adapter.embedding_size,
+  )
   runner.adapters.release(adapter)
   core.scheduler.add(Sequence(request, events.append))
   while core.scheduler.has_unfinished:

@@ -166,6 +166,21 @@ def find_task(task: str, tasks: tuple[str, ...]) -> int:
   return tasks.index(task) + 1 if tasks else 0
 
 
+def check_embedding(embedding: tuple[float, ...], size: int) -> None:
+  """Checks a request's embedding against the size that its adapter reads.
+
+  Raises:
+    RequestRefused: the adapter needs one of another size, or none.
+  """
+  if len(embedding) != size:
+    needs = f'an embedding of {size} numbers' if size else 'no embedding'
+    raise RequestRefused(
+      f'the adapter routes by {needs}; the request has {len(embedding)} numbers'
+    )
+  if not np.isfinite(embedding).all():
+    raise RequestRefused('the embedding has NaN or infinite numbers')
+
+
 def _check_ids(ids: tuple[int, ...], v: int) -> None:
   if not ids:
     raise RequestRefused('the prompt has no token; give at least one')

@@ -11,7 +11,10 @@ import jax
 import numpy as np
 
 from moepeft.core.types import Array, Tree
-from moepeft.inference.adapters.served_modules import reads_prompt
+from moepeft.data.batching.router_inputs import embedding_size
+from moepeft.inference.adapters.served_modules import (
+  reads_prompt,
+)
 from moepeft.inference.engine import (
   decoder_programs,
   encoder_decoder_programs,
@@ -30,11 +33,12 @@ class ModelRunner:
 
   The methods have the names of the programs. n is the number of rows, z the
   number of adapter buckets. A task is its index in the adapter's list, from 1;
-  0 for none.
+  0 for none. `router_inputs` are those of the method of this name.
 
   Attributes:
     two_pass: whether a first pass of the base precedes each call.
     reads_prompt: whether a router reads the whole prompt.
+    embedding_size: the size of the embeddings that mixtures read; 0 for none.
     cache_lens: the lengths of the cache that programs read.
     whole_prompt_lens: the lengths of prompts that are read in one chunk.
   """
@@ -53,6 +57,7 @@ class ModelRunner:
     self.reads_prompt = any(
       reads_prompt(adapter) for _, adapter in adapters.adapter_map.entries
     )
+    self.embedding_size = embedding_size(adapters.adapter_map)
     scan = config.scan
     if scan is None:
       scan = jax.default_backend() != 'cpu'
@@ -63,6 +68,7 @@ class ModelRunner:
       adapters.row_tree,
       config.routing,
       self.reads_prompt,
+      self.embedding_size,
     )
     decoder_only = hasattr(model, 'extend')
     self.cache_lens, self.whole_prompt_lens = config.cache_lens, ()
@@ -95,6 +101,16 @@ class ModelRunner:
     """Whether the cache is usable: a failed step deletes the donated arrays."""
     return not any(a.is_deleted() for a in jax.tree.leaves(self._cache))
 
+  def router_inputs(self, batch: Sequence[Any]) -> dict[str, np.ndarray]:
+    """The inputs of routers from the requests of sequences, [n, ...] each."""
+    if not self.embedding_size:
+      return {}
+    embeddings = np.zeros((len(batch), self.embedding_size), np.float32)
+    for row, sequence in zip(embeddings, batch, strict=True):
+      if sequence.adapter.embedding_size:
+        row[:] = sequence.request.embedding
+    return {'embeddings': embeddings}
+
   def decode(
     self, n: int, length: int, adapters: np.ndarray, slots: np.ndarray, *inputs
   ) -> StepOutput:
@@ -104,14 +120,17 @@ class ModelRunner:
       length: the number of cache entries that are read.
       adapters: int32 [n, z], each row's slot in each bucket.
       slots: int32 [n].
-      inputs: int32 [n] each, from `DecoderPrefill.decode_inputs`.
+      inputs: [n, ...] each, from `DecoderPrefill.decode_inputs`.
     """
     positions = inputs[1]
     if self.two_pass:
-      tokens, _, tasks = inputs
+      tokens, _, tasks, router_inputs = inputs
       count, prompt_size = np.ones(n, np.int32), np.zeros(n, np.int32)
       prompts = tokens[:, None], positions, count, prompt_size, tasks
-      inputs += (self._first_pass(length, adapters, slots, *prompts),)
+      router_inputs = self._with_first_pass(
+        length, adapters, slots, *prompts, router_inputs
+      )
+      inputs = *inputs[:-1], router_inputs
     key = 'decode', n, length
     return self._run(key, adapters, slots, positions, *inputs)
 
@@ -125,6 +144,7 @@ class ModelRunner:
     counts: np.ndarray,
     prompt_sizes: np.ndarray,
     tasks: np.ndarray,
+    router_inputs: dict[str, np.ndarray],
   ) -> tuple[Array, Tree]:
     """Reads a chunk of n prompts.
 
@@ -141,19 +161,30 @@ class ModelRunner:
     Returns:
       States [n, t, d], and {path: experts' weights [n, t, e]}.
     """
-    inputs = ids, starts, counts, prompt_sizes, tasks
+    prompts = ids, starts, counts, prompt_sizes, tasks
     if self.two_pass:
-      inputs += (self._first_pass(length, adapters, slots, *inputs),)
+      router_inputs = self._with_first_pass(
+        length, adapters, slots, *prompts, router_inputs
+      )
     key = 'prefill', *ids.shape, length
-    return self._run(key, adapters, slots, starts, *inputs)
+    return self._run(key, adapters, slots, starts, *prompts, router_inputs)
 
-  def _first_pass(self, length, adapters, slots, ids, starts, *inputs) -> Array:
-    """The states [n, t, d] of the base alone."""
+  def _with_first_pass(
+    self, length, adapters, slots, ids, starts, *inputs
+  ) -> dict[str, Array]:
+    """The inputs of routers, with the states [n, t, d] of the base alone."""
     key = 'first_pass', *ids.shape, length
-    return self._run(key, adapters, slots, starts, ids, starts, *inputs)[0]
+    states, _ = self._run(key, adapters, slots, starts, ids, starts, *inputs)
+    return {'first_pass': states} | inputs[-1]
 
   def encode(
-    self, s: int, adapters: np.ndarray, ids: np.ndarray, size: int, task: int
+    self,
+    s: int,
+    adapters: np.ndarray,
+    ids: np.ndarray,
+    size: int,
+    task: int,
+    router_inputs: dict[str, np.ndarray],
   ) -> Array:
     """Encodes input ids to states [length, d].
 
@@ -165,7 +196,7 @@ class ModelRunner:
     """
     zero = np.zeros(1, np.int32)
     size, task = np.array([[size], [task]], np.int32)
-    args = adapters[None], zero, zero, ids[None], size, task
+    args = adapters[None], zero, zero, ids[None], size, task, router_inputs
     return self._run(('encode', s), *args)
 
   def attach(
@@ -175,6 +206,7 @@ class ModelRunner:
     states: Array,
     source_ids: Sequence[int],
     task: int,
+    router_inputs: dict[str, np.ndarray],
   ) -> None:
     """Writes the cross-attention's keys and values to a slot.
 
@@ -185,7 +217,7 @@ class ModelRunner:
     """
     slot, start = np.array([slot], np.int32), np.zeros(1, np.int32)
     source = _source(states, source_ids, task)
-    args = adapters[None], slot, start, *source
+    args = adapters[None], slot, start, *source, router_inputs
     self._run(('attach', len(states)), *args)
 
   def score_prompts(
@@ -194,11 +226,12 @@ class ModelRunner:
     states: Array,
     next_ids: np.ndarray,
     tasks: np.ndarray,
+    router_inputs: dict[str, np.ndarray],
   ) -> tuple[Array, ...]:
     """See `decoder_programs.score`."""
     w = self.weights
     program = self.programs[('score', *next_ids.shape)]
-    args = adapters, states, next_ids, tasks
+    args = adapters, states, next_ids, tasks, router_inputs
     return program(w.params, w.adapter_params, *args)
 
   def score_answer(
@@ -209,10 +242,12 @@ class ModelRunner:
     states: Array,
     source_ids: Sequence[int],
     task: int,
+    router_inputs: dict[str, np.ndarray],
   ) -> Array:
     """See `encoder_decoder_programs.score` and `attach`."""
     zero = np.zeros(1, np.int32)
-    args = ids[None], next_ids[None], *_source(states, source_ids, task)
+    source = _source(states, source_ids, task)
+    args = ids[None], next_ids[None], *source, router_inputs
     key = 'score', len(states)
     return self._run(key, adapters[None], zero, zero, *args)
 

@@ -34,12 +34,33 @@ class ServedModel:
     routing: whether programs return the experts' weights; otherwise they return
       {}.
     reads_prompt: whether a router reads the whole prompt.
+    embedding_size: the size of the embeddings that mixtures read; 0 for none.
   """
 
   module: Any
   row_tree: Callable[..., Tree]
   routing: bool
   reads_prompt: bool = False
+  embedding_size: int = 0
+
+  def embeddings(self, n: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape of the embeddings of n rows among the inputs of routers."""
+    if not self.embedding_size:
+      return {}
+    shape = n, self.embedding_size
+    return {'embeddings': jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+  def fields(self, inputs: dict[str, Array]) -> dict[str, Array]:
+    """The fields of a row's Context with the inputs of routers.
+
+    Args:
+      inputs: of one row, where the model has mixtures that read them:
+        `first_pass` [t, d] and `embeddings` [i].
+    """
+    fields = {name: array[None] for name, array in inputs.items()}
+    if 'embeddings' in fields:
+      fields['embeddings'] = fields['embeddings'][None]
+    return fields
 
   @property
   def two_pass(self) -> bool:
@@ -195,7 +216,7 @@ class LayeredMethod:
     calls = []
 
     def compute_row(params, adapter_params, adapters, *rows):
-      row = [a[0] for a in rows]
+      row = jax.tree.map(lambda a: a[0], rows)
       record = lambda *a: _record(calls, *a)  # noqa: E731
       self._apply(params, adapter_params, adapters[0], row, record)
 

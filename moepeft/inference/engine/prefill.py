@@ -87,6 +87,7 @@ class DecoderPrefill:
       _pad_rows(counts, n),
       _pad_rows([sequence.prompt_size for sequence in batch], n),
       _pad_rows([sequence.task_id for sequence in batch], n),
+      runner.router_inputs(_pad(batch, n)),
     )
     if any(s.request.prompt_logprobs is not None for s in batch):
       self._score_chunk(batch, adapters, states, experts, starts, counts)
@@ -100,11 +101,15 @@ class DecoderPrefill:
     return len(sequence.ids) + len(sequence.answer)
 
   def decode_inputs(self, batch: list[Sequence]) -> tuple[np.ndarray, ...]:
-    """The decode step's token ids, positions and tasks, int32 [n] each."""
+    """The decode step's token ids, positions and tasks, int32 [n] each, and
+    the inputs of routers."""
     tokens = [(sequence.answer or sequence.ids)[-1] for sequence in batch]
     positions = [self.cache_len(sequence) - 1 for sequence in batch]
     tasks = [sequence.task_id for sequence in batch]
-    return tuple(np.array(a, np.int32) for a in (tokens, positions, tasks))
+    return (
+      *(np.array(a, np.int32) for a in (tokens, positions, tasks)),
+      self._runner.router_inputs(batch),
+    )
 
   def record_cached_token(self, sequence: Sequence) -> None:
     """Records that a decode step has cached the token of `decode_inputs`."""
@@ -152,6 +157,7 @@ class DecoderPrefill:
       states,
       _pad_rows([_pad_ids(ids, t) for ids in next_ids], n),
       _pad_rows([sequence.task_id for sequence in batch], n),
+      self._runner.router_inputs(_pad(batch, n)),
     )
     routing = any(sequence.request.routing for sequence in batch)
     logprobs, top_ids, top_values, experts = jax.device_get(
@@ -210,6 +216,7 @@ class EncoderDecoderPrefill:
       self.encode(sequence),
       ids,
       sequence.task_id,
+      self._runner.router_inputs([sequence]),
     )
     sequence.prefilled = True
 
@@ -222,7 +229,10 @@ class EncoderDecoderPrefill:
     sizes = [len(sequence.ids) for sequence in batch]
     tasks = [sequence.task_id for sequence in batch]
     columns = tokens, positions, sizes, tasks
-    return tuple(np.array(column, np.int32) for column in columns)
+    return (
+      *(np.array(column, np.int32) for column in columns),
+      self._runner.router_inputs(batch),
+    )
 
   def record_cached_token(self, sequence: Sequence) -> None:
     pass
@@ -236,7 +246,8 @@ class EncoderDecoderPrefill:
       return self._encoder_states[key]
     s = padded_size(self._runner.config.input_lens, len(ids))
     states = self._runner.encode(
-      s, adapter, _pad_ids(ids, s), len(ids), sequence.task_id
+      *(s, adapter, _pad_ids(ids, s), len(ids), sequence.task_id),
+      self._runner.router_inputs([sequence]),
     )
     self._encoder_states[key] = states
     size = sum(a.nbytes for a in self._encoder_states.values())
@@ -258,4 +269,8 @@ def _pad_ids(ids, t: int) -> np.ndarray:
 
 def _pad_rows(rows: list, n: int) -> np.ndarray:
   """Stacks rows to int32 [n, ...]; padding rows repeat the first."""
-  return np.stack([*rows, *[rows[0]] * (n - len(rows))]).astype(np.int32)
+  return np.stack(_pad(rows, n)).astype(np.int32)
+
+
+def _pad(rows: list, n: int) -> list:
+  return [*rows, *[rows[0]] * (n - len(rows))]

@@ -45,6 +45,7 @@ def echo_requests(
       request.adapter,
       prompt_logprobs=0,
       task=request.task,
+      embedding=request.embedding,
       prompt_size=len(request.prompt_ids),
     )
     for i, request in enumerate(requests)
@@ -85,7 +86,9 @@ def score_answer(core: EngineCore, request: LogprobRequest) -> np.ndarray:
   """
   runner, answer = core.runner, request.answer_ids
   as_request = Request(
-    '', request.prompt_ids, len(answer), request.adapter, task=request.task
+    *('', request.prompt_ids, len(answer), request.adapter),
+    task=request.task,
+    embedding=request.embedding,
   )
   check_request(as_request, runner.model, runner.config)
   adapter = runner.adapters.acquire(request.adapter)
@@ -101,7 +104,8 @@ def score_answer(core: EngineCore, request: LogprobRequest) -> np.ndarray:
     inputs, next_ids = np.full((2, len(states)), PAD, np.int32)
     inputs[1 : len(answer)], next_ids[: len(answer)] = answer[:-1], answer
     logprobs = runner.score_answer(
-      adapter.row, inputs, next_ids, states, ids, sequence.task_id
+      *(adapter.row, inputs, next_ids, states, ids, sequence.task_id),
+      runner.router_inputs([sequence]),
     )
   finally:
     runner.adapters.release(adapter)

@@ -9,7 +9,7 @@ import numpy as np
 
 from moepeft.inference.adapters.fixed import AcquiredAdapter
 from moepeft.inference.api import Event, Request, TokenLogprob
-from moepeft.inference.engine.limits import find_task
+from moepeft.inference.engine.limits import check_embedding, find_task
 from moepeft.inference.engine.prefix_cache import Slot
 
 
@@ -56,16 +56,19 @@ class Sequence:
     """Sets the adapter, and puts its soft prompt before the prompt.
 
     Raises:
-      RequestRefused: the request's task is not one of the adapter's.
+      RequestRefused: the request's task is not one of the adapter's, or its
+        embedding has another size.
     """
     self.adapter, self.started = adapter, time.monotonic()
     self.ids = (*adapter.soft_prompt_ids, *self.request.prompt_ids)
     self.task_id = find_task(self.request.task, adapter.tasks)
+    check_embedding(self.request.embedding, adapter.embedding_size)
 
   @property
   def cache_key(self) -> str:
     """Equal for sequences whose equal ids have equal keys and values."""
-    return f'{self.adapter.sha256}/{self.task_id}'
+    embedding = np.array(self.request.embedding, np.float32).tobytes().hex()
+    return f'{self.adapter.sha256}/{self.task_id}/{embedding}'
 
   @property
   def prompt_size(self) -> int:

@@ -96,6 +96,7 @@ class GenerationRequest:
       self.service.limits.seconds,
       self.stats.client,
       task=self.body.task or '',
+      embedding=tuple(self.body.embedding or ()),
     )
 
   async def complete(

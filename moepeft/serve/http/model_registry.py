@@ -127,7 +127,11 @@ class ModelRegistry:
       base,
       *(
         self._model_object(adapter.name, adapter.sha256, self.base)
-        | {'method': adapter.method, 'tasks': adapter.tasks}
+        | {
+          'method': adapter.method,
+          'tasks': adapter.tasks,
+          'embedding_size': adapter.embedding_size,
+        }
         for adapter in self._engine.adapters()
       ),
     ]

@@ -109,6 +109,7 @@ class GenerationFields(Strict):
   prompt_cache_key: str | None = None
   safety_identifier: str | None = None
   # Extensions.
+  embedding: list[float] | None = None
   min_p: float | None = Field(None, ge=0, le=1)
   repetition_penalty: float | None = Field(None, gt=0, le=10)
   response_format: ResponseFormat | None = None

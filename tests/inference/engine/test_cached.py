@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints.base import example_batch
+from moepeft.data.batching.router_inputs import embedding_size
 from moepeft.inference.adapters.served_modules import request_tasks
+from moepeft.inference.api import RouterFields
 from moepeft.models.decoder import model as decoder
 from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.nn.initializers import init_params
@@ -59,6 +61,10 @@ MOELORA = (
 )
 HMORA = 'hmora(experts=3, rank=2, dropout=0.0)'
 XLORA = f"molora(experts=3, rank=2, reads='first_pass', {AT})"
+EMBEDDING = (
+  "molora(experts=3, rank=2, reads='embedding', embedding_size=5, "
+  "targets='*/q|*/wo')"
+)
 RANDOM = f'molora(experts=3, rank=2, router=random(k=2), {AT})'
 
 
@@ -72,6 +78,7 @@ METHODS = (
     if not method.startswith(('prompt', 'p_tuning'))
   ),
   XLORA,
+  EMBEDDING,
   "lora(rank=2, targets='head|*/o')",
 )
 # Of the largest logit: the model computes in float64, and its logits are
@@ -96,13 +103,25 @@ def check_in_float64(model, variables, prompts):
     variables = jax.tree.map(lambda a: jnp.asarray(a, 'float64'), variables)
     tasks = request_tasks(model.adapter_map)
     ids = [1 + i % len(tasks) if tasks else 0 for i in range(len(prompts))]
-    names = [tasks[i - 1] if i else '' for i in ids]
+    size = embedding_size(model.adapter_map)
+    embeddings = [
+      tuple(np.float32(np.cos(np.arange(size) + i)).tolist())
+      for i in range(len(prompts))
+    ]
+    fields = [
+      RouterFields(tasks[i - 1] if i else '', embedding)
+      for i, embedding in zip(ids, embeddings, strict=True)
+    ]
     cached = answers.engine_answers(
-      model, variables, prompts, 6, names, logprobs=TOP
+      model, variables, prompts, 6, fields, logprobs=TOP
     )
-    for prompt, answer, task in zip(prompts, cached, ids, strict=True):
+    for prompt, answer, task, embedding in zip(
+      prompts, cached, ids, embeddings, strict=True
+    ):
       logits = answers.uncached_logits(
-        model, variables, prompt, answer.ids, task=task
+        *(model, variables, prompt, answer.ids),
+        task=task,
+        embedding=embedding,
       )
       assert logits.dtype == np.float64 and len(answer.ids) == 6
       expected = np.asarray(jax.nn.log_softmax(logits))
@@ -138,7 +157,8 @@ def test_a_decoders_cached_logits_are_the_uncached(method, config):
 @pytest.mark.parametrize(
   'method',
   small.others_slow(
-    (*small.ONE_EACH, SMEAR, MOELORA, HMORA), quick=(small.FEW[1], SMEAR)
+    (*small.ONE_EACH, SMEAR, MOELORA, HMORA, EMBEDDING),
+    quick=(small.FEW[1], SMEAR),
   ),
 )
 def test_an_encoder_decoders_cached_logits_are_the_uncached(method):

@@ -20,6 +20,7 @@ AT = "targets='*/q|*/wo'"
 PROMPT = "molora(experts=3, rank=2, router=sentence, targets='*/q|*/wo')"
 TASK = f"moelora(experts=3, rank=2, router=task(tasks=['a', 'b']), {AT})"
 FIRST_PASS = f"molora(experts=3, rank=2, reads='first_pass', {AT})"
+EMBEDDING = "molora(experts=2, rank=2, reads='embedding', embedding_size=3)"
 KINDS = pytest.mark.parametrize('method', [PROMPT, TASK, FIRST_PASS])
 IDS = (5, 6, 7, 8, 9, 10, 11, 12, 13)
 
@@ -111,6 +112,21 @@ def test_only_layers_cache_what_a_router_reads_of_the_prompt():
   model, variables = make(method)
   with pytest.raises(ValueError, match="whole prompt at 'head'"):
     FixedAdapter(model, variables['peft'])
+
+
+@pytest.mark.parametrize(
+  'numbers, message',
+  [
+    ((), 'an embedding of 3 numbers; the request has 0 numbers'),
+    ((1.0, 2.0), 'of 3 numbers; the request has 2'),
+    ((1.0, 2.0, float('nan')), 'NaN or infinite'),
+  ],
+)
+def test_a_request_has_an_embedding_of_the_adapters_size(numbers, message):
+  model, variables = make(EMBEDDING)
+  engine = answers.make_engine(model, variables)
+  with pytest.raises(RequestRefused, match=message):
+    engine.generate([Request('0', IDS, 1, embedding=numbers)])
 
 
 def test_tasks_of_a_loss_alone_are_not_asked_for():

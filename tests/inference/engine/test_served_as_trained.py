@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from moepeft.data.batching.router_inputs import embedding_size
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.adapters.served_modules import request_tasks
 from moepeft.inference.engine.limits import EngineConfig
@@ -29,7 +30,10 @@ ALL = tuple(banked.ADAPTERS)
 # Only a decoder alone has a first pass.
 ENCODED = tuple(name for name in ALL if name != 'xlora')
 # Inputs beside the tokens, beside adapters that read none of them.
-READS = ('smear', 'moelora', 'xlora', 'ia3', 'hmora', 'shares', 'moa')
+READS = (
+  *('smear', 'moelora', 'xlora', 'ia3'),
+  *('hmora', 'shares', 'moa', 'embedded'),
+)
 # Base, adapters, and whether all layers are one program.
 CONFIGS = {
   # Low ranks, scales and routing; test_bank_rows.py has DoRA and two LoRA.
@@ -86,10 +90,12 @@ def served(request, tmp_path_factory):
     yield base, made, engine
 
 
-def task_of(made, name):
-  """The second of the tasks that an adapter routes by; '' for none."""
-  tasks = request_tasks(made[name][1].adapter_map) if name else ()
-  return tasks[1] if tasks else ''
+def fields_of(made, name):
+  """The second of the tasks that an adapter routes by, and an embedding."""
+  adapter_map = made[name][1].adapter_map if name else AdapterMap()
+  tasks = request_tasks(adapter_map)
+  embedding = tuple(0.5 + i for i in range(embedding_size(adapter_map)))
+  return {'task': tasks[1] if tasks else '', 'embedding': embedding}
 
 
 def rows_of(base, made, name, ids, answer):
@@ -108,9 +114,12 @@ def rows_of(base, made, name, ids, answer):
     batch = {'inputs': inputs}
     first = len(ids) - 1
   batch['targets_mask'] = np.arange(PLACES)[None] >= first
-  if task_of(made, name):
+  task, embedding = fields_of(made, name).values()
+  if task:
     tasks = np.full((1, PLACES), 2)
     batch |= dict.fromkeys(('inputs_tasks', 'targets_tasks'), tasks)
+  if embedding:
+    batch['embeddings'] = np.array(embedding, np.float32)[None, None]
   if name:
     _, built, tree = made[name]
     logits = banked.alone(base, built, tree, batch)
@@ -134,7 +143,7 @@ def test_the_servers_log_probabilities_are_the_trainers(served):
         adapter=name,
         logprobs=3,
         routing=True,
-        task=task_of(made, name),
+        **fields_of(made, name),
       )
       for name, ids in asked
     ]
@@ -155,8 +164,8 @@ def test_a_request_in_a_mixed_batch_is_as_alone(served):
   ]
 
   def ask_row(name, ids):
-    task = task_of(made, name)
-    return ask(engine, ids, 5, adapter=name, logprobs=5, task=task)
+    fields = fields_of(made, name)
+    return ask(engine, ids, 5, adapter=name, logprobs=5, **fields)
 
   alone = [ask_row(name, ids).wait() for name, ids in asked]
   with paused(engine):
@@ -194,7 +203,7 @@ def test_experts_are_told_of_the_sites_where_the_adapter_routes(served):
       # Answers' tokens meet neither the encoder nor the keys of its states.
       routes -= {'decoder/cross/k', 'decoder/cross/v'}
       routes = {path for path in routes if path.startswith('decoder/')}
-    task = task_of(made, name)
-    answer = ask(engine, prompt(3, 5), 2, adapter=name, routing=True, task=task)
+    fields = fields_of(made, name)
+    answer = ask(engine, prompt(3, 5), 2, adapter=name, routing=True, **fields)
     for token in answer.scored:
       assert set(token.experts or ()) == routes, name
