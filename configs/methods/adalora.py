@@ -25,9 +25,12 @@ def get_config(values: str = ''):
     'adalora(rank=2, target_rank=1, alpha=32.0, orthogonality=0.3, '
     'tinit={tinit}, tfinal={tfinal})',
     learning_rate=1.2e-3,
+    batch_size=32,
+    length=320,
   )
   schedule = {'tinit': c.steps * 600 // 3900, 'tfinal': c.steps * 1800 // 3900}
   for name, steps in schedule.items():
     c.method = c.method.replace(f'{{{name}}}', str(steps))
+  c.optimizer.schedule = 'linear'
   c.optimizer.weight_decay = 0.01
   return c

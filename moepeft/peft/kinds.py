@@ -209,8 +209,6 @@ def kinds_of(
     },
     check=functools.partial(check, kinds),
     initial_change=next(filter(None, changes), ''),
-    not_pooled='its experts are of several kinds; serve it alone (--workdir or '
-    '--adapter)',
     kinds=tuple(kinds),
     takes_options=takes_options,
   )

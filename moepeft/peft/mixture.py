@@ -308,7 +308,7 @@ class Mixture(nn.Module):
       return route(self, self._router, features, ctx)
     key = None if self.share_routing else x
     # A wrapper of a pool has the name, and an expert's module shares its scope.
-    name = self.path[-1]
+    name = self.scope.name
     routing = routings.get(name, key)
     if routing is None:
       routing = route(self, self._router, features, ctx)

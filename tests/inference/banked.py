@@ -74,6 +74,7 @@ ADAPTERS = {
   'hmora': 'hmora(experts=3, rank=2)',
   'hardrouted': 'hardrouted(experts=3, rank=2)',
   'shares': "mov(experts=3, reads='input', share_router=True)",
+  'moa': 'moa(experts=2, rank=2, size=3)',
   'ranks': f'molora(ranks=[3, 1, 2], alpha=5.0, {_AT})',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }

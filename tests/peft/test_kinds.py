@@ -9,7 +9,6 @@ import pytest
 
 from moepeft.checkpoints.adapter import load
 from moepeft.core.types import Context
-from moepeft.inference.adapters.buckets import bucket_of
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.moe import router_stats
@@ -247,9 +246,3 @@ def test_an_adapter_of_several_kinds_is_written_and_read(tmp_path):
   read, card = load(path)
   chex.assert_trees_all_equal(read, tree)
   assert build(card['method'], SITES, card['semantics']) == built
-
-
-def test_a_pool_refuses_several_kinds():
-  built = build('moa', SITES)
-  with pytest.raises(ValueError, match='several kinds; serve it alone'):
-    bucket_of(built, 'a')

@@ -4,9 +4,11 @@
 A bucket is a method whose rank is rounded up to 4, 8, 16, ... and whose scale
 is one. Smaller ranks are padded with zeros, and alpha / r is multiplied into B.
 The target modules are the method's default ones and those of the adapters named
-at the start. An adapter without one of them has the identity there. A mixture
-whose sites share routers has exactly its own target modules: the router is at
-the first of them. Experts of different ranks have exactly these.
+at the start. An adapter without one of them has the identity there.
+
+Some mixtures depend on their exact sites or sizes: sites that share a router,
+experts of different ranks or of several kinds. The adapters of such a bucket
+have all options in common.
 
 Each method has one bucket, with the largest rank named. A bucket for each rank
 would cost more, because every row reads its slot in every bucket.
@@ -15,6 +17,8 @@ would cost more, because every row reads its slot in every bucket.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import flax.linen as nn
 
 from moepeft.checkpoints.adapter import method_instances
 from moepeft.config import method_string
@@ -27,6 +31,7 @@ from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import Built
 from moepeft.peft.build import make_adapter, unique_name
+from moepeft.peft.kinds import Kinds
 from moepeft.peft.method import options_of
 from moepeft.peft.method_text import (
   canonical_text,
@@ -46,23 +51,25 @@ class BucketPart:
 
   Attributes:
     name: the key in the 'peft' tree.
-    kind: the flat spec (`peft.method_text`) without rank and scale.
+    kind: the flat spec (`peft.method_text`) without rank and scale; the whole
+      spec where there are `modules`.
     rank: the largest rank, or soft prompt length, that fits; 0 for a method
       without either.
     sites: the paths of the target modules, in the model's order.
-    exact_sites: whether the adapters of the bucket have all of them.
+    modules: the adapters at the sites, for a mixture that depends on its exact
+      sites or sizes; () for all others.
   """
 
   name: str
   kind: Spec
   rank: int
   sites: tuple[str, ...]
-  exact_sites: bool = False
+  modules: tuple[nn.Module, ...] = ()
 
   @property
   def spec(self) -> Spec:
     """The method with a scale of one, without target modules."""
-    if size_option(self.kind) != 'rank':
+    if not self.rank or size_option(self.kind) != 'rank':
       return self.sized
     spec = self.sized.replace(alpha=float(self.rank))
     # A preset may have it by default.
@@ -71,8 +78,9 @@ class BucketPart:
   @property
   def sized(self) -> Spec:
     """The method with the bucket's rank, without target modules and scale."""
-    option = size_option(self.kind)
-    return self.kind.replace(**{option: self.rank}) if option else self.kind
+    if not self.rank:
+      return self.kind
+    return self.kind.replace(**{size_option(self.kind): self.rank})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +105,7 @@ class Bucket:
   def holds(self, other_bucket: 'Bucket') -> bool:
     """Whether the adapters of the other bucket fit into this one."""
     return _kinds(self.parts) == _kinds(other_bucket.parts) and all(
-      part.rank >= other_part.rank
-      and set(part.sites) >= set(other_part.sites)
-      and not (part.exact_sites and part.sites != other_part.sites)
+      part.rank >= other_part.rank and set(part.sites) >= set(other_part.sites)
       for part, other_part in zip(self.parts, other_bucket.parts, strict=True)
     )
 
@@ -125,11 +131,13 @@ def bucket_of(built: Built, label: str) -> Bucket:
     for path, module in entries:
       check_decodes(module, path)
     modules = {path: module for path, module in entries if module.name == name}
-    shares = any(
-      getattr(module, 'shares_routing', False) for module in modules.values()
-    )
-    rank = round_up_rank(rank_of(spec))
-    parts.append(BucketPart(name, _kind(spec), rank, tuple(modules), shares))
+    sites = tuple(modules)
+    if any(map(_is_exact, modules.values())):
+      part = BucketPart(name, _kind(spec, ()), 0, sites, (*modules.values(),))
+    else:
+      kind = _kind(spec, (*_SLOT_OPTIONS, size_option(spec)))
+      part = BucketPart(name, kind, round_up_rank(rank_of(spec)), sites)
+    parts.append(part)
   return Bucket('', tuple(parts))
 
 
@@ -142,9 +150,9 @@ def merge_buckets(
     required: the smallest buckets of the adapters, from `bucket_of`.
     sites: {path: role} of the model's target modules.
   """
-  merged: dict[tuple, Bucket] = {}
+  merged: dict[tuple[Spec, ...], Bucket] = {}
   for bucket in required:
-    key = *_kinds(bucket.parts), *_exact_sites(bucket.parts)
+    key = _kinds(bucket.parts)
     merged[key] = _merge(merged.get(key, bucket), bucket, sites)
   named, used_names = [], set()
   for bucket in merged.values():
@@ -160,15 +168,20 @@ def adapter_map_of(buckets: Sequence[Bucket]) -> AdapterMap:
   replaces = lambda b: any(method_entry(p.kind).replaces for p in b.parts)  # noqa: E731
   for bucket in sorted(buckets, key=replaces, reverse=True):
     for part in bucket.parts:
-      adapter = make_adapter(part.spec, part.name)
-      module = served_module(method_entry(part.kind), adapter, part.name)
-      entries += [(path, module) for path in part.sites]
+      modules = part.modules or [make_adapter(part.spec, part.name)]
+      served = [
+        served_module(method_entry(part.kind), module, part.name)
+        for module in modules
+      ]
+      entries += zip(
+        part.sites, served * (len(part.sites) // len(served)), strict=True
+      )
   return AdapterMap(tuple(entries))
 
 
 def size_option(spec: Spec) -> str:
   """The option that is padded: 'rank', 'length', or '' for none."""
-  return '' if spec.get('ranks') else method_entry(spec).size_option
+  return method_entry(spec).size_option
 
 
 def rank_of(spec: Spec) -> int:
@@ -195,15 +208,24 @@ def round_up_rank(rank: int) -> int:
   return max(_MIN_RANK, 1 << (rank - 1).bit_length()) if rank else 0
 
 
-def _kind(spec: Spec) -> Spec:
-  """The spec that all adapters of a bucket share, without default options."""
+def _is_exact(adapter: nn.Module) -> bool:
+  """Whether a mixture depends on its exact sites or sizes."""
+  expert = getattr(adapter, 'expert', None)
+  shares = getattr(adapter, 'shares_routing', False)
+  return bool(
+    shares or getattr(adapter, 'ranks', ()) or isinstance(expert, Kinds)
+  )
+
+
+def _kind(spec: Spec, slot_options: tuple[str, ...]) -> Spec:
+  """The spec that all adapters of a bucket share, without default options.
+
+  Args:
+    slot_options: the options in which they may differ.
+  """
   training_only = (
     k for k, o in method_entry(spec).options().items() if o.training_only
   )
-  slot_options = (*_SLOT_OPTIONS, size_option(spec))
-  if spec.get('ranks'):
-    # Its scales are of the experts' ranks.
-    slot_options = ('targets',)
   spec = _without(spec, (*slot_options, *training_only))
   router = spec.get('router')
   if isinstance(router, Spec):
@@ -229,19 +251,16 @@ def _kinds(parts: Sequence[BucketPart]) -> tuple[Spec, ...]:
   return tuple(part.kind for part in parts)
 
 
-def _exact_sites(parts: Sequence[BucketPart]) -> tuple[tuple[str, ...], ...]:
-  return tuple(part.sites if part.exact_sites else () for part in parts)
-
-
 def _merge(a: Bucket, b: Bucket, sites: Mapping[str, str]) -> Bucket:
   """Merges two buckets of the same kinds, and adds default target modules."""
   parts = []
   for part, other_part in zip(a.parts, b.parts, strict=True):
+    if part.modules:
+      parts.append(part)
+      continue
     groups = method_entry(part.kind).roles.values()
     roles = {role for group in groups for role in group}
     paths = {path for path, role in sites.items() if role in roles}
-    if part.exact_sites:
-      paths = set()
     paths |= {*part.sites, *other_part.sites}
     parts.append(
       dataclasses.replace(

@@ -29,7 +29,7 @@ ALL = tuple(banked.ADAPTERS)
 # Only a decoder alone has a first pass.
 ENCODED = tuple(name for name in ALL if name != 'xlora')
 # Inputs beside the tokens, beside adapters that read none of them.
-READS = ('smear', 'moelora', 'xlora', 'ia3', 'hmora', 'shares', 'ranks')
+READS = ('smear', 'moelora', 'xlora', 'ia3', 'hmora', 'shares', 'moa')
 # Base, adapters, and whether all layers are one program.
 CONFIGS = {
   # Low ranks, scales and routing; test_bank_rows.py has DoRA and two LoRA.
