@@ -117,7 +117,7 @@ def test_a_run_whose_rows_were_edited_does_not_go_on(tmp_path):
   rows = [{**ROW, 'inputs': f'in {i}', 'idx': i} for i in range(40)]
   path.write_text('\n'.join(map(json.dumps, rows)))
   config = config_lib.default()
-  config.data = data_of(path, vocabulary='bytes')
+  config.data = data_of(path, tokenizer='bytes')
   config.model.family, config.model.size = 't5', 'tiny'
   config.model.path, config.method = '', 'full'
   config.steps, config.batch_size = 2, 2
