@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,7 +20,12 @@ from moepeft.sweeps import method_options
 
 _MAX_TRIALS = 10_000
 _MAX_NAME = 80
-_SWITCHES = {'true': True, 't': True, '1': True}
+# The spellings of absl.
+_SWITCHES = {'true': True, 't': True, '1': True} | {
+  'false': False,
+  'f': False,
+  '0': False,
+}
 # Sections whose keys the config does not list.
 _OPEN_SECTIONS = ('model.shape.', 'router_losses.')
 
@@ -60,14 +66,12 @@ def make_trials(
   """
   methods = grid.get('method', (config.method,))
   option_keys = [key for key in grid if _is_option(key, config, methods)]
-  values = {key: _parse_values(config, key, grid[key]) for key in grid}
-  count = 1
-  for alternatives in values.values():
-    count *= len(alternatives)
+  count = math.prod(map(len, grid.values()))
   if count > _MAX_TRIALS:
     raise ValueError(
       f'--grid has {count:,} trials; expected {_MAX_TRIALS:,} at most'
     )
+  values = {key: _parse_values(config, key, grid[key]) for key in grid}
   trials: dict[str, Trial] = {}
   for combination in itertools.product(*values.values()):
     settings = dict(zip(values, combination, strict=True))
@@ -122,7 +126,7 @@ def _make_trial(
 
 
 def _name(parts: Iterable[str], changes: Mapping[str, Any]) -> str:
-  """A name for paths, 'molora-experts-2_learning_rate=0.001_seed=0'.
+  """A name for paths, 'molora-experts=2_learning_rate=0.001_seed=0'.
 
   It ends in a hash where it would be too long, or has left out characters that
   may tell two trials apart.
@@ -155,9 +159,9 @@ def _is_option(key: str, config: ConfigDict, methods: Iterable[str]) -> bool:
   known_keys = [*suggestions.keys(config), *options]
   exact = suggestions.unknown_key(f'--config.{key}=')
   near = suggestion(key, known_keys)
-  if near and 'did you mean' not in exact:
+  if near and 'lists all keys' in exact:
     exact = f'there is no config.{key} and no option {key} of a method{near}'
-  raise ValueError(f'--grid: {exact or f"there is no config.{key}"}')
+  raise ValueError(f'--grid: {exact}')
 
 
 def _parse_values(
@@ -180,22 +184,20 @@ def _parse_values(
 
 
 def _parse_value(config: ConfigDict, key: str, text: str) -> Any:
-  if error := suggestions.wrong_type(f'--config.{key}={text}'):
-    raise ValueError(f'--grid: {error}')
   node = config
   for part in key.split('.'):
     node = node.get(part) if isinstance(node, ConfigDict) else None
-  if isinstance(node, bool):
-    return _SWITCHES.get(text.lower(), False)
-  if isinstance(node, int | float):
-    try:
-      return type(node)(text)
-    except ValueError:
-      raise ValueError(
-        f'--grid: config.{key} is a number; got {text!r}'
-      ) from None
   if isinstance(node, str):
     return text
+  if isinstance(node, bool | int | float):
+    try:
+      is_switch = isinstance(node, bool)
+      return _SWITCHES[text.lower()] if is_switch else type(node)(text)
+    except (KeyError, ValueError):
+      error = suggestions.wrong_type(f'--config.{key}={text}')
+      kind = type(node).__name__
+      error = error or f'config.{key} is of type {kind}; got {text!r}'
+      raise ValueError(f'--grid: {error}') from None
   try:
     value = parse_literal(text)
   except Malformed:

@@ -147,7 +147,6 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
   data = open_data(config.data, config.seed, share, shape.vocab, collator)
   for note in data.notes:
     terminal.show(note)
-
   base = base_lib.load(config.model)
   model, method = base_lib.module(base, config)
   padded = base_lib.padded_axes(model, base)

@@ -13,10 +13,10 @@ from moepeft.sweeps.runner import Sweep
 
 from .planted import finish, planted
 
-# Four experts have 1 / 4 each when even; dead are those below 1 / 400.
+# Of four experts those below 1 / 400 are dead, of two those below 1 / 200.
 ROUTING = {
   'q': {'weight': [[0.5, 0.4976, 0.0024, 0.0], [0.25] * 4], 'entropy': [1, 1]},
-  'k': {'tokens': [0.9974, 0.0026], 'entropy': 0.1},
+  'k': {'tokens': [0.994, 0.006], 'entropy': 0.1},
 }
 
 
@@ -34,7 +34,7 @@ def test_a_row_has_the_figures_of_its_run(tmp_path):
   finish(directory, trial, 1.5, rows, means, parameters=4_000)
   assert results.read_row(directory, trial) == {
     'index': 0,
-    'name': 'molora-experts-4-rank-4_seed=3',
+    'name': 'molora-experts=4-rank=4_seed=3',
     'settings': {'experts': 4, 'seed': 3},
     'method': 'molora(experts=4, rank=4)',
     'run': str(tmp_path / 'runs' / trial.name),

@@ -17,20 +17,20 @@ def trials(text, **changes):
 
 
 def test_trials_are_all_combinations_and_the_last_key_is_the_fastest():
-  made = trials('optimizer.learning_rate=1e-3,3e-3; seed=0..2')
-  assert [dict(trial.settings) for trial in made] == [
+  all_trials = trials('optimizer.learning_rate=1e-3,3e-3; seed=0..2')
+  assert [dict(trial.settings) for trial in all_trials] == [
     {'optimizer.learning_rate': rate, 'seed': seed}
     for rate in (0.001, 0.003)
     for seed in (0, 1, 2)
   ]
-  assert [trial.index for trial in made] == list(range(6))
-  assert made[4].name == 'learning_rate=0.003_seed=1'
-  assert made[4].flags == (
+  assert [trial.index for trial in all_trials] == list(range(6))
+  assert all_trials[4].name == 'learning_rate=0.003_seed=1'
+  assert all_trials[4].flags == (
     '--config.optimizer.learning_rate=0.003',
     '--config.seed=1',
   )
-  assert made[4].config.optimizer.learning_rate == 0.003
-  assert made[4].config.seed == 1
+  assert all_trials[4].config.optimizer.learning_rate == 0.003
+  assert all_trials[4].config.seed == 1
 
 
 def test_values_have_the_type_of_their_key():
@@ -44,17 +44,17 @@ def test_values_have_the_type_of_their_key():
 
 
 def test_options_are_set_in_the_method():
-  made = trials('method=molora(experts=2)|mov; experts=2,5; seed=0')
-  assert [trial.method for trial in made] == [
+  all_trials = trials('method=molora(experts=2)|mov; experts=2,5; seed=0')
+  assert [trial.method for trial in all_trials] == [
     'molora(experts=2)',
     'molora(experts=5)',
     'mov(experts=2)',
     'mov(experts=5)',
   ]
-  assert made[1].config.method == 'molora(experts=5)'
-  assert made[1].flags[0] == '--config.method=molora(experts=5)'
-  assert made[1].name == 'molora-experts-5_seed=0'
-  assert made[1].settings == {
+  assert all_trials[1].config.method == 'molora(experts=5)'
+  assert all_trials[1].flags[0] == '--config.method=molora(experts=5)'
+  assert all_trials[1].name == 'molora-experts=5_seed=0'
+  assert all_trials[1].settings == {
     'method': 'molora(experts=2)',
     'experts': 5,
     'seed': 0,
@@ -63,29 +63,31 @@ def test_options_are_set_in_the_method():
 
 def test_options_reach_the_config_s_method_an_expert_and_a_sum():
   method = 'mixture(expert=lora(rank=4), experts=2) + ia3'
-  made = trials(
+  all_trials = trials(
     "rank=2,8; router=softmax|topk(k=2); targets='*/self/q|*/wo'",
     method=method,
   )
-  assert [trial.method for trial in made][1] == (
+  assert [trial.method for trial in all_trials][1] == (
     'mixture(expert=lora(rank=2), experts=2, router=topk(k=2), '
     "targets='*/self/q|*/wo') + ia3(targets='*/self/q|*/wo')"
   )
-  assert len({trial.name for trial in made}) == 4
+  assert len({trial.name for trial in all_trials}) == 4
 
 
 def test_an_option_of_a_name_leaves_methods_without_it_as_they_are():
-  made = trials('method=lora(rank=4)|molora; molora.experts=2,5; seed=0,1')
-  assert [trial.name for trial in made] == [
-    'lora-rank-4_seed=0',
-    'lora-rank-4_seed=1',
-    'molora-experts-2_seed=0',
-    'molora-experts-2_seed=1',
-    'molora-experts-5_seed=0',
-    'molora-experts-5_seed=1',
+  all_trials = trials(
+    'method=lora(rank=4)|molora; molora.experts=2,5; seed=0,1'
+  )
+  assert [trial.name for trial in all_trials] == [
+    'lora-rank=4_seed=0',
+    'lora-rank=4_seed=1',
+    'molora-experts=2_seed=0',
+    'molora-experts=2_seed=1',
+    'molora-experts=5_seed=0',
+    'molora-experts=5_seed=1',
   ]
-  assert [trial.index for trial in made] == list(range(6))
-  assert 'molora.experts' not in made[0].settings
+  assert [trial.index for trial in all_trials] == list(range(6))
+  assert 'molora.experts' not in all_trials[0].settings
 
 
 def test_seed_is_the_run_s_and_vera_s_by_its_name():
@@ -143,7 +145,7 @@ def test_long_names_and_names_of_other_characters_end_in_a_hash():
     ('experts=0', "molora's option experts is at least 1"),
     (
       'method=molora(experts=2)|molora(experts=5); experts=2,5',
-      'has the run molora-experts-2 twice',
+      'has the run molora-experts=2 twice',
     ),
     ('seed=0..9999; steps=1,2', '--grid has 20,000 trials'),
   ],
