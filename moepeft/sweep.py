@@ -102,9 +102,7 @@ def print_results(sweep: runner.Sweep, directory: SweepDirectory) -> None:
     terminal.show(why)
   for row in rows:
     if row['status'] == results.FAILED:
-      terminal.show(
-        f'{row["name"]} failed: {row["error"]} (output in {directory.logs_dir})'
-      )
+      terminal.show(f'failed    {directory.logs_dir}/{row["name"]}.log')
   print(f'results   {directory.results_file}')
   # The chosen ones, where there is a choice.
   runs = [

@@ -105,7 +105,7 @@ def _make_trial(
     changes = {'method': method} | changes | {'method': method}
     parts.append(method)
   parts += [
-    f'{key.rpartition(".")[2]}={value}'
+    f'{key.rpartition(".")[2]}-{value}'
     for key, value in changes.items()
     if key != 'method'
   ]
@@ -126,12 +126,14 @@ def _make_trial(
 
 
 def _name(parts: Iterable[str], changes: Mapping[str, Any]) -> str:
-  """A name for paths, 'molora-experts=2_learning_rate=0.001_seed=0'.
+  """A name for paths, 'molora-experts-2_learning_rate-0.001_seed-0'.
 
+  It has no =, which separates a served adapter's name from its path.
   It ends in a hash where it would be too long, or has left out characters that
   may tell two trials apart.
   """
-  slugs = [re.sub(r'[^A-Za-z0-9_.+=-]+', '-', part) for part in parts]
+  plain = (re.sub('[\'"]', '', part) for part in parts)
+  slugs = (re.sub('[^A-Za-z0-9_.+-]+', '-', part) for part in plain)
   name = '_'.join(slug.strip('-') for slug in slugs)
   keys = [key.rpartition('.')[2] for key in changes]
   is_exact = all(re.fullmatch('[A-Za-z0-9_.+=(), -]*', part) for part in parts)

@@ -71,10 +71,10 @@ def test_a_failure_is_a_row_and_the_others_are_run(tmp_path, capsys):
     *('finished', 'failed', 'finished', 'finished')
   ]
   assert rows[1]['error'] == 'the disk is full'
-  assert 'step 1' in (tmp_path / 'logs' / 'seed=1.log').read_text()
+  assert 'step 1' in (tmp_path / 'logs' / 'seed-1.log').read_text()
   lines = capsys.readouterr().out.splitlines()
-  assert 'seed=0  started' in lines
-  assert 'seed=1  failed: the disk is full' in lines
+  assert 'seed-0  started' in lines
+  assert 'seed-1  failed: the disk is full' in lines
   assert all('\x1b' not in line for line in lines)
 
 

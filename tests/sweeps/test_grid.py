@@ -26,9 +26,9 @@ from moepeft.sweeps import grid
       {'method': ('lora(rank=4)', 'molora(experts=2) + ia3')},
     ),
     # With |, commas separate nothing.
-    ('data.tasks=A,copy|B', {'data.tasks': ('A,copy', 'B')}),
+    ('data.tasks=A,counting|B', {'data.tasks': ('A,counting', 'B')}),
     # In quotes neither do; a pattern of a method has | in its own.
-    ("data.tasks='A,copy','B'", {'data.tasks': ('A,copy', 'B')}),
+    ("data.tasks='A,counting','B'", {'data.tasks': ('A,counting', 'B')}),
     (
       "method=lora(targets='*/q|*/k'); seed=1",
       {'method': ("lora(targets='*/q|*/k')",), 'seed': ('1',)},

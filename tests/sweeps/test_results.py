@@ -34,7 +34,7 @@ def test_a_row_has_the_figures_of_its_run(tmp_path):
   finish(directory, trial, 1.5, rows, means, parameters=4_000)
   assert results.read_row(directory, trial) == {
     'index': 0,
-    'name': 'molora-experts=4-rank=4_seed=3',
+    'name': 'molora-experts-4-rank-4_seed-3',
     'settings': {'experts': 4, 'seed': 3},
     'method': 'molora(experts=4, rank=4)',
     'run': str(tmp_path / 'runs' / trial.name),
@@ -116,8 +116,8 @@ def test_the_table_has_the_columns_that_any_row_has(tmp_path):
   rows = Sweep(directory, trials).final_rows()
   assert display.table(rows) == [
     ['trial', 'status', 'validation loss', 'parameters', 'time'],
-    ['seed=0', 'unfinished', '-', '-', '-'],
-    ['seed=1', 'finished', '1.5000', '4,000', '0:10'],
+    ['seed-0', 'unfinished', '-', '-', '-'],
+    ['seed-1', 'finished', '1.5000', '4,000', '0:10'],
   ]
 
 

@@ -32,7 +32,7 @@ OPTIONS = (
   '--config.batch_size=2',
   '--config.checkpoint.every_steps=2',
   '--config.evaluation.before=False',
-  '--config.evaluation.tasks=A,copy',
+  '--config.evaluation.tasks=storage',
   '--config.evaluation.max_examples=2',
   '--config.evaluation.max_batches=1',
   '--config.evaluation.batch_size=2',
@@ -56,7 +56,7 @@ def test_a_dry_run_prints_the_trials_and_how_many_are_run(tmp_path):
   lines = done.stdout.splitlines()
   assert len(lines) == 9
   assert re.match(
-    r" +1  lora-rank=2_seed=0_learning_rate=0.003 +'--config.method=lora\(rank="
+    r" +1  lora-rank-2_seed-0_learning_rate-0.003 +'--config.method=lora\(rank="
     r"2\)' --config.seed=0 --config.optimizer.learning_rate=0.003$",
     lines[1],
   )
@@ -225,11 +225,11 @@ def test_two_sweeps_in_one_directory_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_trial_is_the_run_that_the_same_flags_give_by_hand(whole, tmp_path):
-  name = 'molora-experts=2-rank=2_seed=1_learning_rate=0.003'
+  name = 'molora-experts-2-rank-2_seed-1_learning_rate-0.003'
   twin = name.replace('0.003', '0.001')
   if not (whole / 'runs' / name / 'summary.json').exists():
     name = twin
-  rate = name.rpartition('=')[2]
+  rate = name.rpartition('-')[2]
   subprocess.run(
     [
       *(sys.executable, '-m', 'moepeft.train', *OPTIONS),
@@ -290,7 +290,7 @@ def test_an_index_of_an_array_job_is_one_trial(whole, tmp_path):
     *('unfinished', 'unfinished', 'unfinished', 'finished')
   ]
   assert sorted(path.name for path in workdir.glob('runs/*')) == [
-    'molora-experts=2-rank=2_seed=1'
+    'molora-experts-2-rank-2_seed-1'
   ]
 
 

@@ -24,7 +24,7 @@ def test_trials_are_all_combinations_and_the_last_key_is_the_fastest():
     for seed in (0, 1, 2)
   ]
   assert [trial.index for trial in all_trials] == list(range(6))
-  assert all_trials[4].name == 'learning_rate=0.003_seed=1'
+  assert all_trials[4].name == 'learning_rate-0.003_seed-1'
   assert all_trials[4].flags == (
     '--config.optimizer.learning_rate=0.003',
     '--config.seed=1',
@@ -35,12 +35,12 @@ def test_trials_are_all_combinations_and_the_last_key_is_the_fastest():
 
 def test_values_have_the_type_of_their_key():
   (trial,) = trials(
-    "data.packing=true; steps=7; data.temperature=inf; data.tasks='A,copy'"
+    "data.packing=true; steps=7; data.temperature=inf; data.tasks='A,counting'"
   )
   assert trial.config.data.packing is True
   assert trial.config.steps == 7
   assert trial.config.data.temperature == float('inf')
-  assert trial.config.data.tasks == 'A,copy'
+  assert trial.config.data.tasks == 'A,counting'
 
 
 def test_options_are_set_in_the_method():
@@ -53,7 +53,7 @@ def test_options_are_set_in_the_method():
   ]
   assert all_trials[1].config.method == 'molora(experts=5)'
   assert all_trials[1].flags[0] == '--config.method=molora(experts=5)'
-  assert all_trials[1].name == 'molora-experts=5_seed=0'
+  assert all_trials[1].name == 'molora-experts-5_seed-0'
   assert all_trials[1].settings == {
     'method': 'molora(experts=2)',
     'experts': 5,
@@ -79,12 +79,12 @@ def test_an_option_of_a_name_leaves_methods_without_it_as_they_are():
     'method=lora(rank=4)|molora; molora.experts=2,5; seed=0,1'
   )
   assert [trial.name for trial in all_trials] == [
-    'lora-rank=4_seed=0',
-    'lora-rank=4_seed=1',
-    'molora-experts=2_seed=0',
-    'molora-experts=2_seed=1',
-    'molora-experts=5_seed=0',
-    'molora-experts=5_seed=1',
+    'lora-rank-4_seed-0',
+    'lora-rank-4_seed-1',
+    'molora-experts-2_seed-0',
+    'molora-experts-2_seed-1',
+    'molora-experts-5_seed-0',
+    'molora-experts-5_seed-1',
   ]
   assert [trial.index for trial in all_trials] == list(range(6))
   assert 'molora.experts' not in all_trials[0].settings
@@ -98,7 +98,7 @@ def test_seed_is_the_run_s_and_vera_s_by_its_name():
 
 def test_a_name_does_not_depend_on_the_other_trials():
   name = trials('method=lora; seed=0')[0].name
-  assert name == 'lora_seed=0'
+  assert name == 'lora_seed-0'
   assert trials('method=molora|lora; seed=9,0')[3].name == name
 
 
@@ -106,7 +106,7 @@ def test_long_names_and_names_of_other_characters_end_in_a_hash():
   first, second = (
     trials(f"model.path='runs/{name}'")[0].name for name in ('a/b', 'a-b')
   )
-  assert re.fullmatch(r'path=runs-a-b_[0-9a-f]{8}', first)
+  assert re.fullmatch(r'path-runs-a-b_[0-9a-f]{8}', first)
   assert first != second
   method = (
     'mixture(expert=lora(rank=4, alpha=16.0), experts=10, router=topk(k={}))'
@@ -145,7 +145,7 @@ def test_long_names_and_names_of_other_characters_end_in_a_hash():
     ('experts=0', "molora's option experts is at least 1"),
     (
       'method=molora(experts=2)|molora(experts=5); experts=2,5',
-      'has the run molora-experts=2 twice',
+      'has the run molora-experts-2 twice',
     ),
     ('seed=0..9999; steps=1,2', '--grid has 20,000 trials'),
   ],
