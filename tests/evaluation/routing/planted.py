@@ -13,6 +13,7 @@ import numpy as np
 
 from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
+from moepeft.evaluation.routing.collect import collect
 from moepeft.evaluation.routing.rows import LabeledRow
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import init_params
@@ -66,3 +67,10 @@ def model():
 
 def collator():
   return Seq2SeqCollator(ByteTokenizer(), 48, 9)
+
+
+@functools.cache
+def collected():
+  """The routing of the rows in batches of two; texts of the first two rows."""
+  module, tree = model()
+  return collect(module, tree, collator(), rows(), 2, shown=(0, 1))

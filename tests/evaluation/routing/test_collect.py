@@ -137,10 +137,7 @@ def test_information_is_0_for_equal_and_1_for_separate_tasks():
 
 @pytest.fixture(scope='module')
 def collected():
-  model, variables = planted.model()
-  return collect(
-    model, variables, planted.collator(), planted.rows(), 2, shown=(1,)
-  )
+  return planted.collected()
 
 
 def test_tasks_with_experts_of_their_own_are_seen(collected):
@@ -178,7 +175,7 @@ def test_tokens_have_their_own_shares(collected):
 
 
 def test_shown_texts_have_each_token_s_shares(collected):
-  (text,) = collected.texts
+  _, text = collected.texts
   assert (text.task, text.language) == ('b', 'zh')
   assert text.ids['inputs'].tolist() == [*ByteTokenizer().encode('bb'), 1]
   # The decoder's tokens are its inputs, which begin with padding's id.
@@ -212,7 +209,7 @@ def test_plots_are_of_what_there_is(collected, tmp_path):
   }
 
 
-AT = "targets='*/q|*/k|*/wo'"
+AT = "targets='encoder/*/q|encoder/*/k'"
 
 
 @pytest.mark.parametrize(
@@ -220,11 +217,11 @@ AT = "targets='*/q|*/k|*/wo'"
   [
     # Heads routed apart, a router for two sites, columns of the rank, layers
     # with unlike experts, one router over two kinds.
-    'mov(experts=3)',
-    'molora(experts=3, rank=2, share_router=True)',
+    f'mov(experts=3, {AT})',
+    f'molora(experts=3, rank=2, share_router=True, {AT})',
     f'mode(experts=3, rank=2, {AT})',
-    "molora(experts_per_layer=[2, 3], targets='encoder/*/q')",
-    'moa(experts=3, rank=2, size=3)',
+    f'molora(experts_per_layer=[2, 3], rank=2, {AT})',
+    "moa(experts=3, rank=2, size=3, targets='encoder/*')",
   ],
 )
 def test_shares_are_those_of_the_metrics_log(method):
@@ -272,4 +269,5 @@ def assert_equal_to_sums(model, variables, collator, items):
     # By column and head the sums count each; a mean is the same.
     expected = expected.reshape(-1, *one.share.shape[-2:]).mean(0)
     actual = np.nan_to_num(one.share)
-    np.testing.assert_allclose(actual, expected, atol=2e-6, err_msg=one.path)
+    # Activations of other shapes, summed in another order.
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, err_msg=one.path)

@@ -11,7 +11,6 @@ import pytest
 
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation.routing import page
-from moepeft.evaluation.routing.collect import collect
 from moepeft.runs.history import History
 
 from . import planted
@@ -40,10 +39,7 @@ def log():
 @pytest.fixture(scope='module')
 def written(tmp_path_factory):
   """(path, HTML) of the page of the planted model."""
-  model, variables = planted.model()
-  routing = collect(
-    model, variables, planted.collator(), planted.rows(), 2, shown=(0, 1)
-  )
+  routing = planted.collected()
   similarity = {planted.PATH: np.broadcast_to(np.eye(3), (2, 3, 3))}
   path = tmp_path_factory.mktemp('page') / 'index.html'
   page.write(
@@ -83,15 +79,12 @@ def test_the_page_has_the_curves_of_the_log(data):
 
 
 def test_no_text_ends_the_element_of_the_data(tmp_path, written):
-  model, variables = planted.model()
-  routing = collect(
-    model, variables, planted.collator(), planted.rows()[:2], 2, shown=(0,)
-  )
+  routing = planted.collected()
   bad = '</script><b>'
   tokenizer = SimpleNamespace(decode=lambda ids: '', show=lambda ids: bad)
   path = tmp_path / 'index.html'
   page.write(str(path), RUN, routing, {}, History(), tokenizer)
-  (text,) = json.loads(element(path.read_text(), 'data'))['texts']
+  text, _ = json.loads(element(path.read_text(), 'data'))['texts']
   # Three letters and EOS.
   assert text['inputs'] == [bad] * 4
   count = written[1].count('</script>')
