@@ -12,7 +12,6 @@ from absl import flags
 from moepeft.config import command_line
 from moepeft.core.progress import Pass
 from moepeft.data.batching.collators import make_model_collator
-from moepeft.evaluation.eval_sets import VALIDATION
 from moepeft.evaluation.routing import page, plots, rows
 from moepeft.evaluation.routing.collect import (
   CollectedRouting,
@@ -86,7 +85,7 @@ def write(
     'method': run.method,
     'base': run.base,
     'step': run.step,
-    'data': data or VALIDATION,
+    'data': data,
   }
   index = os.path.join(folder, 'index.html')
   peft = run.variables['peft']

@@ -170,6 +170,7 @@ class PanelGrid:
     extra_width: float = 0.0,
     panel_size: tuple[float, float] = (1.45, 1.3),
     left: float = 0.95,
+    min_width: float = 5.6,
   ):
     """
     Args:
@@ -177,6 +178,7 @@ class PanelGrid:
       extra_width: inches of a further panel at the end of each row.
       panel_size: (width, height) in inches.
       left: inches for the labels at the left.
+      min_width: inches of the figure, for the title and the color bar.
     """
     self._panel_width, self._panel_height = panel_size
     self._left = left
@@ -188,7 +190,7 @@ class PanelGrid:
     if extra_width:
       # 0.75 inches for its legend.
       self._right += 2 * self.GAP + extra_width + 0.75
-    self._width = max(self._right + self.RIGHT, 5.6)
+    self._width = max(self._right + self.RIGHT, min_width)
     self._height = (
       self.TOP
       + self._rows * (self._panel_height + self.GAP)

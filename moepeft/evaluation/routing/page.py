@@ -38,7 +38,8 @@ def write(
   """Writes the page.
 
   Args:
-    run: its 'path', 'method', 'base', 'step' and the name of the 'data'.
+    run: its 'path', 'method', 'base' and 'step', and the path of the 'data';
+      '' for held-out rows.
     similarity: path of a site -> [l, e, e], see `similarity`.
     history: of the run's metrics.
   """

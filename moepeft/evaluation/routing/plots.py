@@ -15,7 +15,9 @@ from moepeft.runs.history import History, group_sites
 from moepeft.runs.plots import SHARE_NAMES, save
 
 # Inches: of a cell, of a panel, and of a letter of a label.
-_CELL, _LEAST_PANEL, _LETTER = 0.16, 0.8, 0.065
+_CELL, _LEAST_PANEL, _LETTER = 0.18, 0.8, 0.065
+# Inches of a figure: a title, a subtitle and a color bar side by side.
+_MIN_WIDTH = 7.2
 
 
 def draw(
@@ -106,6 +108,7 @@ def by_group(
       max(_CELL * len(groups), _LEAST_PANEL),
     ),
     left=0.6 + _LETTER * max(map(len, groups)),
+    min_width=_MIN_WIDTH,
   )
   panels.title(title, 'mean share of the weight of its tokens')
   for layer, row in enumerate(grid):
@@ -189,6 +192,7 @@ def square(
     grid,
     panel_size=(side, side),
     left=0.6 + _LETTER * max(map(len, names), default=4),
+    min_width=_MIN_WIDTH,
   )
   panels.title(title, subtitle)
   for layer, row in enumerate(grid):
