@@ -25,7 +25,7 @@ from moepeft.evaluation.tables.terminal import aligned
 from moepeft.runs.directory import open_workdir
 from moepeft.sweeps import display, results, runner, selection, slurm
 from moepeft.sweeps import grid as grid_lib
-from moepeft.sweeps.attempt import Attempt
+from moepeft.sweeps.attempt import Attempt, Command
 from moepeft.sweeps.directory import SweepDirectory
 from moepeft.sweeps.trials import Trial, make_trials
 
@@ -33,7 +33,7 @@ from moepeft.sweeps.trials import Trial, make_trials
 _FLAGS = frozenset(
   (
     *('grid', 'workdir', 'jobs', 'dry_run', 'select', 'by', 'slurm', 'sbatch'),
-    *('trial', 'traceback'),
+    *('trial', 'evaluate', 'traceback'),
   )
 )
 
@@ -118,7 +118,7 @@ def run_trial(
   sweep: runner.Sweep,
   directory: SweepDirectory,
   trial: Trial,
-  command: Sequence[str],
+  command: Command,
 ) -> str:
   """Runs one trial of an array job; returns its error, or ''.
 
@@ -160,6 +160,7 @@ def write_script(
     'grid': _GRID.value,
     'workdir': directory.path,
     'select': _SELECT.value,
+    'evaluate': _EVALUATE.value,
   }
   command = [sys.executable, '-m', 'moepeft.sweep', *shared]
   command += [f'--{name}={value}' for name, value in own_flags.items() if value]
@@ -192,12 +193,14 @@ def main(argv) -> None:
     return
   if not _WORKDIR.value:
     raise ValueError('--workdir is missing: name the directory of the sweep')
-  directory = SweepDirectory(os.path.expanduser(_WORKDIR.value))
+  workdir = os.path.expanduser(_WORKDIR.value)
+  directory = SweepDirectory(workdir, _EVALUATE.value)
 
-  def command(trial: Trial) -> list[str]:
+  def command(trial: Trial, module: str) -> list[str]:
     run = directory.run(trial)
-    module = [sys.executable, '-m', 'moepeft.train']
-    return [*module, *shared, *trial.flags, f'--workdir={run.path}']
+    config_flags = [*shared, *trial.flags] if module == 'moepeft.train' else []
+    python = [sys.executable, '-m', module]
+    return [*python, *config_flags, f'--workdir={run.path}']
 
   # SIGTERM saves the running trials too.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -213,7 +216,7 @@ def main(argv) -> None:
         f'{len(trials) - 1}'
       )
     trial = trials[_TRIAL.value]
-    error = run_trial(sweep, directory, trial, command(trial))
+    error = run_trial(sweep, directory, trial, command)
     with directory.writing_results():
       runner.Sweep(directory, trials, keys).write()
     sys.exit(1 if error else 0)
@@ -261,6 +264,12 @@ if __name__ == '__main__':
     'validation',
     ['validation'],
     'How --select chooses: by the lowest validation loss.',
+  )
+  _EVALUATE = flags.DEFINE_bool(
+    'evaluate',
+    False,
+    'Run moepeft.evaluate on each trained run; moepeft.tables then has its '
+    'examples for paired intervals.',
   )
   _SLURM = flags.DEFINE_bool(
     'slurm', False, 'Write an array job, a task for each trial; run none.'

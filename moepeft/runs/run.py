@@ -147,6 +147,10 @@ class Run:
     """The evaluation after training; see `before`."""
     return _read_optional(self.after_file, _EVALUATION_SHAPE)
 
+  def evaluation(self) -> dict[str, Any]:
+    """The summary of moepeft.evaluate on held-out rows; see `before`."""
+    return _read_optional(self.evaluation_file(), _EVALUATION_SHAPE)
+
   def summary(self) -> dict[str, Any]:
     """The summary of a finished run; {} if there is none.
 

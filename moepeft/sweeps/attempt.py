@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process of moepeft.train that runs a trial, and how it ended."""
+"""The processes that run a trial, one after the other, and how they ended."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from moepeft.core import files, untrusted
 from moepeft.runs.directory import is_locked
@@ -15,6 +16,8 @@ from moepeft.sweeps.trials import Trial
 # Read from the end of a file, for its last lines.
 _TAIL_BYTES = 1_000_000
 
+Command = Callable[[Trial, str], Sequence[str]]
+
 
 class Attempt:
   """A trial that is being run.
@@ -23,13 +26,16 @@ class Attempt:
   until that process ends, and the next one finds its checkpoints or its end.
   """
 
-  def __init__(
-    self, directory: SweepDirectory, trial: Trial, command: Sequence[str]
-  ):
+  def __init__(self, directory: SweepDirectory, trial: Trial, command: Command):
+    """
+    Args:
+      command: (trial, module) -> the command line of that module.
+    """
     self.trial = trial
     self._directory, self._command = directory, command
     self._start_time = time.monotonic()
     self._process: subprocess.Popen | None = None
+    self._stage: str | None = None
     self._log_start = 0
     self._start()
 
@@ -38,15 +44,22 @@ class Attempt:
     return time.monotonic() - self._start_time
 
   def is_done(self) -> bool:
-    """Whether the run ended; starts it once no other process is in it."""
+    """Whether the trial ended; starts its next process when it can."""
     if self._process is not None:
-      return self._process.poll() is not None
+      code = self._process.poll()
+      if code is None:
+        return False
+      # A stage that ends well and is still the next one would never end.
+      if code != 0 or self._directory.stage(self.trial) == self._stage:
+        return True
     return self._start()
 
   def error(self) -> str:
     """The sentence that the run ended with; '' if it ended well."""
-    if self._process is None or self._process.returncode == 0:
+    if self._directory.stage(self.trial) is None:
       return ''
+    if self._process.returncode == 0:
+      return f'{self._stage} ended without its last file'
     return describe_end(
       self._process.returncode,
       _tail(self._directory.log_file(self.trial), self._log_start),
@@ -67,17 +80,24 @@ class Attempt:
       self._process.wait()
 
   def _start(self) -> bool:
-    """Starts the process, if it can; returns whether the run ended before."""
-    run = self._directory.run(self.trial)
-    if is_locked(run.path):
+    """Starts the next process, if it can; returns whether the trial ended."""
+    if is_locked(self._directory.run(self.trial).path):
       return False
-    if run.summary():
-      return True
-    log_file = self._directory.log_file(self.trial)
-    with open(log_file, 'ab') as log:
+    with open(self._directory.log_file(self.trial), 'ab') as log:
+      # The process inherits the lock, and keeps it where the sweep is killed.
+      try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return False
+      except OSError:
+        # The file system has no locks.
+        pass
+      self._stage = self._directory.stage(self.trial)
+      if self._stage is None:
+        return True
       self._log_start = log.tell()
       self._process = subprocess.Popen(
-        self._command,
+        self._command(self.trial, self._stage),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,

@@ -21,6 +21,7 @@ class SweepDirectory:
 
   Attributes:
     path: the directory, --workdir.
+    evaluates: whether a trial ends with moepeft.evaluate.
     config_file: the config that all trials share.
     results_file: one JSON line per trial; see `moepeft.sweeps.results`.
     script_file: the array job of --slurm.
@@ -29,8 +30,8 @@ class SweepDirectory:
     failures_dir: the error of each trial that failed.
   """
 
-  def __init__(self, path: str):
-    self.path = path
+  def __init__(self, path: str, evaluates: bool = False):
+    self.path, self.evaluates = path, evaluates
     self.config_file = os.path.join(path, 'sweep.json')
     self.results_file = os.path.join(path, 'results.jsonl')
     self.script_file = os.path.join(path, 'sweep.sbatch')
@@ -40,6 +41,17 @@ class SweepDirectory:
 
   def run(self, trial: Trial) -> Run:
     return Run(os.path.join(self.runs_dir, trial.name))
+
+  def stage(self, trial: Trial) -> str | None:
+    """The module that a trial is to run next; None if it has ended."""
+    run = self.run(trial)
+    # Each module writes this file last.
+    if not run.summary():
+      return 'moepeft.train'
+    rows_file = os.path.splitext(run.evaluation_file())[0] + '.jsonl'
+    if self.evaluates and not os.path.exists(rows_file):
+      return 'moepeft.evaluate'
+    return None
 
   def log_file(self, trial: Trial) -> str:
     return os.path.join(self.logs_dir, f'{trial.name}.log')

@@ -10,7 +10,8 @@ killed and started again has the same rows. A row has
   chosen, why   with --select: whether its values are the best, and the losses
   validation    {'loss': ..., 'accuracy': ...}, of held-out rows of the training
                 data; other metrics of the objective
-  test          {group of tasks: accuracy}, of rows that are for evaluation
+  test          {group of tasks: accuracy}, of rows that are for evaluation;
+                with --evaluate those of moepeft.evaluate
   parameters    the number of trained parameters
   steps         the last step
   seconds       of the run's last start, which is all of it if it was not
@@ -55,12 +56,11 @@ def read_row(directory: SweepDirectory, trial: Trial) -> dict[str, Any]:
     'run': run.path,
     'status': UNFINISHED,
   }
-  # It is written last.
-  if summary := run.summary():
+  if directory.stage(trial) is None:
     row |= {'status': FINISHED} | _figures(run)
     for key in ('parameters', 'seconds'):
-      if key in summary:
-        row[key] = summary[key]
+      if key in run.summary():
+        row[key] = run.summary()[key]
   elif error := directory.failure(trial):
     row |= {'status': FAILED, 'error': error}
   return row
@@ -78,7 +78,7 @@ def _figures(run: Run) -> dict[str, Any]:
     routing, step = row.get('routing') or routing, row['step']
   measured = {k: v for k, v in after.items() if k.startswith(_PREFIX)} or logged
   validation = {k.removeprefix(_PREFIX): v for k, v in measured.items()}
-  test = dict(after.get('means', {}))
+  test = dict((run.evaluation() or after).get('means', {}))
   if _VALIDATION_GROUP in test:
     validation['accuracy'] = test.pop(_VALIDATION_GROUP)
   figures = {

@@ -3,11 +3,11 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moepeft.sweeps import results, selection
-from moepeft.sweeps.attempt import Attempt
+from moepeft.sweeps.attempt import Attempt, Command
 from moepeft.sweeps.directory import SweepDirectory
 from moepeft.sweeps.display import Display
 from moepeft.sweeps.trials import Trial
@@ -88,14 +88,14 @@ class Sweep:
 def run(
   sweep: Sweep,
   directory: SweepDirectory,
-  command: Callable[[Trial], Sequence[str]],
+  command: Command,
   jobs: int,
   display: Display,
 ) -> None:
   """Runs all trials that have not ended; a failure is a row and ends no other.
 
   Args:
-    command: the command line of a trial.
+    command: see `Attempt`.
     jobs: the number of processes at once.
 
   Raises:
@@ -112,7 +112,7 @@ def run(
       running = {attempt.trial.name for attempt in active}
       ready = [t for t in sweep.to_run() if t.name not in running]
       for trial in ready[: jobs - len(active)]:
-        active.append(Attempt(directory, trial, command(trial)))
+        active.append(Attempt(directory, trial, command))
         display.start(trial)
       if not active:
         break
@@ -130,8 +130,6 @@ def record(
 ) -> dict[str, Any]:
   """The row of a trial whose attempt is done; stores its error, if any."""
   trial, error = attempt.trial, attempt.error()
-  if not error and not directory.run(trial).summary():
-    error = 'the run ended without a summary.json'
   if error:
     directory.write_failure(trial, error)
   return sweep.read(trial)

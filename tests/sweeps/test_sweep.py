@@ -277,9 +277,9 @@ def test_tables_read_the_runs(whole):
 
 
 @pytest.mark.slow
-def test_an_index_of_an_array_job_is_one_trial(whole, tmp_path):
+def test_an_index_of_an_array_job_is_one_trial(tmp_path):
   workdir = tmp_path / 'sweep'
-  arguments = (f'--grid={GRID}', '--slurm')
+  arguments = (f'--grid={GRID}', '--slurm', '--evaluate')
   assert start(workdir, *arguments).wait() == 0
   subprocess.run(
     ['bash', workdir / 'sweep.sbatch'],
@@ -289,9 +289,14 @@ def test_an_index_of_an_array_job_is_one_trial(whole, tmp_path):
   assert [row['status'] for row in rows(workdir)] == [
     *('unfinished', 'unfinished', 'unfinished', 'finished')
   ]
-  assert sorted(path.name for path in workdir.glob('runs/*')) == [
-    'molora-experts-2-rank-2_seed-1'
-  ]
+  (run,) = workdir.glob('runs/*')
+  assert run.name == 'molora-experts-2-rank-2_seed-1'
+  evaluation = json.loads((run / 'evaluation.json').read_text())
+  assert rows(workdir)[3]['test'] == evaluation['means']
+  done = commands.run('moepeft.tables', run)
+  assert done.returncode == 0, done.stderr
+  # Intervals over the examples of moepeft.evaluate.
+  assert '[' in done.stdout
 
 
 @pytest.mark.slow
