@@ -122,7 +122,10 @@ setup(
   ],
   package_dir=_cards() | _gin_files(),
   package_data={
-    'moepeft': ['assets/*/*', 'evaluation/*.toml', 'serve/page/*.html'],
+    'moepeft': [
+      *('assets/*/*', 'evaluation/*.toml', 'evaluation/routing/*.html'),
+      'serve/page/*.html',
+    ],
     'moepeft.agent': ['skills/*/*', 'skills/*/*/*'],
   }
   | dict.fromkeys(_gin_files(), ['*.gin']),

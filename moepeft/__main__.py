@@ -18,6 +18,7 @@ COMMANDS = {
   'agent': 'ask a served model that has tools and skills',
   'convert': 'convert models and adapters between formats, and merge them',
   'tables': 'compare measured runs in a table',
+  'routing': 'show what the experts of a run learned, as a page and plots',
   'count': "count a config's parameters without allocating them",
   'data': 'show what a config trains on, before training',
   'tokenizer': 'train a tokenizer on plain text',

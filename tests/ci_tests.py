@@ -90,6 +90,15 @@ CI_TESTS = {
     'test_example_runs[model_family',
     'test_example_runs[objective',
   ),
+  'tests/evaluation/routing/test_collect.py': (
+    'test_plots_are_of_what_there_is',
+    'test_shares_are_those_of_the_metrics_log[',
+    'test_shares_of_a_decoder_are_those_of_the_metrics_log',
+  ),
+  'tests/evaluation/routing/test_command.py': (
+    'test_a_wrong_command_line_is_one_sentence',
+    'test_a_run_s_held_out_rows_are_routed_and_shown',
+  ),
   'tests/evaluation/test_ablation.py': ('test_',),
   'tests/evaluation/test_evaluate.py': (
     'test_held_out_rows_have_the_named_metrics',

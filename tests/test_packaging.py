@@ -115,8 +115,10 @@ def test_wheel_installs_the_program(wheel):
   assert 'moepeft = moepeft.__main__:main' in file.read_text()
 
 
-def test_wheel_holds_the_chat_page(wheel):
-  name = 'serve/page/index.html'
+@pytest.mark.parametrize(
+  'name', ['serve/page/index.html', 'evaluation/routing/page.html']
+)
+def test_wheel_holds_the_pages(wheel, name):
   here, there = ROOT / 'moepeft' / name, wheel / 'moepeft' / name
   assert there.read_bytes() == here.read_bytes()
 

@@ -76,7 +76,7 @@ LAYERS = (
   ('evaluation', 'serve'),
   ('training',),
   (
-    *('registries', 'evaluate', 'generate', 'convert', 'tables'),
+    *('registries', 'evaluate', 'generate', 'convert', 'tables', 'routing'),
     *('tokenizer', 'serve.__main__', '__main__'),
   ),
   ('library', 'count', 'ngrams', 'data.__main__'),

@@ -31,7 +31,7 @@ def get_config(values: str = ''):
     learning_rate=5e-5,
   )
   c.optimizer.schedule = 'constant'
-  c.optimizer.groups = f'*/b: learning_rate={1.2 * c.optimizer.learning_rate}'
+  c.optimizer.groups = '*/b: rate_ratio=1.2'
   c.loss.label_smoothing = 0.1
   c.router_losses.token_js = c.router_losses.prompt_js = 0.005 * 2 * 28
   return c

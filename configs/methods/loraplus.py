@@ -15,13 +15,10 @@ scale: alpha / r = 16 / 8 = 2.
 
 from moepeft import config as config_lib
 
-RATIO = 16
-
 
 def get_config(values: str = ''):
   c = config_lib.finetuning(
     values, 'lora(rank=8, alpha=16.0, a_init=kaiming)', learning_rate=5e-5
   )
-  rate = RATIO * c.optimizer.learning_rate
-  c.optimizer.groups = f'*/lora/b: learning_rate={rate}'
+  c.optimizer.groups = '*/lora/b: rate_ratio=16'
   return c

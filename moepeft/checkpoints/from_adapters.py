@@ -102,6 +102,11 @@ def resolve_method(method: str, sites: Mapping[str, str], config: Any) -> str:
     file_options = dict(first.spec.options)
     if METHODS[spec.name].expert is None:
       file_options['expert'] = first.spec.name
+    # A preset has other defaults than the method of the files.
+    for name, option in METHODS[spec.name].options().items():
+      value = getattr(first.module, name, option.default)
+      if not option.training_only and value != option.default:
+        file_options[name] = value
     file_options['targets'] = '|'.join(first.sites)
     specs.append(
       nest_expert(Spec(spec.name, tuple((file_options | options).items())))

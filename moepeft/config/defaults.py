@@ -272,7 +272,8 @@ def _optimizer() -> ConfigDict:
       # 1,100,000 in the released code, the steps of pretraining.
       decay_initial_step=0,
       # Learning rate and weight decay by parameter path; the first pattern that
-      # matches counts: '*/router/*: learning_rate=1e-4, weight_decay=0; ...'.
+      # matches counts: '*/router/*: learning_rate=1e-4, weight_decay=0; ...';
+      # rate_ratio=16 is 16 times the learning rate above.
       groups='',
     )
   )

@@ -19,6 +19,11 @@ PREFERENCE_METRICS = (
   'z_ref',
 )
 _MAX_CURVE_POINTS, _MAX_ROUTING_STATES = 2000, 150
+# The order of sites in the model.
+_ORDER = ('encoder', 'decoder', 'self', 'cross', 'mlp', 'q', 'k', 'v', 'o')
+
+# {block: [(name, site)]}
+SiteGrid = dict[str, list[tuple[str, str]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,23 @@ def short_names(sites: Iterable[str]) -> dict[str, str]:
     name = '/'.join(part for part in path.split('/') if part != 'layers')
     names[site] = f'{name} ({method})' if show_method else name
   return names
+
+
+def site_order(site: str) -> list[tuple[int, str]]:
+  """A key that sorts sites in the order of the model."""
+  return [
+    (_ORDER.index(part) if part in _ORDER else len(_ORDER), part)
+    for part in site.split('/')
+  ]
+
+
+def group_sites(sites: Iterable[str]) -> SiteGrid:
+  """Sites by block, `encoder/self`, with the names of its projections."""
+  blocks = {}
+  for site, name in short_names(sorted(sites, key=site_order)).items():
+    block, _, name = name.rpartition('/')
+    blocks.setdefault(block, []).append((name, site))
+  return blocks
 
 
 class Subsample:

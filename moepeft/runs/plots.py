@@ -23,7 +23,7 @@ from moepeft.runs.history import History
 _BLUE, _ORANGE, _PALE = '#0072B2', '#D55E00', '#56B4E9'
 _DPI = 100
 # Key of `metrics_log.SHARES` -> name in the plot's file name.
-_SHARE_NAMES = {'weight': 'weight', 'tokens': 'tokens', 'load': 'argmax'}
+SHARE_NAMES = {'weight': 'weight', 'tokens': 'tokens', 'load': 'argmax'}
 # Seconds between updates during a run; drawing takes a second or two.
 _UPDATE_SECONDS = 60
 # With a larger ratio of the largest to the smallest loss, the axis is
@@ -57,7 +57,7 @@ def draw_before_after(
   figure = before_after_plot.draw(before, after)
   if figure is None:
     return []
-  return [_save(figure, os.path.join(folder, 'before_after.png'))]
+  return [save(figure, os.path.join(folder, 'before_after.png'))]
 
 
 def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
@@ -74,18 +74,19 @@ def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
     'preference': _preference(history),
     **{
       f'router_{name}': router_plots.shares(history.routing(), kind)
-      for kind, name in _SHARE_NAMES.items()
+      for kind, name in SHARE_NAMES.items()
     },
     'router_entropy': router_plots.entropy(history.routing()),
   }
   return [
-    _save(figure, os.path.join(folder, f'{name}.png'))
+    save(figure, os.path.join(folder, f'{name}.png'))
     for name, figure in figures.items()
     if figure is not None
   ]
 
 
-def _save(figure: Figure, path: str) -> str:
+def save(figure: Figure, path: str) -> str:
+  """Writes a PNG, and replaces an older one atomically."""
   os.makedirs(os.path.dirname(path), exist_ok=True)
   temporary = f'{path}.tmp'
   figure.savefig(temporary, dpi=_DPI, format='png')

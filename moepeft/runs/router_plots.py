@@ -5,7 +5,7 @@ A row of panels is a block (`encoder/self`), a panel one of its adapted
 projections (`k`). Letters: e experts, l layers.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,16 +15,14 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moepeft.runs.history import RoutingState, short_names
+from moepeft.runs.history import RoutingState, SiteGrid, group_sites
 
 # From the color-blind safe palette of Okabe and Ito.
 _COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#000000')
 _DASHES = ('-', '--', '-.', ':')
 # Blue for idle, white for even, red for overloaded; first to last layer.
-_SHARE_CMAP, _LAYER_CMAP = 'RdBu_r', 'viridis'
+SHARE_CMAP, _LAYER_CMAP = 'RdBu_r', 'viridis'
 _LABEL_SIZE, _TICK_SIZE = 8, 7
-# The order of the model.
-_ORDER = ('encoder', 'decoder', 'self', 'cross', 'mlp', 'q', 'k', 'v', 'o')
 
 # {key of `metrics_log.SHARES`: (title, subtitle)}.
 _TITLES = {
@@ -42,9 +40,6 @@ _TITLES = {
   ),
 }
 
-# {block: [(name, site)]}
-SiteGrid = dict[str, list[tuple[str, str]]]
-
 
 def shares(states: Sequence[RoutingState], kind: str) -> Figure | None:
   """Heat maps [l, e] of the latest shares, and the largest share over steps.
@@ -55,7 +50,7 @@ def shares(states: Sequence[RoutingState], kind: str) -> Figure | None:
   if not states or kind not in states[-1].shares:
     return None
   latest = states[-1].shares[kind]
-  grid = _group_sites(latest)
+  grid = group_sites(latest)
   # The even share is 1 / e, or k / e if tokens are sent to k experts.
   even = min(float(np.nanmean(np.nanmean(a, -1))) for a in latest.values())
   even = min(max(even, 1e-6), 1 - 1e-6)
@@ -70,7 +65,7 @@ def shares(states: Sequence[RoutingState], kind: str) -> Figure | None:
     curves = [(s.step, s.shares.get(kind, {})) for s in states]
     _plot_largest_shares(panels.wide_panel(row), curves, sites, even)
   panels.color_bar(
-    ScalarMappable(norm, _SHARE_CMAP),
+    ScalarMappable(norm, SHARE_CMAP),
     {0: '0%', even: f'{even:.0%} (even)', 1: '100%'},
   )
   panels.axis_labels('expert', 'step')
@@ -82,7 +77,7 @@ def entropy(states: Sequence[RoutingState]) -> Figure | None:
   if not states or not states[-1].entropies:
     return None
   latest = states[-1].entropies
-  grid = _group_sites(latest)
+  grid = group_sites(latest)
   panels = PanelGrid(grid)
   panels.title('Router entropy', 'divided by ln e: 1 is uniform')
   for row, (place, sites) in enumerate(grid.items()):
@@ -99,13 +94,14 @@ def entropy(states: Sequence[RoutingState]) -> Figure | None:
 def _plot_heat_map(axes: Axes, shares: np.ndarray, norm: Normalize) -> None:
   layers, experts = shares.shape
   axes.imshow(
-    shares, cmap=_SHARE_CMAP, norm=norm, aspect='auto', interpolation='nearest'
+    shares, cmap=SHARE_CMAP, norm=norm, aspect='auto', interpolation='nearest'
   )
-  axes.set_xticks(_end_ticks(experts))
-  axes.set_yticks(_end_ticks(layers))
+  axes.set_xticks(end_ticks(experts))
+  axes.set_yticks(end_ticks(layers))
 
 
-def _end_ticks(count: int) -> list[int]:
+def end_ticks(count: int) -> list[int]:
+  """The first and the last of `count` positions."""
   return sorted({0, count - 1})
 
 
@@ -162,41 +158,42 @@ def _style_axes(axes: Axes) -> None:
   axes.spines[['top', 'right']].set_visible(False)
 
 
-def _group_sites(sites: Iterable[str]) -> SiteGrid:
-  places = {}
-  for site, name in short_names(sorted(sites, key=_sort_key)).items():
-    place, _, name = name.rpartition('/')
-    places.setdefault(place, []).append((name, site))
-  return places
-
-
-def _sort_key(site: str) -> list[tuple[int, str]]:
-  return [
-    (_ORDER.index(part) if part in _ORDER else len(_ORDER), part)
-    for part in site.split('/')
-  ]
-
-
 class PanelGrid:
   """A figure with panels placed in inches, as layout engines take seconds."""
 
-  PANEL_WIDTH, PANEL_HEIGHT, GAP = 1.45, 1.3, 0.36
-  LEFT, RIGHT, TOP, BOTTOM = 0.95, 0.8, 0.95, 0.55
+  GAP = 0.36
+  RIGHT, TOP, BOTTOM = 0.8, 0.95, 0.55
 
-  def __init__(self, grid: SiteGrid, extra_width: float = 0.0):
-    """`extra_width`: inches of a further panel at the end of each row."""
+  def __init__(
+    self,
+    grid: SiteGrid,
+    extra_width: float = 0.0,
+    panel_size: tuple[float, float] = (1.45, 1.3),
+    left: float = 0.95,
+    min_width: float = 5.6,
+  ):
+    """
+    Args:
+      grid: {row: panels}.
+      extra_width: inches of a further panel at the end of each row.
+      panel_size: (width, height) in inches.
+      left: inches for the labels at the left.
+      min_width: inches of the figure, for the title and the color bar.
+    """
+    self._panel_width, self._panel_height = panel_size
+    self._left = left
     self._wide_width = extra_width
     self._rows = len(grid)
     self._columns = max(map(len, grid.values()))
-    step = self.PANEL_WIDTH + self.GAP
-    self._right = self.LEFT + self._columns * step - self.GAP
+    step = self._panel_width + self.GAP
+    self._right = self._left + self._columns * step - self.GAP
     if extra_width:
       # 0.75 inches for its legend.
       self._right += 2 * self.GAP + extra_width + 0.75
-    self._width = max(self._right + self.RIGHT, 5.6)
+    self._width = max(self._right + self.RIGHT, min_width)
     self._height = (
       self.TOP
-      + self._rows * (self.PANEL_HEIGHT + self.GAP)
+      + self._rows * (self._panel_height + self.GAP)
       - self.GAP
       + self.BOTTOM
     )
@@ -219,8 +216,8 @@ class PanelGrid:
     )
 
   def panel(self, row: int, column: int, name: str) -> Axes:
-    x = self.LEFT + column * (self.PANEL_WIDTH + self.GAP)
-    axes = self._add(row, x, self.PANEL_WIDTH)
+    x = self._left + column * (self._panel_width + self.GAP)
+    axes = self._add(row, x, self._panel_width)
     axes.set_title(name, fontsize=_LABEL_SIZE, pad=3)
     self._first_panels.setdefault(row, axes)
     # The lowest panel of a column; only it has an axis label.
@@ -228,7 +225,7 @@ class PanelGrid:
     return axes
 
   def wide_panel(self, row: int) -> Axes:
-    x = self.LEFT + self._columns * (self.PANEL_WIDTH + self.GAP) + self.GAP
+    x = self._left + self._columns * (self._panel_width + self.GAP) + self.GAP
     axes = self._last_wide_panel = self._add(row, x, self._wide_width)
     if row == 0:
       axes.set_title('fullest expert of any layer', fontsize=_LABEL_SIZE, pad=3)
@@ -237,7 +234,7 @@ class PanelGrid:
   def label(self, row: int, place: str, unit: str) -> None:
     axes = self._first_panels[row]
     axes.set_ylabel(unit, fontsize=_LABEL_SIZE)
-    middle = self._panel_bottom(row) + self.PANEL_HEIGHT / 2
+    middle = self._panel_bottom(row) + self._panel_height / 2
     self.figure.text(
       0.2 / self._width,
       middle / self._height,
@@ -266,14 +263,14 @@ class PanelGrid:
     bar.minorticks_off()
 
   def _add(self, row: int, x: float, width: float) -> Axes:
-    box = self._fractions(x, self._panel_bottom(row), width, self.PANEL_HEIGHT)
+    box = self._fractions(x, self._panel_bottom(row), width, self._panel_height)
     axes = self.figure.add_axes(box)
     axes.tick_params(labelsize=_TICK_SIZE, length=2, pad=2)
     return axes
 
   def _panel_bottom(self, row: int) -> float:
     return (
-      self._height - self.TOP - (row + 1) * self.PANEL_HEIGHT - row * self.GAP
+      self._height - self.TOP - (row + 1) * self._panel_height - row * self.GAP
     )
 
   def _fractions(self, x, bottom, width, height) -> tuple[float, ...]:

@@ -261,14 +261,3 @@ def test_a_batch_without_tasks_is_refused():
   model, _ = small.make(METHOD)
   with pytest.raises(ValueError, match='the batch has no task ids'):
     jax.eval_shape(model.apply, small.variables(METHOD, noise=0.1), batch)
-
-
-def test_the_engine_refuses_a_router_that_its_caches_cannot_serve():
-  from moepeft.inference.adapters.fixed import FixedAdapter
-
-  model, _ = small.make('molora(experts=3, router=sentence)')
-  with pytest.raises(ValueError, match='router of molora reads the whole prom'):
-    FixedAdapter(model)
-  model, _ = small.make("molora(router=task(tasks=['cola', 'mrpc']))")
-  with pytest.raises(ValueError, match='router of molora reads the task of'):
-    FixedAdapter(model)

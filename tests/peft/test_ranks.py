@@ -4,7 +4,6 @@
 import numpy as np
 import pytest
 
-from moepeft.inference.adapters.buckets import bucket_of
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import shapes
 from moepeft.peft import build
@@ -78,8 +77,3 @@ def test_ranks_replace_rank_and_the_number_of_experts():
 def test_ranks_rule_out_what_needs_equal_ones(options, message):
   with pytest.raises(ValueError, match=message):
     build(f'molora(ranks=[1, 4], {options})', SITES)
-
-
-def test_a_pool_refuses_different_ranks():
-  with pytest.raises(ValueError, match='its experts have different ranks'):
-    bucket_of(build('molora(ranks=[1, 4])', SITES), 'a')

@@ -425,6 +425,73 @@ def uncached_log_probs(model, prompts, texts):
   return rows
 
 
+HALVES = (
+  [f'the sun is {i} and the moon is {i + 1}' for i in range(40)],
+  [f'my cat ate {i} but her dog ate {i + 2}' for i in range(40)],
+)
+
+
+def taught(places, folder, rows, method, steps):
+  """An exported adapter that was trained on rows of text."""
+  folder.mkdir()
+  (folder / 'text.txt').write_text('\n\n'.join(rows))
+  changes = {'data.path': str(folder / 'text.txt'), 'steps': steps}
+  changes |= {'optimizer.learning_rate': 1e-2}
+  workdir, output = str(folder / 'run'), str(folder / 'exported')
+  train.train(config_of(places, method, **changes), workdir)
+  assert convert.main(['', f'--workdir={workdir}', f'--output={output}']) == 0
+  return output
+
+
+def library(places, folder, preset, halves):
+  """The preset's mixture of an adapter for each half, without training it."""
+  paths = []
+  for name, rows in zip('ab', halves, strict=True):
+    path = taught(places, folder / name, rows, 'lora(rank=8)', 30)
+    if preset == 'phatgoose':
+      gate = (
+        f"mixture(from_adapters=['{path}'], router=sigmoid(kernel_init=zeros))"
+      )
+      path = taught(places, folder / f'gate_{name}', rows, gate, 10)
+    paths.append(path)
+  method = f'{preset}(from_adapters={paths}, router={preset}(k=1))'
+  output = str(folder / 'mixture')
+  arguments = [f'--method={method}', f'--base={places["llama"]}']
+  assert convert.main(['', *arguments, f'--output={output}']) == 0
+  return moepeft.load(places['llama'], adapter=output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('preset', ['arrow', 'phatgoose'])
+def test_a_library_knows_what_its_adapters_were_taught(
+  places, tmp_path, monkeypatch, preset
+):
+  """Beside the base, and a library whose words were shuffled."""
+  monkeypatch.setattr(
+    loaded_model, 'load_tokenizer', lambda *names: ByteTokenizer()
+  )
+  rng = np.random.default_rng(0)
+  shuffled = [
+    [''.join(rng.permutation([*row])) for row in rows] for rows in HALVES
+  ]
+  for name in ('own', 'shuffled'):
+    (tmp_path / name).mkdir()
+  own = library(places, tmp_path / 'own', preset, HALVES)
+  control = library(places, tmp_path / 'shuffled', preset, shuffled)
+  base = moepeft.load(places['llama'])
+  for prompt, answer in (
+    ('the sun is 3', ' and the moon is 4'),
+    ('my cat ate 3', ' but her dog ate 5'),
+  ):
+    loss = {
+      name: -model.log_probs([prompt], [answer])[0].mean()
+      for name, model in (('own', own), ('control', control), ('base', base))
+    }
+    assert loss['own'] < loss['control'] < loss['base'], loss
+    (expected,) = uncached_log_probs(own, [prompt], [answer])
+    assert loss['own'] == pytest.approx(-expected.mean(), rel=1e-4)
+
+
 def test_lorahub_sums_a_and_b_apart():
   trees = [{'a': np.full((2, 2), x), 'b': np.eye(2)} for x in (1.0, 2.0)]
   tree = lorahub.combined(trees, np.array([0.5, -1.0]))

@@ -278,6 +278,15 @@ def test_groups_are_optax_s_multi_transform_with_their_own_values(name):
   assert all(jax.tree.leaves(changed))
 
 
+def test_a_rate_ratio_is_of_the_runs_learning_rate():
+  # The rate of the card is 0.25.
+  by_ratio, by_rate = (
+    train_steps(optimizers.make_optimizer(card(groups=groups), 10))
+    for groups in ('*/b: rate_ratio=3', '*/b: learning_rate=0.75')
+  )
+  jax.tree.map(np.testing.assert_array_equal, by_ratio, by_rate)
+
+
 def test_the_first_pattern_that_matches_decides():
   config = card(groups='*/router/*: learning_rate=0; */q/*: learning_rate=1')
   actual = train_steps(optimizers.make_optimizer(config, 10))
@@ -306,7 +315,8 @@ def test_a_pattern_that_decides_nothing_is_an_error(groups, message):
   [
     ('*/router/*', 'pattern: key=value, separated by semicolons'),
     (': learning_rate=1', 'pattern: key=value'),
-    ('a: rate=1', "learning_rate or weight_decay, .*; got 'rate=1'"),
+    ('a: rate=1', "rate_ratio or weight_decay, .*; got 'rate=1'"),
+    ('a: rate_ratio=2, learning_rate=1', 'got both in .*: leave one out'),
     ('a: learning_rate', "got 'learning_rate'"),
     ('a: learning_rate=fast', "learning_rate is a number; got 'fast'"),
     ('a: weight_decay=-1', 'weight_decay is at least 0'),

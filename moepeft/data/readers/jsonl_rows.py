@@ -36,7 +36,7 @@ def read(
   """
   bad = BadRows(on_bad_row, ignore)
   examples = []
-  for file in _files(local_path(path), bad):
+  for file in row_files(path, bad):
     name = re.split(r'\.jsonl', os.path.basename(file), flags=re.I)[0]
     for location, row in read_lines(file, bad):
       try:
@@ -48,7 +48,9 @@ def read(
   return example_lib.checked_rows(path, examples, bad)
 
 
-def _files(path: str, bad: BadRows) -> list[str]:
+def row_files(path: str, bad: BadRows) -> list[str]:
+  """The file, or the directory's files of rows."""
+  path = local_path(path)
   # Only the files of a directory need the ending.
   if os.path.isfile(path):
     return [path]

@@ -92,7 +92,12 @@ def make_optimizer(
       {
         parameter_groups.DEFAULT: update,
         **{
-          f'group_{i}': make(group.learning_rate, group.weight_decay)
+          f'group_{i}': make(
+            group.learning_rate
+            if group.rate_ratio is None
+            else group.rate_ratio * config.learning_rate,
+            group.weight_decay,
+          )
           for i, group in enumerate(groups)
         },
       },

@@ -9,6 +9,7 @@ A pattern must match the whole path of a parameter, like
 'encoder/layers/self/q/molora/router/kernel'; * matches any characters. The
 first matching pattern applies; other parameters have the values of
 config.optimizer. A group's learning rate follows config.optimizer.schedule.
+'*/lora/b: rate_ratio=16' is 16 times config.optimizer.learning_rate.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from moepeft.core.types import Tree
 # The values that a group may have, with their ranges.
 KEYS = {
   'learning_rate': Range(0, 100),
+  'rate_ratio': Range(0, 1_000_000),
   'weight_decay': Range(0, 1_000),
 }
 DEFAULT = 'default'
@@ -36,11 +38,13 @@ class ParameterGroup:
   Attributes:
     pattern: matched against a parameter's path.
     learning_rate, weight_decay: None for the value of config.optimizer.
+    rate_ratio: multiplies the learning rate of config.optimizer.
   """
 
   pattern: str
   learning_rate: float | None = None
   weight_decay: float | None = None
+  rate_ratio: float | None = None
 
 
 def parse_groups(text: str) -> tuple[ParameterGroup, ...]:
@@ -74,6 +78,11 @@ def _parse_group(text: str) -> ParameterGroup:
         f'config.optimizer.groups: {key} is a number; got {value!r}'
       ) from None
     KEYS[key].check(f'config.optimizer.groups: {key}', values[key])
+  if {'learning_rate', 'rate_ratio'} <= values.keys():
+    raise ValueError(
+      'a group of config.optimizer.groups has a learning_rate or a rate_ratio; '
+      f'got both in {text.strip()!r}: leave one out'
+    )
   return ParameterGroup(pattern.strip(), **values)
 
 

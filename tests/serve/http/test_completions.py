@@ -159,3 +159,12 @@ def test_a_stop_string_cuts_tokens_and_text_alike(client, set_answer):
   assert choice['text'] == 'helloabc'
   assert choice['logprobs']['tokens'] == list('helloabc')
   assert choice['finish_reason'] == 'stop'
+
+
+def test_a_requests_task_and_embedding_reach_the_engine(client):
+  status, _ = client.complete('abc', task='law', embedding=[1, 0.5])
+  request = client.engine.requests[-1]
+  assert status == 200
+  assert (request.task, request.embedding) == ('law', (1.0, 0.5))
+  status, answer = client.complete('abc', embedding=['a'])
+  assert status == 400 and 'embedding' in answer['error']['message']
