@@ -192,6 +192,7 @@ def _summarize(
   if loop.after:
     summary |= {'before': loop.before, 'after': loop.after}
     changes = before_after.describe_changes(loop.before, loop.after)
+  summary['parameters'] = training.parameters
   summary['seconds'] = round(seconds, 1)
   distributed.write_json(run.summary_file, summary)
   is_chat = READERS[config.data.source].uses_chat_template and (

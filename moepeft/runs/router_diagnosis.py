@@ -16,6 +16,8 @@ EVEN_ENTROPY = 0.75
 # config.router_collapse_threshold, if it lasts for _COLLAPSE_ROWS logs.
 _COLLAPSE_SHARE, _COLLAPSE_ROWS = 0.9, 3
 _IDLE_SHARE = 0.01
+# Of the even share, 1 / e.
+_DEAD_SHARE = 0.01
 
 
 def collapsed_routers(
@@ -92,6 +94,24 @@ def _layers(
             if layer < len(by_layer) and is_number(by_layer[layer])
           },
         )
+
+
+def dead_experts(sites: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+  """(experts with less than 1 % of an even share, all experts), of all layers.
+
+  Routers with one expert are left out, and logs of older versions, which have
+  no mean shares.
+
+  Args:
+    sites: a row's 'routing'.
+  """
+  layers = [
+    shares for _, _, kind, shares, _ in _layers(sites) if kind != 'load'
+  ]
+  dead = sum(
+    share < _DEAD_SHARE / len(shares) for shares in layers for share in shares
+  )
+  return dead, sum(map(len, layers))
 
 
 def router_lines(trained: list[dict]) -> list[str]:

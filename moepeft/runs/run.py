@@ -25,7 +25,12 @@ _EVALUATION_SHAPE = {
   'means?': {str: float},
   'rows?': [{'group': str, 'task': str, 'templates': str, 'accuracy': float}],
 }
-_SUMMARY_SHAPE = {'method?': str, 'semantics?': str}
+_SUMMARY_SHAPE = {
+  'method?': str,
+  'semantics?': str,
+  'parameters?': int,
+  'seconds?': float,
+}
 
 
 class Run:
