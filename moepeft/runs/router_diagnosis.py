@@ -16,7 +16,7 @@ EVEN_ENTROPY = 0.75
 # config.router_collapse_threshold, if it lasts for _COLLAPSE_ROWS logs.
 _COLLAPSE_SHARE, _COLLAPSE_ROWS = 0.9, 3
 _IDLE_SHARE = 0.01
-# Of the even share, 1 / e.
+# Of the even share.
 _DEAD_SHARE = 0.01
 
 
@@ -97,10 +97,11 @@ def _layers(
 
 
 def dead_experts(sites: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
-  """(experts with less than 1 % of an even share, all experts), of all layers.
+  """(experts with at most 1 % of an even share, all experts), of all layers.
 
-  Routers with one expert are left out, and logs of older versions, which have
-  no mean shares.
+  The even share is the mean of the layer: k / e of a router that gives each
+  token k experts, 1 / e of one whose weights sum to one. Routers with one
+  expert are left out, and logs of older versions, which have no mean shares.
 
   Args:
     sites: a row's 'routing'.
@@ -109,7 +110,9 @@ def dead_experts(sites: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
     shares for _, _, kind, shares, _ in _layers(sites) if kind != 'load'
   ]
   dead = sum(
-    share < _DEAD_SHARE / len(shares) for shares in layers for share in shares
+    share <= _DEAD_SHARE * statistics.fmean(shares)
+    for shares in layers
+    for share in shares
   )
   return dead, sum(map(len, layers))
 

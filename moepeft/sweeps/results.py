@@ -17,7 +17,7 @@ killed and started again has the same rows. A row has
   seconds       of the run's last start, which is all of it if it was not
                 interrupted
   experts       the number of experts of all routers and layers
-  dead_experts  those with less than 1 % of an even share at the last log
+  dead_experts  those with at most 1 % of an even share at the last log
 """
 
 import json
@@ -58,9 +58,9 @@ def read_row(directory: SweepDirectory, trial: Trial) -> dict[str, Any]:
   }
   if directory.stage(trial) is None:
     row |= {'status': FINISHED} | _figures(run)
-    for key in ('parameters', 'seconds'):
-      if key in run.summary():
-        row[key] = run.summary()[key]
+    # The method is that of the run, with a solved budget.
+    of_summary = ('method', 'parameters', 'seconds')
+    row |= {k: v for k, v in run.summary().items() if k in of_summary}
   elif error := directory.failure(trial):
     row |= {'status': FAILED, 'error': error}
   return row

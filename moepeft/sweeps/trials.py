@@ -12,7 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moepeft.config import suggestions
+from moepeft.config import method_string, suggestions
+from moepeft.config.budget import without_request
 from moepeft.core.ranges import suggestion
 from moepeft.core.untrusted import Malformed, parse_literal
 from moepeft.peft.method_text import resolve
@@ -112,9 +113,10 @@ def _make_trial(
   config = config.copy_and_resolve_references()
   for key, value in changes.items():
     _set(config, key, value)
-  # The files of from_adapters are read by the run.
+  # The run reads the files of from_adapters, and solves budgets and scales.
   if 'from_adapters' not in method:
-    resolve(method, config.semantics)
+    specs = map(without_request, method_string.parse_method(method))
+    resolve(method_string.format_method(s for s, *_ in specs), config.semantics)
   return Trial(
     index=index,
     name=_name(parts, changes),

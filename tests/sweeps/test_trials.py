@@ -90,6 +90,16 @@ def test_an_option_of_a_name_leaves_methods_without_it_as_they_are():
   assert 'molora.experts' not in all_trials[0].settings
 
 
+def test_a_budget_is_a_key_of_the_config_or_stands_in_a_method():
+  text = "method=lora|molora(budget='params:5000'); scale=matched"
+  assert [trial.method for trial in trials(text)] == [
+    'lora',
+    "molora(budget='params:5000')",
+  ]
+  (trial,) = trials("budget='params:0.5%'; experts=4")
+  assert trial.config.budget == 'params:0.5%'
+
+
 def test_seed_is_the_run_s_and_vera_s_by_its_name():
   (trial,) = trials('method=vera; vera.seed=3; seed=5')
   assert trial.config.seed == 5
