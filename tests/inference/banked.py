@@ -135,9 +135,13 @@ def save(path, base, method, seed=0, semantics='official', noise=0.2):
 
 
 def batch_of(base):
+  inputs = {'embeddings': np.ones((1, 1, 3), np.float32)}
   if isinstance(base.config, t5.T5Config):
-    return small.batch(rows=1)
-  return jax.tree.map(lambda a: a[:1], small_decoders.batch())
+    return small.batch(rows=1) | inputs
+  batch = jax.tree.map(lambda a: a[:1], small_decoders.batch())
+  # A prompt of three tokens.
+  trained = np.arange(batch['inputs'].shape[1])[None] >= 2
+  return batch | inputs | {'targets_mask': trained & batch['inputs_mask']}
 
 
 def alone(base, built, tree, batch):

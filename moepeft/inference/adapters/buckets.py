@@ -164,9 +164,16 @@ def merge_buckets(
 def adapter_map_of(buckets: Sequence[Bucket]) -> AdapterMap:
   """Returns the model's adapter map, with the modules of all buckets."""
   entries = []
-  # Inside of all others is what replaces a whole sublayer.
-  replaces = lambda b: any(method_entry(p.kind).replaces for p in b.parts)  # noqa: E731
-  for bucket in sorted(buckets, key=replaces, reverse=True):
+
+  def depth(bucket: Bucket) -> int:
+    # Inside of all others is what replaces a whole sublayer. Outside of them
+    # are shared routers: sites share one if they read the same array, which an
+    # adapter around them may change.
+    if any(method_entry(part.kind).replaces for part in bucket.parts):
+      return 0
+    return 2 if any(part.modules for part in bucket.parts) else 1
+
+  for bucket in sorted(buckets, key=depth):
     for part in bucket.parts:
       modules = part.modules or [make_adapter(part.spec, part.name)]
       served = [

@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,26 @@ def bucket_layouts(
     adapter_map: the adapter map of all buckets.
   """
   arrays = arrays_of(base.family.module(base.config, adapter_map))
-  return {
-    bucket.name: {
-      path: spec
-      for path, spec in arrays.items()
-      if any(f'/{part.name}/' in path for part in bucket.parts)
-    }
-    for bucket in buckets
-  }
+  bucket_names = {part.name: b.name for b in buckets for part in b.parts}
+  layouts: dict[str, dict] = {bucket.name: {} for bucket in buckets}
+  for path, spec in arrays.items():
+    _, name, _ = _split_path(path, bucket_names)
+    if name:
+      layouts[bucket_names[name]][path] = spec
+  return layouts
+
+
+def _split_path(path: str, names: Container[str]) -> tuple[str, str, str]:
+  """Splits a path into (target module, name of the adapter, leaf).
+
+  The name is the first of `names`: experts of several kinds have names below
+  it. ('', '', '') if the path has none.
+  """
+  parts = path.split('/')
+  for i, part in enumerate(parts):
+    if part in names:
+      return '/'.join(parts[:i]), part, '/'.join(parts[i + 1 :])
+  return '', '', ''
 
 
 def slot_bytes(layout: Layout) -> int:
@@ -81,14 +93,20 @@ def pad_to_bucket(
   """
   arrays = {}
   specs = method_instances(adapter.built.method)
-  for part, (instance, spec) in zip(bucket.parts, specs.items(), strict=True):
-    source = _TrainedPart(adapter.arrays, instance, spec, part, base)
-    for path, (shape, metadata) in layout.items():
-      target, separator, leaf = path.partition(f'/{part.name}/')
-      if separator and source.has_target(target):
-        arrays[path] = source.padded_leaf(target, leaf, shape)
-      elif separator:
-        arrays[path] = _identity_array(shape, metadata)
+  leaves: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+  for path, array in adapter.arrays.items():
+    target, instance, leaf = _split_path(path, specs)
+    leaves.setdefault(instance, {}).setdefault(target, {})[leaf] = array
+  sources = {
+    part.name: _TrainedPart(leaves.get(name, {}), name, spec, part, base)
+    for part, (name, spec) in zip(bucket.parts, specs.items(), strict=True)
+  }
+  for path, (shape, metadata) in layout.items():
+    target, name, leaf = _split_path(path, sources)
+    if sources[name].has_target(target):
+      arrays[path] = sources[name].padded_leaf(target, leaf, shape)
+    else:
+      arrays[path] = _identity_array(shape, metadata)
   return PaddedAdapter(adapter, bucket.name, weight_mapping.unflatten(arrays))
 
 
@@ -97,19 +115,14 @@ class _TrainedPart:
 
   def __init__(
     self,
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, dict[str, np.ndarray]],
     instance: str,
     spec: Spec,
     part: BucketPart,
     base: Base,
   ):
     self._instance, self._spec = instance, flatten_expert(spec)
-    self._part, self._base = part, base
-    self._arrays: dict[str, dict[str, np.ndarray]] = {}
-    for path, array in arrays.items():
-      target, separator, leaf = path.partition(f'/{instance}/')
-      if separator:
-        self._arrays.setdefault(target, {})[leaf] = array
+    self._part, self._base, self._arrays = part, base, arrays
 
   def has_target(self, target: str) -> bool:
     return target in self._arrays
