@@ -191,8 +191,8 @@ def _reduce(
     reduced = merge_to_lora(
       adapter_map, peft, routing, _MERGE.value, _TASK.value
     )
-    path = os.path.join(output, 'lora')
-    _print_reduced(run, reduced, path, routed)
+    task_rows = [row for row in routed if _TASK.value in ('', row.task)]
+    _print_reduced(run, reduced, os.path.join(output, 'lora'), task_rows)
     worst, site = max(
       (float(lost.max()), site) for site, lost in reduced.left_out.items()
     )
@@ -209,8 +209,8 @@ def _reduce(
 def _print_reduced(run, reduced: ReducedAdapter, path: str, routed) -> None:
   before, after = save_reduced(run, reduced, path, routed, overwrite=True)
   print(
-    f'wrote {path}: {reduced.method}; its loss on the rows is {after:.4f} nats '
-    f"a token, the run's {before:.4f}"
+    f'wrote {path}; its loss on {len(routed):,} rows is {after:.4f} nats a '
+    f"token, the run's {before:.4f}"
   )
 
 
@@ -220,6 +220,8 @@ def main(argv) -> None:
       'name one run, the work directory of moepeft.train: python -m '
       'moepeft.routing RUN --output=DIR'
     )
+  if _TASK.value and not _MERGE.value:
+    raise ValueError('--task names the tokens that --merge averages; give both')
   if not _OUTPUT.value:
     raise ValueError('--output is missing: name a directory for the page')
   output = os.path.expanduser(_OUTPUT.value)

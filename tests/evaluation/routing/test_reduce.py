@@ -170,7 +170,7 @@ def test_a_pruned_mixture_has_the_experts_of_largest_share(moved):
     "molora(experts=2, rank=2, targets='encoder/self/q')"
   )
   before, after = (
-    tree['encoder']['layers']['self']['q']['molora']
+    jax.tree.map(np.asarray, tree['encoder']['layers']['self']['q']['molora'])
     for tree in (variables['peft'], reduced.peft)
   )
   for layer, kept in enumerate(([0, 1], [1, 2])):
