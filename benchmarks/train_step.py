@@ -15,12 +15,10 @@ then mixed. `peft` is LoRA of Hugging Face's peft on `transformers` in torch,
 with the same shapes, where both are installed.
 """
 
-import dataclasses
 import importlib.util
 import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -38,6 +36,7 @@ from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.peft import build, low_rank
 from moepeft.peft.methods import lora
 from moepeft.peft.mixture import Mixture
+from moepeft.training.step_cost import Side, take_turns
 
 SHAPE = t5.T5Config(
   d_model=512,
@@ -85,14 +84,6 @@ class Naive(Mixture):
     each = jnp.einsum(f'bter,er{outer}->bte{outer}', z, b)
     mixed = jnp.einsum(f'bte{outer},bte->{output}', each, p)
     return f(x) + mixed * self.expert.scale
-
-
-@dataclasses.dataclass(frozen=True)
-class Side:
-  """() runs a step to its end; temporary memory in bytes, None if unknown."""
-
-  step: Callable[[], object]
-  memory: int | None
 
 
 def example() -> dict[str, np.ndarray]:
@@ -185,18 +176,6 @@ TIMES = {
   'time_peft_lora_over_lora': ('peft', 'lora'),
 }
 MEMORIES = {'memory_naive_over_molora': ('naive', 'molora')}
-
-
-def take_turns(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
-  """{side: seconds of a step, one a round}, after a step that is not timed."""
-  times = {name: [] for name in sides}
-  for number in range(rounds + 1):
-    for name, side in sides.items():
-      began = time.perf_counter()
-      side.step()
-      if number:
-        times[name].append(time.perf_counter() - began)
-  return times
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float | None:

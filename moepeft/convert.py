@@ -60,6 +60,7 @@ from moepeft.checkpoints.directory import LoadedCheckpoint
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
 from moepeft.checkpoints.run_metadata import describe_run
+from moepeft.checkpoints.solve_method import with_explicit_method
 from moepeft.checkpoints.t5x import model as t5x
 from moepeft.config import command_line, default, imports
 from moepeft.core import terminal, untrusted
@@ -228,6 +229,7 @@ def _mix_adapters(values: flags.FlagValues) -> None:
     config = default()
     config.method = values.method
   config.model.path = values.base or config.model.path
+  config = with_explicit_method(config)
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
   fresh = base_lib.initialise(base, model, config.seed)

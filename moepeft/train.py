@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from moepeft import library, registries
 from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.solve_method import with_explicit_method
 from moepeft.config import check as config_check
 from moepeft.config import command_line, imports
 from moepeft.core import distributed, host_memory, sharding
@@ -33,6 +34,7 @@ from moepeft.runs.resume import (
   check_same_data,
   check_unchanged,
   with_start_date,
+  with_stored_method,
 )
 from moepeft.runs.run import Run
 from moepeft.training import next_steps, setup
@@ -103,7 +105,8 @@ def train(
   started = time.monotonic()
   imports.import_modules(config.imports)
   config_check.check(config, registries.BY_KEY)
-  config = base_lib.with_resolved_method(config)
+  config = with_stored_method(Run(workdir), config)
+  config = base_lib.with_resolved_method(with_explicit_method(config))
   setup.check(config)
   callbacks = build_callbacks(config)
   if dry_run:
@@ -189,6 +192,7 @@ def _summarize(
   if loop.after:
     summary |= {'before': loop.before, 'after': loop.after}
     changes = before_after.describe_changes(loop.before, loop.after)
+  summary['parameters'] = training.parameters
   summary['seconds'] = round(seconds, 1)
   distributed.write_json(run.summary_file, summary)
   is_chat = READERS[config.data.source].uses_chat_template and (

@@ -74,12 +74,12 @@ LAYERS = (
   ('data',),
   ('objectives', 'inference'),
   ('evaluation', 'serve'),
-  ('training',),
+  ('training', 'sweeps'),
   (
     *('registries', 'evaluate', 'generate', 'convert', 'tables', 'routing'),
     *('tokenizer', 'serve.__main__', '__main__'),
   ),
-  ('library', 'count', 'ngrams', 'data.__main__'),
+  ('library', 'count', 'ngrams', 'data.__main__', 'sweep'),
   ('train',),
 )
 # It knows a server's API alone.

@@ -18,6 +18,7 @@ from moepeft.checkpoints.open_adapter import (
   resolve,
 )
 from moepeft.checkpoints.t5x import model as t5x
+from moepeft.config import budget
 from moepeft.core.types import Batch, Tree
 from moepeft.models import FAMILIES, ModelFamily, weight_mapping
 from moepeft.nn import initializers
@@ -165,6 +166,11 @@ def with_resolved_method(config: ConfigDict) -> ConfigDict:
 
 
 def _build(config: ConfigDict, family: ModelFamily, shape: Any) -> Built:
+  if request := budget.request(config):
+    raise ValueError(
+      f'{request!r} is not solved yet; write the method that python -m '
+      'moepeft.count prints for it, and leave budget and scale out'
+    )
   sites = family.sites(shape)
   method = from_adapters.resolve_method(config.method, sites, shape)
   return build(method, sites, config.semantics)

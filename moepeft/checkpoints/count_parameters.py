@@ -20,8 +20,11 @@ from moepeft.peft.tied_layers import spare_sizes
 _LAYERS_PART = re.compile(r'(^|/)layers(_\d+)?(?=/)')
 
 
-def count(config: ConfigDict) -> dict[str, Any]:
+def count(config: ConfigDict, shape: Any = None) -> dict[str, Any]:
   """Counts a config's parameters; allocates nothing.
+
+  Args:
+    shape: the base's, from `base.shape`; None looks it up.
 
   Returns:
     {'params': parameters of the base, 'peft': trained parameters (the base for
@@ -30,7 +33,7 @@ def count(config: ConfigDict) -> dict[str, Any]:
     by site, summed over layers, largest first}. If the layers differ in their
     number of experts, 'padding' is the number of further zeros in memory.
   """
-  family, model = base_lib.shape(config.model)
+  family, model = shape or base_lib.shape(config.model)
   base = base_lib.Base(family, model, None, '', '')
   module, built = base_lib.module(base, config)
   # `padded_axes` below reuses this cached trace.

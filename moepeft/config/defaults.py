@@ -30,6 +30,21 @@ def default() -> ConfigDict:
   # For options that the method leaves out: 'official' (released code) or
   # 'paper'.
   c.semantics = 'official'
+  # A budget for the rank or the number of experts of `method`: 'params:4976640'
+  # trained parameters, 'params:0.5%' of the base's, or as many as a method has,
+  # 'params:lora(rank=8)'; 'flops:...' is FLOPs a token, forward and backward.
+  # '' leaves the method as it is.
+  c.budget = ''
+  # The option of the method that is solved: 'rank', 'experts', ...; '' for the
+  # first of rank, size, length and experts that it has.
+  c.budget_option = ''
+  # The largest error of a solved budget, as a fraction of it.
+  c.budget_tolerance = 0.01
+  # 'matched' sets alpha so that alpha / r (with rslora alpha / sqrt(r)) is that
+  # of lora(rank=4), 'matched:lora(rank=8)' that of another; '' leaves it.
+  c.scale = ''
+  # Written by a run: the method, budget and scale that `method` is solved from.
+  c.solved_from = ''
   # Weights of router losses by name, from moepeft.moe.aux_losses or from your
   # routers; the paper's are 0.
   c.router_losses = ConfigDict(dict(load_balance=0.0, z=0.0, entropy=0.0))

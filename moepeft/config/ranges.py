@@ -33,6 +33,7 @@ ALLOWED: dict[str, Range | Choices] = {
   'preference.desirable_weight': _WEIGHT,
   'preference.undesirable_weight': _WEIGHT,
   'semantics': Choices(SEMANTICS),
+  'budget_tolerance': Range(0, 1_000),
   'router_losses.load_balance': _WEIGHT,
   'router_losses.z': _WEIGHT,
   # A negative weight increases the entropy.
@@ -90,6 +91,10 @@ ALLOWED: dict[str, Range | Choices] = {
 TEXTS = (
   'imports',
   'method',
+  'budget',
+  'budget_option',
+  'scale',
+  'solved_from',
   'objective',
   'preference.reference',
   'model.family',

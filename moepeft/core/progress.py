@@ -221,7 +221,7 @@ class Progress:
     return [
       f'{_format_rate(examples / seconds)} {units[0]}',
       f'{_format_rate(tokens / seconds)} {units[1]}',
-      f'ETA {_format_seconds((self._steps - step) * seconds / steps)}',
+      f'ETA {format_seconds((self._steps - step) * seconds / steps)}',
     ]
 
 
@@ -263,7 +263,7 @@ class Pass:
     rate = self._done / seconds
     parts = [f'{_format_rate(rate)} examples/s']
     if rate:
-      parts.append(f'ETA {_format_seconds((self._total - self._done) / rate)}')
+      parts.append(f'ETA {format_seconds((self._total - self._done) / rate)}')
     if self._bar is not None:
       self._bar.set_postfix_str('  '.join(parts), refresh=False)
       self._bar.n, self._bar.ncols = self._done, _columns()
@@ -317,7 +317,8 @@ def _format_size(count: int) -> str:
   return f'{count / 1e6:.0f} MB'
 
 
-def _format_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+  """'1:05', '2:00:00' or '3d 4h'."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   if hours >= 48:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from moepeft import registries
 from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.solve_method import with_explicit_method
 from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.core import terminal
@@ -49,6 +50,7 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   tokenizer = load_tokenizer(data.tokenizer, config.model.path)
   family, shape = base_lib.shape(config.model)
   check_vocab_size(tokenizer, shape.vocab)
+  config = with_explicit_method(config)
   adapters = base_lib.adapter_map(family, shape, config)
   collator = make_model_collator(data, tokenizer, shape, config.seed, adapters)
   collator = make_collator(config, collator)

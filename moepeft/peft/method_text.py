@@ -397,6 +397,11 @@ def _check(spec: Spec, options: Mapping[str, Option]) -> None:
     raise ValueError(
       f'{spec.name}: the option sites is now targets; write that'
     )
+  if 'budget' in unknown:
+    raise ValueError(
+      f'{spec.name}: budget is an option of config.method alone, which train '
+      'and count solve; write the method that python -m moepeft.count prints'
+    )
   if unknown:
     near = suggestion(unknown[0], options)
     listed = near or f'; it has {", ".join(sorted(options)) or "none"}'

@@ -107,6 +107,19 @@ def open_workdir(path: str) -> Workdir:
   return Workdir(path, lock)
 
 
+def is_locked(path: str) -> bool:
+  """Whether a process has locked a run's directory, which need not exist."""
+  try:
+    with open(Run(path).lock_file) as lock:
+      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return True
+  except OSError:
+    # There is no file, or no locks.
+    return False
+  return False
+
+
 def _acquire(lock: IO[str], path: str) -> None:
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

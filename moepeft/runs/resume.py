@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from moepeft.config import budget
 from moepeft.runs.run import Run, read_object
 
 # Config keys that may change when a run is resumed: no step depends on them,
@@ -15,6 +16,7 @@ from moepeft.runs.run import Run, read_object
 # base and the adapter.
 _MAY_CHANGE = (
   'imports',
+  'solved_from',
   'router_collapse_threshold',
   'early_stopping_patience',
   'data.num_workers',
@@ -70,6 +72,23 @@ def with_start_date(run: Run, config: ConfigDict) -> ConfigDict:
   config = config.copy_and_resolve_references()
   config.data.date = run.read_config().get('data', {}).get('date', '')
   return config
+
+
+def with_stored_method(run: Run, config: ConfigDict) -> ConfigDict:
+  """Sets the method of a resumed run that was solved from a budget or a scale.
+
+  Args:
+    run: a run to resume, or a new one.
+    config: unchanged if its method is explicit, or the run's was solved from
+      another request.
+  """
+  request = budget.request(config)
+  if not request or not _can_resume(run, run.config_file):
+    return config
+  stored = run.read_config()
+  if stored.get('solved_from') != request:
+    return config
+  return budget.solved(config, stored['method'])
 
 
 def check_same_data(

@@ -16,6 +16,8 @@ EVEN_ENTROPY = 0.75
 # config.router_collapse_threshold, if it lasts for _COLLAPSE_ROWS logs.
 _COLLAPSE_SHARE, _COLLAPSE_ROWS = 0.9, 3
 _IDLE_SHARE = 0.01
+# Of the even share.
+_DEAD_SHARE = 0.01
 
 
 def collapsed_routers(
@@ -92,6 +94,27 @@ def _layers(
             if layer < len(by_layer) and is_number(by_layer[layer])
           },
         )
+
+
+def dead_experts(sites: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+  """(experts with at most 1 % of an even share, all experts), of all layers.
+
+  The even share is the mean of the layer: k / e of a router that gives each
+  token k experts, 1 / e of one whose weights sum to one. Routers with one
+  expert are left out, and logs of older versions, which have no mean shares.
+
+  Args:
+    sites: a row's 'routing'.
+  """
+  layers = [
+    shares for _, _, kind, shares, _ in _layers(sites) if kind != 'load'
+  ]
+  dead = sum(
+    share <= _DEAD_SHARE * statistics.fmean(shares)
+    for shares in layers
+    for share in shares
+  )
+  return dead, sum(map(len, layers))
 
 
 def router_lines(trained: list[dict]) -> list[str]:

@@ -25,7 +25,12 @@ _EVALUATION_SHAPE = {
   'means?': {str: float},
   'rows?': [{'group': str, 'task': str, 'templates': str, 'accuracy': float}],
 }
-_SUMMARY_SHAPE = {'method?': str, 'semantics?': str}
+_SUMMARY_SHAPE = {
+  'method?': str,
+  'semantics?': str,
+  'parameters?': int,
+  'seconds?': float,
+}
 
 
 class Run:
@@ -141,6 +146,10 @@ class Run:
   def after(self) -> dict[str, Any]:
     """The evaluation after training; see `before`."""
     return _read_optional(self.after_file, _EVALUATION_SHAPE)
+
+  def evaluation(self) -> dict[str, Any]:
+    """The summary of moepeft.evaluate on held-out rows; see `before`."""
+    return _read_optional(self.evaluation_file(), _EVALUATION_SHAPE)
 
   def summary(self) -> dict[str, Any]:
     """The summary of a finished run; {} if there is none.

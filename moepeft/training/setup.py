@@ -89,6 +89,7 @@ class Training:
     evaluator: evaluates held-out rows.
     prompts: held-out examples that the evaluator ranks.
     identity: of the run, written into each checkpoint.
+    parameters: the number of trained parameters.
   """
 
   config: ConfigDict
@@ -101,6 +102,7 @@ class Training:
   evaluator: Evaluator
   prompts: Sequence[PromptExamples]
   identity: dict[str, Any]
+  parameters: int
 
 
 def check(config: ConfigDict) -> None:
@@ -145,7 +147,6 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
   data = open_data(config.data, config.seed, share, shape.vocab, collator)
   for note in data.notes:
     terminal.show(note)
-
   base = base_lib.load(config.model)
   model, method = base_lib.module(base, config)
   padded = base_lib.padded_axes(model, base)
@@ -216,6 +217,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     ),
     prompts=prompts,
     identity=identity,
+    parameters=summary.count_trained(method, state, padded)[0],
   )
 
 

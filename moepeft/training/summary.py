@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from moepeft.checkpoints import quantize
-from moepeft.core.types import State
+from moepeft.core.types import State, Tree
 from moepeft.models import weight_mapping
 from moepeft.moe import router_state
 from moepeft.nn.expert_padding import PaddedAxis, padding_size
@@ -32,17 +32,8 @@ def print_summary(
     more: {name: text} of further lines such as 'data'; empty ones are left out.
     padded: {path of a trained array: its padded axis}.
   """
-  count = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
-  weights, _ = router_state.split(state.trainable, method.frozen_arrays)
-  trained, frozen = count(weights), count(state.frozen)
-  shapes = {
-    path: leaf.shape for path, leaf in weight_mapping.flatten(weights).items()
-  }
-  padding = padding_size(shapes, padded)
-  trained -= padding
-  trained -= sum(
-    spare_sizes(weights, method.tied_arrays, method.unread_arrays).values()
-  )
+  trained, padding = count_trained(method, state, padded)
+  frozen = _count(state.frozen)
   total, quantized = (trained if method.trainable == 'params' else frozen), ''
   if base.quantise:
     total = quantize.parameters(state.frozen, base.config)
@@ -63,3 +54,22 @@ def print_summary(
   for name, line in lines.items():
     if line:
       print(f'{name:{width}}  {line}', flush=True)
+
+
+def count_trained(
+  method: Built,
+  state: State,
+  padded: Mapping[str, PaddedAxis] = types.MappingProxyType({}),
+) -> tuple[int, int]:
+  """(trained parameters, further zeros of padding); see `print_summary`."""
+  weights, _ = router_state.split(state.trainable, method.frozen_arrays)
+  shapes = {
+    path: leaf.shape for path, leaf in weight_mapping.flatten(weights).items()
+  }
+  padding = padding_size(shapes, padded)
+  spare = spare_sizes(weights, method.tied_arrays, method.unread_arrays)
+  return _count(weights) - padding - sum(spare.values()), padding
+
+
+def _count(tree: Tree) -> int:
+  return sum(a.size for a in jax.tree.leaves(tree))

@@ -132,6 +132,7 @@ def count(*shape):
   ran = commands.run(
     'moepeft.count',
     '--config=configs/pretrain_gpt_tiny.py',
+    '--noflops',
     *('--config.model.family=gpt2', '--config.method=full'),
     *(f'--config.model.shape.{text}' for text in shape),
   )

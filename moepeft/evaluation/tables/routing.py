@@ -17,6 +17,11 @@ from moepeft.peft.build import routers
 from moepeft.runs import metrics_log
 from moepeft.runs.run import Run
 
+# Of an even share; an expert with at most that is dead.
+_DEAD_SHARE = 0.01
+# The kind of share that counts largest weights.
+_ARGMAX = 'load'
+
 
 @dataclasses.dataclass(frozen=True)
 class RoutingSummary:
@@ -27,10 +32,13 @@ class RoutingSummary:
       1, of the softmax of the logits before the selection of experts.
     max_shares: key of `metrics_log.SHARES` -> (mean, maximum) of each layer's
       largest share, over the sites with this kind of share.
+    dead: the fraction of experts with at most 1 % of an even share; None if
+      shares are of the largest weights only, which do not show it.
   """
 
   entropy: float
   max_shares: Mapping[str, tuple[float, float]]
+  dead: float | None = None
 
 
 def summary(sites: Mapping[str, tuple[str, Any, Any]]) -> RoutingSummary | None:
@@ -42,6 +50,7 @@ def summary(sites: Mapping[str, tuple[str, Any, Any]]) -> RoutingSummary | None:
   """
   entropies: list[np.ndarray] = []
   max_shares: dict[str, list[np.ndarray]] = {}
+  dead, experts = 0, 0
   for kind, shares, nats in sites.values():
     shares = np.asarray(shares, np.float64)
     counts = np.sum(~np.isnan(shares), axis=-1)
@@ -51,6 +60,10 @@ def summary(sites: Mapping[str, tuple[str, Any, Any]]) -> RoutingSummary | None:
       entropies.append(nats[is_routed] / np.log(counts[is_routed]))
       largest = np.nanmax(shares[is_routed], axis=-1)
       max_shares.setdefault(kind, []).append(largest)
+      # k / e of a sparse router, 1 / e of one whose weights sum to one.
+      even = np.nanmean(shares[is_routed], axis=-1, keepdims=True)
+      dead += np.sum(shares[is_routed] <= _DEAD_SHARE * even)
+      experts += counts[is_routed].sum()
   if not max_shares:
     return None
   by_kind = {kind: np.concatenate(v) for kind, v in max_shares.items()}
@@ -60,10 +73,16 @@ def summary(sites: Mapping[str, tuple[str, Any, Any]]) -> RoutingSummary | None:
       kind: (float(values.mean()), float(values.max()))
       for kind, values in by_kind.items()
     },
+    None if _ARGMAX in max_shares else float(dead / experts),
   )
 
 
 ENTROPY = Column('entropy', 'router entropy', 'share')
+DEAD = Column('dead', 'dead experts', 'share')
+_DEAD_NOTE = (
+  'Dead experts are those whose share is at most 1 % of an even one, the mean '
+  'of their layer, as a fraction of all experts.'
+)
 _NOTES = {
   'weight': (
     'Mean weight is of dense routers: the mean over the tokens of the combine '
@@ -93,6 +112,8 @@ def cells(entries: Sequence[RunResults]) -> dict[Any, Cell]:
   result: dict[Any, Cell] = {
     ENTROPY.key: Cell(float(np.mean([run.entropy for run in runs])))
   }
+  if all(run.dead is not None for run in runs):
+    result[DEAD.key] = Cell(float(np.mean([run.dead for run in runs])))
   for kind in metrics_log.SHARES:
     if all(kind in run.max_shares for run in runs):
       mean, largest = np.mean([run.max_shares[kind] for run in runs], axis=0)
@@ -102,7 +123,10 @@ def cells(entries: Sequence[RunResults]) -> dict[Any, Cell]:
 
 
 def columns(lines: Iterable[Mapping[Any, Cell]]) -> list[Column]:
-  """The entropy's column, and two columns for each kind of share in `lines`."""
+  """Columns of the entropy, dead experts, and two for each kind of share.
+
+  Those that no line has are left out, except for the entropy's.
+  """
   keys = {key for line in lines for key in line}
   share_columns = [
     column
@@ -113,7 +137,7 @@ def columns(lines: Iterable[Mapping[Any, Cell]]) -> list[Column]:
     )
     if column.key in keys
   ]
-  return [ENTROPY, *share_columns]
+  return [ENTROPY, *([DEAD] if DEAD.key in keys else ()), *share_columns]
 
 
 def notes(columns: Sequence[Column]) -> list[str]:
@@ -129,6 +153,7 @@ def notes(columns: Sequence[Column]) -> list[str]:
     'before any selection), and the share of the fullest expert, on average '
     'and at the worst site; means over seeds; missing where nothing is routed '
     'or a seed has no metrics.jsonl.',
+    *([_DEAD_NOTE] if DEAD in columns else ()),
     *(_NOTES[kind] for kind in kinds),
   ]
 

@@ -46,6 +46,7 @@ _IGNORED_KEYS = (
   'seed',
   'semantics',
   'sharding',
+  'solved_from',
 )
 
 

@@ -595,8 +595,9 @@ def test_routing_is_the_last_of_each_run_and_the_mean_of_seeds(tmp_path):
   table = compare.table([one, two, lora], routing=True)
   lines = body(table_render.markdown(table))
   # Entropies 1 and 0. Fullest 0.5 and 0.9, 0.5 and 0.7: means 0.7 and 0.6.
-  assert lines['`molora(experts=2, rank=1)`'][-3:] == ['0.5', '0.65', '0.8']
-  assert lines['`lora(rank=4)`'][-3:] == ['-', '-', '-']
+  mixed = ['0.5', '0', '0.65', '0.8']
+  assert lines['`molora(experts=2, rank=1)`'][-4:] == mixed
+  assert lines['`lora(rank=4)`'][-4:] == ['-', '-', '-', '-']
   assert '1 is even' in table_render.markdown(table)
   assert 'entropy' not in text(one, two, lora)
 
@@ -615,8 +616,8 @@ def test_mean_weights_and_token_shares_have_columns_of_their_own(tmp_path):
     routed(made[-1], (7, 0.9), kind=kind)
   printed = text(*made, routing=True)
   lines = body(printed)
-  assert lines['method'][-7:] == [
-    'router entropy',
+  assert lines['method'][-8:] == [
+    'router entropy', 'dead experts',
     'fullest expert, mean weight', 'mean weight, worst site',
     'fullest expert, token share', 'token share, worst site',
     'fullest expert, argmax share', 'argmax share, worst site',
@@ -626,6 +627,7 @@ def test_mean_weights_and_token_shares_have_columns_of_their_own(tmp_path):
     expected = ['-'] * 6
     expected[2 * i : 2 * i + 2] = cells
     assert line[-6:] == expected
+    assert line[-7] == ('0' if i < 2 else '-')
   assert 'does not say how much weight the expert has' in printed
   assert 'Argmax' not in text(*made[:2], routing=True)
 

@@ -40,3 +40,25 @@ def test_a_single_expert_is_no_routing():
   two = ('weight', [[0.5, 0.5]], [LN2])
   result = routing.summary({'encoder/q': single, 'encoder/k': two})
   assert (result.entropy, result.max_shares) == (1.0, {'weight': (0.5, 0.5)})
+
+
+def test_an_expert_with_less_than_a_hundredth_of_an_even_share_is_dead():
+  sites = {
+    # Even are 1/4, and 1/2 of the two experts that the second layer has.
+    'a': (
+      'weight',
+      [[0.498, 0.499, 0.002, 0.001], [0.996, 0.004, np.nan, np.nan]],
+      [LN2, LN2],
+    ),
+    # k is 2: even is 2/3. No token has the last expert.
+    'b': ('tokens', [[1.0, 1.0, 0.0], [0.7, 0.65, 0.65]], [LN3, LN3]),
+    # A router whose weights are all zero.
+    'c': ('weight', [[0.0, 0.0]], [LN2]),
+  }
+  # 2 of 4, 1 of 2, 1 of 3, none of 3, 2 of 2.
+  assert routing.summary(sites).dead == pytest.approx(6 / 14)
+
+
+def test_largest_weights_do_not_show_dead_experts():
+  sites = {'a': ('load', [[1.0, 0.0]], [LN2])}
+  assert routing.summary(sites).dead is None

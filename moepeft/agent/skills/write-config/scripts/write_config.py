@@ -192,6 +192,7 @@ def _check(c: ConfigDict) -> str:
   from moepeft import objectives, registries
   from moepeft.checkpoints import base
   from moepeft.checkpoints.count_parameters import count
+  from moepeft.checkpoints.solve_method import with_explicit_method
   from moepeft.models import decoder_only
   from moepeft.training import optimizers
 
@@ -201,7 +202,7 @@ def _check(c: ConfigDict) -> str:
   try:
     _, shape = base.shape(c.model)
     objectives.check_model(c.objective, decoder_only(shape))
-    summary = count(c)
+    summary = count(with_explicit_method(c))
   except OSError as e:
     return f'not counted, as the base is not here: {e}'
   return (
