@@ -235,7 +235,7 @@ def main(argv) -> None:
   total = sum(sum(site.counts) for site in routing.sites)
   print(
     f'{routing.rows:,} rows, {len(routing.sites)} sites with a router; {dead} '
-    f'of {total} experts are dead (below 1 % of the even share)'
+    f'of {total} experts are dead (at most 1 % of the even share)'
   )
   for path in write(run, routing, output, data):
     print(f'wrote {path}')

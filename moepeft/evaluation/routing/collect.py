@@ -24,11 +24,10 @@ from moepeft.evaluation.routing.rows import LabeledRow
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft.mixture import layer_counts
 from moepeft.runs.history import short_names, site_order
+from moepeft.runs.router_diagnosis import DEAD_SHARE
 
 # The shortest (inputs, targets) lengths of a batch, to limit compilations.
 _MIN_LENGTHS = 64, 16
-# An expert below this part of the even share is dead.
-DEAD_SHARE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +72,14 @@ class SiteRouting:
 
   @property
   def dead(self) -> np.ndarray:
-    """bool [l, e]: whether an expert's share is below 1 % of the even one.
+    """bool [l, e]: whether an expert's share is at most 1 % of the even one.
 
     Experts that add nothing are never dead.
     """
     has_parameters = np.arange(self.share.shape[1]) < (
       np.array(self.counts)[:, None] - self.identity_experts
     )
-    return has_parameters & (self.share < DEAD_SHARE * self.even[:, None])
+    return has_parameters & (self.share <= DEAD_SHARE * self.even[:, None])
 
   @property
   def task_information(self) -> np.ndarray:

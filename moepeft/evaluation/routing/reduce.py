@@ -75,7 +75,7 @@ def prune(
   flat_axes = flax.traverse_util.flatten_dict(axes, sep='/')
   for site in routing.sites:
     order = np.argsort(-site.share, axis=-1, kind='stable')
-    kept = np.sort(order[:, :experts], axis=-1)
+    chosen = np.sort(order[:, :experts], axis=-1)
     for path in [p for p in flat if p.startswith(f'{site.path}/')]:
       names = tuple(flat_axes[path])
       if AXIS_NAMES['e'] not in names:
@@ -92,7 +92,7 @@ def prune(
       pruned = np.stack(
         [
           np.take(layer, indices, axis=axis - stacked)
-          for layer, indices in zip(layers, kept, strict=True)
+          for layer, indices in zip(layers, chosen, strict=True)
         ]
       )
       flat[path] = pruned if stacked else pruned[0]

@@ -122,7 +122,7 @@ def test_a_method_without_a_router_is_refused():
       check_has_router(built.adapter_map, method)
 
 
-def test_an_expert_below_a_hundredth_of_even_is_dead():
+def test_an_expert_with_at_most_a_hundredth_of_even_is_dead():
   # Even is 1/2, so that the bound is 0.005; an absent expert is not dead.
   one = site([[0.9951, 0.0049], [1, np.nan]], [], counts=(2, 1))
   np.testing.assert_array_equal(one.dead, [[False, True], [False, False]])
