@@ -124,12 +124,11 @@ def table(
   if routing:
     routing_columns = routing_tables.columns(row.routing for row in rows)
   value_columns = [*metric_columns, *routing_columns]
-  baseline_row = _baseline_row(rows, baseline) if baseline else None
-  cost_row = None
+  cost_notes = []
   if cost:
-    cost_row = baseline_row or next((r for r in rows if r.cost), rows[0])
-    rows = [r.with_relative_cost(cost_row) for r in rows]
+    rows, cost_notes = _with_relative_cost(rows, baseline)
     value_columns += cost_tables.COLUMNS
+  baseline_row = _baseline_row(rows, baseline) if baseline else None
   majority = _majority_lines([row.estimates for row in rows], keys)
   lines = _make_lines(rows, bool(paper_rows), baseline_row)
   row_of_line = {
@@ -141,8 +140,7 @@ def table(
   ]
   if routing:
     notes += routing_tables.notes(routing_columns)
-  if cost_row:
-    notes += cost_tables.notes(footnotes.row_label(cost_row.group))
+  notes += cost_notes
   if paper_rows:
     matching = [row.paper_row for row in rows if row.paper_row]
     notes += footnotes.paper_notes(paper, matching)
@@ -176,10 +174,6 @@ class _TableRow:
   routing: Mapping[str, Cell]
   cost: Mapping[str, Cell]
 
-  def with_relative_cost(self, reference: '_TableRow') -> '_TableRow':
-    relative = cost_tables.relative(self.cost, reference.cost)
-    return dataclasses.replace(self, cost=relative)
-
 
 def _table_rows(
   entries: Sequence[RunResults],
@@ -203,6 +197,21 @@ def _table_rows(
       )
     )
   return rows
+
+
+def _with_relative_cost(
+  rows: Sequence[_TableRow], baseline: str
+) -> tuple[list[_TableRow], list[str]]:
+  """(rows with step times over the baseline's or the first's, footnotes)."""
+  first = next((row for row in rows if row.cost), rows[0])
+  reference = _baseline_row(rows, baseline) if baseline else first
+  relative = [
+    dataclasses.replace(
+      row, cost=cost_tables.relative(row.cost, reference.cost)
+    )
+    for row in rows
+  ]
+  return relative, cost_tables.notes(footnotes.row_label(reference.group))
 
 
 def _make_notes(
