@@ -96,8 +96,13 @@ CI_TESTS = {
     'test_shares_of_a_decoder_are_those_of_the_metrics_log',
   ),
   'tests/evaluation/routing/test_command.py': (
+    'test_conversations_are_rendered_by_the_chat_template',
     'test_a_wrong_command_line_is_one_sentence',
     'test_a_run_s_held_out_rows_are_routed_and_shown',
+    'test_a_reduced_adapter_is_written_and_has_its_loss',
+  ),
+  'tests/evaluation/routing/test_reduce.py': (
+    'test_an_even_mixture_is_one_lora',
   ),
   'tests/evaluation/test_ablation.py': ('test_',),
   'tests/evaluation/test_evaluate.py': (
