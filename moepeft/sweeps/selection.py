@@ -122,7 +122,10 @@ def _choose_in_group(
   if losses[best] == math.inf:
     why = f'{group_name}no value {where} has a validation loss ({listed})'
     return {t.name: Choice(False, t in candidates, why) for t in group}
-  why = f'{group_name}{_text(best)} has the lowest validation loss {where} ({listed})'
+  why = (
+    f'{group_name}{_text(best)} has the lowest validation loss {where} '
+    f'({listed})'
+  )
   return {
     t.name: Choice(
       _values(t, keys) == best,
