@@ -210,6 +210,10 @@ CI_TESTS = {
   'tests/serve/test_open_engine.py': (
     'test_adapters_come_and_go_without_a_compilation',
   ),
+  'tests/sweeps/test_sweep.py': (
+    'test_a_wrong_command_is_refused_before_anything_is_written',
+    'test_an_array_job_is_written_and_its_order_is_that_of_select',
+  ),
   'tests/test_library.py': ('test_a_merged_model_answers_as_its_adapter_did',),
   'tests/test_packaging.py': (
     'test_source_distribution_holds_every_file_of_python',
