@@ -225,10 +225,10 @@ def main(argv) -> None:
   if not _OUTPUT.value:
     raise ValueError('--output is missing: name a directory for the page')
   output = os.path.expanduser(_OUTPUT.value)
-  # Before the model is loaded, which takes longer.
-  os.makedirs(output, exist_ok=True)
   data = os.path.expanduser(_DATA.value)
   run = load_run(os.path.expanduser(argv[1]), _CHECKPOINT.value)
+  # Before the rows are routed, which takes longer.
+  os.makedirs(output, exist_ok=True)
   routed = read_rows(run, data, _MAX_EXAMPLES.value)
   routing = collect_rows(run, routed, _TEXTS.value, _BATCH_SIZE.value)
   dead = int(sum(site.dead.sum() for site in routing.sites))
