@@ -7,8 +7,9 @@ python benchmarks/method_table.py --method='molora(experts=16)' --method=lora
 By default the method of each config in configs/methods, and the dense and the
 sparse form of mixtures (`--dispatch`). The model is a Llama of two layers with
 the sizes of SmolLM2-135M; a step is the loss and the gradient of the adapter.
-FLOPs are those that XLA counts in the compiled step. Each method takes turns
-with LoRA of rank 4; the ratio is the median over the rounds.
+FLOPs are those of the products of matrices in the traced step, of each pass
+(`moepeft.checkpoints.count_flops`). Each method takes turns with LoRA of rank
+4; the ratio is the median over the rounds.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ import numpy as np
 import train_step
 from absl import flags
 
+from moepeft.checkpoints.count_flops import products
 from moepeft.config import command_line
 from moepeft.core.types import Tree
 from moepeft.models.decoder import llama
@@ -66,17 +68,17 @@ class Row:
   """A method's compiled step.
 
   Attributes:
-    parameters: in the collection 'peft'; flops: of a step.
+    parameters: in the collection 'peft'; forward, backward: FLOPs of a step.
   """
 
   side: train_step.Side
   parameters: int
-  flops: float
+  forward: int
+  backward: int
 
 
 def make(method: str) -> Row:
   built = build(method, sites(SHAPE))
-  # Unrolled, as XLA counts the body of a loop once.
   model = Decoder(SHAPE, built.adapter_map, scan=False)
   batch = example()
   variables = init_params(model, batch, 0)
@@ -88,14 +90,17 @@ def make(method: str) -> Row:
     return mean_loss(total, sums)
 
   arguments = jax.device_put((variables['peft'], variables['params'], batch))
-  step = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+  gradient = jax.value_and_grad(loss)
+  forward = products(loss, *arguments)
+  step = jax.jit(gradient).lower(*arguments).compile()
   return Row(
     train_step.Side(
       lambda: jax.block_until_ready(step(*arguments)),
       step.memory_analysis().temp_size_in_bytes,
     ),
     sum(array.size for array in jax.tree.leaves(variables['peft'])),
-    step.cost_analysis()['flops'],
+    forward,
+    products(gradient, *arguments) - forward,
   )
 
 
@@ -125,21 +130,22 @@ def step_ratio(method: Row, baseline: Row, rounds: int) -> float:
 
 def method_rows(methods: list[str], rounds: int) -> list[dict]:
   baseline, rows = make(BASELINE), []
-  print('| method | parameters | FLOPs | step time | memory |')
-  print('| --- | --- | --- | --- | --- |')
+  print('| method | parameters | forward | backward | step time | memory |')
+  print('| --- | --- | --- | --- | --- | --- |')
   for text in methods:
     method = make(text)
     row = {
       'method': text,
       'parameters': method.parameters,
-      'flops': round(method.flops / baseline.flops, 2),
+      'forward': round(method.forward / baseline.forward, 2),
+      'backward': round(method.backward / baseline.backward, 2),
       'time': step_ratio(method, baseline, rounds),
       'memory': round(method.side.memory / baseline.side.memory, 2),
     }
     rows.append(row)
     print(
-      f'| `{text}` | {method.parameters:,} | {row["flops"]} | {row["time"]} | '
-      f'{row["memory"]} |',
+      f'| `{text}` | {method.parameters:,} | {row["forward"]} | '
+      f'{row["backward"]} | {row["time"]} | {row["memory"]} |',
       flush=True,
     )
   return rows

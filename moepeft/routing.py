@@ -2,21 +2,38 @@
 """python -m moepeft.routing RUN --output=DIR: shows what the experts learned.
 
 The command routes the run's held-out rows, or those of --data, and writes
-DIR/index.html, which needs no network, and plots as PNG files.
+DIR/index.html, which needs no network, and plots as PNG files. --merge=RANK
+writes DIR/lora, one LoRA in place of the mixture, and --prune=EXPERTS
+DIR/pruned, the mixture with fewer experts, with the loss that each of them has.
 """
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
+from moepeft.checkpoints import adapter as adapter_lib
+from moepeft.checkpoints import base as base_lib
 from moepeft.config import command_line
 from moepeft.core.progress import Pass
-from moepeft.data.batching.collators import make_model_collator
+from moepeft.core.types import Tree
+from moepeft.data.batching.collators import (
+  Collator,
+  make_model_collator,
+  scoring_lengths,
+)
+from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.routing import page, plots, rows
 from moepeft.evaluation.routing.collect import (
   CollectedRouting,
   check_has_router,
   collect,
+)
+from moepeft.evaluation.routing.reduce import (
+  ReducedAdapter,
+  merge_to_lora,
+  prune,
 )
 from moepeft.evaluation.routing.similarity import similarities
 from moepeft.inference.loaded_model import LoadedModel, load_run
@@ -43,12 +60,33 @@ def collect_run(
   Raises:
     ValueError: the run has no router, or there are no rows.
   """
-  config, adapter_map = run.config, run.model.adapter_map
-  check_has_router(adapter_map, run.method)
-  collator = make_model_collator(
-    config.data, run.tokenizer, run.model, config.seed, adapter_map
+  return collect_rows(
+    run, read_rows(run, data, max_examples), texts, batch_size
   )
-  routed = rows.read(run, collator, data, max_examples)
+
+
+def read_rows(
+  run: LoadedModel, data: str = '', max_examples: int = 64
+) -> list[rows.LabeledRow]:
+  """The rows that `collect_run` routes; raises as it does."""
+  check_has_router(run.model.adapter_map, run.method)
+  return rows.read(run, _collator(run), data, max_examples)
+
+
+def _collator(run: LoadedModel) -> Collator:
+  config, model = run.config, run.model
+  return make_model_collator(
+    config.data, run.tokenizer, model, config.seed, model.adapter_map
+  )
+
+
+def collect_rows(
+  run: LoadedModel,
+  routed: Sequence[rows.LabeledRow],
+  texts: int = 3,
+  batch_size: int | None = None,
+) -> CollectedRouting:
+  """Collects the routing of rows; see `collect_run`."""
   places: dict[str, int] = {}
   shown = []
   for i, row in enumerate(routed):
@@ -60,9 +98,9 @@ def collect_run(
     return collect(
       run.model,
       run.variables,
-      collator,
+      _collator(run),
       routed,
-      batch_size or config.evaluation.batch_size,
+      batch_size or run.config.evaluation.batch_size,
       shown,
       progress,
     )
@@ -96,30 +134,112 @@ def write(
   return [index, *plots.draw(routing, similarity, history, folder)]
 
 
+def save_reduced(
+  run: LoadedModel,
+  reduced: ReducedAdapter,
+  path: str,
+  routed: Sequence[rows.LabeledRow],
+  overwrite: bool = False,
+) -> tuple[float, float]:
+  """Writes an adapter; returns the loss of the run on rows, and the adapter's.
+
+  Losses are in nats a target token.
+
+  Args:
+    overwrite: whether to replace a directory that has files.
+  """
+  config = run.config.copy_and_resolve_references()
+  base = base_lib.load(config.model)
+  losses = [_loss(run, run.model, run.variables, routed)]
+  config.method = reduced.method
+  model, built = base_lib.module(base, config)
+  losses.append(
+    _loss(run, model, {**run.variables, 'peft': reduced.peft}, routed)
+  )
+  metadata = adapter_lib.describe(
+    built.method,
+    config.semantics,
+    base.path,
+    base.sha256,
+    base.config.family,
+    base.config,
+    base.quantise,
+  )
+  adapter_lib.save(path, reduced.peft, metadata, overwrite)
+  return tuple(losses)
+
+
+def _loss(
+  run: LoadedModel,
+  model: Any,
+  variables: Tree,
+  routed: Sequence[rows.LabeledRow],
+) -> float:
+  lengths = scoring_lengths(run.config.data, model)
+  batch_size = run.config.evaluation.batch_size
+  likelihood = Likelihood(model, run.tokenizer, *lengths, batch_size)
+  nll, tokens = likelihood.sums(variables, [row.item for row in routed])
+  return float(nll.sum() / tokens.sum())
+
+
+def _reduce(
+  run: LoadedModel, routing: CollectedRouting, routed, output
+) -> None:
+  """Writes what --merge and --prune ask for, and prints the errors."""
+  adapter_map, peft = run.model.adapter_map, run.variables['peft']
+  if _MERGE.value:
+    reduced = merge_to_lora(
+      adapter_map, peft, routing, _MERGE.value, _TASK.value
+    )
+    task_rows = [row for row in routed if _TASK.value in ('', row.task)]
+    _print_reduced(run, reduced, os.path.join(output, 'lora'), task_rows)
+    worst, site = max(
+      (float(lost.max()), site) for site, lost in reduced.left_out.items()
+    )
+    print(
+      f'rank {_MERGE.value} leaves out {worst:.1%} of a change at most: {site}'
+    )
+  if _PRUNE.value:
+    base = base_lib.load(run.config.model)
+    axes = base_lib.logical_axes(run.model, base)['peft']
+    reduced = prune(run.method, adapter_map, peft, axes, routing, _PRUNE.value)
+    _print_reduced(run, reduced, os.path.join(output, 'pruned'), routed)
+
+
+def _print_reduced(run, reduced: ReducedAdapter, path: str, routed) -> None:
+  before, after = save_reduced(run, reduced, path, routed, overwrite=True)
+  print(
+    f'wrote {path}; its loss on {len(routed):,} rows is {after:.4f} nats a '
+    f"token, the run's {before:.4f}"
+  )
+
+
 def main(argv) -> None:
   if len(argv) != 2:
     raise ValueError(
       'name one run, the work directory of moepeft.train: python -m '
       'moepeft.routing RUN --output=DIR'
     )
+  if _TASK.value and not _MERGE.value:
+    raise ValueError('--task names the tokens that --merge averages; give both')
   if not _OUTPUT.value:
     raise ValueError('--output is missing: name a directory for the page')
   output = os.path.expanduser(_OUTPUT.value)
-  # Before the model is loaded, which takes longer.
-  os.makedirs(output, exist_ok=True)
   data = os.path.expanduser(_DATA.value)
   run = load_run(os.path.expanduser(argv[1]), _CHECKPOINT.value)
-  routing = collect_run(
-    run, data, _MAX_EXAMPLES.value, _TEXTS.value, _BATCH_SIZE.value
-  )
+  # Before the rows are routed, which takes longer.
+  os.makedirs(output, exist_ok=True)
+  routed = read_rows(run, data, _MAX_EXAMPLES.value)
+  routing = collect_rows(run, routed, _TEXTS.value, _BATCH_SIZE.value)
   dead = int(sum(site.dead.sum() for site in routing.sites))
   total = sum(sum(site.counts) for site in routing.sites)
   print(
     f'{routing.rows:,} rows, {len(routing.sites)} sites with a router; {dead} '
-    f'of {total} experts are dead (below 1 % of the even share)'
+    f'of {total} experts are dead (at most 1 % of the even share)'
   )
   for path in write(run, routing, output, data):
     print(f'wrote {path}')
+  _reduce(run, routing, routed, output)
 
 
 if __name__ == '__main__':
@@ -156,5 +276,24 @@ if __name__ == '__main__':
     'config.evaluation.batch_size.',
     lower_bound=1,
     upper_bound=1_048_576,
+  )
+  _MERGE = flags.DEFINE_integer(
+    'merge',
+    0,
+    'The rank of one LoRA of the mean change, written to OUTPUT/lora; 0 for '
+    'none.',
+    lower_bound=0,
+    upper_bound=65_536,
+  )
+  _TASK = flags.DEFINE_string(
+    'task', '', 'The task whose tokens --merge averages; by default all tasks.'
+  )
+  _PRUNE = flags.DEFINE_integer(
+    'prune',
+    0,
+    'The number of experts to keep, those of the largest shares at each site '
+    'and layer, written to OUTPUT/pruned; 0 for none.',
+    lower_bound=0,
+    upper_bound=65_536,
   )
   command_line.run(main, takes_arguments=True)

@@ -68,11 +68,19 @@ def main(argv) -> None:
       f'--output={_OUTPUT.value} is a directory; expected a prefix of file '
       f'names, such as {_OUTPUT.value}table'
     )
-  if _ROUTING.value and not argv[1:]:
-    raise ValueError('--routing is for runs; name their work directories')
+  for flag in (_ROUTING, _COST):
+    if flag.value and not argv[1:]:
+      raise ValueError(
+        f'--{flag.name} is for runs; name their work directories'
+      )
   runs = [os.path.expanduser(path) for path in argv[1:]]
   table = compare.table(
-    runs, _PAPER.value, _BASELINE.value, _TITLE.value, _ROUTING.value
+    runs,
+    _PAPER.value,
+    _BASELINE.value,
+    _TITLE.value,
+    _ROUTING.value,
+    _COST.value,
   )
   text = table_render.markdown(table)
   if _INTO.value:
@@ -98,6 +106,9 @@ if __name__ == '__main__':
   )
   _ROUTING = flags.DEFINE_bool(
     'routing', False, 'Add columns about the final routers.'
+  )
+  _COST = flags.DEFINE_bool(
+    'cost', False, 'Add columns of FLOPs, step time and memory.'
   )
   _TITLE = flags.DEFINE_string('title', '', 'The title of the table.')
   _OUTPUT = flags.DEFINE_string(

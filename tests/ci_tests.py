@@ -96,8 +96,13 @@ CI_TESTS = {
     'test_shares_of_a_decoder_are_those_of_the_metrics_log',
   ),
   'tests/evaluation/routing/test_command.py': (
+    'test_conversations_are_rendered_by_the_chat_template',
     'test_a_wrong_command_line_is_one_sentence',
     'test_a_run_s_held_out_rows_are_routed_and_shown',
+    'test_a_reduced_adapter_is_written_and_has_its_loss',
+  ),
+  'tests/evaluation/routing/test_reduce.py': (
+    'test_an_even_mixture_is_one_lora',
   ),
   'tests/evaluation/test_ablation.py': ('test_',),
   'tests/evaluation/test_evaluate.py': (
@@ -204,6 +209,10 @@ CI_TESTS = {
   'tests/serve/http/test_prompt.py': ('test_usage_counts_what_the_user_gave',),
   'tests/serve/test_open_engine.py': (
     'test_adapters_come_and_go_without_a_compilation',
+  ),
+  'tests/sweeps/test_sweep.py': (
+    'test_a_wrong_command_is_refused_before_anything_is_written',
+    'test_an_array_job_is_written_and_its_order_is_that_of_select',
   ),
   'tests/test_library.py': ('test_a_merged_model_answers_as_its_adapter_did',),
   'tests/test_packaging.py': (

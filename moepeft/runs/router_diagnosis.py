@@ -16,8 +16,8 @@ EVEN_ENTROPY = 0.75
 # config.router_collapse_threshold, if it lasts for _COLLAPSE_ROWS logs.
 _COLLAPSE_SHARE, _COLLAPSE_ROWS = 0.9, 3
 _IDLE_SHARE = 0.01
-# Of the even share.
-_DEAD_SHARE = 0.01
+# Of an even share; an expert with at most that is dead.
+DEAD_SHARE = 0.01
 
 
 def collapsed_routers(
@@ -110,7 +110,7 @@ def dead_experts(sites: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
     shares for _, _, kind, shares, _ in _layers(sites) if kind != 'load'
   ]
   dead = sum(
-    share <= _DEAD_SHARE * statistics.fmean(shares)
+    share <= DEAD_SHARE * statistics.fmean(shares)
     for shares in layers
     for share in shares
   )

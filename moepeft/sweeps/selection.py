@@ -114,11 +114,18 @@ def _choose_in_group(
   where = f'of {", ".join(keys)}' + (
     '' if seed is None else f' with seed {seed}'
   )
+  group_name = ', '.join(
+    f'{k}={v}' for k, v in group[0].settings.items() if k not in (*keys, SEED)
+  )
+  group_name += ': ' if group_name else ''
   best = min(losses, key=losses.get)
   if losses[best] == math.inf:
-    why = f'no value {where} has a validation loss ({listed})'
+    why = f'{group_name}no value {where} has a validation loss ({listed})'
     return {t.name: Choice(False, t in candidates, why) for t in group}
-  why = f'{_text(best)} has the lowest validation loss {where} ({listed})'
+  why = (
+    f'{group_name}{_text(best)} has the lowest validation loss {where} '
+    f'({listed})'
+  )
   return {
     t.name: Choice(
       _values(t, keys) == best,

@@ -48,8 +48,8 @@ def test_the_lowest_validation_loss_is_chosen_whatever_the_test_says(tmp_path):
   assert rows[low.name]['chosen'] is True
   assert rows[high.name]['chosen'] is False
   assert rows[high.name]['why'] == (
-    '0.001 has the lowest validation loss of optimizer.learning_rate with seed '
-    '4 (0.001: 1.25, 0.003: 1.5)'
+    'method=lora: 0.001 has the lowest validation loss of '
+    'optimizer.learning_rate with seed 4 (0.001: 1.25, 0.003: 1.5)'
   )
   assert rows['lora_learning_rate-0.003_seed-0']['status'] == 'left out'
   assert rows['ia3_learning_rate-0.003_seed-0']['status'] == 'unfinished'

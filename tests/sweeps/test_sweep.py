@@ -296,7 +296,7 @@ def test_an_index_of_an_array_job_is_one_trial(tmp_path):
   done = commands.run('moepeft.tables', run)
   assert done.returncode == 0, done.stderr
   # Intervals over the examples of moepeft.evaluate.
-  assert '[' in done.stdout
+  assert '95 % interval' in done.stdout
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ In the shapes, n is the number of tokens, g that of groups of rows.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,11 +24,10 @@ from moepeft.evaluation.routing.rows import LabeledRow
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft.mixture import layer_counts
 from moepeft.runs.history import short_names, site_order
+from moepeft.runs.router_diagnosis import DEAD_SHARE
 
 # The shortest (inputs, targets) lengths of a batch, to limit compilations.
 _MIN_LENGTHS = 64, 16
-# An expert below this part of the even share is dead.
-DEAD_SHARE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +46,7 @@ class SiteRouting:
     by_task, by_language: float64 [g, l, e], the same of a group's tokens; NaN
       for a group without tokens. The languages are those of the rows that name
       one.
+    weight_by_task: float64 [g, l, e], the mean combine weights, not divided.
     token_ids: int [n], the different tokens.
     token_counts: int [n], how often each was routed.
     by_token: float64 [n, l, e], the shares of each token's occurrences.
@@ -60,6 +60,7 @@ class SiteRouting:
   share: np.ndarray
   by_task: np.ndarray
   by_language: np.ndarray
+  weight_by_task: np.ndarray
   token_ids: np.ndarray
   token_counts: np.ndarray
   by_token: np.ndarray
@@ -71,14 +72,14 @@ class SiteRouting:
 
   @property
   def dead(self) -> np.ndarray:
-    """bool [l, e]: whether an expert's share is below 1 % of the even one.
+    """bool [l, e]: whether an expert's share is at most 1 % of the even one.
 
     Experts that add nothing are never dead.
     """
     has_parameters = np.arange(self.share.shape[1]) < (
       np.array(self.counts)[:, None] - self.identity_experts
     )
-    return has_parameters & (self.share < DEAD_SHARE * self.even[:, None])
+    return has_parameters & (self.share <= DEAD_SHARE * self.even[:, None])
 
   @property
   def task_information(self) -> np.ndarray:
@@ -194,15 +195,16 @@ def collect(
     for stack, paths in _stacks(weights).items():
       mask = sides[stack[1]][1]
       moments.setdefault(stack, Moments()).add(
-        {path: weights[path][1][mask] for path in paths}
+        {path: weights[path].shares[mask] for path in paths}
       )
-    for path, (side, array) in weights.items():
-      ids, mask = sides[side]
+    for path, routed in weights.items():
+      ids, mask = sides[routed.side]
       row = np.array(indices)[np.nonzero(mask)[0]]
       site_sums = sums.setdefault(
-        path, _SiteSums(side, len(tasks), len(languages))
+        path, _SiteSums(routed.side, len(tasks), len(languages))
       )
-      site_sums.add(array[mask], ids[mask], task[row], language[row])
+      arrays = routed.shares[mask], routed.weights[mask]
+      site_sums.add(*arrays, ids[mask], task[row], language[row])
     for place, i in enumerate(indices):
       if i in shown:
         texts[i] = _text(rows[i], place, sides, weights)
@@ -264,19 +266,20 @@ def _text(
     row.language,
     {side: ids[place][masks[side]] for side, (ids, _) in sides.items()},
     {
-      path: array[place][masks[side]] for path, (side, array) in weights.items()
+      path: routed.shares[place][masks[routed.side]]
+      for path, routed in weights.items()
     },
   )
 
 
 def _stacks(
-  weights: Mapping[str, tuple[str, np.ndarray]],
+  weights: Mapping[str, 'RoutedBatch'],
 ) -> dict[tuple[str, str, int], list[str]]:
   """Paths of the sites with the same (stack, side, number of layers)."""
   stacks: dict[tuple[str, str, int], list[str]] = {}
   for path in sorted(weights, key=site_order):
-    side, array = weights[path]
-    key = path.split('/')[0], side, array.shape[2]
+    routed = weights[path]
+    key = path.split('/')[0], routed.side, routed.shares.shape[2]
     stacks.setdefault(key, []).append(path)
   return stacks
 
@@ -318,12 +321,26 @@ def token_sides(
   }
 
 
+class RoutedBatch(NamedTuple):
+  """The routing of a batch by one site.
+
+  Attributes:
+    side: the tokens that it routes, 'inputs' or 'targets'.
+    shares: float32 [b, t, l, e], the combine weights over their sum.
+    weights: float32 [b, t, l, e], the combine weights.
+  """
+
+  side: str
+  shares: np.ndarray
+  weights: np.ndarray
+
+
 def site_weights(
   collection: Tree, sides: Mapping[str, tuple[np.ndarray, np.ndarray]]
-) -> dict[str, tuple[str, np.ndarray]]:
-  """{path of a site: (side, float32 [b, t, l, e])} of the sown weights.
+) -> dict[str, RoutedBatch]:
+  """{path of a site: its routing} of the sown weights.
 
-  Weights are normalized to the sum 1; sites with one expert are left out.
+  Sites with one expert are left out.
 
   Args:
     collection: the collection 'weights' of a whole call of a model whose
@@ -347,12 +364,12 @@ def site_weights(
     )
     for side, side_calls in by_side:
       arrays = [
-        _normalized(path, a if stacked else a[None], sides[side][0].shape)
+        _by_token(path, a if stacked else a[None], sides[side][0].shape)
         for a in side_calls
       ]
       stack = {'inputs': 'encoder', 'targets': 'decoder'}[side]
       name = path if side_calls is calls else f'{stack}/{path}'
-      result[name] = side, np.mean(arrays, axis=0)
+      result[name] = RoutedBatch(side, *np.mean(arrays, axis=0))
   return result
 
 
@@ -376,10 +393,10 @@ def _side(path: str, has_encoder: bool) -> str:
   return 'targets'
 
 
-def _normalized(
+def _by_token(
   path: str, weights: np.ndarray, shape: tuple[int, int]
-) -> np.ndarray:
-  """[l, b, t, ..., e] -> [b, t, l, e], each token's shares."""
+) -> tuple[np.ndarray, np.ndarray]:
+  """Weights [l, b, t, ..., e] -> (shares, weights), [b, t, l, e] each."""
   if weights.shape[1:3] != shape:
     raise ValueError(
       f'the router at {path} is inside of the experts of another mixture and '
@@ -389,8 +406,10 @@ def _normalized(
   weights = np.asarray(weights, np.float32)
   total = weights.sum(axis=-1, keepdims=True)
   shares = weights / np.where(total == 0, 1, total)
-  shares = shares.reshape(*shares.shape[:3], -1, shares.shape[-1]).mean(axis=3)
-  return np.moveaxis(shares, 0, 2)
+  rows = (*weights.shape[:3], -1, weights.shape[-1])
+  return tuple(
+    np.moveaxis(a.reshape(rows).mean(axis=3), 0, 2) for a in (shares, weights)
+  )
 
 
 class _SiteSums:
@@ -400,6 +419,7 @@ class _SiteSums:
     self._side = side
     self._groups = {'task': tasks, 'language': languages}
     self._sums: dict[str, np.ndarray] = {}
+    self._weights = np.zeros((tasks, 1, 1))
     self._counts = {kind: np.zeros(n) for kind, n in self._groups.items()}
     self._tokens: dict[int, int] = {}
     self._token_sums = np.zeros((0, 1, 1))
@@ -408,11 +428,18 @@ class _SiteSums:
   def add(
     self,
     shares: np.ndarray,
+    weights: np.ndarray,
     ids: np.ndarray,
     task: np.ndarray,
     language: np.ndarray,
   ) -> None:
-    """Adds tokens: shares [n, l, e]; ids, task and language [n]."""
+    """Adds tokens: shares, weights [n, l, e]; ids, task, language [n]."""
+    self._weights = self._weights + np.stack(
+      [
+        weights[task == g].sum(axis=0, dtype=np.float64)
+        for g in range(self._groups['task'])
+      ]
+    )
     for kind, group in (('task', task), ('language', language)):
       size = self._groups[kind]
       zeros = np.zeros((size, *shares.shape[1:]))
@@ -463,6 +490,7 @@ class _SiteSums:
       mean(by_task.sum(axis=0)[None], [task_counts.sum()])[0],
       mean(by_task, task_counts),
       mean(self._sums['language'], self._counts['language']),
+      mean(self._weights, task_counts),
       np.array(list(self._tokens))[order],
       self._token_counts[order],
       mean(self._token_sums, self._token_counts)[order],

@@ -154,7 +154,8 @@ def experts(sites: Sequence[SiteRouting]) -> Figure:
         interpolation='nearest',
       )
       layers, numbers = np.nonzero(site.dead)
-      axes.plot(numbers, layers, 'x', color='black', ms=4, mew=1)
+      # Yellow, on the darkest blue.
+      axes.plot(numbers, layers, 'x', color='#F0E442', ms=4, mew=1)
       axes.set_xticks(router_plots.end_ticks(site.share.shape[1]))
       axes.set_yticks(router_plots.end_ticks(len(site.counts)))
     panels.label(row, block, 'layer')

@@ -68,7 +68,7 @@ def expert_similarity(
   }
   e = adapter.experts
   products = [
-    _inner_products(*_factors(adapter, arrays, *names))
+    _inner_products(*factors(adapter, arrays, *names))
     for names in _FACTORS
     if set(names) <= arrays.keys()
   ]
@@ -84,10 +84,16 @@ def expert_similarity(
   return gram / norms[:, :, None] / norms[:, None, :]
 
 
-def _factors(
+def factors(
   adapter: nn.Module, arrays: Mapping[str, np.ndarray], down: str, up: str
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(A [l, i, e, r], B [l, e, r, o]); a shared one is repeated."""
+  """(A [l, i, e, r], B [l, e, r, o]); a shared one is repeated.
+
+  Args:
+    adapter: a mixture.
+    arrays: its parameters, stacked.
+    down, up: the names of A and B in them.
+  """
   a = _with_experts(adapter, arrays[down], down, -2)
   b = _with_experts(adapter, arrays[up], up, 1)
   if adapter.ranks:

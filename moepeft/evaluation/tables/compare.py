@@ -22,6 +22,7 @@ from moepeft.evaluation.tables import (
   run_results,
   seeds,
 )
+from moepeft.evaluation.tables import cost as cost_tables
 from moepeft.evaluation.tables import routing as routing_tables
 from moepeft.evaluation.tables.aggregate import AFTER, MEAN, ColumnKey, Estimate
 from moepeft.evaluation.tables.render import (
@@ -89,6 +90,7 @@ def table(
   baseline: str = '',
   title: str = '',
   routing: bool = False,
+  cost: bool = False,
 ) -> Table:
   """Makes the table of work directories, in the order they are given.
 
@@ -98,6 +100,7 @@ def table(
     baseline: a method or a work directory that the others are compared with.
     title: the table's title.
     routing: whether to add columns about the runs' routers.
+    cost: whether to add columns about FLOPs, step time and memory.
 
   Raises:
     ValueError: there is neither a run nor a table, there is no such table or
@@ -113,7 +116,7 @@ def table(
   all_entries = _read_runs(runs)
   entries = aggregate.without_after_evaluations(all_entries)
   comparable.check_comparable(entries)
-  rows = _table_rows(entries, paper_rows, routing)
+  rows = _table_rows(entries, paper_rows, routing, cost)
   keys = sorted(
     {key for row in rows for key in row.estimates}, key=aggregate.column_order
   )
@@ -121,6 +124,10 @@ def table(
   if routing:
     routing_columns = routing_tables.columns(row.routing for row in rows)
   value_columns = [*metric_columns, *routing_columns]
+  cost_notes = []
+  if cost:
+    rows, cost_notes = _with_relative_cost(rows, baseline)
+    value_columns += cost_tables.COLUMNS
   baseline_row = _baseline_row(rows, baseline) if baseline else None
   majority = _majority_lines([row.estimates for row in rows], keys)
   lines = _make_lines(rows, bool(paper_rows), baseline_row)
@@ -133,6 +140,7 @@ def table(
   ]
   if routing:
     notes += routing_tables.notes(routing_columns)
+  notes += cost_notes
   if paper_rows:
     matching = [row.paper_row for row in rows if row.paper_row]
     notes += footnotes.paper_notes(paper, matching)
@@ -155,7 +163,7 @@ class _TableRow:
     by_seed: the estimates of each run.
     estimates, draws: the means over seeds, and bootstrap draws of them.
     paper_row: the paper's row of the same method, if there is one.
-    routing: cells about the routers.
+    routing, cost: cells about the routers and about the cost of training.
   """
 
   group: SeedGroup
@@ -164,12 +172,14 @@ class _TableRow:
   draws: Mapping[ColumnKey, np.ndarray]
   paper_row: Published | None
   routing: Mapping[str, Cell]
+  cost: Mapping[str, Cell]
 
 
 def _table_rows(
   entries: Sequence[RunResults],
   paper_rows: Sequence[Published],
   routing: bool,
+  cost: bool,
 ) -> list[_TableRow]:
   rows = []
   for group in seeds.group_by_seed(entries):
@@ -183,9 +193,25 @@ def _table_rows(
         draws,
         _find_paper_row(paper_rows, group.first),
         routing_tables.cells(group.entries) if routing else {},
+        cost_tables.cells(group.entries) if cost else {},
       )
     )
   return rows
+
+
+def _with_relative_cost(
+  rows: Sequence[_TableRow], baseline: str
+) -> tuple[list[_TableRow], list[str]]:
+  """(rows with step times over the baseline's or the first's, footnotes)."""
+  first = next((row for row in rows if row.cost), rows[0])
+  reference = _baseline_row(rows, baseline) if baseline else first
+  relative = [
+    dataclasses.replace(
+      row, cost=cost_tables.relative(row.cost, reference.cost)
+    )
+    for row in rows
+  ]
+  return relative, cost_tables.notes(footnotes.row_label(reference.group))
 
 
 def _make_notes(
@@ -316,7 +342,7 @@ def _make_line(row: _TableRow, paper: bool) -> Line:
   cells: dict[Any, Cell] = {
     key: _to_cell(estimate) for key, estimate in row.estimates.items()
   }
-  cells |= row.routing
+  cells |= row.routing | row.cost
   if not first.is_base:
     trained, base = _parameter_counts(first)
     cells[PARAMETERS.key] = Cell(trained)

@@ -15,10 +15,9 @@ from moepeft.evaluation.tables.render import Cell, Column
 from moepeft.evaluation.tables.run_results import RunResults
 from moepeft.peft.build import routers
 from moepeft.runs import metrics_log
+from moepeft.runs.router_diagnosis import DEAD_SHARE
 from moepeft.runs.run import Run
 
-# Of an even share; an expert with at most that is dead.
-_DEAD_SHARE = 0.01
 # The kind of share that counts largest weights.
 _ARGMAX = 'load'
 
@@ -62,7 +61,7 @@ def summary(sites: Mapping[str, tuple[str, Any, Any]]) -> RoutingSummary | None:
       max_shares.setdefault(kind, []).append(largest)
       # k / e of a sparse router, 1 / e of one whose weights sum to one.
       even = np.nanmean(shares[is_routed], axis=-1, keepdims=True)
-      dead += np.sum(shares[is_routed] <= _DEAD_SHARE * even)
+      dead += np.sum(shares[is_routed] <= DEAD_SHARE * even)
       experts += counts[is_routed].sum()
   if not max_shares:
     return None

@@ -49,6 +49,7 @@ def site(share, by_task, counts=(2, 2)):
     share=np.array(share, float),
     by_task=np.array(by_task, float),
     by_language=np.zeros((0, 2, 2)),
+    weight_by_task=np.array(by_task, float),
     token_ids=np.zeros(0, int),
     token_counts=np.zeros(0, int),
     by_token=np.zeros((0, 2, 2)),
@@ -60,16 +61,18 @@ def test_weights_of_heads_are_normalized_and_averaged():
   # on average (5/8, 3/8).
   weights = np.broadcast_to([[1.0, 3.0], [2.0, 0.0]], (1, 2, 3, 2, 2))
   path = 'encoder/layers/self/k/mov'
-  ((side, shares),) = site_weights(at(path, weights), SIDES).values()
-  assert side == 'inputs' and shares.shape == (2, 3, 1, 2)
-  np.testing.assert_array_equal(shares[0, 0, 0], [5 / 8, 3 / 8])
+  (routed,) = site_weights(at(path, weights), SIDES).values()
+  assert routed.side == 'inputs' and routed.shares.shape == (2, 3, 1, 2)
+  np.testing.assert_array_equal(routed.shares[0, 0, 0], [5 / 8, 3 / 8])
+  # As they are: (1, 3) and (2, 0).
+  np.testing.assert_array_equal(routed.weights[0, 0, 0], [3 / 2, 3 / 2])
 
 
 def test_a_token_without_an_expert_has_shares_of_zero():
   weights = np.zeros((1, 2, 2, 3))
   path = 'decoder/layers/mlp/wo/molora'
-  ((_, shares),) = site_weights(at(path, weights), SIDES).values()
-  assert not shares.any()
+  (routed,) = site_weights(at(path, weights), SIDES).values()
+  assert not routed.shares.any()
 
 
 @pytest.mark.parametrize(
@@ -87,13 +90,14 @@ def test_a_token_without_an_expert_has_shares_of_zero():
 def test_sites_route_the_tokens_that_they_read(path, side):
   tokens = SIDES[side][0].shape
   weights = at(path, np.ones((4, *tokens, 3)))
-  assert [s for s, _ in site_weights(weights, SIDES).values()] == [side]
+  (routed,) = site_weights(weights, SIDES).values()
+  assert routed.side == side
 
 
 def test_an_embedding_of_both_sides_is_two_sites():
   calls = [np.ones((*ids.shape, 2)) for ids, _ in SIDES.values()]
   sites = site_weights(at('embed/mov', *calls), SIDES)
-  assert {path: (s, a.shape) for path, (s, a) in sites.items()} == {
+  assert {path: (r.side, r.shares.shape) for path, r in sites.items()} == {
     'encoder/embed/mov': ('inputs', (2, 3, 1, 2)),
     'decoder/embed/mov': ('targets', (2, 2, 1, 2)),
   }
@@ -118,7 +122,7 @@ def test_a_method_without_a_router_is_refused():
       check_has_router(built.adapter_map, method)
 
 
-def test_an_expert_below_a_hundredth_of_even_is_dead():
+def test_an_expert_with_at_most_a_hundredth_of_even_is_dead():
   # Even is 1/2, so that the bound is 0.005; an absent expert is not dead.
   one = site([[0.9951, 0.0049], [1, np.nan]], [], counts=(2, 1))
   np.testing.assert_array_equal(one.dead, [[False, True], [False, False]])

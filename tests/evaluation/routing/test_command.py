@@ -14,7 +14,8 @@ from moepeft.data.tokenizers.tokenizer import (
   HuggingFaceTokenizer,
 )
 from moepeft.evaluation.routing import rows
-from moepeft.inference.loaded_model import load_run
+from moepeft.evaluation.routing.reduce import merge_to_lora
+from moepeft.inference.loaded_model import load_model, load_run
 
 from ... import chat_cases, commands
 from ...training.test_train import card
@@ -80,11 +81,12 @@ def test_a_bad_row_is_named(tmp_path):
     ((), 'name one run'),
     (('a', 'b'), 'name one run'),
     (('a',), '--output is missing'),
+    (('a', '--output={}/page', '--task=x'), '--merge averages; give both'),
     (('{}/none', '--output={}/page'), 'is no work directory of moepeft.train'),
   ],
 )
 def test_a_wrong_command_line_is_one_sentence(tmp_path, args, message):
-  args = [arg.format(tmp_path, tmp_path) for arg in args]
+  args = [arg.format(tmp_path) for arg in args]
   done = commands.run('moepeft.routing', *args)
   assert done.returncode == 2
   assert message in done.stderr and done.stderr.count('\n') == 1
@@ -115,3 +117,20 @@ def test_a_run_s_held_out_rows_are_routed_and_shown(begun, tmp_path):
   names = {path.rpartition('/')[2] for path in drawn}
   assert {'experts.png', 'router_weight.png', 'router_entropy.png'} < names
   assert 'expert_by_task_decoder_cross.png' in names
+
+
+def test_a_reduced_adapter_is_written_and_has_its_loss(begun, tmp_path):
+  run = load_run(begun)
+  rows = routing.read_rows(run, max_examples=3)
+  collected = routing.collect_rows(run, rows)
+  reduced = merge_to_lora(
+    run.model.adapter_map, run.variables['peft'], collected, 6
+  )
+  path = str(tmp_path / 'lora')
+  before, after = routing.save_reduced(run, reduced, path, rows)
+  # Two steps have hardly moved B from zero: both are nearly the base.
+  assert after == pytest.approx(before, rel=1e-3)
+  loaded = load_model(run.config.model.path, path)
+  assert loaded.method.startswith('lora(rank=6, alpha=6.0')
+  with pytest.raises(ValueError, match='already contains adapter.json'):
+    routing.save_reduced(run, reduced, path, rows)
