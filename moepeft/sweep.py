@@ -282,5 +282,6 @@ if __name__ == '__main__':
     None,
     'Run the trial of this index alone, as a task of the array job does.',
     lower_bound=0,
+    upper_bound=1_000_000,
   )
   command_line.run(main)

@@ -7,6 +7,10 @@ them shows. `pytest -m ci` runs them.
 
 # {file: the start of its tests' names}.
 CI_TESTS = {
+  'tests/inference/engine/test_router_inputs.py': (
+    'test_beams_have_the_scores',
+    'test_tasks_of_a_loss_alone',
+  ),
   'tests/benchmarks/test_device_table.py': ('test_',),
   'tests/benchmarks/test_train_step.py': (
     'test_the_naive_side_is_the_same_function_with_the_same_gradients',
@@ -211,6 +215,7 @@ CI_TESTS = {
     'test_adapters_come_and_go_without_a_compilation',
   ),
   'tests/sweeps/test_sweep.py': (
+    'test_a_dry_run_prints',
     'test_a_wrong_command_is_refused_before_anything_is_written',
     'test_an_array_job_is_written_and_its_order_is_that_of_select',
   ),
