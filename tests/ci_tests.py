@@ -7,10 +7,6 @@ them shows. `pytest -m ci` runs them.
 
 # {file: the start of its tests' names}.
 CI_TESTS = {
-  'tests/inference/engine/test_router_inputs.py': (
-    'test_beams_have_the_scores',
-    'test_tasks_of_a_loss_alone',
-  ),
   'tests/benchmarks/test_device_table.py': ('test_',),
   'tests/benchmarks/test_train_step.py': (
     'test_the_naive_side_is_the_same_function_with_the_same_gradients',
@@ -140,6 +136,10 @@ CI_TESTS = {
     'test_a_batch_of_answers_is_that_of_whole_calls',
     'test_log_probs_of_an_encoder_decoder_are_those_of_training',
     'test_new_weights_of_an_encoder_decoder_forget_encoded_inputs',
+  ),
+  'tests/inference/engine/test_router_inputs.py': (
+    'test_beams_have_the_scores',
+    'test_tasks_of_a_loss_alone',
   ),
   'tests/inference/engine/test_served_as_trained.py': (
     'test_a_request_in_a_mixed_batch_is_as_alone',
