@@ -214,6 +214,7 @@ CI_TESTS = {
   'tests/serve/test_open_engine.py': (
     'test_adapters_come_and_go_without_a_compilation',
   ),
+  'tests/sweeps/test_ablations.py': ('test_',),
   'tests/sweeps/test_sweep.py': (
     'test_a_dry_run_prints',
     'test_a_wrong_command_is_refused_before_anything_is_written',
