@@ -104,7 +104,6 @@ CI_TESTS = {
   'tests/evaluation/routing/test_reduce.py': (
     'test_an_even_mixture_is_one_lora',
   ),
-  'tests/evaluation/test_ablation.py': ('test_',),
   'tests/evaluation/test_evaluate.py': (
     'test_held_out_rows_have_the_named_metrics',
     'test_lengths_may_be_longer_than_those_of_training',
