@@ -49,12 +49,12 @@ def search(
   Raises:
     ValueError: the method is not possible with its own values.
   """
-  solved, *others = axes
-  if not others:
+  solved = axes[0]
+  if len(axes) == 1:
     line = _Line(function, solved.least, solved.most)
     numbers = line.around(target, solved.start)
     return {(value,): n for value, n in numbers.items()}, line.reason
-  (walked,) = others
+  walked = axes[1]
   function = functools.cache(function)
   estimate = _bilinear(function, solved.start, walked.start) or function
   least, most, start = walked.least, walked.most, solved.start

@@ -42,8 +42,8 @@ def check(errors: dict[str, str]) -> None:
   """
   if errors:
     name, error = next(iter(errors.items()))
-    others = ', '.join(list(errors)[1:])
+    other_names = ', '.join(list(errors)[1:])
     raise ValueError(
       f'--grid: nothing is run, as {name} cannot be solved: {error}'
-      + (f' (nor can {others})' if others else '')
+      + (f' (nor can {other_names})' if other_names else '')
     )
