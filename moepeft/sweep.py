@@ -127,14 +127,8 @@ def print_results(sweep: runner.Sweep, directory: SweepDirectory) -> None:
     if row['status'] == results.FAILED:
       terminal.show(f'failed    {directory.logs_dir}/{row["name"]}.log')
   print(f'results   {directory.results_file}')
-  # The chosen ones, where there is a choice.
-  runs = [
-    row['run']
-    for row in rows
-    if row['status'] == results.FINISHED and row.get('chosen') is not False
-  ]
-  if runs:
-    print(f'compare   python -m moepeft.tables {shlex.join(runs)}')
+  if any(map(results.is_result, rows)):
+    print(f'compare   python -m moepeft.tables {shlex.quote(directory.path)}')
 
 
 def run_trial(
