@@ -113,7 +113,7 @@ class GenerationFields(Strict):
   min_p: float | None = Field(None, ge=0, le=1)
   repetition_penalty: float | None = Field(None, gt=0, le=10)
   response_format: ResponseFormat | None = None
-  routing: bool = False
+  routing: bool | Literal['layers'] = False
   task: str | None = None
   top_k: int | None = Field(None, ge=1, lt=1 << 31)
   # Not supported.
