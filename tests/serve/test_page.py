@@ -426,7 +426,8 @@ def sites(q, wo):
 
 
 def test_tokens_are_coloured_by_their_strongest_expert(tab, server):
-  # Means over the sites: (.45, .55), (.5, .5) whose first is taken, none.
+  # Means over the sites: (.45, .55), (.5, .5) whose first is taken, none. At
+  # first the last site is shown.
   tokens = [
     ('Red', sites([0.9, 0.1], [0.0, 1.0])),
     (' and', sites([0.2, 0.8], [0.8, 0.2])),
@@ -439,6 +440,8 @@ def test_tokens_are_coloured_by_their_strongest_expert(tab, server):
   ended(tab)
   words = tab.locator('.token')
   expect(words).to_have_text(['Red', ' and', ' so'])
+  expect(words.nth(1)).to_have_class('token expert x1 u1')
+  tab.select_option('#site', '')
   expect(words).to_have_class(
     ['token expert x1 u1', 'token expert x0 u0', 'token']
   )
@@ -472,6 +475,8 @@ def test_colours_are_of_the_layer_that_is_chosen(tab, server):
   expect(tab.locator('#layer option')).to_have_text(
     ['mean of all layers', 'layer 0', 'layer 1']
   )
+  assert tab.input_value('#layer') == '1'
+  tab.select_option('#layer', '')
   words = tab.locator('.token')
 
   def shown():
