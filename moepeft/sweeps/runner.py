@@ -105,18 +105,21 @@ def run(
   sweep.write()
   try:
     while True:
-      for attempt in [a for a in active if a.is_done()]:
+      ended = [attempt for attempt in active if attempt.is_done()]
+      for attempt in ended:
         active.remove(attempt)
         display.end(record(sweep, directory, attempt), attempt.seconds)
         sweep.write()
-      running = {attempt.trial.name for attempt in active}
-      ready = [t for t in sweep.to_run() if t.name not in running]
-      for trial in ready[: jobs - len(active)]:
-        active.append(Attempt(directory, trial, command))
-        display.start(trial)
+      if ended or not active:
+        running = {attempt.trial.name for attempt in active}
+        ready = [t for t in sweep.to_run() if t.name not in running]
+        for trial in ready[: jobs - len(active)]:
+          active.append(Attempt(directory, trial, command))
+          display.start(trial)
+        remaining = sweep.remaining()
       if not active:
         break
-      display.update(active, sweep.remaining())
+      display.update(active, remaining)
       time.sleep(_POLL_SECONDS)
   except BaseException:
     stop(active)

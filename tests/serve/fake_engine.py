@@ -163,13 +163,13 @@ class FakeEngine:
     self.running.set()
     self._thread.join(5)
 
-  def idle(self, seconds=5):
-    """Whether nothing is under way, at once or soon."""
+  def idle(self, count=0, seconds=5):
+    """Whether at most so many are under way, at once or soon."""
     with self._lock:
-      return self._lock.wait_for(lambda: not self._rows, seconds)
+      return self._lock.wait_for(lambda: len(self._rows) <= count, seconds)
 
   def busy(self, count=1, seconds=5):
-    """Whether so many are under way, at once or soon."""
+    """Whether at least so many are under way, at once or soon."""
     with self._lock:
       return self._lock.wait_for(lambda: len(self._rows) >= count, seconds)
 
