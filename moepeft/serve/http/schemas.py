@@ -138,6 +138,13 @@ class GenerationFields(Strict):
     # Clients send null for fields that they leave to the server.
     return cls.model_fields[info.field_name].default if value is None else value
 
+  @field_validator('routing', mode='before')
+  @classmethod
+  def _check_routing(cls, value: Any) -> Any:
+    if value is None or isinstance(value, bool) or value == 'layers':
+      return value
+    raise ValueError(f"expected true, false or 'layers'; got {value!r:.60}")
+
   @field_validator('stop')
   @classmethod
   def _check_stop(cls, value: str | list[str] | None) -> str | list[str] | None:

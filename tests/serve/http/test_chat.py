@@ -259,7 +259,8 @@ def test_routing_is_told_of_each_layer_where_it_is_asked_for(client):
   weights = np.frombuffer(base64.b64decode(entry['layers']['mlp/wo']), '<f2')
   np.testing.assert_equal(weights, [1, np.nan, 0.25, 0.75])
   _, answer = client.post(CHAT, talk(routing='layer'))
-  assert "routing: Input should be 'layers'; got" in answer['error']['message']
+  message = "routing: expected true, false or 'layers'; got 'layer'"
+  assert answer['error']['message'] == message
 
 
 def test_a_failure_amid_a_stream_is_its_last_event(client):
