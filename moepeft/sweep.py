@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 
@@ -26,7 +26,14 @@ from moepeft.config import command_line
 from moepeft.core import files, terminal
 from moepeft.evaluation.tables.terminal import aligned
 from moepeft.runs.directory import open_workdir
-from moepeft.sweeps import display, results, runner, selection, slurm
+from moepeft.sweeps import (
+  display,
+  results,
+  runner,
+  selection,
+  slurm,
+  solving,
+)
 from moepeft.sweeps import grid as grid_lib
 from moepeft.sweeps.attempt import Attempt, Command
 from moepeft.sweeps.directory import SweepDirectory
@@ -81,13 +88,26 @@ def check(
       )
 
 
-def print_trials(trials: Sequence[Trial], keys: Sequence[str]) -> None:
-  """Prints the trials, their flags, and their number."""
+def print_trials(
+  trials: Sequence[Trial],
+  keys: Sequence[str],
+  methods: Mapping[str, str],
+  errors: Mapping[str, str],
+) -> None:
+  """Prints the trials, their flags, and their number.
+
+  Args:
+    methods, errors: from `solving.solve`.
+  """
   width = max(len(trial.name) for trial in trials)
   for trial in trials:
     terminal.show(
       f'{trial.index:4}  {trial.name:{width}}  {shlex.join(trial.flags)}'
     )
+    if trial.name in methods:
+      terminal.show(f'{"":4}  solved: {methods[trial.name]}')
+    if trial.name in errors:
+      terminal.show(f'{"":4}  not solved: {errors[trial.name]}')
   line = f'{len(trials)} trials'
   if keys:
     rows = {trial.name: {'status': results.UNFINISHED} for trial in trials}
@@ -107,14 +127,8 @@ def print_results(sweep: runner.Sweep, directory: SweepDirectory) -> None:
     if row['status'] == results.FAILED:
       terminal.show(f'failed    {directory.logs_dir}/{row["name"]}.log')
   print(f'results   {directory.results_file}')
-  # The chosen ones, where there is a choice.
-  runs = [
-    row['run']
-    for row in rows
-    if row['status'] == results.FINISHED and row.get('chosen') is not False
-  ]
-  if runs:
-    print(f'compare   python -m moepeft.tables {shlex.join(runs)}')
+  if any(map(results.is_result, rows)):
+    print(f'compare   python -m moepeft.tables {shlex.quote(directory.path)}')
 
 
 def run_trial(
@@ -196,12 +210,20 @@ def main(argv) -> None:
   shared = shared_flags(sys.argv[1:])
   check(trials, shared, keys)
   if _DRY_RUN.value:
-    print_trials(trials, keys)
+    methods, errors = solving.solve(trials)
+    print_trials(trials, keys, methods, errors)
+    solving.check(errors)
     return
   if not _WORKDIR.value:
     raise ValueError('--workdir is missing: name the directory of the sweep')
   workdir = os.path.expanduser(_WORKDIR.value)
   directory = SweepDirectory(workdir, _EVALUATE.value)
+  if _TRIAL.value is None:
+    # A run that has started has its explicit method.
+    unsolved = [
+      t for t in trials if not os.path.exists(directory.run(t).config_file)
+    ]
+    solving.check(solving.solve(unsolved)[1])
 
   def command(trial: Trial, module: str) -> list[str]:
     run = directory.run(trial)
