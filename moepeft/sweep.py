@@ -26,14 +26,14 @@ from moepeft.runs.directory import open_workdir
 from moepeft.sweeps import display, results, runner, selection, slurm
 from moepeft.sweeps import grid as grid_lib
 from moepeft.sweeps.attempt import Attempt, Command
-from moepeft.sweeps.directory import SweepDirectory
+from moepeft.sweeps.directory import TRAIN, SweepDirectory
 from moepeft.sweeps.trials import Trial, make_trials
 
 # Flags of this command; the others are those of moepeft.train.
 _FLAGS = frozenset(
   (
     *('grid', 'workdir', 'jobs', 'dry_run', 'select', 'by', 'slurm', 'sbatch'),
-    *('trial', 'evaluate', 'traceback'),
+    *('trial', 'evaluate', 'traceback', 'vmap'),
   )
 )
 
@@ -137,14 +137,14 @@ def run_trial(
   if row['status'] != results.FINISHED:
     directory.forget_failure(trial)
     terminal.show(f'{trial.name}: output in {directory.log_file(trial)}')
-    attempt = Attempt(directory, trial, command)
+    attempt = Attempt(directory, [trial], command)
     try:
       while not attempt.is_done():
         time.sleep(0.1)
     except KeyboardInterrupt:
       runner.stop([attempt])
       raise
-    row = runner.record(sweep, directory, attempt)
+    row = runner.record(sweep, directory, attempt, trial)
   terminal.show(f'{trial.name}  {display.describe(row)}')
   return row.get('error', '')
 
@@ -196,12 +196,23 @@ def main(argv) -> None:
   workdir = os.path.expanduser(_WORKDIR.value)
   directory = SweepDirectory(workdir, _EVALUATE.value)
 
-  def command(trial: Trial, module: str) -> list[str]:
-    run = directory.run(trial)
-    config_flags = [*shared, *trial.flags] if module == 'moepeft.train' else []
-    python = [sys.executable, '-m', module]
-    return [*python, *config_flags, f'--workdir={run.path}']
+  def command(trials: Sequence[Trial], module: str) -> list[str]:
+    python = [sys.executable, '-m']
+    if len(trials) > 1:
+      indices = ','.join(str(trial.index) for trial in trials)
+      sweep_flags = [f'--grid={_GRID.value}', f'--sweep={directory.path}']
+      module = 'moepeft.train_trials'
+      return [*python, module, *shared, *sweep_flags, f'--trials={indices}']
+    (trial,) = trials
+    config_flags = [*shared, *trial.flags] if module == TRAIN else []
+    workdir = directory.run(trial).path
+    return [*python, module, *config_flags, f'--workdir={workdir}']
 
+  if _VMAP.value > 1 and (_TRIAL.value is not None or _SLURM.value):
+    raise ValueError(
+      '--vmap trains trials together in one process, and a task of an array '
+      'job is one trial; leave out --vmap'
+    )
   # SIGTERM saves the running trials too.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   if _TRIAL.value is not None or _SLURM.value:
@@ -225,11 +236,15 @@ def main(argv) -> None:
     sweep = runner.Sweep(directory, trials, keys)
     sweep.forget_failures()
     runs = {trial.name: directory.run(trial) for trial in trials}
-    jobs = _JOBS.value
-    terminal.show(
-      f'{len(trials)} trials, {sweep.remaining()} to run, {jobs} at once'
+    jobs, vmap = _JOBS.value, _VMAP.value
+    processes = f'{jobs} at once' + (
+      f', each with up to {vmap} trials' if vmap > 1 else ''
     )
-    runner.run(sweep, directory, command, jobs, display.Display(runs, jobs))
+    terminal.show(
+      f'{len(trials)} trials, {sweep.remaining()} to run, {processes}'
+    )
+    shown = display.Display(runs, jobs * vmap)
+    runner.run(sweep, directory, command, jobs, shown, vmap)
   print_results(sweep, directory)
   if any(row['status'] == results.FAILED for row in sweep.rows.values()):
     sys.exit(1)
@@ -249,6 +264,15 @@ if __name__ == '__main__':
   )
   _JOBS = flags.DEFINE_integer(
     'jobs', 1, 'Trials at once.', lower_bound=1, upper_bound=1_000
+  )
+  _VMAP = flags.DEFINE_integer(
+    'vmap',
+    1,
+    'Trials that a process trains together, by one vmapped step over the '
+    'shared base, where they differ in seeds, rates and weights of losses '
+    'alone.',
+    lower_bound=1,
+    upper_bound=1_000,
   )
   _DRY_RUN = flags.DEFINE_bool(
     'dry_run', False, 'Print the trials and how many there are; run none.'

@@ -101,6 +101,15 @@ class Evaluator:
 
     self._objective_sums = jax.jit(objective_sums)
 
+  def share_programs(self, other: 'Evaluator') -> None:
+    """Uses the compiled programs of an evaluator of an equal model.
+
+    Args:
+      other: an evaluator with the same objective and mesh.
+    """
+    self._objective_sums = other._objective_sums
+    self._ranker.share_programs(other._ranker)
+
   @functools.cached_property
   def _likelihood(self) -> Likelihood:
     return Likelihood(*self._model_args)
