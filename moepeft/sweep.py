@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m moepeft.sweep --config=FILE --grid='KEY=VALUES; ...' --workdir=DIR
 
+Without --grid the trials are those of the config file's GRID, which the files
+of configs/ablate have.
+
 Each combination of the grid's values is a trial: an ordinary run of
 moepeft.train, in a process and a directory of its own, DIR/runs/NAME. The same
 command continues a sweep that was stopped: trials that have ended are not run
@@ -184,7 +187,11 @@ def write_script(
 def main(argv) -> None:
   del argv
   config = _CONFIG.value
-  trials = make_trials(config, grid_lib.read(_GRID.value))
+  if _GRID.value:
+    grid = grid_lib.read(_GRID.value)
+  else:
+    grid = grid_lib.of_config(command_line.config_file())
+  trials = make_trials(config, grid)
   keys = selection.parse_keys(_SELECT.value, trials)
   shared = shared_flags(sys.argv[1:])
   check(trials, shared, keys)

@@ -104,7 +104,6 @@ CI_TESTS = {
   'tests/evaluation/routing/test_reduce.py': (
     'test_an_even_mixture_is_one_lora',
   ),
-  'tests/evaluation/test_ablation.py': ('test_',),
   'tests/evaluation/test_evaluate.py': (
     'test_held_out_rows_have_the_named_metrics',
     'test_lengths_may_be_longer_than_those_of_training',
@@ -214,6 +213,7 @@ CI_TESTS = {
   'tests/serve/test_open_engine.py': (
     'test_adapters_come_and_go_without_a_compilation',
   ),
+  'tests/sweeps/test_ablations.py': ('test_',),
   'tests/sweeps/test_sweep.py': (
     'test_a_dry_run_prints',
     'test_a_wrong_command_is_refused_before_anything_is_written',

@@ -11,6 +11,7 @@ A config file calls `default`, changes keys and returns the result:
     return c
 """
 
+from moepeft.config.defaults import ablation as ablation
 from moepeft.config.defaults import default as default
 from moepeft.config.defaults import finetuning as finetuning
 from moepeft.config.defaults import paper as paper

@@ -122,6 +122,12 @@ def _define_gin_config(
   )
 
 
+def config_file() -> str:
+  """The path of --config without its values; '' for --gin_file."""
+  path = getattr(flags.FLAGS['config'], 'config_filename', '')
+  return path.partition(':')[0]
+
+
 def find_config(path: str) -> str:
   """Finds a config file.
 

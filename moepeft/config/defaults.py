@@ -428,6 +428,28 @@ def finetuning(text: str, method: str, **paper: float) -> ConfigDict:
     c.data.length, c.data.packing = v.length, True
     c.evaluation.every_steps = max(v.steps // 6, 1)
     c.evaluation.batch_size = v.batch_size
+  else:
+    # Unrolled, the three layers of the embedded T5 are faster on a CPU.
+    c.model.scan_unroll = 3
+  return c
+
+
+def ablation(text: str, method: str) -> ConfigDict:
+  """The common settings of configs/ablate: short runs that are compared.
+
+  The embedded T5, or another model, as in `finetuning`. Runs have validation
+  losses for moepeft.sweep --select; its --evaluate measures the rest.
+
+  Args:
+    text: what stands after the colon of --config, as in `finetuning`.
+    method: the method of a run that the grid gives none.
+  """
+  c = finetuning(text, method, steps=150, batch_size=32, learning_rate=1.5e-3)
+  c.optimizer.schedule, c.optimizer.warmup_steps = 'constant', 0
+  c.evaluation.before = c.evaluation.after = False
+  c.evaluation.every_steps = c.steps
+  # Group A is what the base knows, and B what is trained.
+  c.evaluation.tasks = 'A,B'
   return c
 
 

@@ -14,6 +14,8 @@ is elsewhere. A line of a file that begins with # is a comment.
 
 import os
 import re
+import runpy
+from collections.abc import Mapping, Sequence
 
 from moepeft.core import files
 from moepeft.core.ranges import short_repr
@@ -32,10 +34,6 @@ def read(text: str) -> dict[str, tuple[str, ...]]:
   Raises:
     ValueError: the file does not exist, or as `parse`.
   """
-  if not text.strip():
-    raise ValueError(
-      "--grid is missing: write it like --grid='method=lora|molora; seed=0..4'"
-    )
   if '=' in text:
     return parse(text)
   path = os.path.expanduser(text.strip())
@@ -49,6 +47,37 @@ def read(text: str) -> dict[str, tuple[str, ...]]:
   except UnicodeDecodeError:
     raise ValueError(f'--grid={text} is no text file') from None
   return parse('\n'.join(x for x in lines if not x.lstrip().startswith('#')))
+
+
+def of_config(path: str) -> dict[str, tuple[str, ...]]:
+  """The grid of a config file: GRID = {'seed': range(5), ...}.
+
+  Args:
+    path: a file of Python; '' for none.
+
+  Raises:
+    ValueError: the file has no grid, or one of another form.
+  """
+  variables = runpy.run_path(path) if path else {}
+  if 'GRID' not in variables:
+    raise ValueError(
+      "--grid is missing: write it like --grid='method=lora|molora; seed=0..4',"
+      ' or name a config that has a GRID, as those in configs/ablate have'
+    )
+  grid = variables['GRID']
+  is_grid = isinstance(grid, Mapping) and all(
+    isinstance(key, str)
+    and isinstance(values, Sequence)
+    and not isinstance(values, str)
+    and len(values)
+    for key, values in grid.items()
+  )
+  if not is_grid or not grid:
+    raise ValueError(
+      f"{path}: GRID = {short_repr(grid)} is no grid; write it like {{'seed': "
+      "range(5), 'method': ['lora', 'molora']}"
+    )
+  return {key: tuple(map(str, values)) for key, values in grid.items()}
 
 
 def parse(text: str) -> dict[str, tuple[str, ...]]:

@@ -90,5 +90,34 @@ def test_a_text_without_keys_is_a_file(tmp_path):
   }
   with pytest.raises(ValueError, match='is no grid and no file'):
     grid.read(str(tmp_path / 'other.txt'))
-  with pytest.raises(ValueError, match='--grid is missing'):
-    grid.read('')
+
+
+def test_a_config_file_has_a_grid_of_python_values(tmp_path):
+  path = tmp_path / 'config.py'
+  path.write_text("GRID = {'seed': range(2), 'optimizer.b1': (0.9, 1e-3)}")
+  expected = {'seed': ('0', '1'), 'optimizer.b1': ('0.9', '0.001')}
+  assert grid.of_config(str(path)) == expected
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    "GRID = 'seed=0'",
+    "GRID = {'seed': 'ab'}",
+    "GRID = {'seed': ()}",
+    'GRID = {}',
+  ],
+)
+def test_a_grid_of_another_form_is_refused(tmp_path, text):
+  path = tmp_path / 'config.py'
+  path.write_text(text)
+  with pytest.raises(ValueError, match='is no grid; write it like'):
+    grid.of_config(str(path))
+
+
+def test_a_config_without_a_grid_needs_the_flag(tmp_path):
+  path = tmp_path / 'config.py'
+  path.write_text('')
+  for file in (str(path), ''):
+    with pytest.raises(ValueError, match='--grid is missing'):
+      grid.of_config(file)
