@@ -24,9 +24,8 @@ from moepeft import registries
 from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.core import files, terminal
-from moepeft.evaluation.tables.terminal import aligned
 from moepeft.runs.directory import open_workdir
-from moepeft.sweeps import display, results, runner, selection, slurm
+from moepeft.sweeps import display, report, results, runner, selection, slurm
 from moepeft.sweeps import grid as grid_lib
 from moepeft.sweeps.attempt import Attempt, Command
 from moepeft.sweeps.directory import TRAIN, SweepDirectory
@@ -79,42 +78,6 @@ def check(
         '--select needs validation losses; set config.evaluation.after, or '
         'config.evaluation.every_steps'
       )
-
-
-def print_trials(trials: Sequence[Trial], keys: Sequence[str]) -> None:
-  """Prints the trials, their flags, and their number."""
-  width = max(len(trial.name) for trial in trials)
-  for trial in trials:
-    terminal.show(
-      f'{trial.index:4}  {trial.name:{width}}  {shlex.join(trial.flags)}'
-    )
-  line = f'{len(trials)} trials'
-  if keys:
-    rows = {trial.name: {'status': results.UNFINISHED} for trial in trials}
-    choices = selection.choose(trials, rows, keys)
-    runs = selection.count_runs(trials, choices, keys)
-    line += f', of which {runs} are run: {", ".join(keys)} chosen on validation'
-  print(line)
-
-
-def print_results(sweep: runner.Sweep, directory: SweepDirectory) -> None:
-  """Prints a table of all rows, and where they are."""
-  rows = sweep.final_rows()
-  terminal.show(aligned(display.table(rows)))
-  for why in dict.fromkeys(row['why'] for row in rows if row.get('why')):
-    terminal.show(why)
-  for row in rows:
-    if row['status'] == results.FAILED:
-      terminal.show(f'failed    {directory.logs_dir}/{row["name"]}.log')
-  print(f'results   {directory.results_file}')
-  # The chosen ones, where there is a choice.
-  runs = [
-    row['run']
-    for row in rows
-    if row['status'] == results.FINISHED and row.get('chosen') is not False
-  ]
-  if runs:
-    print(f'compare   python -m moepeft.tables {shlex.join(runs)}')
 
 
 def run_trial(
@@ -187,16 +150,13 @@ def write_script(
 def main(argv) -> None:
   del argv
   config = _CONFIG.value
-  if _GRID.value:
-    grid = grid_lib.read(_GRID.value)
-  else:
-    grid = grid_lib.of_config(command_line.config_file())
+  grid = grid_lib.of_flags(_GRID.value, command_line.config_file())
   trials = make_trials(config, grid)
   keys = selection.parse_keys(_SELECT.value, trials)
   shared = shared_flags(sys.argv[1:])
   check(trials, shared, keys)
   if _DRY_RUN.value:
-    print_trials(trials, keys)
+    report.print_trials(trials, keys)
     return
   if not _WORKDIR.value:
     raise ValueError('--workdir is missing: name the directory of the sweep')
@@ -252,7 +212,7 @@ def main(argv) -> None:
     )
     shown = display.Display(runs, jobs * vmap)
     runner.run(sweep, directory, command, jobs, shown, vmap)
-  print_results(sweep, directory)
+  report.print_results(sweep, directory)
   if any(row['status'] == results.FAILED for row in sweep.rows.values()):
     sys.exit(1)
 

@@ -259,7 +259,8 @@ def _active(runs: Sequence[TrialRun]) -> list[TrialRun]:
 
 def main(argv) -> None:
   del argv
-  trials = make_trials(_CONFIG.value, grid_lib.read(_GRID.value))
+  grid = grid_lib.of_flags(_GRID.value, command_line.config_file())
+  trials = make_trials(_CONFIG.value, grid)
   indices = [int(index) for index in _TRIALS.value]
   if not indices or not all(0 <= i < len(trials) for i in indices):
     raise ValueError(

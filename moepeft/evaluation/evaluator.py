@@ -101,14 +101,14 @@ class Evaluator:
 
     self._objective_sums = jax.jit(objective_sums)
 
-  def share_programs(self, other: 'Evaluator') -> None:
-    """Uses the compiled programs of an evaluator of an equal model.
+  def share_programs(self, evaluator: 'Evaluator') -> None:
+    """Uses the compiled programs of another evaluator.
 
     Args:
-      other: an evaluator with the same objective and mesh.
+      evaluator: of an equal model, with the same objective and mesh.
     """
-    self._objective_sums = other._objective_sums
-    self._ranker.share_programs(other._ranker)
+    self._objective_sums = evaluator._objective_sums
+    self._ranker.share_programs(evaluator._ranker)
 
   @functools.cached_property
   def _likelihood(self) -> Likelihood:

@@ -220,9 +220,9 @@ class Ranker:
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._batch_size = sharding.round_up(self._mesh, batch_size)
 
-  def share_programs(self, other: 'Ranker') -> None:
+  def share_programs(self, ranker: 'Ranker') -> None:
     """Uses the compiled programs of a ranker of an equal model."""
-    self._score = other._score
+    self._score = ranker._score
 
   def prepare(self, examples: Sequence[Example]) -> list[EncodedExample]:
     """Tokenizes examples; each distinct text is tokenized once."""

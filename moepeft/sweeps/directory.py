@@ -56,9 +56,9 @@ class SweepDirectory:
       return EVALUATE
     return None
 
-  def log_file(self, trial: Trial, *others: Trial) -> str:
+  def log_file(self, *trials: Trial) -> str:
     """The output of a trial, or of the process that trains several together."""
-    name = f'vmap_{trial.name}' if others else trial.name
+    name = f'vmap_{trials[0].name}' if len(trials) > 1 else trials[0].name
     return os.path.join(self.logs_dir, f'{name}.log')
 
   def prepare(self, config: ConfigDict) -> None:

@@ -134,8 +134,8 @@ def _groups(
 ) -> list[list[Trial]]:
   """The trials of each process to start."""
   trained = [t for t in trials if directory.stage(t) != TRAIN]
-  others = [t for t in trials if directory.stage(t) == TRAIN]
-  groups = together.group(others, most) if most > 1 else [[t] for t in others]
+  new = [t for t in trials if directory.stage(t) == TRAIN]
+  groups = together.group(new, most) if most > 1 else [[t] for t in new]
   return [[t] for t in trained] + groups
 
 

@@ -75,10 +75,10 @@ def test_a_group_tells_its_trials_and_an_error_is_of_its_trial(
     f"echo 'error: it diverged' >> '{directory.log_file(trials[1])}';"
     'echo "error: memory ran out"; exit 2'
   )
-  asked = []
+  calls = []
 
   def command(left, module):
-    asked.append(([trial.index for trial in left], module))
+    calls.append(([trial.index for trial in left], module))
     return ['bash', '-c', script]
 
   attempt = Attempt(directory, trials, command)
@@ -87,7 +87,7 @@ def test_a_group_tells_its_trials_and_an_error_is_of_its_trial(
   )
   attempt.wait()
   assert attempt.is_done()
-  assert asked == [([0, 1, 2], 'moepeft.train')]
+  assert calls == [([0, 1, 2], 'moepeft.train')]
   assert [attempt.error(trial) for trial in trials] == [
     *('', 'it diverged', 'memory ran out', '')
   ]
@@ -129,38 +129,38 @@ def train_group(directory, trials):
   assert train_trials.train_together(trials, directory) == [0] * len(trials)
 
 
-def assert_equal_runs(run, other):
+def assert_equal_runs(run, alone):
   """The runs of a trial that was trained together, and alone."""
   assert pathlib.Path(run.config_file).read_text() == (
-    pathlib.Path(other.config_file).read_text()
+    pathlib.Path(alone.config_file).read_text()
   )
-  assert sorted(os.listdir(run.path)) == sorted(os.listdir(other.path))
-  assert run.before() == other.before()
-  rows, other_rows = (
-    list(metrics_log.read(r.metrics_file)) for r in (run, other)
+  assert sorted(os.listdir(run.path)) == sorted(os.listdir(alone.path))
+  assert run.before() == alone.before()
+  rows, rows_alone = (
+    list(metrics_log.read(r.metrics_file)) for r in (run, alone)
   )
-  assert [row.keys() for row in rows] == [row.keys() for row in other_rows]
-  for row, other_row in zip(rows, other_rows, strict=True):
+  assert [row.keys() for row in rows] == [row.keys() for row in rows_alone]
+  for row, row_alone in zip(rows, rows_alone, strict=True):
     for key, value in row.items():
       if key in SPEED or key == 'routing':
         continue
       # The tolerances of the recorded losses, for the same reason: XLA adds
       # the terms of float32 products in an order of its own.
       rtol = TOLERANCE.get(key, TOLERANCE['loss'])
-      np.testing.assert_allclose(value, other_row[key], rtol, err_msg=key)
-  after, other_after = run.after(), other.after()
-  assert after['means'] == other_after['means']
-  assert after['rows'] == other_after['rows']
+      np.testing.assert_allclose(value, row_alone[key], rtol, err_msg=key)
+  after, after_alone = run.after(), alone.after()
+  assert after['means'] == after_alone['means']
+  assert after['rows'] == after_alone['rows']
   np.testing.assert_allclose(
-    after['validation_loss'], other_after['validation_loss'], TOLERANCE['loss']
+    after['validation_loss'], after_alone['validation_loss'], TOLERANCE['loss']
   )
-  trained, other_trained = (restore_adapter(r.path)[0] for r in (run, other))
+  trained, trained_alone = (restore_adapter(r.path)[0] for r in (run, alone))
   # Six steps of Adam move a parameter by six rates, 0.024; a gradient's last
   # digit moves one by a hundredth of a rate where the gradient is near 0.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=4e-5),
     trained,
-    other_trained,
+    trained_alone,
   )
 
 
@@ -199,14 +199,14 @@ def test_trials_are_resumed_alone_and_together(models, tmp_path):
   train_alone(mixed, trials[:1])
   train_group(mixed, trials[1:3])
   for trial in trials[:3]:
-    trained, other = (
+    trained, trained_alone = (
       restore_adapter(d.run(trial).path)[0] for d in (mixed, alone)
     )
     # As in `assert_equal_runs`.
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=4e-5),
       trained,
-      other,
+      trained_alone,
     )
     assert (
       mixed.run(trial).after()['means'] == alone.run(trial).after()['means']
@@ -218,10 +218,11 @@ def test_trials_are_resumed_alone_and_together(models, tmp_path):
 @pytest.mark.slow
 def test_a_trial_that_diverges_ends_alone_and_its_log_says_so(models, tmp_path):
   config = config_of('t5', models)
-  config.optimizer.max_grad_norm = 0.0
+  # A parameter is multiplied by 1 - rate * decay: by 0, or by -1e5 a step.
+  config.optimizer.weight_decay = 1000.0
   directory = SweepDirectory(str(tmp_path / 's'))
   directory.prepare(config)
-  trials = make_trials(config, grid.parse('optimizer.learning_rate=1e-3,50'))
+  trials = make_trials(config, grid.parse('optimizer.learning_rate=1e-3,100'))
   codes = train_trials.train_together(trials, directory)
   assert codes == [0, 2]
   assert directory.run(trials[0]).summary()
