@@ -119,20 +119,25 @@ def train_both(family, method, trials, dtype):
   return alone, list(zip(losses, trained, strict=True))
 
 
-# .ci/run has the first.
+# For .ci/run.
+QUICK = 'llama', "molora(experts=3, rank=2, targets='*/q')", TRIALS[1::2]
 CASES = (
-  ('llama', 'molora(experts=3, rank=2)'),
-  ('llama', 'molora(experts=3, rank=2, router=topk(k=2))'),
-  ('gemma2', 'mov(experts=3)'),
-  *(('t5', method) for method in small.METHODS),
+  ('llama', 'molora(experts=3, rank=2)', TRIALS),
+  ('llama', 'molora(experts=3, rank=2, router=topk(k=2))', TRIALS),
+  ('gemma2', 'mov(experts=3)', TRIALS),
+  *(('t5', method, TRIALS[1::2]) for method in small.METHODS),
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(('family', 'method'), CASES)
-def test_trials_together_take_the_steps_that_they_take_alone(family, method):
+@pytest.mark.parametrize(
+  ('family', 'method', 'trials'),
+  [QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES)],
+)
+def test_trials_together_take_the_steps_that_they_take_alone(
+  family, method, trials
+):
   with jax.enable_x64(True):
-    trials = configs(*TRIALS)
+    trials = configs(*trials)
     alone, together = train_both(family, method, trials, np.float64)
   for (losses, trained), (vmapped_losses, vmapped) in zip(
     alone, together, strict=True
