@@ -25,7 +25,15 @@ from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.core import files, terminal
 from moepeft.runs.directory import open_workdir
-from moepeft.sweeps import display, report, results, runner, selection, slurm
+from moepeft.sweeps import (
+  display,
+  report,
+  results,
+  runner,
+  selection,
+  slurm,
+  solving,
+)
 from moepeft.sweeps import grid as grid_lib
 from moepeft.sweeps.attempt import Attempt, Command
 from moepeft.sweeps.directory import TRAIN, SweepDirectory
@@ -156,12 +164,20 @@ def main(argv) -> None:
   shared = shared_flags(sys.argv[1:])
   check(trials, shared, keys)
   if _DRY_RUN.value:
-    report.print_trials(trials, keys)
+    methods, errors = solving.solve(trials)
+    report.print_trials(trials, keys, methods, errors)
+    solving.check(errors)
     return
   if not _WORKDIR.value:
     raise ValueError('--workdir is missing: name the directory of the sweep')
   workdir = os.path.expanduser(_WORKDIR.value)
   directory = SweepDirectory(workdir, _EVALUATE.value)
+  if _TRIAL.value is None:
+    # A run that has started has its explicit method.
+    unsolved = [
+      t for t in trials if not os.path.exists(directory.run(t).config_file)
+    ]
+    solving.check(solving.solve(unsolved)[1])
 
   def command(trials: Sequence[Trial], module: str) -> list[str]:
     python = [sys.executable, '-m']

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m moepeft.tables RUN...: compares runs with each other and the paper.
 
-A RUN is a work directory of moepeft.train with results of moepeft.evaluate. The
-command prints Markdown; --output=PREFIX writes PREFIX.md, .tex and .png.
+A RUN is a work directory of moepeft.train with results of moepeft.evaluate, or
+that of a sweep, which stands for its chosen runs. The command prints Markdown;
+--output=PREFIX writes PREFIX.md, .tex and .png.
 """
 
 import os
@@ -15,6 +16,7 @@ from moepeft.core import files, terminal
 from moepeft.evaluation.tables import compare, forest_plot
 from moepeft.evaluation.tables import render as table_render
 from moepeft.evaluation.tables.render import Table
+from moepeft.sweeps import results as sweep_results
 
 
 def write(table: Table, prefix: str) -> list[str]:
@@ -73,7 +75,11 @@ def main(argv) -> None:
       raise ValueError(
         f'--{flag.name} is for runs; name their work directories'
       )
-  runs = [os.path.expanduser(path) for path in argv[1:]]
+  runs = [
+    run
+    for path in argv[1:]
+    for run in sweep_results.runs_to_compare(os.path.expanduser(path))
+  ]
   table = compare.table(
     runs,
     _PAPER.value,

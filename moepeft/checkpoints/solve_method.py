@@ -6,13 +6,13 @@ the explicit method, so that a run, its checkpoints and its exports have it, and
 nothing is solved again. Counts are those of `python -m moepeft.count`.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.budget_search import Axis, search
 from moepeft.checkpoints.count_flops import flops_per_token
 from moepeft.checkpoints.count_parameters import count
 from moepeft.config import budget as budget_lib
@@ -41,24 +41,28 @@ def with_explicit_method(config: ConfigDict) -> ConfigDict:
     ValueError: the request has another syntax, the method has no such option,
       or no value of it is within config.budget_tolerance of the budget.
   """
-  if not budget_lib.request(config):
-    if config.budget_option:
-      raise ValueError(
-        f'config.budget_option={config.budget_option!r} does nothing without '
-        'config.budget; set both, or none'
-      )
+  if not (budget_lib.request(config) or config.budget_option):
     return config
-  specs, budgets, scales = zip(
+  specs, requests = zip(
     *map(budget_lib.without_request, method_string.parse_method(config.method)),
     strict=True,
   )
   specs = [_flat(spec) for spec in specs]
   # Checks names and options.
   resolve(format_specs(specs, METHODS), config.semantics)
-  budget, index = _budget(config, specs, budgets)
+  budget, index = _budget(config, specs, [r['budget'] for r in requests])
+  options = [request['budget_option'] for request in requests]
+  option = options.pop(index) if budget else ''
+  idle = options if budget else [*options, config.budget_option]
+  if any(idle):
+    raise ValueError(
+      f'budget_option={max(idle)!r} does nothing without a budget beside it; '
+      'set both, or none'
+    )
   if budget:
-    specs[index] = _solve(config, specs, index, budget)
-  specs = _match_scales(config, specs, scales)
+    option = option or config.budget_option
+    specs[index] = _solve(config, specs, index, budget, option)
+  specs = _match_scales(config, specs, [r['scale'] for r in requests])
   return budget_lib.solved(config, format_specs(specs, METHODS))
 
 
@@ -98,40 +102,61 @@ def _has_experts(spec: Spec) -> bool:
 
 
 def _solve(
-  config: ConfigDict, specs: list[Spec], index: int, text: str
+  config: ConfigDict, specs: list[Spec], index: int, text: str, option: str
 ) -> Spec:
-  """The spec with the value of its option that is nearest to the budget."""
+  """The spec with the values of its options that meet the budget."""
   budget, spec = budget_lib.parse_budget(text), specs[index]
-  name = _option_name(spec, config.budget_option)
+  names = _option_names(spec, option)
   entry = method_entry(spec)
-  allowed = entry.options()[name].allowed
+  values = option_values(spec, entry)
   shape = base_lib.shape(config.model)
-
-  def with_value(value: int) -> str:
-    changed = [*specs]
-    changed[index] = spec.replace(**{name: value})
-    return format_specs(changed, METHODS)
-
   measure = _measures(config, shape)[budget.unit]
-  target = budget.amount or measure(budget.method or None)
+
+  def number(*values: int) -> float:
+    changed = [*specs]
+    changed[index] = spec.replace(**dict(zip(names, values, strict=True)))
+    return measure(format_specs(changed, METHODS))
+
+  target = budget.amount or measure(_baseline(budget.method, text))
   if budget.percent:
     target *= budget.percent / 100
-  start = option_values(spec, entry)[name]
-  least, most = int(allowed.low), int(allowed.high)
-  search = _Search(lambda value: measure(with_value(value)), least, most)
-  values = search.around(target, start)
-  best = min(values, key=lambda value: abs(values[value] - target))
-  if abs(values[best] - target) > config.budget_tolerance * target:
+  axes = []
+  for name in names:
+    allowed, start = entry.options()[name].allowed, values[name]
+    # A pair is that of a mixture, which one expert is not.
+    fewest = min(start, 2) if name == 'experts' and len(names) > 1 else 1
+    axes.append(Axis(start, max(int(allowed.low), fewest), int(allowed.high)))
+  tolerance = config.budget_tolerance * target
+  numbers, reason = search(number, target, tolerance, axes)
+  best = min(numbers, key=lambda values: abs(numbers[values] - target))
+  if abs(numbers[best] - target) > tolerance:
     nearest = ' and '.join(
-      f'{name}={value} gives {number:,.0f}' for value, number in values.items()
+      ', '.join(f'{name}={v}' for name, v in zip(names, values, strict=True))
+      + f' gives {n:,.0f}'
+      for values, n in numbers.items()
     )
     raise ValueError(
-      f'no {name} of {spec.name} gives {target:,.0f} {UNITS[budget.unit]} '
-      f'within {100 * config.budget_tolerance:g} %: {nearest}{search.reason}; '
-      'ask for one of these, solve for another config.budget_option, or allow '
-      'the nearest with a larger config.budget_tolerance'
+      f'no {" with any ".join(names)} of {spec.name} gives {target:,.0f} '
+      f'{UNITS[budget.unit]} within {100 * config.budget_tolerance:g} %: '
+      f'{nearest}{reason}; ask for one of these, solve for another '
+      'config.budget_option, or allow the nearest with a larger '
+      'config.budget_tolerance'
     )
-  return spec.replace(**{name: best})
+  return spec.replace(**dict(zip(names, best, strict=True)))
+
+
+def _baseline(method: str, text: str) -> str | None:
+  """The method of a budget; None for the base.
+
+  Raises:
+    ValueError: there is no such method.
+  """
+  try:
+    return resolve(method) and method if method else None
+  except ValueError as error:
+    raise ValueError(
+      f'budget={text!r} is neither a number, a percent nor a method: {error}'
+    ) from None
 
 
 def _measures(config: ConfigDict, shape) -> dict[str, Callable]:
@@ -156,8 +181,23 @@ def _measures(config: ConfigDict, shape) -> dict[str, Callable]:
   return {'params': parameters, 'flops': flops}
 
 
+def _option_names(spec: Spec, text: str) -> list[str]:
+  """The options that are solved: one, or a pair 'rank,experts'.
+
+  Raises:
+    ValueError: as `_option_name`, or they are no pair.
+  """
+  names = [part.strip() for part in text.split(',')]
+  if len({*names}) != len(names) or len(names) > 2 or '' in names[1:]:
+    raise ValueError(
+      'budget_option is an option like rank, or two with a comma, '
+      f'rank,experts; got {short_repr(text)}'
+    )
+  return [_option_name(spec, name) for name in names]
+
+
 def _option_name(spec: Spec, name: str) -> str:
-  """The option that is solved.
+  """An option that is solved; '' for the first that the adapter has.
 
   Raises:
     ValueError: the adapter has none, or its value is determined otherwise.
@@ -183,65 +223,6 @@ def _option_name(spec: Spec, name: str) -> str:
         f'config.budget_option, or write {name} in place of {option}'
       )
   return name
-
-
-@dataclasses.dataclass
-class _Search:
-  """The two whole numbers around the solution of an increasing function.
-
-  Attributes:
-    function: value -> number, or a ValueError where the value is not possible.
-    least, most: the bounds of the values.
-    reason: why the values beyond those of the result are not possible.
-  """
-
-  function: Callable[[int], float]
-  least: int
-  most: int
-  reason: str = ''
-
-  def around(self, target: float, start: int) -> dict[int, float]:
-    """{value: number} of the last value at or below a target and the next.
-
-    One of them is missing where it is not possible.
-
-    Args:
-      start: a possible value.
-    """
-    numbers = {}
-    low, high = self.least - 1, self.most + 1
-    guess = min(max(start, self.least), self.most)
-    while high - low > 1:
-      value = min(max(guess, low + 1), high - 1)
-      try:
-        numbers[value] = self.function(value)
-      except ValueError as error:
-        if not numbers:
-          raise
-        self.reason = f' ({value} is not possible: {error})'
-        low, high = (value, high) if value < min(numbers) else (low, value)
-        guess = value + 1 if value == low else value - 1
-        continue
-      if numbers[value] <= target:
-        low = value
-      else:
-        high = value
-      guess = self._next(numbers, target, low, high)
-    return {v: numbers[v] for v in (low, high) if v in numbers}
-
-  def _next(self, numbers, target, low, high) -> int:
-    """A secant through the two values whose numbers are nearest to the target.
-
-    Counts are linear in a rank or a number of experts, or nearly so; halves of
-    the interval where they are not.
-    """
-    if len(numbers) == 1:
-      return low + 1 if low in numbers else high - 1
-    a, b = sorted(numbers, key=lambda value: abs(numbers[value] - target))[:2]
-    slope = (numbers[a] - numbers[b]) / (a - b)
-    if slope <= 0 or len(numbers) % 4 == 0:
-      return (low + high) // 2
-    return a + math.floor((target - numbers[a]) / slope)
 
 
 def _match_scales(config, specs, scales) -> list[Spec]:

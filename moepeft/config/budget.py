@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests for a budget or a scale, before they are solved.
 
-config.budget and config.scale, or the options `budget` and `scale` of an
-adapter in the method string, ask for a method of another rank, number of
-experts or alpha. `moepeft.checkpoints.solve_method` solves them; a solved
-config has the explicit method, and the request in `solved_from`.
+config.budget and config.scale, or the options `budget`, `budget_option` and
+`scale` of an adapter in the method string, ask for a method of another rank,
+number of experts or alpha. `moepeft.checkpoints.solve_method` solves them; a
+solved config has the explicit method, and the request in `solved_from`.
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ from moepeft.core.ranges import short_repr
 UNITS = {'params': 'parameters', 'flops': 'FLOPs a token'}
 BASELINE = 'lora(rank=4)'
 _KEYS = ('budget', 'budget_option', 'budget_tolerance', 'scale')
+# Options of an adapter in the method string.
+_IN_METHOD = ('budget', 'budget_option', 'scale')
 _MATCHED = 'matched'
 
 
@@ -83,19 +85,16 @@ def parse_scale(text: str) -> str:
   return baseline.strip() or BASELINE
 
 
-def without_request(spec: Spec) -> tuple[Spec, str, str]:
-  """(spec without `budget` and `scale`, its budget, its scale).
+def without_request(spec: Spec) -> tuple[Spec, dict[str, str]]:
+  """(spec without its request, {'budget', 'budget_option', 'scale': text}).
 
   A number is the scale of a bottleneck, and stays.
   """
   options = dict(spec.options)
-  budget = options.pop('budget', '')
-  scale = options.get('scale', '')
-  if isinstance(scale, str):
-    options.pop('scale', None)
-  else:
-    scale = ''
-  return Spec(spec.name, tuple(options.items())), budget, scale
+  request = {key: options.pop(key, '') for key in _IN_METHOD}
+  if not isinstance(request['scale'], str):
+    options['scale'], request['scale'] = request['scale'], ''
+  return Spec(spec.name, tuple(options.items())), request
 
 
 def request(config: ConfigDict) -> str:
@@ -105,7 +104,7 @@ def request(config: ConfigDict) -> str:
     ValueError: the method string has another syntax.
   """
   specs = method_string.parse_method(config.method)
-  in_method = any(any(without_request(spec)[1:]) for spec in specs)
+  in_method = any(any(without_request(spec)[1].values()) for spec in specs)
   if not (config.budget or config.scale or in_method):
     return ''
   usual = default()

@@ -36,7 +36,8 @@ def default() -> ConfigDict:
   # '' leaves the method as it is.
   c.budget = ''
   # The option of the method that is solved: 'rank', 'experts', ...; '' for the
-  # first of rank, size, length and experts that it has.
+  # first of rank, size, length and experts that it has. 'rank,experts' solves
+  # both, with the number of experts that is nearest to the method's.
   c.budget_option = ''
   # The largest error of a solved budget, as a fraction of it.
   c.budget_tolerance = 0.01

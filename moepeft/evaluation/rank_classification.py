@@ -35,8 +35,9 @@ from moepeft.tasks import Example
 # Inputs are padded to a multiple of this, and above 4 times this to a power of
 # two.
 _INPUTS_MULTIPLE = 64
-# Choices are padded to at least this length.
-_MIN_TARGETS_LENGTH = 4
+# Choices are padded to at least this length: a shorter one saves less time than
+# another program takes to compile.
+_MIN_TARGETS_LENGTH = 8
 # A batch of short rows has at most this many times `batch_size` rows.
 _MAX_ROW_FACTOR = 8
 # A batch of `batch_size` rows is full if each row has this many choices of
@@ -219,6 +220,8 @@ class Ranker:
     self._lengths = inputs_length, targets_length
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._batch_size = sharding.round_up(self._mesh, batch_size)
+    # The shapes of the programs that are compiled, or soon will be.
+    self._shapes: set[tuple[int, int, int, int]] = set()
 
   def share_programs(self, ranker: 'Ranker') -> None:
     """Uses the compiled programs of a ranker of an equal model."""
@@ -298,7 +301,8 @@ class Ranker:
 
     Examples are taken in order of their shapes, the largest first, and a batch
     is filled with examples that have as many choices. So for each number of
-    choices, only the last batch is not full.
+    choices, only the last batch is not full. It has fewer rows, unless there
+    is a program of its shape.
     """
     shapes = [self._rounded_shape(example) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: shapes[i], reverse=True)
@@ -310,12 +314,13 @@ class Ranker:
       # Examples with shorter inputs may have longer choices.
       t = max(shapes[i][2] for i in indices)
       num_rows = self._num_rows(c, s, t)
-      if len(indices) < num_rows:
-        # The last batch with this number of choices can be smaller.
+      if len(indices) < num_rows and (num_rows, c, s, t) not in self._shapes:
         min_rows = sharding.round_up(self._mesh, _next_power_of_2(len(indices)))
         num_rows = min(num_rows, min_rows)
       indices = indices[:num_rows]
-      yield ScoringBatch((num_rows, c, s, t), tuple(indices))
+      shape = num_rows, c, s, t
+      self._shapes.add(shape)
+      yield ScoringBatch(shape, tuple(indices))
       order = order[len(indices) :]
 
   def _rounded_shape(self, example: EncodedExample) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 """Prints the trials of a sweep before it, and their results after it."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from moepeft.core import terminal
 from moepeft.evaluation.tables.terminal import aligned
@@ -12,13 +12,26 @@ from moepeft.sweeps.runner import Sweep
 from moepeft.sweeps.trials import Trial
 
 
-def print_trials(trials: Sequence[Trial], keys: Sequence[str]) -> None:
-  """Prints the trials, their flags, and their number."""
+def print_trials(
+  trials: Sequence[Trial],
+  keys: Sequence[str],
+  methods: Mapping[str, str],
+  errors: Mapping[str, str],
+) -> None:
+  """Prints the trials, their flags, and their number.
+
+  Args:
+    methods, errors: from `solving.solve`.
+  """
   width = max(len(trial.name) for trial in trials)
   for trial in trials:
     terminal.show(
       f'{trial.index:4}  {trial.name:{width}}  {shlex.join(trial.flags)}'
     )
+    if trial.name in methods:
+      terminal.show(f'{"":4}  solved: {methods[trial.name]}')
+    if trial.name in errors:
+      terminal.show(f'{"":4}  not solved: {errors[trial.name]}')
   line = f'{len(trials)} trials'
   if keys:
     rows = {trial.name: {'status': results.UNFINISHED} for trial in trials}
@@ -38,11 +51,5 @@ def print_results(sweep: Sweep, directory: SweepDirectory) -> None:
     if row['status'] == results.FAILED:
       terminal.show(f'failed    {directory.logs_dir}/{row["name"]}.log')
   print(f'results   {directory.results_file}')
-  # The chosen ones, where there is a choice.
-  runs = [
-    row['run']
-    for row in rows
-    if row['status'] == results.FINISHED and row.get('chosen') is not False
-  ]
-  if runs:
-    print(f'compare   python -m moepeft.tables {shlex.join(runs)}')
+  if any(map(results.is_result, rows)):
+    print(f'compare   python -m moepeft.tables {shlex.quote(directory.path)}')

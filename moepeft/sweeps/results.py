@@ -21,6 +21,7 @@ killed and started again has the same rows. A row has
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -69,6 +70,35 @@ def read_row(directory: SweepDirectory, trial: Trial) -> dict[str, Any]:
 def write(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
   """Writes the results atomically."""
   files.write_text(path, ''.join(f'{json.dumps(row)}\n' for row in rows))
+
+
+def is_result(row: Mapping[str, Any]) -> bool:
+  """Whether a trial is finished and, with --select, chosen."""
+  return row['status'] == FINISHED and row.get('chosen') is not False
+
+
+def runs_to_compare(path: str) -> list[str]:
+  """The run directories of a sweep's results; [path] if it is no sweep.
+
+  Raises:
+    ValueError: the sweep has no results yet, or its file is damaged.
+  """
+  results_file = SweepDirectory(path).results_file
+  if not os.path.exists(results_file):
+    return [path]
+  try:
+    rows = [json.loads(x) for x in files.read_text(results_file).splitlines()]
+    # Where the sweep was moved, `run` is where it was.
+    names = [row['name'] for row in rows if is_result(row)]
+  except (ValueError, KeyError, TypeError):
+    raise ValueError(
+      f'{results_file!r} is damaged; the command of the sweep writes it again'
+    ) from None
+  if not names:
+    raise ValueError(
+      f'the sweep {path!r} has no finished trial to compare; continue it'
+    )
+  return [os.path.join(SweepDirectory(path).runs_dir, name) for name in names]
 
 
 def _figures(run: Run) -> dict[str, Any]:

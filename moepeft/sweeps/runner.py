@@ -107,20 +107,23 @@ def run(
   sweep.write()
   try:
     while True:
-      for attempt in [a for a in active if a.is_done()]:
+      ended = [attempt for attempt in active if attempt.is_done()]
+      for attempt in ended:
         active.remove(attempt)
         for trial in attempt.trials:
           row = record(sweep, directory, attempt, trial)
           display.end(row, attempt.seconds)
         sweep.write()
-      running = {trial.name for a in active for trial in a.trials}
-      ready = [t for t in sweep.to_run() if t.name not in running]
-      for trials in _groups(directory, ready, vmap)[: jobs - len(active)]:
-        active.append(Attempt(directory, trials, command))
-        display.start(trials, vmap > 1)
+      if ended or not active:
+        running = {trial.name for a in active for trial in a.trials}
+        ready = [t for t in sweep.to_run() if t.name not in running]
+        for trials in _groups(directory, ready, vmap)[: jobs - len(active)]:
+          active.append(Attempt(directory, trials, command))
+          display.start(trials, vmap > 1)
+        remaining = sweep.remaining()
       if not active:
         break
-      display.update(active, sweep.remaining())
+      display.update(active, remaining)
       time.sleep(_POLL_SECONDS)
   except BaseException:
     stop(active)

@@ -116,7 +116,7 @@ def _make_trial(
   # The run reads the files of from_adapters, and solves budgets and scales.
   if 'from_adapters' not in method:
     specs = map(without_request, method_string.parse_method(method))
-    resolve(method_string.format_method(s for s, *_ in specs), config.semantics)
+    resolve(method_string.format_method(s for s, _ in specs), config.semantics)
   return Trial(
     index=index,
     name=_name(parts, changes),

@@ -35,6 +35,20 @@ PRESETS = (
   "poly(router=poly(tasks=['a', 'b']))",
 )
 
+# Steps of their rank are larger than 2 % of the budgets below.
+TOO_COARSE = (
+  'molora',
+  'mola(experts=5)',
+  'adamole',
+  'dynmole',
+  'ldmole',
+  'loramoe',
+  'smear',
+  'comol',
+  'mixlora',
+  "poly(router=poly(tasks=['a', 'b']))",
+)
+
 
 def config_of(method, base=LLAMA, **changes):
   config = config_lib.default()
@@ -62,6 +76,24 @@ def error_of(method, **changes):
 def test_a_solved_budget_is_within_one_percent_by_count(method, base, budget):
   solved = solve(method, base, budget=f'params:{budget}')
   assert (solved.budget, solved.method == method) == ('', False)
+  assert abs(count(solved)['peft'] - budget) <= 0.01 * budget
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('base', 'budget'),
+  [(T5_TINY, 540_000), (SMOLLM2, 11_940_000)],
+  ids=['t5_tiny', 'smollm2'],
+)
+@pytest.mark.parametrize('method', TOO_COARSE)
+def test_rank_and_experts_together_meet_a_budget_that_no_rank_meets(
+  method, base, budget
+):
+  request = {'budget': f'params:{budget}'}
+  with pytest.raises(ValueError, match='within 1 %'):
+    solve(method, base, **request)
+  size = 'size' if method == 'smear' else 'rank'
+  solved = solve(method, base, **request, budget_option=f'{size},experts')
   assert abs(count(solved)['peft'] - budget) <= 0.01 * budget
 
 
@@ -99,6 +131,14 @@ def test_a_solved_budget_is_within_one_percent_by_count(method, base, budget):
       "lora(rank=1) + molora(experts=5, budget='params:101504')",
       {},
       'lora(rank=1) + molora(experts=5, rank=2)',
+    ),
+    # 6 experts of rank 2 have 14,848 + 3,968 each. 5 of rank 2 have 94,080, of
+    # rank 3 131,200.
+    pytest.param(
+      "molora(experts=5, budget='params:112896', budget_option='rank,experts')",
+      {},
+      'molora(experts=6, rank=2)',
+      marks=pytest.mark.slow,
     ),
     pytest.param(
       'lora(rank=1) + mixture(expert=lora, experts=5)',
@@ -161,7 +201,47 @@ def test_a_percent_is_that_of_the_base():
     ('lora', {'budget': 'params:1,000'}, 'a budget is written like'),
     ('lora', {'budget': 'params:nan'}, 'a budget is written like'),
     ('lora', {'budget': 'params:wora'}, "there is no method 'wora'; did you"),
-    ('lora', {'budget_option': 'rank'}, 'does nothing without config.budget'),
+    (
+      'lora',
+      {'budget': 'params:abc'},
+      "budget='params:abc' is neither a number, a percent nor a method: there "
+      "is no method 'abc'; ",
+    ),
+    ('lora', {'budget_option': 'rank'}, 'does nothing without a budget beside'),
+    ("lora(budget_option='rank')", {}, "budget_option='rank' does nothing "),
+    (
+      'lora',
+      {'budget_option': 'rank', 'scale': 'matched'},
+      "budget_option='rank' does nothing without a budget beside it; set both",
+    ),
+    (
+      "lora(budget_option='rank') + lora(budget='params:10')",
+      {},
+      "budget_option='rank' does nothing without a budget beside it; set both",
+    ),
+    (
+      'molora',
+      {'budget': 'params:10', 'budget_option': 'rank, rank'},
+      "is an option like rank, or two with a comma, rank,experts; got 'rank, ",
+    ),
+    (
+      'molora',
+      {'budget': 'params:10', 'budget_option': 'rank,'},
+      'is an option like rank, or two with a comma, rank,experts; got ',
+    ),
+    (
+      'lora',
+      {'budget': 'params:10', 'budget_option': 'rank,experts'},
+      'lora has no option experts to solve a budget for; set ',
+    ),
+    pytest.param(
+      'molora',
+      {'budget': 'params:10', 'budget_option': 'rank,experts'},
+      # 7,424 for each expert of rank 1 and 3,968 of its router, twice.
+      'no rank with any experts of molora gives 10 parameters within 1 %: '
+      'rank=1, experts=2 gives 22,784; ask for',
+      marks=pytest.mark.slow,
+    ),
     ('bitfit', {'budget': 'params:10'}, 'bitfit has no option like rank or'),
     (
       'lora',

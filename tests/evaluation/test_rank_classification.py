@@ -272,10 +272,9 @@ def test_rows_of_like_lengths_share_batches_and_all_are_in_one():
     (4, 3, 128, 8),
     # 300 is rounded to 512: no more than the two of the batch size. A short
     # row fills it.
-    (2, 2, 512, 4),
-    # 16 rows are left, of which 2 x 4 go into a batch: 16 / 4 targets.
-    (8, 2, 64, 4),
-    (8, 2, 64, 4),
+    (2, 2, 512, 8),
+    # 16 rows are left, of which 2 x 2 go into a batch: 16 / 8 targets.
+    *[(4, 2, 64, 8)] * 4,
   ]
   indices = [i for part in parts for i in part.indices]
   assert sorted(indices) == list(range(21))
@@ -295,6 +294,9 @@ def test_a_last_batch_is_no_larger_than_its_rows_need():
   ranker = Ranker(Bigram(), WORDS, 64, 16, 32)
   (part,) = ranker.plan_batches(rows_of([(2, 9, 16)] * 5))
   assert part.shape == (8, 2, 64, 16)
+  # A program that there is needs no other to be compiled.
+  parts = ranker.plan_batches(rows_of([(2, 9, 16)] * (32 + 3)))
+  assert [part.shape for part in parts] == [(32, 2, 64, 16)] * 2
 
 
 def test_progress_is_told_of_every_example():

@@ -83,6 +83,31 @@ def test_results_are_a_line_for_each_trial_in_the_order_of_the_grid(tmp_path):
   assert 'why' not in rows[0]
 
 
+def test_tables_compare_the_chosen_runs_of_a_sweep(tmp_path):
+  grid = 'optimizer.learning_rate=1e-3,3e-3; seed=0..1'
+  directory, trials = planted(tmp_path, grid)
+  for trial, loss in zip(trials, (1.5, 1.75, 1.25, 1.0), strict=True):
+    finish(directory, trial, loss)
+  sweep = Sweep(directory, trials, ('optimizer.learning_rate',))
+  sweep.write()
+  # 3e-3 has the lower loss with the first seed.
+  assert results.runs_to_compare(str(tmp_path)) == [
+    directory.run(trial).path for trial in trials[2:]
+  ]
+  run = directory.run(trials[0]).path
+  assert results.runs_to_compare(run) == [run]
+
+
+def test_a_sweep_without_results_is_nothing_to_compare(tmp_path):
+  directory, trials = planted(tmp_path, 'seed=0..1')
+  Sweep(directory, trials).write()
+  with pytest.raises(ValueError, match='no finished trial'):
+    results.runs_to_compare(str(tmp_path))
+  (tmp_path / 'results.jsonl').write_text('{')
+  with pytest.raises(ValueError, match='is damaged'):
+    results.runs_to_compare(str(tmp_path))
+
+
 def test_a_failed_trial_is_run_again_by_the_next_sweep(tmp_path):
   directory, trials = planted(tmp_path, 'seed=0..2')
   finish(directory, trials[2], 1.5)
