@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -24,10 +24,10 @@ from moepeft import registries
 from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.core import files, terminal
-from moepeft.evaluation.tables.terminal import aligned
 from moepeft.runs.directory import open_workdir
 from moepeft.sweeps import (
   display,
+  report,
   results,
   runner,
   selection,
@@ -36,14 +36,14 @@ from moepeft.sweeps import (
 )
 from moepeft.sweeps import grid as grid_lib
 from moepeft.sweeps.attempt import Attempt, Command
-from moepeft.sweeps.directory import SweepDirectory
+from moepeft.sweeps.directory import TRAIN, SweepDirectory
 from moepeft.sweeps.trials import Trial, make_trials
 
 # Flags of this command; the others are those of moepeft.train.
 _FLAGS = frozenset(
   (
     *('grid', 'workdir', 'jobs', 'dry_run', 'select', 'by', 'slurm', 'sbatch'),
-    *('trial', 'evaluate', 'traceback'),
+    *('trial', 'evaluate', 'traceback', 'vmap'),
   )
 )
 
@@ -88,49 +88,6 @@ def check(
       )
 
 
-def print_trials(
-  trials: Sequence[Trial],
-  keys: Sequence[str],
-  methods: Mapping[str, str],
-  errors: Mapping[str, str],
-) -> None:
-  """Prints the trials, their flags, and their number.
-
-  Args:
-    methods, errors: from `solving.solve`.
-  """
-  width = max(len(trial.name) for trial in trials)
-  for trial in trials:
-    terminal.show(
-      f'{trial.index:4}  {trial.name:{width}}  {shlex.join(trial.flags)}'
-    )
-    if trial.name in methods:
-      terminal.show(f'{"":4}  solved: {methods[trial.name]}')
-    if trial.name in errors:
-      terminal.show(f'{"":4}  not solved: {errors[trial.name]}')
-  line = f'{len(trials)} trials'
-  if keys:
-    rows = {trial.name: {'status': results.UNFINISHED} for trial in trials}
-    choices = selection.choose(trials, rows, keys)
-    runs = selection.count_runs(trials, choices, keys)
-    line += f', of which {runs} are run: {", ".join(keys)} chosen on validation'
-  print(line)
-
-
-def print_results(sweep: runner.Sweep, directory: SweepDirectory) -> None:
-  """Prints a table of all rows, and where they are."""
-  rows = sweep.final_rows()
-  terminal.show(aligned(display.table(rows)))
-  for why in dict.fromkeys(row['why'] for row in rows if row.get('why')):
-    terminal.show(why)
-  for row in rows:
-    if row['status'] == results.FAILED:
-      terminal.show(f'failed    {directory.logs_dir}/{row["name"]}.log')
-  print(f'results   {directory.results_file}')
-  if any(map(results.is_result, rows)):
-    print(f'compare   python -m moepeft.tables {shlex.quote(directory.path)}')
-
-
 def run_trial(
   sweep: runner.Sweep,
   directory: SweepDirectory,
@@ -154,14 +111,14 @@ def run_trial(
   if row['status'] != results.FINISHED:
     directory.forget_failure(trial)
     terminal.show(f'{trial.name}: output in {directory.log_file(trial)}')
-    attempt = Attempt(directory, trial, command)
+    attempt = Attempt(directory, [trial], command)
     try:
       while not attempt.is_done():
         time.sleep(0.1)
     except KeyboardInterrupt:
       runner.stop([attempt])
       raise
-    row = runner.record(sweep, directory, attempt)
+    row = runner.record(sweep, directory, attempt, trial)
   terminal.show(f'{trial.name}  {display.describe(row)}')
   return row.get('error', '')
 
@@ -201,17 +158,14 @@ def write_script(
 def main(argv) -> None:
   del argv
   config = _CONFIG.value
-  if _GRID.value:
-    grid = grid_lib.read(_GRID.value)
-  else:
-    grid = grid_lib.of_config(command_line.config_file())
+  grid = grid_lib.of_flags(_GRID.value, command_line.config_file())
   trials = make_trials(config, grid)
   keys = selection.parse_keys(_SELECT.value, trials)
   shared = shared_flags(sys.argv[1:])
   check(trials, shared, keys)
   if _DRY_RUN.value:
     methods, errors = solving.solve(trials)
-    print_trials(trials, keys, methods, errors)
+    report.print_trials(trials, keys, methods, errors)
     solving.check(errors)
     return
   if not _WORKDIR.value:
@@ -225,12 +179,23 @@ def main(argv) -> None:
     ]
     solving.check(solving.solve(unsolved)[1])
 
-  def command(trial: Trial, module: str) -> list[str]:
-    run = directory.run(trial)
-    config_flags = [*shared, *trial.flags] if module == 'moepeft.train' else []
-    python = [sys.executable, '-m', module]
-    return [*python, *config_flags, f'--workdir={run.path}']
+  def command(trials: Sequence[Trial], module: str) -> list[str]:
+    python = [sys.executable, '-m']
+    if len(trials) > 1:
+      indices = ','.join(str(trial.index) for trial in trials)
+      sweep_flags = [f'--grid={_GRID.value}', f'--sweep={directory.path}']
+      module = 'moepeft.train_trials'
+      return [*python, module, *shared, *sweep_flags, f'--trials={indices}']
+    (trial,) = trials
+    config_flags = [*shared, *trial.flags] if module == TRAIN else []
+    workdir = directory.run(trial).path
+    return [*python, module, *config_flags, f'--workdir={workdir}']
 
+  if _VMAP.value > 1 and (_TRIAL.value is not None or _SLURM.value):
+    raise ValueError(
+      '--vmap trains trials together in one process, and a task of an array '
+      'job is one trial; leave out --vmap'
+    )
   # SIGTERM saves the running trials too.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   if _TRIAL.value is not None or _SLURM.value:
@@ -254,12 +219,16 @@ def main(argv) -> None:
     sweep = runner.Sweep(directory, trials, keys)
     sweep.forget_failures()
     runs = {trial.name: directory.run(trial) for trial in trials}
-    jobs = _JOBS.value
-    terminal.show(
-      f'{len(trials)} trials, {sweep.remaining()} to run, {jobs} at once'
+    jobs, vmap = _JOBS.value, _VMAP.value
+    processes = f'{jobs} at once' + (
+      f', each with up to {vmap} trials' if vmap > 1 else ''
     )
-    runner.run(sweep, directory, command, jobs, display.Display(runs, jobs))
-  print_results(sweep, directory)
+    terminal.show(
+      f'{len(trials)} trials, {sweep.remaining()} to run, {processes}'
+    )
+    shown = display.Display(runs, jobs * vmap)
+    runner.run(sweep, directory, command, jobs, shown, vmap)
+  report.print_results(sweep, directory)
   if any(row['status'] == results.FAILED for row in sweep.rows.values()):
     sys.exit(1)
 
@@ -278,6 +247,15 @@ if __name__ == '__main__':
   )
   _JOBS = flags.DEFINE_integer(
     'jobs', 1, 'Trials at once.', lower_bound=1, upper_bound=1_000
+  )
+  _VMAP = flags.DEFINE_integer(
+    'vmap',
+    1,
+    'Trials that a process trains together, by one vmapped step over the '
+    'shared base, where they differ in seeds, rates and weights of losses '
+    'alone.',
+    lower_bound=1,
+    upper_bound=1_000,
   )
   _DRY_RUN = flags.DEFINE_bool(
     'dry_run', False, 'Print the trials and how many there are; run none.'

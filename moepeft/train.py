@@ -12,7 +12,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from absl import flags
@@ -103,21 +103,56 @@ def train(
     Stopped: a signal ended the run.
   """
   started = time.monotonic()
+  config = check(config, workdir)
+  callbacks = build_callbacks(config)
+  if dry_run:
+    return _dry_run(setup.build(config, workdir, dry_run=True))
+  with (
+    open_run(config, workdir, may_differ, gin, skip_damaged) as opened,
+    contextlib.ExitStack() as exit_stack,
+  ):
+    training, loop = opened
+    for callback in callbacks:
+      exit_stack.callback(callback.close)
+    run_loop(loop, callbacks)
+    return end_run(training, loop, time.monotonic() - started)
+
+
+def check(config: ConfigDict, workdir: str) -> ConfigDict:
+  """Checks a config before any data is read; returns it with its method solved.
+
+  Raises:
+    ValueError: the config is not usable.
+  """
   imports.import_modules(config.imports)
   config_check.check(config, registries.BY_KEY)
   config = with_stored_method(Run(workdir), config)
   config = base_lib.with_resolved_method(with_explicit_method(config))
   setup.check(config)
-  callbacks = build_callbacks(config)
-  if dry_run:
-    return _dry_run(setup.build(config, workdir, dry_run=True))
+  return config
+
+
+@contextlib.contextmanager
+def open_run(
+  config: ConfigDict,
+  workdir: str,
+  may_differ: Sequence[str] = (),
+  gin: str = '',
+  skip_damaged: bool = False,
+  base: base_lib.Base | None = None,
+) -> Iterator[tuple[setup.Training, TrainingLoop]]:
+  """Locks a work directory, builds its run and restores it.
+
+  Args:
+    config: from `check`.
+    base: as for `setup.build`.
+  """
   run = Run(workdir)
   with (
     # Only the first process locks the directory and writes to it, except for
     # checkpoints, which all processes write.
     _lock(workdir) as lock,
     tell_full_disk(workdir, run.latest_step),
-    contextlib.ExitStack() as exit_stack,
   ):
     config = with_start_date(run, config)
     schedule = SCHEDULES.lookup(config.optimizer.schedule)
@@ -125,16 +160,11 @@ def train(
     check_unchanged(run, config, (*may_differ, *steps))
     data_hashes = fingerprint.data_hashes(config.data)
     check_same_data(run, data_hashes, may_differ)
-    training = setup.build(config, workdir)
-    loop = setup.start(training, run, lock, data_hashes, gin, skip_damaged)
-    for callback in callbacks:
-      exit_stack.callback(callback.close)
-    run_loop(loop, callbacks)
-    for tracker in loop.trackers:
-      tracker.close()
-    if loop.signal:
-      raise Stopped(loop.signal, loop.step, loop.checkpoints.path)
-    return _summarize(training, loop, time.monotonic() - started)
+    training = setup.build(config, workdir, base=base)
+    yield (
+      training,
+      setup.start(training, run, lock, data_hashes, gin, skip_damaged),
+    )
 
 
 def run_loop(loop: TrainingLoop, callbacks: Sequence[Callback]) -> None:
@@ -161,10 +191,30 @@ def run_loop(loop: TrainingLoop, callbacks: Sequence[Callback]) -> None:
       loop.workdir.check()
     for callback in callbacks:
       callback.on_step(loop, batch, metrics)
+  finish_loop(loop, callbacks)
+
+
+def finish_loop(loop: TrainingLoop, callbacks: Sequence[Callback]) -> None:
+  """Ends a loop after its last step."""
   loop.progress.close()
   loop.batches.close()
   for callback in callbacks:
     callback.on_end(loop)
+
+
+def end_run(
+  training: setup.Training, loop: TrainingLoop, seconds: float
+) -> dict:
+  """Closes a run's files, and writes and prints its summary.
+
+  Raises:
+    Stopped: a signal ended the loop.
+  """
+  for tracker in loop.trackers:
+    tracker.close()
+  if loop.signal:
+    raise Stopped(loop.signal, loop.step, loop.checkpoints.path)
+  return _summarize(training, loop, seconds)
 
 
 def _lock(workdir: str) -> contextlib.AbstractContextManager[Workdir | None]:

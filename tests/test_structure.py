@@ -81,6 +81,7 @@ LAYERS = (
   ),
   ('library', 'count', 'ngrams', 'data.__main__', 'sweep'),
   ('train',),
+  ('train_trials',),
 )
 # It knows a server's API alone.
 ALONE = {'agent': {'core', 'config'}, 'agent.__main__': {'core', 'config'}}

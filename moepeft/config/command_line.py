@@ -410,9 +410,14 @@ def check_can_write(path: str) -> None:
     raise ValueError(f'{path!r} cannot be written: permission is denied')
 
 
-def _exit_with_error(message: str) -> NoReturn:
+def print_error(message: str) -> None:
+  """Prints the line of an error of the user."""
   # A long value in the message is shortened, and its line breaks are removed.
   message = ' '.join(secrets.redact(message).splitlines())
   message = re.sub(r'(\S{100})\S{400,}', r'\1...', message)
   terminal.show(f'error: {message}', file=sys.stderr)
+
+
+def _exit_with_error(message: str) -> NoReturn:
+  print_error(message)
   sys.exit(2)

@@ -56,7 +56,7 @@ class Range:
     Raises:
       ValueError: the value is out of range; the message begins with `name`.
     """
-    if value not in self:
+    if not _is_traced(value) and value not in self:
       raise ValueError(f'{name} is {self}; got {short_repr(value)}')
 
 
@@ -150,6 +150,19 @@ def option(
   """
   metadata = {'allowed': allowed, 'training_only': training_only}
   return dataclasses.field(default=default, metadata=metadata)
+
+
+def is_zero(value: Any) -> bool:
+  """Whether a setting is 0, so that its term is left out of a program.
+
+  A setting that is an argument of the program never is.
+  """
+  return not _is_traced(value) and value == 0
+
+
+def _is_traced(value: Any) -> bool:
+  """Whether a setting is an array of JAX, whose value a trace does not have."""
+  return hasattr(value, 'aval')
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:

@@ -101,6 +101,15 @@ class Evaluator:
 
     self._objective_sums = jax.jit(objective_sums)
 
+  def share_programs(self, evaluator: 'Evaluator') -> None:
+    """Uses the compiled programs of another evaluator.
+
+    Args:
+      evaluator: of an equal model, with the same objective and mesh.
+    """
+    self._objective_sums = evaluator._objective_sums
+    self._ranker.share_programs(evaluator._ranker)
+
   @functools.cached_property
   def _likelihood(self) -> Likelihood:
     return Likelihood(*self._model_args)

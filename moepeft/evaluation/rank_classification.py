@@ -223,6 +223,10 @@ class Ranker:
     # The shapes of the programs that are compiled, or soon will be.
     self._shapes: set[tuple[int, int, int, int]] = set()
 
+  def share_programs(self, ranker: 'Ranker') -> None:
+    """Uses the compiled programs of a ranker of an equal model."""
+    self._score = ranker._score
+
   def prepare(self, examples: Sequence[Example]) -> list[EncodedExample]:
     """Tokenizes examples; each distinct text is tokenized once."""
     inputs_length, targets_length = self._lengths

@@ -100,14 +100,28 @@ class TokenLogprob:
     id: the token.
     logprob: in nats; None for a prompt's first token.
     top: (id, logprob) of the most probable tokens, best first.
-    experts: {target module: weight of each expert, averaged over layers}; None
-      without `routing` or without a router.
+    layer_experts: {target module: weights [l, e] of the experts}, NaN for
+      experts that a layer does not have; None without `routing` or without a
+      router.
   """
 
   id: int
   logprob: float | None = None
   top: tuple[tuple[int, float], ...] = ()
-  experts: Mapping[str, tuple[float, ...]] | None = None
+  # `==` has no truth value for arrays.
+  layer_experts: Mapping[str, np.ndarray] | None = dataclasses.field(
+    default=None, compare=False
+  )
+
+  @property
+  def experts(self) -> dict[str, tuple[float, ...]] | None:
+    """{target module: weight of each expert, averaged over layers}, or None."""
+    if self.layer_experts is None:
+      return None
+    return {
+      site: tuple(np.nan_to_num(weights).mean(axis=0).tolist())
+      for site, weights in self.layer_experts.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +236,8 @@ class LoadedAdapter:
       names none.
     embedding_size: the size of the embedding that a request has to give; 0 if
       it gives none.
+    routing: whether it has a router, so that tokens can be reported with their
+      experts' weights.
   """
 
   name: str
@@ -232,6 +248,7 @@ class LoadedAdapter:
   soft_prompt_length: int = 0
   tasks: tuple[str, ...] = ()
   embedding_size: int = 0
+  routing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

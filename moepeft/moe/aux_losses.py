@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr
 
-from moepeft.core.ranges import Range, suggestion
+from moepeft.core.ranges import Range, is_zero, suggestion
 from moepeft.core.types import Array, Tree
 from moepeft.moe import ROUTERS
 from moepeft.moe.router import RouterLoss
@@ -149,7 +149,7 @@ def parameter_loss(
     if any(re.search(pattern, path) for pattern in arrays)
   ]
   for name, function in PARAMETER_LOSSES.items():
-    if stacks and weights.get(name):
+    if stacks and not is_zero(weights.get(name, 0)):
       values = [jnp.mean(jax.vmap(function)(stack)) for stack in stacks]
       total += weights[name] * sum(values) / len(values)
   return total
@@ -205,7 +205,7 @@ def auxiliary_loss(
     values = [
       loss.function(stats)
       for stats in sites.values()
-      if weight and stats.aux.keys() >= set(loss.reads)
+      if not is_zero(weight) and stats.aux.keys() >= set(loss.reads)
     ]
     if values:
       total += weight * sum(values) / len(values)

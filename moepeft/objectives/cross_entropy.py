@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moepeft.core.ranges import Choices, Range, option
+from moepeft.core.ranges import Choices, Range, is_zero, option
 from moepeft.core.types import Array, Batch
 from moepeft.nn.numerics import to_f32
 from moepeft.objectives.objective import check_options
@@ -138,7 +138,9 @@ def token_nll_and_loss(
     others_nll = v * (log_z - mean_logit) - nll
     entropy = -(1 - s) * math.log(1 - s) - s * math.log(s / (v - 1))
     losses = (1 - s) * nll + s / (v - 1) * others_nll - entropy
-  return nll, losses + settings.z_loss * log_z**2 if settings.z_loss else losses
+  if not is_zero(settings.z_loss):
+    losses += settings.z_loss * log_z**2
+  return nll, losses
 
 
 def consistency_losses(logits: Array, other_logits: Array) -> Array:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes that run a trial, one after the other, and how they ended."""
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -10,33 +11,43 @@ from collections.abc import Callable, Sequence
 
 from moepeft.core import files, untrusted
 from moepeft.runs.directory import is_locked
-from moepeft.sweeps.directory import SweepDirectory
+from moepeft.sweeps.directory import TRAIN, SweepDirectory
 from moepeft.sweeps.trials import Trial
 
 # Read from the end of a file, for its last lines.
 _TAIL_BYTES = 1_000_000
 
-Command = Callable[[Trial, str], Sequence[str]]
+# (trials, module) -> the command line of that module.
+Command = Callable[[Sequence[Trial], str], Sequence[str]]
 
 
 class Attempt:
-  """A trial that is being run.
+  """A trial that is being run, or several that one process trains together.
 
-  A process of a sweep that was killed goes on without it: the trial then waits
-  until that process ends, and the next one finds its checkpoints or its end.
+  Trials that are trained together end their attempt with that; what follows,
+  such as moepeft.evaluate, is an attempt for each.
+
+  A process of a sweep that was killed goes on without it: the attempt then
+  waits until that process ends, and the next one finds its checkpoints or its
+  end.
+
+  Attributes:
+    trials: those of the attempt.
   """
 
-  def __init__(self, directory: SweepDirectory, trial: Trial, command: Command):
-    """
-    Args:
-      command: (trial, module) -> the command line of that module.
-    """
-    self.trial = trial
+  def __init__(
+    self,
+    directory: SweepDirectory,
+    trials: Sequence[Trial],
+    command: Command,
+  ):
+    self.trials = tuple(trials)
     self._directory, self._command = directory, command
     self._start_time = time.monotonic()
     self._process: subprocess.Popen | None = None
     self._stage: str | None = None
-    self._log_start = 0
+    self._process_log = ''
+    self._log_starts: dict[str, int] = {}
     self._start()
 
   @property
@@ -44,26 +55,32 @@ class Attempt:
     return time.monotonic() - self._start_time
 
   def is_done(self) -> bool:
-    """Whether the trial ended; starts its next process when it can."""
+    """Whether the attempt ended; starts its next process when it can."""
     if self._process is not None:
       code = self._process.poll()
       if code is None:
         return False
       # A stage that ends well and is still the next one would never end.
-      if code != 0 or self._directory.stage(self.trial) == self._stage:
+      stages = {self._directory.stage(trial) for trial in self.trials}
+      if code != 0 or self._stage in stages or len(self.trials) > 1:
         return True
     return self._start()
 
-  def error(self) -> str:
-    """The sentence that the run ended with; '' if it ended well."""
-    if self._directory.stage(self.trial) is None:
+  def error(self, trial: Trial) -> str:
+    """The sentence that the run of a trial ended with; '' if it ended well."""
+    stage = self._directory.stage(trial)
+    if stage is None or stage != self._stage:
       return ''
     if self._process.returncode == 0:
       return f'{self._stage} ended without its last file'
-    return describe_end(
-      self._process.returncode,
-      _tail(self._directory.log_file(self.trial), self._log_start),
+    # The last error counts, and a trial's own is later than its process's.
+    output = ''.join(
+      _tail(path, self._log_starts[path])
+      for path in dict.fromkeys(
+        (self._process_log, self._directory.log_file(trial))
+      )
     )
+    return describe_end(self._process.returncode, output)
 
   def interrupt(self) -> None:
     """Asks the run to save its step and end."""
@@ -80,27 +97,40 @@ class Attempt:
       self._process.wait()
 
   def _start(self) -> bool:
-    """Starts the next process, if it can; returns whether the trial ended."""
-    if is_locked(self._directory.run(self.trial).path):
+    """Starts the next process, if it can; returns whether the attempt ended."""
+    if any(is_locked(self._directory.run(t).path) for t in self.trials):
       return False
-    with open(self._directory.log_file(self.trial), 'ab') as log:
-      # The process inherits the lock, and keeps it where the sweep is killed.
-      try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        return False
-      except OSError:
-        # The file system has no locks.
-        pass
-      self._stage = self._directory.stage(self.trial)
-      if self._stage is None:
+    with contextlib.ExitStack() as stack:
+      logs = [
+        stack.enter_context(open(self._directory.log_file(trial), 'ab'))
+        for trial in self.trials
+      ]
+      # The process inherits the locks, and keeps them where the sweep is
+      # killed.
+      for log in logs:
+        try:
+          fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+          return False
+        except OSError:
+          # The file system has no locks.
+          pass
+      stages = [self._directory.stage(trial) for trial in self.trials]
+      self._stage = stages[0] if len(stages) == 1 else TRAIN
+      if self._stage is None or self._stage not in stages:
         return True
-      self._log_start = log.tell()
+      trials = [
+        t for t in self.trials if self._directory.stage(t) == self._stage
+      ]
+      self._process_log = self._directory.log_file(*trials)
+      logs.append(stack.enter_context(open(self._process_log, 'ab')))
+      self._log_starts = {log.name: log.tell() for log in logs}
       self._process = subprocess.Popen(
-        self._command(self.trial, self._stage),
+        self._command(trials, self._stage),
         stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
+        stdout=logs[-1],
+        stderr=logs[-1],
+        pass_fds=[log.fileno() for log in logs],
         # Ctrl-C reaches the sweep alone, which ends its runs itself.
         start_new_session=True,
       )

@@ -15,6 +15,9 @@ from moepeft.runs.resume import flatten
 from moepeft.runs.run import Run, read_object
 from moepeft.sweeps.trials import Trial
 
+# The modules that a trial runs, one after the other.
+TRAIN, EVALUATE = 'moepeft.train', 'moepeft.evaluate'
+
 
 class SweepDirectory:
   """The directory of a sweep, which need not exist yet.
@@ -47,14 +50,16 @@ class SweepDirectory:
     run = self.run(trial)
     # Each module writes this file last.
     if not run.summary():
-      return 'moepeft.train'
+      return TRAIN
     rows_file = os.path.splitext(run.evaluation_file())[0] + '.jsonl'
     if self.evaluates and not os.path.exists(rows_file):
-      return 'moepeft.evaluate'
+      return EVALUATE
     return None
 
-  def log_file(self, trial: Trial) -> str:
-    return os.path.join(self.logs_dir, f'{trial.name}.log')
+  def log_file(self, *trials: Trial) -> str:
+    """The output of a trial, or of the process that trains several together."""
+    name = f'vmap_{trials[0].name}' if len(trials) > 1 else trials[0].name
+    return os.path.join(self.logs_dir, f'{name}.log')
 
   def prepare(self, config: ConfigDict) -> None:
     """Makes the directories, and compares the config with the sweep's there.

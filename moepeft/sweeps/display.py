@@ -11,8 +11,9 @@ from typing import Any
 from moepeft.core import terminal
 from moepeft.core.progress import format_seconds
 from moepeft.runs.run import Run
+from moepeft.sweeps import together
 from moepeft.sweeps.attempt import Attempt, last_metrics
-from moepeft.sweeps.results import FAILED, FINISHED
+from moepeft.sweeps.results import FAILED, FINISHED, UNFINISHED
 from moepeft.sweeps.trials import Trial
 
 _REFRESH_SECONDS = 0.5
@@ -27,7 +28,7 @@ class Display:
     """
     Args:
       runs: {name: run} of all trials.
-      jobs: the number of trials at once.
+      jobs: the number of trials at once, of all processes.
     """
     self._runs, self._jobs = runs, jobs
     self._width = max(map(len, runs))
@@ -35,12 +36,28 @@ class Display:
     self._table_lines, self._refreshed_at = 0, 0.0
     self._durations: list[float] = []
 
-  def start(self, trial: Trial) -> None:
-    if not self._is_live:
-      terminal.show(f'{trial.name:{self._width}}  started')
+  def start(self, trials: Sequence[Trial], tells_company: bool = False) -> None:
+    """Shows the start of trials that a process runs.
+
+    Args:
+      tells_company: whether to say what is trained together, and what alone.
+    """
+    company = ''
+    if len(trials) > 1:
+      company = f', trained together with {len(trials) - 1} more'
+    elif tells_company:
+      why = together.why_alone(trials[0])
+      company = f', alone{why and f": {why}"}'
+    self._clear()
+    for trial in trials:
+      if company or not self._is_live:
+        terminal.show(f'{trial.name:{self._width}}  started{company}')
 
   def end(self, row: Mapping[str, Any], seconds: float) -> None:
     """Shows the end of a trial, which took so many seconds."""
+    if row['status'] == UNFINISHED:
+      # It is trained, and not evaluated yet.
+      return
     if row['status'] == FINISHED:
       self._durations.append(seconds)
     self._clear()
@@ -57,16 +74,16 @@ class Display:
       return
     self._refreshed_at = now
     columns, rows = shutil.get_terminal_size()
-    states = [self._state(attempt) for attempt in active]
+    running = [(a.seconds, trial) for a in active for trial in a.trials]
+    states = [self._state(seconds, trial) for seconds, trial in running]
     left = time_left(
       self._durations, [state[:2] for state in states], remaining, self._jobs
     )
     eta = '?' if left is None else format_seconds(left)
-    lines = [f'{len(active)} running, {remaining} to go, ETA {eta}']
+    lines = [f'{len(running)} running, {remaining} to go, ETA {eta}']
     lines += [
-      f'  {attempt.trial.name:{self._width}}  {text}  '
-      f'{format_seconds(attempt.seconds)}'
-      for attempt, (_, _, text) in zip(active, states, strict=True)
+      f'  {trial.name:{self._width}}  {text}  {format_seconds(seconds)}'
+      for (seconds, trial), (_, _, text) in zip(running, states, strict=True)
     ]
     self._clear()
     # A line that wraps would be two for the cursor.
@@ -78,14 +95,14 @@ class Display:
   def close(self) -> None:
     self._clear()
 
-  def _state(self, attempt: Attempt) -> tuple[float, float, str]:
+  def _state(self, seconds: float, trial: Trial) -> tuple[float, float, str]:
     """(seconds, share of the steps that are done, text) of a running trial."""
-    steps = attempt.trial.config.steps
-    step, loss = last_metrics(self._runs[attempt.trial.name].metrics_file)
+    steps = trial.config.steps
+    step, loss = last_metrics(self._runs[trial.name].metrics_file)
     text = f'step {step}/{steps}'
     if loss is not None:
       text += f'  loss {loss:.4f}'
-    return attempt.seconds, step / steps, text
+    return seconds, step / steps, text
 
   def _clear(self) -> None:
     if self._table_lines:

@@ -25,6 +25,15 @@ _MAX_VALUES = 10_000
 _BRACKETS = {'(': 1, '[': 1, '{': 1, ')': -1, ']': -1, '}': -1}
 
 
+def of_flags(text: str, config_file: str) -> dict[str, tuple[str, ...]]:
+  """The grid of --grid, or of the config file where that is empty.
+
+  Raises:
+    ValueError: as `read` or `of_config`.
+  """
+  return read(text) if text else of_config(config_file)
+
+
 def read(text: str) -> dict[str, tuple[str, ...]]:
   """Parses a grid, or the file that has it.
 

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from moepeft.sweeps import results, selection
+from moepeft.sweeps import results, selection, together
 from moepeft.sweeps.attempt import Attempt, Command
-from moepeft.sweeps.directory import SweepDirectory
+from moepeft.sweeps.directory import TRAIN, SweepDirectory
 from moepeft.sweeps.display import Display
 from moepeft.sweeps.trials import Trial
 
@@ -91,12 +91,14 @@ def run(
   command: Command,
   jobs: int,
   display: Display,
+  vmap: int = 1,
 ) -> None:
   """Runs all trials that have not ended; a failure is a row and ends no other.
 
   Args:
     command: see `Attempt`.
     jobs: the number of processes at once.
+    vmap: the number of trials that a process may train together.
 
   Raises:
     KeyboardInterrupt: as any error, after the running trials are saved.
@@ -108,14 +110,16 @@ def run(
       ended = [attempt for attempt in active if attempt.is_done()]
       for attempt in ended:
         active.remove(attempt)
-        display.end(record(sweep, directory, attempt), attempt.seconds)
+        for trial in attempt.trials:
+          row = record(sweep, directory, attempt, trial)
+          display.end(row, attempt.seconds)
         sweep.write()
       if ended or not active:
-        running = {attempt.trial.name for attempt in active}
+        running = {trial.name for a in active for trial in a.trials}
         ready = [t for t in sweep.to_run() if t.name not in running]
-        for trial in ready[: jobs - len(active)]:
-          active.append(Attempt(directory, trial, command))
-          display.start(trial)
+        for trials in _groups(directory, ready, vmap)[: jobs - len(active)]:
+          active.append(Attempt(directory, trials, command))
+          display.start(trials, vmap > 1)
         remaining = sweep.remaining()
       if not active:
         break
@@ -128,11 +132,21 @@ def run(
     display.close()
 
 
+def _groups(
+  directory: SweepDirectory, trials: Sequence[Trial], most: int
+) -> list[list[Trial]]:
+  """The trials of each process to start."""
+  trained = [t for t in trials if directory.stage(t) != TRAIN]
+  new = [t for t in trials if directory.stage(t) == TRAIN]
+  groups = together.group(new, most) if most > 1 else [[t] for t in new]
+  return [[t] for t in trained] + groups
+
+
 def record(
-  sweep: Sweep, directory: SweepDirectory, attempt: Attempt
+  sweep: Sweep, directory: SweepDirectory, attempt: Attempt, trial: Trial
 ) -> dict[str, Any]:
   """The row of a trial whose attempt is done; stores its error, if any."""
-  trial, error = attempt.trial, attempt.error()
+  error = attempt.error(trial)
   if error:
     directory.write_failure(trial, error)
   return sweep.read(trial)

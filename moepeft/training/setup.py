@@ -5,8 +5,9 @@ Only this module reads the config; the parts take explicit arguments.
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -46,6 +47,7 @@ from moepeft.evaluation.eval_sets import (
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.models import check_decodes, decoder_only
 from moepeft.moe import aux_losses, router_state
+from moepeft.nn.expert_padding import PaddedAxis
 from moepeft.objectives import (
   OBJECTIVES,
   build_objective,
@@ -85,6 +87,7 @@ class Training:
     method: the PEFT method, built for the model.
     state: the state before the first step, on the devices.
     train_step: jitted; donates the state.
+    make_step: config -> the step with its numbers, not jitted.
     batches: an iterator of batches on the host, from the start of the data.
     evaluator: evaluates held-out rows.
     prompts: held-out examples that the evaluator ranks.
@@ -98,6 +101,7 @@ class Training:
   method: Built
   state: State
   train_step: TrainStep
+  make_step: Callable[[ConfigDict], TrainStep]
   batches: Loader
   evaluator: Evaluator
   prompts: Sequence[PromptExamples]
@@ -119,12 +123,19 @@ def check(config: ConfigDict) -> None:
   memory_estimate.check(config)
 
 
-def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
+def build(
+  config: ConfigDict,
+  workdir: str,
+  dry_run: bool = False,
+  base: base_lib.Base | None = None,
+) -> Training:
   """Reads data and base and builds all parts, without restoring or training.
 
   Args:
     workdir: for the summary and a precomputed reference's log-probabilities.
     dry_run: whether to write no files.
+    base: of config.model, if it is loaded; arrays that are on their device are
+      not copied.
 
   Raises:
     ValueError: the config and the data or the base do not fit together.
@@ -147,11 +158,10 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
   data = open_data(config.data, config.seed, share, shape.vocab, collator)
   for note in data.notes:
     terminal.show(note)
-  base = base_lib.load(config.model)
+  base = base or base_lib.load(config.model)
   model, method = base_lib.module(base, config)
   padded = base_lib.padded_axes(model, base)
-  optimizer = optimizers.make_optimizer(config.optimizer, config.steps, padded)
-  optimizer = method.wrap_optimizer(optimizer, config.steps)
+  optimizer = _build_optimizer(config, method, padded)
   state, reference, expert_files = _build_state(
     config, base, model, method, optimizer
   )
@@ -191,6 +201,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     None if dry_run else workdir,
   )
   prompts = training_prompts(config, data.held_out, data.rows)
+  make_step = functools.partial(_make_step, model, method, padded, reference)
   return Training(
     config=config,
     layout=layout,
@@ -198,20 +209,12 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     method=method,
     state=state,
     train_step=jax.jit(
-      build_train_step(config, model, method, optimizer, reference),
+      make_step(config),
       donate_argnums=0,
       out_shardings=(shardings, layout.replicated),
     ),
-    batches=make_loader(
-      data,
-      tokenizer,
-      config.data,
-      config.batch_size // share[1],
-      config.seed,
-      share,
-      shape,
-      collator,
-    ),
+    make_step=make_step,
+    batches=_build_loader(config, tokenizer, data, share, shape, collator),
     evaluator=_build_evaluator(
       config, model, tokenizer, data, prompts, layout, collator, reference
     ),
@@ -313,6 +316,24 @@ def build_train_step(
   )
 
 
+def _build_optimizer(
+  config: ConfigDict, method: Built, padded: Mapping[str, PaddedAxis]
+) -> optax.GradientTransformation:
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps, padded)
+  return method.wrap_optimizer(optimizer, config.steps)
+
+
+def _make_step(
+  model: nn.Module,
+  method: Built,
+  padded: Mapping[str, PaddedAxis],
+  reference: Callable | None,
+  config: ConfigDict,
+) -> TrainStep:
+  optimizer = _build_optimizer(config, method, padded)
+  return build_train_step(config, model, method, optimizer, reference)
+
+
 def _build_collator(
   config: ConfigDict, tokenizer: Tokenizer, family: Any, shape: Any
 ) -> Collator:
@@ -321,6 +342,20 @@ def _build_collator(
     config.data, tokenizer, shape, config.seed, adapters
   )
   return make_collator(config, collator)
+
+
+def _build_loader(
+  config: ConfigDict,
+  tokenizer: Tokenizer,
+  data: TrainingData,
+  share: tuple[int, int],
+  shape: Any,
+  collator: Collator,
+) -> Loader:
+  rows, seed = config.batch_size // share[1], config.seed
+  return make_loader(
+    data, tokenizer, config.data, rows, seed, share, shape, collator
+  )
 
 
 def _build_state(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moepeft.core.ranges import is_zero
 from moepeft.core.types import Array, Batch, State
 from moepeft.moe import aux_losses, router_state, router_stats
 from moepeft.objectives import Objective
@@ -44,7 +45,7 @@ def make_train_step(
     'router_loss' and 'gradient_norm'.
   """
   routers = method_routers(method.method, method.semantics)
-  weighted = {name for name, weight in router_losses.items() if weight}
+  weighted = {n for n, weight in router_losses.items() if not is_zero(weight)}
   nonlinear = ('routing',) if weighted - {*aux_losses.PARAMETER_LOSSES} else ()
 
   def parameter_loss(weights):

@@ -10,6 +10,8 @@ import dataclasses
 import threading
 import time
 
+import numpy as np
+
 from moepeft.inference import api
 from moepeft.inference.api import (
   EngineStats,
@@ -32,9 +34,11 @@ def text_of(ids):
 
 
 def scored(i, request, first=False):
-  experts = {'mlp/wo': (0.25, 0.75)} if request.routing else None
+  # Two layers, the first with one expert.
+  weights = np.array([[1, np.nan], [0.25, 0.75]], np.float32)
+  experts = {'mlp/wo': weights} if request.routing else None
   if request.logprobs is None and request.prompt_logprobs is None or first:
-    return TokenLogprob(i, experts=experts)
+    return TokenLogprob(i, layer_experts=experts)
   top = sorted([(i, -i / 100), (5, -2.0), (6, -3.0)], key=lambda x: -x[1])
   return TokenLogprob(i, -i / 100, tuple(top[: request.logprobs or 0]), experts)
 
@@ -67,7 +71,7 @@ class FakeEngine:
     cancelled: ids.
   """
 
-  vocab, decoder_only = 259, True
+  vocab, decoder_only, routing = 259, True, True
 
   def __init__(self, slots=4, queue=8, places=512, pause=0.0):
     self.slots, self.queue, self.max_model_len = slots, queue, places

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server that says what a test tells it to, byte by byte."""
 
+import base64
 import json
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
 
 # Longer than any of it takes; a test that waits so long has failed.
 PATIENCE = 20.0
@@ -98,8 +101,12 @@ def json_of(body: dict, status: int = 200, **headers: str) -> Reply:
   return lambda handler: handler.send(status, json.dumps(body).encode(), head)
 
 
-def models(*names: str) -> Reply:
-  data = [{'id': name, 'object': 'model'} for name in names]
+def models(*names: str, routing: bool = False) -> Reply:
+  """Models; those with experts are 'routed', or all of them (`routing`)."""
+  data = [
+    {'id': name, 'object': 'model', 'routing': routing or name == 'routed'}
+    for name in names
+  ]
   return json_of({'object': 'list', 'data': data})
 
 
@@ -133,13 +140,35 @@ def usage(prompt: int, answer: int) -> bytes:
 
 
 def routed(tokens: Iterable[tuple[str, dict | None]], **fields) -> bytes:
-  """A chunk of tokens, each with the weights of its experts by site."""
+  """A chunk of tokens, each with the weights of its experts by site.
+
+  Weights of a site are [e], or [l, e] with None for experts that a layer lacks.
+  """
   tokens = list(tokens)
-  routing = [{'token': t, 'experts': experts} for t, experts in tokens]
+  routing = [{'token': t} | weights_of(experts) for t, experts in tokens]
   scored = [{'token': t, 'logprob': -0.5, 'bytes': None} for t, _ in tokens]
   text = fields.pop('text', ''.join(t for t, _ in tokens))
   more = {'routing': routing, 'logprobs': {'content': scored}}
   return event(text, **more, **fields)
+
+
+def weights_of(experts: dict | None) -> dict:
+  if experts is None:
+    return {'experts': None, 'layers': None}
+  stacks = {
+    site: np.atleast_2d(np.array(weights, float))
+    for site, weights in experts.items()
+  }
+  return {
+    'experts': {
+      site: np.nan_to_num(stack).mean(0).tolist()
+      for site, stack in stacks.items()
+    },
+    'layers': {
+      site: base64.b64encode(stack.astype('<f2').tobytes()).decode()
+      for site, stack in stacks.items()
+    },
+  }
 
 
 def stream(*steps: bytes | threading.Event) -> Reply:

@@ -189,8 +189,6 @@ def test_escape_stops(tab, server):
 @pytest.mark.parametrize('experts', [False, True])
 def test_what_a_model_writes_stays_text(tab, server, experts):
   nasty = '<img src=x onerror=document.title="owned"><script>alert(1)</script>'
-  if experts:
-    tab.click('#experts')
   part = routed([(nasty, {'q': [1.0]})]) if experts else event(nasty)
   server.replies.append(stream(part, event('', 'stop'), DONE))
   server.models = pretended.models('<b>x</b>')
@@ -260,6 +258,9 @@ def test_the_conversation_and_the_settings_are_sent(tab, server):
     'temperature': 0.5,
     'max_tokens': 256,
     'seed': 7,
+    # The model has experts, which the page shows.
+    'routing': 'layers',
+    'logprobs': True,
   }
 
 
@@ -425,29 +426,35 @@ def sites(q, wo):
 
 
 def test_tokens_are_coloured_by_their_strongest_expert(tab, server):
-  # Means over the sites: (.45, .55), (.5, .5) whose first is taken, none.
+  # Means over the sites: (.45, .55), (.5, .5) whose first is taken, none. At
+  # first the last site is shown.
   tokens = [
     ('Red', sites([0.9, 0.1], [0.0, 1.0])),
     (' and', sites([0.2, 0.8], [0.8, 0.2])),
     (' so', None),
   ]
-  tab.click('#experts')
   server.replies.append(
     stream(*(routed([item]) for item in tokens), event('', 'stop'), DONE)
   )
   ask(tab)
   ended(tab)
-  assert server.requests[0]['routing'] is server.requests[0]['logprobs'] is True
   words = tab.locator('.token')
   expect(words).to_have_text(['Red', ' and', ' so'])
+  expect(words.nth(1)).to_have_class('token expert x1 u1')
+  tab.select_option('#site', '')
   expect(words).to_have_class(
     ['token expert x1 u1', 'token expert x0 u0', 'token']
   )
   assert style(words.nth(0), 'textDecorationStyle') == 'dashed'
   item, two, three = (style(words.nth(i), 'backgroundColor') for i in range(3))
   assert len({item, two, three}) == 3
+  # (.55 - .5) / .5 = 10 % and 0 % of the way from even to one expert.
   expect(tab.locator('.legend li')).to_have_text(
-    ['expert 0 50 %', 'expert 1 50 %']
+    [
+      'expert 0 50 %',
+      'expert 1 50 %',
+      'even weights  one expert alone · mean 5 %',
+    ]
   )
   tab.select_option('#site', 'self/q')
   expect(words.nth(0)).to_have_class('token expert x0 u0')
@@ -456,8 +463,74 @@ def test_tokens_are_coloured_by_their_strongest_expert(tab, server):
   expect(answer(tab)).to_have_text('Red and so')
 
 
+def test_colours_are_of_the_layer_that_is_chosen(tab, server):
+  # Two layers with three experts, of which the first layer has two.
+  first = {'q': [[0.75, 0.25, None], [0, 0, 1]], 'v': [[1, 0, None], [1, 0, 0]]}
+  second = {'q': [[0.5, 0.5, None], [0.1875, 0.625, 0.1875]], 'v': first['v']}
+  tokens = [('One', first), (' two', second)]
+  server.replies.append(stream(routed(tokens), event('', 'stop'), DONE))
+  ask(tab)
+  ended(tab)
+  tab.select_option('#site', 'q')
+  expect(tab.locator('#layer option')).to_have_text(
+    ['mean of all layers', 'layer 0', 'layer 1']
+  )
+  assert tab.input_value('#layer') == '1'
+  tab.select_option('#layer', '')
+  words = tab.locator('.token')
+
+  def shown():
+    strength = "node => node.style.getPropertyValue('--strength')"
+    return [
+      (word.get_attribute('class')[-5:], word.evaluate(strength))
+      for word in words.all()
+    ]
+
+  # Means (.375, .125, .5) and (.344, .5625, .094): the roots of .25 =
+  # (.5 - 1/3) / (2/3) and of .344 = (.5625 - 1/3) / (2/3).
+  assert shown() == [('x2 u2', '0.500'), ('x1 u1', '0.586')]
+  tab.select_option('#layer', '0')
+  # Of two experts, (.75 - 1/2) / (1/2) = .5; even weights.
+  assert shown() == [('x0 u0', '0.707'), ('x0 u0', '0.000')]
+  words.nth(0).focus()
+  expect(tab.locator('#tip')).to_contain_text('q · layer 0')
+  expect(tab.locator('#tip')).to_contain_text('50 % of the way')
+  expect(tab.locator('#tip .number')).to_have_text(['0.750', '0.250'])
+  tab.select_option('#layer', '1')
+  # One expert alone, and the root of (.625 - 1/3) / (2/3) = .4375.
+  assert shown() == [('x2 u2', '1.000'), ('x1 u1', '0.661')]
+  strong, weak = (style(words.nth(i), 'backgroundColor') for i in range(2))
+  assert strong != weak
+  # Means of the layer's sites: (.5, 0, .5) and (.594, .3125, .094), the root
+  # of .39 = (.594 - 1/3) / (2/3).
+  tab.select_option('#site', '')
+  assert shown() == [('x0 u0', '0.500'), ('x0 u0', '0.625')]
+  assert len(server.requests) == 1
+
+
+def test_a_model_without_experts_is_not_asked_for_them(visit, server):
+  server.models = pretended.models('base', 'other')
+  server.replies.append(text_reply('**bold**'))
+  tab = visit()
+  ask(tab)
+  ended(tab)
+  assert not {'routing', 'logprobs'} & server.requests[0].keys()
+  expect(answer(tab).locator('strong')).to_have_text('bold')
+  for hidden in ('#experts', '#sites', '.legend'):
+    expect(tab.locator(hidden)).to_be_hidden()
+
+
+def test_an_answer_elsewhere_than_the_chosen_site_says_so(tab, server):
+  for site in ('q', 'v'):
+    part = routed([('Hi', {site: [1.0, 0.0]})])
+    server.replies.append(stream(part, event('', 'stop'), DONE))
+    ask(tab)
+    ended(tab)
+  tab.select_option('#site', 'v')
+  expect(tab.locator('.legend')).to_contain_text(['routed here', 'expert 0'])
+
+
 def test_weights_are_shown_to_the_mouse_and_to_the_keyboard(tab, server):
-  tab.click('#experts')
   tokens = [('One', {'q': [0.25, 0.75]}), (' two', {'q': [0.625, 0.375]})]
   server.replies.append(stream(routed(tokens), event('', 'stop'), DONE))
   ask(tab)
@@ -483,7 +556,6 @@ def test_weights_are_shown_to_the_mouse_and_to_the_keyboard(tab, server):
 
 def test_tokens_within_a_character_share_its_colour(tab, server):
   # '€' is three bytes, a token each; the text comes with the last.
-  tab.click('#experts')
   thirds = [('\ufffd', {'q': weights}) for weights in ([1, 0], [0, 1], [0, 1])]
   server.replies.append(
     stream(
@@ -504,12 +576,11 @@ def test_tokens_within_a_character_share_its_colour(tab, server):
   expect(tab.locator('#tip .number')).to_have_text(['0.667', '0.333'])
 
 
-def test_a_model_without_experts_says_so(tab, server):
-  tab.click('#experts')
+def test_an_answer_without_routed_tokens_says_so(tab, server):
   server.replies.append(stream(routed([('Hi', None)]), event('', 'stop'), DONE))
   ask(tab)
   ended(tab)
-  expect(tab.locator('.legend')).to_contain_text('has no experts')
+  expect(tab.locator('.legend')).to_contain_text('No token of this')
   expect(tab.locator('#sites')).to_be_hidden()
 
 
@@ -645,9 +716,8 @@ LONG = 'W' * 300
 
 @pytest.mark.parametrize('locale', ['en-US', 'zh-CN'])
 def test_a_narrow_screen_scrolls_downwards_only(visit, server, locale):
-  server.models = pretended.models('a' * 90)
+  server.models = pretended.models('a' * 90, routing=True)
   tab = visit(locale, viewport={'width': 360, 'height': 640})
-  tab.click('#experts')
   tab.click('#show-settings')
   token = (LONG, {'decoder/' + 'x' * 60: [0.5] * 40})
   server.replies.append(stream(routed([token]), event('', 'stop'), DONE))

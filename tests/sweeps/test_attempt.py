@@ -42,9 +42,9 @@ SLEEP = 'import time; time.sleep(99)'
 
 def command(directory, *ends):
   """The trial's command, with an end for each index."""
-  return lambda trial, module: [
+  return lambda trials, module: [
     *(sys.executable, '-S', '-c', TRIAL, module),
-    *(directory.run(trial).path, ends[trial.index]),
+    *(directory.run(trials[0]).path, ends[trials[0].index]),
   ]
 
 
@@ -111,36 +111,36 @@ def test_a_trial_waits_for_a_run_in_its_directory(tmp_path):
   assert not is_locked(trial_run.path)
   with open_workdir(trial_run.path):
     assert is_locked(trial_run.path)
-    attempt = Attempt(directory, trial, command(directory, 'well'))
+    attempt = Attempt(directory, [trial], command(directory, 'well'))
     assert not attempt.is_done()
     assert not os.path.exists(directory.log_file(trial))
     # The process ends its run.
     with open(trial_run.summary_file, 'w') as file:
       json.dump({'seconds': 2.5}, file)
     assert not attempt.is_done()
-  assert attempt.is_done() and attempt.error() == ''
+  assert attempt.is_done() and attempt.error(trial) == ''
   assert not os.path.getsize(directory.log_file(trial)), 'it was run again'
 
 
 def test_a_trial_waits_for_the_process_that_a_dead_sweep_left(tmp_path):
   directory, (trial,) = planted(tmp_path, 'seed=0')
   sleeper = Attempt(
-    directory, trial, lambda *_: [sys.executable, '-S', '-c', SLEEP]
+    directory, [trial], lambda *_: [sys.executable, '-S', '-c', SLEEP]
   )
   # It has locked nothing itself yet, as one that still imports libraries.
-  attempt = Attempt(directory, trial, command(directory, 'well'))
+  attempt = Attempt(directory, [trial], command(directory, 'well'))
   assert not attempt.is_done() and attempt._process is None
   sleeper.kill()
   while not attempt.is_done():
     time.sleep(0.01)
-  assert attempt.error() == ''
+  assert attempt.error(trial) == ''
   assert Sweep(directory, [trial]).rows[trial.name]['status'] == 'finished'
 
 
 def test_a_signal_ends_the_process_and_leaves_no_row(tmp_path):
   directory, (trial,) = planted(tmp_path, 'seed=0')
   attempt = Attempt(
-    directory, trial, lambda *_: [sys.executable, '-S', '-c', SLEEP]
+    directory, [trial], lambda *_: [sys.executable, '-S', '-c', SLEEP]
   )
   runner.stop([attempt])
   assert attempt._process.returncode == -signal.SIGTERM
@@ -164,11 +164,11 @@ def test_a_terminal_has_a_table_of_the_running_trials(
   monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
   monkeypatch.setattr(display.shutil, 'get_terminal_size', lambda: (30, 24))
   shown = display.Display({t.name: directory.run(t) for t in trials}, 1)
-  state = types.SimpleNamespace(trial=trials[0], seconds=9.0)
+  state = types.SimpleNamespace(trials=trials[:1], seconds=9.0)
   os.makedirs(directory.run(trials[0]).path)
   with open(directory.run(trials[0]).metrics_file, 'w') as file:
     file.write('{"step": 10, "loss": 2.5}\n')
-  shown.start(trials[0])
+  shown.start(trials[:1])
   shown.update([state], 2)
   # Ten steps in 9 s: 27 s more, and 36 s for the other trial. A line is cut to
   # the width, so that it does not wrap.

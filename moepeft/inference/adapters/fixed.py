@@ -12,6 +12,7 @@ from moepeft.core.types import Array, Tree
 from moepeft.data.batching.router_inputs import embedding_size
 from moepeft.inference.adapters.served_modules import (
   check_decodes,
+  experts_per_layer,
   reads_prompt,
   request_tasks,
 )
@@ -37,6 +38,8 @@ class AcquiredAdapter:
     reads_prompt: whether a router reads the whole prompt.
     embedding_size: the size of the embedding that a request has to give; 0 if
       it gives none.
+    experts_per_layer: {path of a target module: the mixture's option}, where it
+      is set.
   """
 
   row: np.ndarray
@@ -47,6 +50,9 @@ class AcquiredAdapter:
   tasks: tuple[str, ...] = ()
   reads_prompt: bool = False
   embedding_size: int = 0
+  experts_per_layer: Mapping[str, tuple[int, ...] | str] = dataclasses.field(
+    default_factory=dict
+  )
 
 
 class FixedAdapter:
@@ -80,6 +86,7 @@ class FixedAdapter:
         reads_prompt(adapter) for _, adapter in model.adapter_map.entries
       ),
       embedding_size=embedding_size(model.adapter_map),
+      experts_per_layer=experts_per_layer(model.adapter_map),
     )
 
   def row_tree(

@@ -30,8 +30,10 @@ from moepeft.inference.adapters.load import TrainedAdapter, read_adapter
 from moepeft.inference.adapters.lru import LruSlots
 from moepeft.inference.adapters.pad import Layout, PaddedAdapter
 from moepeft.inference.adapters.served_modules import (
+  experts_per_layer,
   reads_prompt,
   request_tasks,
+  router_entry,
 )
 from moepeft.inference.api import LoadedAdapter, UnknownAdapter
 from moepeft.peft import build
@@ -176,6 +178,7 @@ class AdapterPool:
         len(adapter.soft_prompt_ids),
         request_tasks(adapter.built.adapter_map),
         embedding_size(adapter.built.adapter_map),
+        any(router_entry(a) for _, a in adapter.built.adapter_map.entries),
       )
       if previous and previous.sha256 != sha256:
         self._remove_name(name, previous.sha256)
@@ -227,6 +230,7 @@ class AdapterPool:
         self._loaded[name].tasks,
         any(reads_prompt(a) for _, a in adapter_map.entries),
         self._loaded[name].embedding_size,
+        experts_per_layer(adapter_map),
       )
 
   def release(self, acquired: AcquiredAdapter) -> None:

@@ -84,6 +84,17 @@ def request_tasks(adapter_map: AdapterMap) -> tuple[str, ...]:
   return task_names(AdapterMap(entries))
 
 
+def experts_per_layer(
+  adapter_map: AdapterMap,
+) -> dict[str, tuple[int, ...] | str]:
+  """{site: the option `experts_per_layer`} of the mixtures that have it."""
+  return {
+    path: counts
+    for path, adapter in adapter_map.entries
+    if (counts := getattr(adapter, 'experts_per_layer', ()))
+  }
+
+
 def router_entry(adapter: nn.Module) -> RouterSpec | None:
   """The registry entry of an adapter's router; None without a router."""
   router = type(getattr(adapter, 'router', None))

@@ -68,6 +68,7 @@ class Engine:
       in a decoder-only model, of each of the two in an encoder-decoder.
     decoder_only: whether the model is decoder-only.
     slots: the number of sequences that can run at once.
+    routing: whether tokens can be reported with their experts' weights.
   """
 
   def __init__(
@@ -90,6 +91,7 @@ class Engine:
     self.max_model_len = max_model_len(model, config)
     self.decoder_only = hasattr(model, 'extend')
     self.slots = config.slots
+    self.routing = config.routing
     # The condition guards the attributes below, and is notified of each change.
     self._condition = threading.Condition()
     self._inbox: collections.deque[EngineCall] = collections.deque()

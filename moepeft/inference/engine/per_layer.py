@@ -91,8 +91,8 @@ class LayeredMethod:
     side: 'encoder' or 'decoder', the stack of layers that the method calls.
     arguments: (stack, *row) -> the method's arguments for one row; `stack`
       becomes `Context.run_layers`.
-    outputs: (result, {path: experts' weights [n, t, e]}, *rows) -> the outputs
-      of the program for all rows.
+    outputs: (result, {path: experts' weights [n, t, l, e]}, *rows) -> the
+      outputs of the program for all rows.
     read_cache: (a layer's cache, slots [n]) -> the caches of those slots.
     write_cache: (a layer's cache, slots [n], positions [n], new caches of those
       slots) -> the layer's cache; None if the method writes no cache.
@@ -155,7 +155,7 @@ class LayeredMethod:
       block: the layer's module, from `block`.
 
     Returns:
-      x, the cache, and {path: experts' weights [n, t, e]}.
+      x, the cache, and {path: experts' weights [n, t, 1, e]}.
     """
 
     def compute_row(adapters, cache, x, layer_args):
@@ -203,8 +203,8 @@ class LayeredMethod:
       return self._apply(params, adapter_params, adapters, row, stack)
 
     result, weights = jax.vmap(compute_row)(adapters, x, *rows)
-    mean = lambda *a: jnp.mean(jnp.stack(a), axis=0)  # noqa: E731
-    weights |= jax.tree.map(mean, *layer_weights)
+    stack = lambda *a: jnp.concatenate(a, axis=2)  # noqa: E731
+    weights |= jax.tree.map(stack, *layer_weights)
     return self.outputs(result, weights, *rows)
 
   def block(self, *args: Any) -> Any:
@@ -245,19 +245,19 @@ class LayeredMethod:
 
 
 def expert_weights(collection: Tree) -> dict[str, Array]:
-  """Averages the experts' weights of one row over layers and heads.
+  """The experts' weights of one row, averaged over heads.
 
   Args:
     collection: the sown weights, [1, t, (heads,) e] each, with a leading layer
       axis if the layers are scanned.
 
   Returns:
-    {'path of the target module/adapter': float32 [t, e]}.
+    {'path of the target module/adapter': float32 [t, l, e]}.
   """
   by_path: dict[str, list[Array]] = {}
   _collect(collection, (), False, by_path)
   return {
-    path: jnp.mean(jnp.stack(layers), axis=0).astype(jnp.float32)
+    path: jnp.concatenate(layers).swapaxes(0, 1).astype(jnp.float32)
     for path, layers in by_path.items()
   }
 
@@ -270,10 +270,11 @@ def _collect(tree, path, scanned, by_path):
       _collect(value, inner, scanned or key == 'layers', by_path)
       continue
     # A sown value is a tuple with an entry for each call.
-    for a in value:
-      a = jnp.mean(a, axis=0) if scanned else a
-      a = jnp.mean(a[0].reshape(a.shape[1], -1, a.shape[-1]), axis=1)
-      by_path.setdefault('/'.join(path), []).append(a)
+    a = jnp.mean(jnp.stack(value), axis=0)
+    a = a if scanned else a[None]
+    layers, _, t, *_, e = a.shape
+    a = jnp.mean(a.reshape(layers, t, -1, e), axis=2)
+    by_path.setdefault('/'.join(path), []).append(a)
 
 
 def split(tree: Tree) -> tuple[Tree, dict[str, Tree]]:

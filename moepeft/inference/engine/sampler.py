@@ -22,6 +22,7 @@ from moepeft.inference.engine.compiled import Programs
 from moepeft.inference.engine.limits import MAX_LOGPROBS
 from moepeft.inference.engine.sequence import Sequence
 from moepeft.inference.sampling import Sampling
+from moepeft.peft.mixture import layer_counts
 
 NOT_FINITE = (
   "the model's logits are NaN or infinite: the adapter or the base is broken"
@@ -37,7 +38,7 @@ class StepOutput:
     logprobs: float32 [n], the log-probabilities of `tokens`.
     finite: bool [n], whether all logits of the row are finite.
     logits: n arrays, float32 [1, v] each.
-    experts: {path: float32 [n, e]}, the experts' weights.
+    experts: {path: float32 [n, l, e]}, the experts' weights.
   """
 
   tokens: Array
@@ -294,17 +295,17 @@ def top_logprobs(
 
 def site_experts(
   weights: Mapping[str, np.ndarray], i: int, sequence: Sequence
-) -> dict[str, tuple[float, ...]] | None:
+) -> dict[str, np.ndarray] | None:
   """The experts' weights of a sequence's adapter.
 
   Args:
-    weights: {path: [n, e]} for all buckets; a path is that of the target
+    weights: {path: [n, l, e]} for all buckets; a path is that of the target
       module, followed by the names of the adapter and its router.
     i: the sequence's row.
 
   Returns:
-    {target module: weights [e]}, or None if the request does not ask for them
-    or the adapter has no router.
+    {target module: weights [l, e]}, NaN for experts that a layer does not have;
+    None if the request does not ask for them or the adapter has no router.
   """
   if not sequence.request.routing:
     return None
@@ -315,5 +316,18 @@ def site_experts(
       # An adapter of a whole sublayer is stored beside it, in 'around_...'.
       site = '/'.join(keys[:depth]).replace('/around_', '/')
       if site in sequence.adapter.sites.get(key, ()):
-        experts[site] = tuple(float(w) for w in rows[i])
+        experts[site] = _without_padding(
+          rows[i], sequence.adapter.experts_per_layer.get(site)
+        )
   return experts or None
+
+
+def _without_padding(
+  weights: np.ndarray, experts_per_layer: tuple[int, ...] | str | None
+) -> np.ndarray:
+  """Weights [l, e], NaN for experts that a layer does not have."""
+  if not experts_per_layer:
+    return weights
+  layers, e = weights.shape
+  counts = np.array(layer_counts(experts_per_layer, layers))
+  return np.where(np.arange(e) < counts[:, None], weights, np.nan)

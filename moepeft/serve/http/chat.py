@@ -208,7 +208,9 @@ def _scores(chat_request: ChatRequest, delta: AnswerDelta) -> dict[str, Any]:
     top = body.top_logprobs or 0
     scores['logprobs'] = logprobs.chat_logprobs(tokenizer, delta.entries, top)
   if body.routing:
-    scores['routing'] = logprobs.token_routing(tokenizer, delta.entries)
+    scores['routing'] = logprobs.token_routing(
+      tokenizer, delta.entries, body.routing == 'layers'
+    )
   return scores
 
 

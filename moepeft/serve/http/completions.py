@@ -264,7 +264,9 @@ def _choice(
       tokenizer, entries, body.logprobs
     )
   if body.routing:
-    scores['routing'] = logprobs.token_routing(tokenizer, entries)
+    scores['routing'] = logprobs.token_routing(
+      tokenizer, entries, body.routing == 'layers'
+    )
   return make_choice(index, {'text': text}, reason, **scores)
 
 

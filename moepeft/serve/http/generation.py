@@ -102,7 +102,7 @@ class GenerationRequest:
       logprobs,
       prompt_logprobs,
       constraint,
-      self.body.routing,
+      bool(self.body.routing),
       self.service.limits.seconds,
       self.stats.client,
       task=self.body.task or '',

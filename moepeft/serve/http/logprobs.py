@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The response fields `logprobs` and `routing`."""
 
+import base64
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,17 +86,32 @@ def _finite_logprob(logprob: float | None) -> float:
 
 
 def token_routing(
-  tokenizer: ServedTokenizer, entries: Sequence[TokenEntry]
+  tokenizer: ServedTokenizer, entries: Sequence[TokenEntry], layers: bool
 ) -> list[dict[str, Any]]:
-  """[{'token': text, 'experts': {target module: weights} or None}]."""
+  """[{'token': text, 'experts': {target module: weights} or None}].
+
+  Args:
+    layers: whether to add 'layers', {target module: base64} of the weights [l,
+      e] as little-endian float16: a third of what they are as JSON numbers.
+  """
   return [
     {
       'token': tokenizer.token_bytes(entry.scored.id).decode(errors='replace'),
       'experts': _experts(entry.scored),
     }
+    | ({'layers': _layers(entry.scored)} if layers else {})
     for entry in entries
     if not entry.is_eos
   ]
+
+
+def _layers(scored: TokenLogprob) -> dict[str, str] | None:
+  if scored.layer_experts is None:
+    return None
+  return {
+    site: base64.b64encode(weights.astype('<f2').tobytes()).decode()
+    for site, weights in scored.layer_experts.items()
+  }
 
 
 def _experts(scored: TokenLogprob) -> dict[str, list[float]] | None:

@@ -129,6 +129,7 @@ class ModelRegistry:
           'method': adapter.method,
           'tasks': adapter.tasks,
           'embedding_size': adapter.embedding_size,
+          'routing': adapter.routing and self._engine.routing,
         }
         for adapter in self._engine.adapters()
       ),

@@ -42,6 +42,7 @@ def _model_objects(service: Service) -> list[dict[str, Any]]:
       }
     )
   if service.chooser is not None:
+    chooses = [m for m in objects if m['id'] in service.chooser.names()]
     objects.append(
       {
         'id': AUTO,
@@ -50,12 +51,9 @@ def _model_objects(service: Service) -> list[dict[str, Any]]:
         'owned_by': OWNER,
         'type': 'language',
         'parent': service.models.base,
+        'routing': any(m.get('routing') for m in chooses),
         # The adapters that a request may go to.
-        'chooses': [
-          name
-          for name in service.chooser.names()
-          if name in service.models.names()
-        ],
+        'chooses': [m['id'] for m in chooses],
       }
     )
   return objects

@@ -113,7 +113,7 @@ class GenerationFields(Strict):
   min_p: float | None = Field(None, ge=0, le=1)
   repetition_penalty: float | None = Field(None, gt=0, le=10)
   response_format: ResponseFormat | None = None
-  routing: bool = False
+  routing: bool | Literal['layers'] = False
   task: str | None = None
   top_k: int | None = Field(None, ge=1, lt=1 << 31)
   # Not supported.
@@ -137,6 +137,13 @@ class GenerationFields(Strict):
   def _replace_null(cls, value: Any, info: Any) -> Any:
     # Clients send null for fields that they leave to the server.
     return cls.model_fields[info.field_name].default if value is None else value
+
+  @field_validator('routing', mode='before')
+  @classmethod
+  def _check_routing(cls, value: Any) -> Any:
+    if value is None or isinstance(value, bool) or value == 'layers':
+      return value
+    raise ValueError(f"expected true, false or 'layers'; got {value!r:.60}")
 
   @field_validator('stop')
   @classmethod

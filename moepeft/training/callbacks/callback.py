@@ -12,7 +12,14 @@ from moepeft.training.loop import TrainingLoop
 
 
 class Callback:
-  """Acts between the steps of a run; override the hooks that are needed."""
+  """Acts between the steps of a run; override the hooks that are needed.
+
+  Attributes:
+    is_of_process: whether the runs of a process share it, where several are
+      trained together; it is then closed after the last of them.
+  """
+
+  is_of_process = False
 
   def on_start(self, loop: TrainingLoop) -> None:
     """Called before the first step of this process."""

@@ -14,6 +14,8 @@ class SignalHandling(Callback):
   first step: its compilation takes minutes, and there is nothing to save.
   """
 
+  is_of_process = True
+
   def __init__(self):
     self._received: signal.Signals | None = None
     self._previous_handlers = {}

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import jax
 import optax
 
+from moepeft.core.ranges import is_zero
 from moepeft.core.types import Array, Tree
 from moepeft.nn.numerics import to_f32
 from moepeft.training.optimizers.spec import OptimizerSpec
@@ -57,7 +58,7 @@ def adafactor(
       min_dim_size_to_factor=MIN_DIM_SIZE_TO_FACTOR,
       # Optax subtracts the offset from the step.
       decay_offset=-decay_initial_step,
-      weight_decay_rate=weight_decay or None,
+      weight_decay_rate=None if is_zero(weight_decay) else weight_decay,
       factored=kind == 'matrices',
     )
     if not layers:

@@ -122,14 +122,17 @@ def test_experts_are_the_weights_of_the_token_that_was_read(engine):
   )
   layers = seen['weights']['decoder']['layers']
   (weights,) = layers['self']['q']['molora']['weights']
-  # [l, 1, t, e], the mean over layers; the last token is read by nobody.
-  weights = jax.device_get(weights).mean(0)[0, :-1]
+  # [l, 1, t, e]; the last token is read by nobody.
+  weights = jax.device_get(weights)[:, 0, :-1]
   told = [*asked.prompt[1:], *asked.scored]
-  assert len(told) == len(weights)
-  for token, own in zip(told, weights, strict=True):
-    actual = token.experts['decoder/self/q']
-    np.testing.assert_allclose(actual, own, atol=CLOSE)
-    assert abs(sum(actual) - 1) < CLOSE
+  for i, token in enumerate(told):
+    actual = token.layer_experts['decoder/self/q']
+    np.testing.assert_allclose(actual, weights[:, i], atol=CLOSE)
+    mean = token.experts['decoder/self/q']
+    np.testing.assert_allclose(mean, weights[:, i].mean(0), atol=CLOSE)
+  assert len(told) == weights.shape[1]
+  # So that one layer's are not another's.
+  assert np.abs(weights[0] - weights[1]).max() > 100 * CLOSE
   # The base routes nowhere, and who does not ask is not told.
   assert ask(engine, ids, 1, routing=True).scored[0].experts is None
   assert ask(engine, ids, 1, adapter='one').scored[0].experts is None

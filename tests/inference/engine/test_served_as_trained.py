@@ -9,11 +9,15 @@ import pytest
 
 from moepeft.data.batching.router_inputs import embedding_size
 from moepeft.inference.adapters.pool import AdapterPool
-from moepeft.inference.adapters.served_modules import request_tasks
+from moepeft.inference.adapters.served_modules import (
+  experts_per_layer,
+  request_tasks,
+)
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.nn.adapter_hook import AdapterMap
+from moepeft.peft.mixture import layer_counts
 
 from ...contracts import small, small_decoders
 from .. import banked
@@ -207,3 +211,7 @@ def test_experts_are_told_of_the_sites_where_the_adapter_routes(served):
     answer = ask(engine, prompt(3, 5), 2, adapter=name, routing=True, **fields)
     for token in answer.scored:
       assert set(token.experts or ()) == routes, name
+      for path, counts in experts_per_layer(built.adapter_map).items():
+        weights = token.layer_experts[path]
+        counts = layer_counts(counts, len(weights))
+        assert tuple(np.isfinite(weights).sum(axis=1)) == counts

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat: prompts by the template, whole and streamed answers."""
 
+import base64
+
+import numpy as np
 import pytest
 
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
@@ -238,14 +241,26 @@ def test_routing_is_told_a_token_each_where_it_is_asked_for(client, set_answer):
   set_answer('ab')
   _, answer = client.post(CHAT, talk(routing=True))
   assert answer['choices'][0]['routing'] == [
-    {'token': 'a', 'experts': {'mlp/wo': [0.25, 0.75]}},
-    {'token': 'b', 'experts': {'mlp/wo': [0.25, 0.75]}},
+    {'token': 'a', 'experts': {'mlp/wo': [0.625, 0.375]}},
+    {'token': 'b', 'experts': {'mlp/wo': [0.625, 0.375]}},
   ]
   events = streamed(client, routing=True)
   parts = [e['choices'][0].get('routing', []) for e in events]
   assert [entry['token'] for part in parts for entry in part] == ['a', 'b']
   _, answer = client.post(CHAT, talk())
   assert 'routing' not in answer['choices'][0]
+
+
+def test_routing_is_told_of_each_layer_where_it_is_asked_for(client):
+  _, answer = client.post(CHAT, talk(routing='layers'))
+  entry = answer['choices'][0]['routing'][0]
+  # The fake's two layers have one expert and two, 1 and (0.25, 0.75).
+  assert entry['experts'] == {'mlp/wo': [0.625, 0.375]}
+  weights = np.frombuffer(base64.b64decode(entry['layers']['mlp/wo']), '<f2')
+  np.testing.assert_equal(weights, [1, np.nan, 0.25, 0.75])
+  _, answer = client.post(CHAT, talk(routing='layer'))
+  message = "routing: expected true, false or 'layers'; got 'layer'"
+  assert answer['error']['message'] == message
 
 
 def test_a_failure_amid_a_stream_is_its_last_event(client):
