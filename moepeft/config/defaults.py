@@ -58,6 +58,9 @@ def default() -> ConfigDict:
   c.objective = 'seq2seq'
   c.loss = _loss()
   c.preference = _preference()
+  # Of the objective 'distill'; the teacher is config.preference.reference.
+  # temperature: both distributions are softmaxes of logits over it.
+  c.distill = ConfigDict(dict(temperature=1.0))
   c.model = _model()
   c.data = _data()
   c.optimizer = _optimizer()

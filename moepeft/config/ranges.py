@@ -32,6 +32,7 @@ ALLOWED: dict[str, Range | Choices] = {
   'preference.margin': _WEIGHT,
   'preference.desirable_weight': _WEIGHT,
   'preference.undesirable_weight': _WEIGHT,
+  'distill.temperature': Range(0, 1_000, above=True),
   'semantics': Choices(SEMANTICS),
   'budget_tolerance': Range(0, 1_000),
   'router_losses.load_balance': _WEIGHT,

@@ -83,12 +83,15 @@ def _with_reference(
 ) -> tuple[ReferenceFn | None, Tree, TrainingData]:
   """(reference, its adapters, the data with precomputed log-probabilities)."""
   config = run.config
-  if not OBJECTIVES.lookup(config.objective).needs_reference:
+  spec = OBJECTIVES.lookup(config.objective)
+  if not spec.needs_reference:
     return None, {}, sources
   base, name = base_lib.load(config.model), config.preference.reference
   model, built = base_lib.module(base, config)
   if name != reference_model.PRECOMPUTED:
-    reference = reference_model.make_reference(name, model, built, base)
+    reference = reference_model.make_reference(
+      name, model, built, base, spec.reference_output
+    )
     return *reference, sources
   # The reference is the policy before training.
   initial_params = base_lib.initialise(base, model, config.seed)

@@ -20,6 +20,7 @@ OBJECTIVES: Registry = Registry(
   {
     'seq2seq': 'seq2seq:SEQ2SEQ',
     'causal': 'causal:CAUSAL',
+    'distill': 'distill:DISTILL',
     'dpo': 'dpo:DPO',
     'kto': 'kto:KTO',
     'orpo': 'orpo:ORPO',

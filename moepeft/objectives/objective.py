@@ -77,6 +77,8 @@ class ObjectiveSpec:
     architecture: the architecture that it can train: 'encoder-decoder',
       'decoder' or 'any'.
     needs_reference: whether it compares the policy with a reference model.
+    reference_output: what the reference gives for each target, its log p or
+      the 'logits' of the whole vocabulary.
     validates_itself: whether validation uses the settings of the run. Otherwise
       it uses the defaults, so that the validation losses of runs with different
       settings are comparable.
@@ -93,6 +95,7 @@ class ObjectiveSpec:
   batch: Literal['single', 'pair', 'judged'] = 'single'
   architecture: Literal['encoder-decoder', 'decoder', 'any'] = 'any'
   needs_reference: bool = False
+  reference_output: Literal['log_probs', 'logits'] = 'log_probs'
   validates_itself: bool = True
   prepare_rows: Callable[..., dict[str, Array]] | None = None
   prepare_batch: Callable[[Batch], Batch] = lambda batch: batch
@@ -127,8 +130,9 @@ class ObjectiveSpec:
 
     Args:
       settings: an instance of `settings`; None for the defaults.
-      reference: (variables, rows) -> log p of each target [b, t]; None if
-        batches have 'reference' arrays or the objective needs no reference.
+      reference: (variables, rows) -> log p of each target [b, t], or logits
+        [b, t, v] by `reference_output`; None if batches have 'reference' arrays
+        or the objective needs no reference.
     """
     settings = self.settings() if settings is None else settings
     bound = {'reference': reference} if self.needs_reference else {}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference model of preference objectives: the base model, the base with
-another adapter, or log-probabilities computed before training."""
+"""The reference model of an objective: the base model, the base with another
+adapter, or log-probabilities computed before training."""
 
 import hashlib
 import json
@@ -18,6 +18,7 @@ from moepeft.core.disk import tell_full_disk
 from moepeft.core.progress import Pass
 from moepeft.core.sharding import gather, round_up, shard_whole_batch
 from moepeft.core.types import Array, Batch, Tree
+from moepeft.data.batching.router_inputs import RouterInputs
 from moepeft.data.preference.dataset import PairCollator, PreferenceDataset
 from moepeft.models import weight_mapping
 from moepeft.nn import initializers
@@ -34,7 +35,11 @@ BASE, PRECOMPUTED = 'base', 'precomputed'
 
 
 def make_reference(
-  source: str, model: Any, built: Built, base: base_lib.Base
+  source: str,
+  model: Any,
+  built: Built,
+  base: base_lib.Base,
+  output: str = 'log_probs',
 ) -> tuple[ReferenceFn | None, Tree]:
   """Returns the reference model of a run, and its adapter.
 
@@ -44,16 +49,24 @@ def make_reference(
   Args:
     source: config.preference.reference.
     model, built: the policy and its method.
+    output: `ObjectiveSpec.reference_output`.
 
   Returns:
     (reference function, adapter tree for `variables['reference']`). The
     function maps (variables, rows) to log p of each target [b, t], 0 on
-    padding. If the log-probabilities are precomputed, (None, {}).
+    padding, or to logits [b, t, v]. If the log-probabilities are precomputed,
+    (None, {}).
 
   Raises:
-    ValueError: the method trains the base weights, or the path has no adapter
-      for this base model.
+    ValueError: the method trains the base weights, the path has no adapter for
+      this base model, or that adapter reads what batches do not have; or the
+      logits are those of no adapter.
   """
+  if output == 'logits' and source in (BASE, PRECOMPUTED):
+    raise ValueError(
+      f'config.preference.reference={source!r} is no teacher; set it to the '
+      'run, or the exported adapter, whose distribution is learned'
+    )
   if source == PRECOMPUTED:
     return None, {}
   if built.trainable == 'params':
@@ -73,27 +86,37 @@ def make_reference(
   adapter = base_lib.load_adapter(source, base.config)
   semantics = adapter.semantics or built.semantics
   reference = build(adapter.method, base.family.sites(base.config), semantics)
+  inputs = RouterInputs.of_method(reference.adapter_map)
+  if inputs not in (RouterInputs(), RouterInputs.of_method(built.adapter_map)):
+    raise ValueError(
+      f'config.preference.reference={source!r} has a router of tasks or '
+      f'embeddings, which batches for {built.method} do not have; name another'
+    )
   reference_model = model.clone(adapter_map=reference.adapter_map)
   variables = initializers.init_params(
     reference_model, base_lib.example_batch(), 0, base.params
   )
   tree = base_lib.with_adapter(variables, reference, source, base)['peft']
-  return reference_fn(reference_model), tree
+  return reference_fn(reference_model, output), tree
 
 
-def reference_fn(model: Any) -> ReferenceFn:
+def reference_fn(model: Any, output: str = 'log_probs') -> ReferenceFn:
   """Returns (variables, rows) -> log p of each target [b, t], without dropout.
 
   The model's adapter is `variables['reference']`, or none.
+
+  Args:
+    output: 'logits' for those of the whole vocabulary, [b, t, v].
   """
 
-  def logps(variables: Tree, rows: Batch) -> Array:
+  def evaluate(variables: Tree, rows: Batch) -> Array:
     frozen = {k: v for k, v in variables.items() if k not in _POLICY_KEYS}
     if 'reference' in variables:
       frozen['peft'] = variables['reference']
-    return token_logps(model.apply(frozen, rows), rows)
+    logits = model.apply(frozen, rows)
+    return logits if output == 'logits' else token_logps(logits, rows)
 
-  return logps
+  return evaluate
 
 
 _POLICY_KEYS = ('peft', 'reference')

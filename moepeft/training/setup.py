@@ -389,12 +389,12 @@ def _build_state(
     )
   reference, reference_adapters = None, {}
   source = config.preference.reference
-  needs_reference = OBJECTIVES[config.objective].needs_reference
-  if needs_reference:
+  spec = OBJECTIVES[config.objective]
+  if spec.needs_reference:
     reference, reference_adapters = reference_model.make_reference(
-      source, model, method, base
+      source, model, method, base, spec.reference_output
     )
-  if adapter and needs_reference and source == reference_model.BASE:
+  if adapter and spec.needs_reference and source == reference_model.BASE:
     print(
       'note: rewards are measured against the base without '
       f'config.model.adapter; set config.preference.reference to {adapter!r} '

@@ -186,7 +186,7 @@ def test_settings_that_cannot_be_are_refused(values, message):
   [
     ('dpo', 'preference.margin', 1.0, 'simpo'),
     ('orpo', 'preference.sft_weight', 0.1, 'dpo or kto or simpo'),
-    ('simpo', 'preference.reference', 'precomputed', 'dpo or kto'),
+    ('simpo', 'preference.reference', 'precomputed', 'distill or dpo or kto'),
     ('dpo', 'loss.z_loss', 0.1, 'seq2seq or causal'),
     ('causal', 'preference.beta', 0.2, 'dpo or kto or orpo or simpo'),
   ],
