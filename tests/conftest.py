@@ -31,7 +31,7 @@ gc.set_threshold(200_000, 50, 100)
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.ci_tests import CI_TESTS  # noqa: E402
+from tests.ci_tests import CI_FILES, CI_TESTS  # noqa: E402
 
 # Every kernel of a program on CPU is mapped, and Linux lets a process have
 # 65,530 areas (vm.max_map_count): beyond, compiling ends in a crash.
@@ -64,7 +64,8 @@ _SHORT = ('core', 'metrics', 'runs')
 def pytest_itemcollected(item):
   file, _, name = item.nodeid.partition('::')
   is_slow = item.get_closest_marker('slow')
-  if name.startswith(CI_TESTS.get(file, ())) and not is_slow:
+  is_listed = name.startswith(CI_TESTS.get(file, ())) and not is_slow
+  if is_listed or file in CI_FILES:
     item.add_marker(pytest.mark.ci)
     item.add_marker(pytest.mark.slow)
 

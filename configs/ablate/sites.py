@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the experts of molora are: attention, feed-forward, encoder, decoder.
+"""Sites of molora at one budget: attention, feed-forward, encoder, decoder.
 
 python -m moepeft.sweep --config=configs/ablate/sites.py --workdir=DIR \
   --select=optimizer.learning_rate --evaluate

@@ -4,6 +4,7 @@
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,10 +12,12 @@ from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize
+from moepeft.core.types import Tree
 from moepeft.models import weight_mapping
 from moepeft.moe import router_state
 from moepeft.nn import initializers
-from moepeft.nn.expert_padding import padding_size
+from moepeft.nn.expert_padding import PaddedAxis, padding_size
+from moepeft.peft import Built
 from moepeft.peft.tied_layers import spare_sizes
 
 _LAYERS_PART = re.compile(r'(^|/)layers(_\d+)?(?=/)')
@@ -64,6 +67,24 @@ def count(config: ConfigDict, shape: Any = None) -> dict[str, Any]:
     },
     'by_site': dict(sorted(sites.items(), key=lambda item: -item[1])),
   } | ({'padding': padding} if padding else {})
+
+
+def count_trained(
+  trainable: Tree, built: Built, padded: Mapping[str, PaddedAxis]
+) -> tuple[int, int]:
+  """(trained parameters, further zeros of padding) of arrays.
+
+  Args:
+    trainable: the collection that the method trains.
+    padded: from `base.padded_axes`.
+  """
+  trained, _ = router_state.split(trainable, built.frozen_arrays)
+  shapes = {
+    path: leaf.shape for path, leaf in weight_mapping.flatten(trained).items()
+  }
+  padding = padding_size(shapes, padded)
+  spare = spare_sizes(trained, built.tied_arrays, built.unread_arrays)
+  return _count(trained) - padding - sum(spare.values()), padding
 
 
 def _count(tree: Any) -> int:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize
+from moepeft.checkpoints.count_parameters import count_trained
 from moepeft.checkpoints.restore import restore_trained
 from moepeft.checkpoints.run_metadata import describe_run
 from moepeft.config import defaults as config_lib
@@ -22,7 +23,6 @@ from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference import prompts
 from moepeft.models import check_decodes, decoder_only
-from moepeft.moe import router_state
 from moepeft.peft import Built
 from moepeft.runs.run import Run
 
@@ -130,7 +130,7 @@ def load_run(workdir: str, checkpoint: str = '') -> LoadedModel:
     variables, step = _restore_run(base, built, config, workdir, checkpoint)
     method, parameters = (
       built.method,
-      _count_trained(variables[built.trainable], built),
+      _count_trained(variables, model, built, base),
     )
   tokenizer = load_tokenizer(config.data.tokenizer, config.model.path)
   chat_template.set_chat_template(
@@ -180,7 +180,7 @@ def load_model(path: str, adapter: str = '') -> LoadedModel:
     built.method if adapter else 'none',
     _base_name(path),
     quantize.parameters(variables['params'], base.config),
-    _count_trained(variables[built.trainable], built) if adapter else 0,
+    _count_trained(variables, model, built, base) if adapter else 0,
     base.folder,
   )
 
@@ -218,6 +218,8 @@ def _base_name(path: str) -> str:
   return os.path.basename(path.rstrip('/')).split(':')[-1]
 
 
-def _count_trained(tree: Tree, built: Built) -> int:
-  trained, _ = router_state.split(tree, built.frozen_arrays)
-  return sum(leaf.size for leaf in jax.tree.leaves(trained))
+def _count_trained(
+  variables: Tree, model: Any, built: Built, base: base_lib.Base
+) -> int:
+  padded = base_lib.padded_axes(model, base)
+  return count_trained(variables[built.trainable], built, padded)[0]

@@ -20,6 +20,7 @@ from moepeft.runs.router_plots import (
   SHARE_CMAP,
   PanelGrid,
   add_legend,
+  even_share,
   plot_lines,
 )
 
@@ -48,12 +49,10 @@ def load(states: Sequence[RoutingState], kind: str) -> Figure | None:
     ]
     for site in latest
   }
-  # 1 / e, or k / e if tokens are sent to k experts.
-  even = min(float(np.nanmean(np.nanmean(a, -1))) for a in latest.values())
   largest = max(
     float(np.nanmax(share)) for points in curves.values() for _, share in points
   )
-  even = min(max(even, 1e-6), 1 - 1e-6)
+  even = even_share(latest)
   norm = TwoSlopeNorm(even, vmin=0, vmax=max(largest, 1.5 * even))
   rows = max(share.size for share in latest.values())
   height = min(max(_ROW * rows, _MIN_HEIGHT), _MAX_HEIGHT)

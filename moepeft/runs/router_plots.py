@@ -41,6 +41,18 @@ _TITLES = {
 }
 
 
+def even_share(shares: Mapping[str, np.ndarray]) -> float:
+  """The even share of an expert: 1 / e, or k / e if tokens go to k experts.
+
+  It is away from 0 and 1, so that a color scale can be centered at it.
+
+  Args:
+    shares: {site: [l, e]}, NaN where a layer has fewer experts.
+  """
+  even = min(float(np.nanmean(np.nanmean(a, -1))) for a in shares.values())
+  return min(max(even, 1e-6), 1 - 1e-6)
+
+
 def shares(states: Sequence[RoutingState], kind: str) -> Figure | None:
   """Heat maps [l, e] of the latest shares, and the largest share over steps.
 
@@ -51,10 +63,8 @@ def shares(states: Sequence[RoutingState], kind: str) -> Figure | None:
     return None
   latest = states[-1].shares[kind]
   grid = group_sites(latest)
-  # The even share is 1 / e, or k / e if tokens are sent to k experts.
-  even = min(float(np.nanmean(np.nanmean(a, -1))) for a in latest.values())
-  even = min(max(even, 1e-6), 1 - 1e-6)
   title, subtitle = _TITLES[kind]
+  even = even_share(latest)
   norm = TwoSlopeNorm(even, vmin=0, vmax=1)
   panels = PanelGrid(grid, extra_width=2.9)
   panels.title(f'{title} after step {states[-1].step:,}', subtitle)

@@ -11,7 +11,7 @@ from typing import Any
 from moepeft.core import terminal
 from moepeft.core.progress import format_seconds
 from moepeft.runs.run import Run
-from moepeft.sweeps import together
+from moepeft.sweeps import vmap_groups
 from moepeft.sweeps.attempt import Attempt, last_metrics
 from moepeft.sweeps.results import FAILED, FINISHED, UNFINISHED
 from moepeft.sweeps.trials import Trial
@@ -46,7 +46,7 @@ class Display:
     if len(trials) > 1:
       company = f', trained together with {len(trials) - 1} more'
     elif tells_company:
-      why = together.why_alone(trials[0])
+      why = vmap_groups.why_alone(trials[0])
       company = f', alone{why and f": {why}"}'
     self._clear()
     for trial in trials:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from moepeft.sweeps import results, selection, together
+from moepeft.sweeps import results, selection, vmap_groups
 from moepeft.sweeps.attempt import Attempt, Command
 from moepeft.sweeps.directory import TRAIN, SweepDirectory
 from moepeft.sweeps.display import Display
@@ -138,7 +138,7 @@ def _groups(
   """The trials of each process to start."""
   trained = [t for t in trials if directory.stage(t) != TRAIN]
   new = [t for t in trials if directory.stage(t) == TRAIN]
-  groups = together.group(new, most) if most > 1 else [[t] for t in new]
+  groups = vmap_groups.group(new, most) if most > 1 else [[t] for t in new]
   return [[t] for t in trained] + groups
 
 

@@ -17,6 +17,7 @@ import optax
 from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.count_parameters import count_trained
 from moepeft.checkpoints.manager import Checkpoints
 from moepeft.checkpoints.run_metadata import describe_run
 from moepeft.checkpoints.run_progress import RunProgress
@@ -220,7 +221,7 @@ def build(
     ),
     prompts=prompts,
     identity=identity,
-    parameters=summary.count_trained(method, state, padded)[0],
+    parameters=count_trained(state.trainable, method, padded)[0],
   )
 
 

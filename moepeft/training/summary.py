@@ -8,13 +8,11 @@ from typing import Any
 import jax
 
 from moepeft.checkpoints import quantize
-from moepeft.core.types import State, Tree
-from moepeft.models import weight_mapping
-from moepeft.moe import router_state
-from moepeft.nn.expert_padding import PaddedAxis, padding_size
+from moepeft.checkpoints.count_parameters import count_trained
+from moepeft.core.types import State
+from moepeft.nn.expert_padding import PaddedAxis
 from moepeft.peft import Built
 from moepeft.peft.method_text import expanded_text
-from moepeft.peft.tied_layers import spare_sizes
 
 
 def print_summary(
@@ -32,8 +30,8 @@ def print_summary(
     more: {name: text} of further lines such as 'data'; empty ones are left out.
     padded: {path of a trained array: its padded axis}.
   """
-  trained, padding = count_trained(method, state, padded)
-  frozen = _count(state.frozen)
+  trained, padding = count_trained(state.trainable, method, padded)
+  frozen = sum(a.size for a in jax.tree.leaves(state.frozen))
   total, quantized = (trained if method.trainable == 'params' else frozen), ''
   if base.quantise:
     total = quantize.parameters(state.frozen, base.config)
@@ -54,22 +52,3 @@ def print_summary(
   for name, line in lines.items():
     if line:
       print(f'{name:{width}}  {line}', flush=True)
-
-
-def count_trained(
-  method: Built,
-  state: State,
-  padded: Mapping[str, PaddedAxis] = types.MappingProxyType({}),
-) -> tuple[int, int]:
-  """(trained parameters, further zeros of padding); see `print_summary`."""
-  weights, _ = router_state.split(state.trainable, method.frozen_arrays)
-  shapes = {
-    path: leaf.shape for path, leaf in weight_mapping.flatten(weights).items()
-  }
-  padding = padding_size(shapes, padded)
-  spare = spare_sizes(weights, method.tied_arrays, method.unread_arrays)
-  return _count(weights) - padding - sum(spare.values()), padding
-
-
-def _count(tree: Tree) -> int:
-  return sum(a.size for a in jax.tree.leaves(tree))

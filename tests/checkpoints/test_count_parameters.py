@@ -5,10 +5,12 @@ import json
 import re
 import tracemalloc
 
+import jax
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.checkpoints.count_parameters import count
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.count_parameters import count, count_trained
 from tests import ROOT
 
 PAPER = ROOT.parent / 'shared' / 'paper'
@@ -64,3 +66,24 @@ def test_sites_are_named_without_layers_and_adapters():
   assert all(re.fullmatch(r'(en|de)coder/\w+/\w+', site) for site in actual)
   # Six heads of 64 beside d 512: a d*r + b r*384 + router d, twice, 8 layers.
   assert actual['encoder/self/q'] == 8 * 2 * (512 + 384 + 512)
+
+
+@pytest.mark.parametrize(
+  'method',
+  [
+    # Arrays have the experts of the fullest layer.
+    "molora(experts_per_layer=[1, 2, 4], targets='encoder/*/q')",
+    # Arrays of all layers, of which a group shares one.
+    'lily(rank=2)',
+  ],
+)
+def test_arrays_are_counted_without_padding_and_copies(method):
+  config = config_lib.default()
+  config.method = method
+  base = base_lib.load(config.model)
+  model, built = base_lib.module(base, config)
+  trainable = base_lib.initialise(base, model, 0)[built.trainable]
+  padded = base_lib.padded_axes(model, base)
+  actual, _ = count_trained(trainable, built, padded)
+  assert actual == count(config)['peft']
+  assert actual < sum(a.size for a in jax.tree.leaves(trainable))

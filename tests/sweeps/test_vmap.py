@@ -14,7 +14,7 @@ from moepeft import config as config_lib
 from moepeft import train, train_trials
 from moepeft.checkpoints.restore import restore_adapter
 from moepeft.runs import metrics_log
-from moepeft.sweeps import display, grid, together
+from moepeft.sweeps import display, grid, vmap_groups
 from moepeft.sweeps.attempt import Attempt
 from moepeft.sweeps.directory import SweepDirectory
 from moepeft.sweeps.trials import make_trials
@@ -39,7 +39,7 @@ def trials_of(text):
 def groups(text, most):
   return [
     [trial.index for trial in trials]
-    for trials in together.group(trials_of(text), most)
+    for trials in vmap_groups.group(trials_of(text), most)
   ]
 
 
@@ -53,11 +53,13 @@ def test_groups_are_of_one_program_and_of_a_size():
 
 def test_what_trains_alone_has_a_reason():
   assert groups('method=full|ia3; seed=0,1', 9) == [[0], [1], [2, 3]]
-  full, _, (ia3, _) = together.group(trials_of('method=full|ia3; seed=0,1'), 9)
-  assert together.why_alone(full[0]) == (
+  full, _, (ia3, _) = vmap_groups.group(
+    trials_of('method=full|ia3; seed=0,1'), 9
+  )
+  assert vmap_groups.why_alone(full[0]) == (
     'full trains the base, which trials of --vmap share'
   )
-  assert together.why_alone(ia3) == ''
+  assert vmap_groups.why_alone(ia3) == ''
 
 
 def test_a_group_tells_its_trials_and_an_error_is_of_its_trial(
