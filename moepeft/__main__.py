@@ -13,6 +13,7 @@ from moepeft.core.ranges import short_repr, suggestion
 COMMANDS = {
   'train': 'train an adapter or a full model from a config',
   'sweep': 'train the runs of a grid of settings, and collect the results',
+  'train_trials': 'train trials of a sweep in one process, for sweep --vmap',
   'evaluate': 'measure a run on held-out data or on a file of rows',
   'generate': 'answer prompts with a run or a model, or talk to it',
   'serve': "serve a model and its adapters with OpenAI's API",

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from moepeft import config as config_lib
 from moepeft import moe
 from moepeft.checkpoints.count_parameters import count
+from moepeft.checkpoints.solve_method import with_explicit_method
 from moepeft.models import FAMILIES
 from moepeft.peft import METHODS
 from tests import ROOT
@@ -198,7 +199,7 @@ def _load_card(path: Path):
   ids=_name,
 )
 def test_card_builds_its_model_and_method(path):
-  counted = count(_load_card(path).get_config())
+  counted = count(with_explicit_method(_load_card(path).get_config()))
   assert 0 < counted['peft'] <= counted['params']
 
 

@@ -45,6 +45,11 @@ def check(
     is_replaying = key == 'data.source' and config.data.replay
     check_entry(config, key, registry, _REPLAY_KEYS if is_replaying else ())
   _check_span_corruption(config.data)
+  if config.log.plots_every_steps and not config.log.plots:
+    raise ValueError(
+      f'config.log.plots_every_steps={config.log.plots_every_steps} does '
+      'nothing with config.log.plots=False; set one of the two'
+    )
   if (
     config.early_stopping_patience or config.checkpoint.keep_best
   ) and not config.evaluation.every_steps:

@@ -334,6 +334,8 @@ def _log() -> ConfigDict:
       every_steps=10,
       # Plots in <workdir>/plots, drawn once a minute and at the end.
       plots=True,
+      # Steps between drawings, in place of once a minute; 0 for that.
+      plots_every_steps=0,
       # Names of moepeft.runs.trackers, 'tensorboard,wandb'; '' for none.
       trackers='tensorboard',
       # The project in Weights & Biases.

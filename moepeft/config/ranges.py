@@ -84,6 +84,7 @@ ALLOWED: dict[str, Range | Choices] = {
   'checkpoint.max_to_keep': _COUNT,
   'early_stopping_patience': _COUNT_OR_NONE,
   'log.every_steps': _COUNT,
+  'log.plots_every_steps': _COUNT_OR_NONE,
 }
 
 # Paths, names on a hub, names of registry entries, and strings with a syntax

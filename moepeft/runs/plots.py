@@ -16,7 +16,7 @@ from matplotlib.ticker import (
   NullFormatter,
 )
 
-from moepeft.runs import before_after_plot, router_plots
+from moepeft.runs import before_after_plot, router_load_plot, router_plots
 from moepeft.runs.history import History
 
 # From the color-blind safe palette of Okabe and Ito.
@@ -26,6 +26,8 @@ _DPI = 100
 SHARE_NAMES = {'weight': 'weight', 'tokens': 'tokens', 'load': 'argmax'}
 # Seconds between updates during a run; drawing takes a second or two.
 _UPDATE_SECONDS = 60
+# The largest share of a run's time that these updates take.
+_UPDATE_SHARE = 0.02
 # With a larger ratio of the largest to the smallest loss, the axis is
 # logarithmic.
 _LOG_SCALE_RATIO = 2.5
@@ -37,17 +39,21 @@ class Figures:
   def __init__(self, history: History, folder: str, enabled: bool = True):
     """`enabled`: whether this process draws plots."""
     self._history, self._folder, self._enabled = history, folder, enabled
-    self._last = time.monotonic()
+    self._last, self._seconds = time.monotonic(), 0.0
 
   def draw(self) -> None:
+    start = time.monotonic()
     if self._enabled:
       draw(self._history, self._folder)
     self._last = time.monotonic()
+    self._seconds = self._last - start
 
-  def refresh(self) -> None:
-    """Draws the plots if a minute has passed since the last drawing."""
-    if time.monotonic() - self._last > _UPDATE_SECONDS:
-      self.draw()
+  @property
+  def due(self) -> bool:
+    """Whether a minute has passed since the last drawing, or more if it took
+    more than its share of the time."""
+    pause = max(_UPDATE_SECONDS, self._seconds / _UPDATE_SHARE)
+    return time.monotonic() - self._last > pause
 
 
 def draw_before_after(
@@ -74,6 +80,10 @@ def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
     'preference': _preference(history),
     **{
       f'router_{name}': router_plots.shares(history.routing(), kind)
+      for kind, name in SHARE_NAMES.items()
+    },
+    **{
+      f'router_{name}_steps': router_load_plot.load(history.routing(), kind)
       for kind, name in SHARE_NAMES.items()
     },
     'router_entropy': router_plots.entropy(history.routing()),

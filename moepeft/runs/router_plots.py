@@ -62,8 +62,8 @@ def shares(states: Sequence[RoutingState], kind: str) -> Figure | None:
     for column, (name, site) in enumerate(sites):
       _plot_heat_map(panels.panel(row, column, name), latest[site], norm)
     panels.label(row, place, 'layer')
-    curves = [(s.step, s.shares.get(kind, {})) for s in states]
-    _plot_largest_shares(panels.wide_panel(row), curves, sites, even)
+    axes = panels.wide_panel(row, 'fullest expert of any layer')
+    _plot_largest_shares(axes, states, kind, sites, even)
   panels.color_bar(
     ScalarMappable(norm, SHARE_CMAP),
     {0: '0%', even: f'{even:.0%} (even)', 1: '100%'},
@@ -105,25 +105,41 @@ def end_ticks(count: int) -> list[int]:
   return sorted({0, count - 1})
 
 
-def _plot_largest_shares(axes: Axes, curves, sites, even: float) -> None:
-  """Plots a line per site: the largest share of any expert of any layer.
+def _plot_largest_shares(
+  axes: Axes, states, kind: str, sites, even: float
+) -> None:
+  """Plots a line per site: the largest share of any expert of any layer."""
+  curves = [(s.step, s.shares.get(kind, {})) for s in states]
+  plot_lines(
+    axes,
+    {
+      name: [(step, np.nanmax(a[site])) for step, a in curves if site in a]
+      for name, site in sites
+    },
+  )
+  axes.axhline(even, color='grey', lw=0.8, label='even')
+  axes.set_ylim(0, 1.02)
+  axes.yaxis.set_major_formatter(PercentFormatter(1))
+  add_legend(axes)
 
-  Args:
-    curves: (step, {site: [l, e]}).
-  """
-  for i, (name, site) in enumerate(sites):
+
+def plot_lines(
+  axes: Axes, lines: Mapping[str, Sequence[tuple[int, float]]]
+) -> None:
+  """Plots lines of (step, value)."""
+  for i, (name, points) in enumerate(lines.items()):
     axes.plot(
-      [step for step, by_site in curves if site in by_site],
-      [np.nanmax(by_site[site]) for _, by_site in curves if site in by_site],
+      *zip(*points, strict=True),
       color=_COLORS[i % len(_COLORS)],
       linestyle=_DASHES[i % len(_DASHES)],
       lw=1.3,
       label=name,
     )
-  axes.axhline(even, color='grey', lw=0.8, label='even')
-  axes.set_ylim(0, 1.02)
-  axes.yaxis.set_major_formatter(PercentFormatter(1))
   _style_axes(axes)
+
+
+def add_legend(axes: Axes) -> None:
+  """Adds a legend at the right, in the room of a wide panel."""
   axes.legend(
     loc='upper left',
     bbox_to_anchor=(1.01, 1.05),
@@ -224,11 +240,11 @@ class PanelGrid:
     self._bottom_panels[column] = axes
     return axes
 
-  def wide_panel(self, row: int) -> Axes:
+  def wide_panel(self, row: int, title: str) -> Axes:
     x = self._left + self._columns * (self._panel_width + self.GAP) + self.GAP
     axes = self._last_wide_panel = self._add(row, x, self._wide_width)
     if row == 0:
-      axes.set_title('fullest expert of any layer', fontsize=_LABEL_SIZE, pad=3)
+      axes.set_title(title, fontsize=_LABEL_SIZE, pad=3)
     return axes
 
   def label(self, row: int, place: str, unit: str) -> None:

@@ -27,6 +27,7 @@ from moepeft.inference.api import LoadedAdapter
 from moepeft.inference.constraints.grammar import Compiler
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.serve import open_engine, page
+from moepeft.serve.embeddings.chooser import AdapterChooser, read_examples
 from moepeft.serve.embeddings.encoder import EmbeddingEncoder, SentenceEmbedder
 from moepeft.serve.http import keys as http_keys
 from moepeft.serve.http.chat_templates import ChatSettings
@@ -39,7 +40,7 @@ from moepeft.serve.http.limits import RequestLimits
 from moepeft.serve.http.metrics import Metrics
 from moepeft.serve.http.model_registry import ModelRegistry
 from moepeft.serve.http.server import Server, listen, serve
-from moepeft.serve.http.service import Service
+from moepeft.serve.http.service import AUTO, Service
 from moepeft.serve.http.text import ServedTokenizer
 from moepeft.serve.http.tool_calls import ToolPlanner
 
@@ -47,22 +48,30 @@ _LOOPBACK_HOSTS = ('localhost', '127.0.0.1', '[::1]')
 
 
 def adapter_paths() -> dict[str, str]:
-  """Parses the flags --adapter=NAME=PATH to {name: path}.
+  """{name: path} of the flags --adapter=NAME=PATH."""
+  return named_paths(
+    'adapter',
+    _ADAPTER.value,
+    'the name that requests use and the run or directory of the adapter',
+  )
+
+
+def named_paths(
+  flag: str, texts: Sequence[str] | None, meaning: str
+) -> dict[str, str]:
+  """Parses the values NAME=PATH of a flag to {name: path}.
 
   Raises:
-    ValueError: a flag has no name or path, or two have the same name.
+    ValueError: a value has no name or path, or two have the same name.
   """
   paths: dict[str, str] = {}
-  for text in _ADAPTER.value or ():
+  for text in texts or ():
     name, equals, path = text.partition('=')
     if not (name and equals and path):
-      raise ValueError(
-        f'--adapter={text!r}: expected NAME=PATH, the name that requests use '
-        'and the run or directory of the adapter'
-      )
+      raise ValueError(f'--{flag}={text!r}: expected NAME=PATH, {meaning}')
     if name in paths:
       raise ValueError(
-        f'--adapter={name}=... is given twice; use different names'
+        f'--{flag}={name}=... is given twice; use different names'
       )
     paths[name] = path
   return paths
@@ -156,6 +165,40 @@ def open_embedder() -> SentenceEmbedder | None:
   return SentenceEmbedder(base_name(_EMBEDDINGS.value), encoder)
 
 
+def read_auto_examples() -> dict[str, list[str]]:
+  """{adapter: example prompts} of the flags --auto=NAME=FILE.
+
+  Raises:
+    ValueError: a flag names no adapter or no file of prompts, or there is no
+      sentence encoder.
+  """
+  paths = named_paths(
+    'auto', _AUTO.value, 'an adapter and the file of its example prompts'
+  )
+  if paths and not _EMBEDDINGS.value:
+    raise ValueError(
+      '--auto compares prompts by a sentence encoder; name one with '
+      '--embeddings=minilm'
+    )
+  adapters = adapter_paths()
+  for name in paths:
+    if name not in adapters:
+      raise ValueError(
+        f'--auto={name}=... names no adapter; give it with '
+        f'--adapter={name}=PATH'
+      )
+  return {name: read_examples(path) for name, path in paths.items()}
+
+
+def make_chooser(
+  embedder: SentenceEmbedder | None, examples: dict[str, list[str]]
+) -> AdapterChooser | None:
+  """Embeds the examples of --auto; None without the flag."""
+  if embedder is None or not examples:
+    return None
+  return AdapterChooser(embedder, examples, _AUTO_THRESHOLD.value)
+
+
 def base_name(path: str) -> str:
   """The last part of a path: '~/smollm2/' -> 'smollm2', 'a:b' -> 'b'."""
   return os.path.basename(path.rstrip('/')).split(':')[-1]
@@ -172,6 +215,7 @@ def make_service(
   opened: open_engine.OpenedEngine,
   api_keys: ApiKeys,
   request_limits: RequestLimits,
+  examples: dict[str, list[str]],
 ) -> Service:
   name = _NAME.value or base_name(_MODEL.value)
   chat_settings = ChatSettings(
@@ -179,7 +223,12 @@ def make_service(
   )
   compiler, engine = make_compiler(opened), opened.engine
   embedder = open_embedder()
-  reserved_names = () if embedder is None else (embedder.name,)
+  chooser = make_chooser(embedder, examples)
+  reserved_names = {}
+  if embedder is not None:
+    reserved_names[embedder.name] = 'the model for embeddings'
+  if chooser is not None:
+    reserved_names[AUTO] = 'the model that chooses an adapter'
   # Without keys, the Host header is checked against DNS rebinding.
   hosts = (*_LOOPBACK_HOSTS, _HOST.value) if is_loopback(_HOST.value) else ()
   return Service(
@@ -197,6 +246,7 @@ def make_service(
     () if api_keys.users else hosts,
     tuple(_CORS.value or ()),
     page.read_page() if _PAGE.value else None,
+    chooser=chooser,
   )
 
 
@@ -236,13 +286,16 @@ def run() -> int:
     make_request_limits(),
     make_connection_limits(),
   )
+  examples = read_auto_examples()
   if math.isnan(_DRAIN.value):
     # The bounds of absl flags do not exclude NaN.
     raise ValueError('--drain_seconds is at least 0; got nan')
+  if math.isnan(_AUTO_THRESHOLD.value):
+    raise ValueError('--auto_threshold is between -1 and 1; got nan')
   sock = listen(_HOST.value, _PORT.value)
   start_log()
   progress = StartupProgress()
-  service = make_service(open_from_flags(), api_keys, request_limits)
+  service = make_service(open_from_flags(), api_keys, request_limits, examples)
   server = Server(service, _DRAIN.value, connections)
 
   def start() -> None:
@@ -482,6 +535,21 @@ if __name__ == '__main__':
   )
   _EMBEDDINGS = flags.DEFINE_string(
     'embeddings', '', 'A sentence encoder for /v1/embeddings, such as minilm.'
+  )
+  _AUTO = flags.DEFINE_multi_string(
+    'auto',
+    None,
+    "NAME=FILE of an adapter's example prompts, one a line, or its training "
+    "data in .jsonl; requests for the model 'auto' go to the adapter with the "
+    'most similar ones. Needs --embeddings; may be repeated.',
+  )
+  _AUTO_THRESHOLD = flags.DEFINE_float(
+    'auto_threshold',
+    0.3,
+    "The least similarity, a cosine, of an adapter that 'auto' chooses; below "
+    'it the base answers.',
+    -1,
+    1,
   )
   _PAGE = flags.DEFINE_bool('page', True, 'Serve the chat page at /.')
   _ACCESS_LOG = flags.DEFINE_bool(

@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from moepeft.runs import before_after_plot, plots, router_plots
+from moepeft.runs import (
+  before_after_plot,
+  plots,
+  router_load_plot,
+  router_plots,
+)
 from moepeft.runs.history import History, Subsample
 from moepeft.runs.plots import smooth
 
@@ -42,12 +47,13 @@ def names(drawn):
   return {path.rpartition('/')[2].removesuffix('.png') for path in drawn}
 
 
-def test_a_routed_run_has_four_figures_that_are_pictures(tmp_path):
+def test_a_routed_run_has_five_figures_that_are_pictures(tmp_path):
   drawn = plots.draw([row(s) for s in range(1, 8)], str(tmp_path / 'plots'))
   assert names(drawn) == {
     'loss',
     'learning_rate',
     'router_weight',
+    'router_weight_steps',
     'router_entropy',
   }
   for path in drawn:
@@ -55,7 +61,7 @@ def test_a_routed_run_has_four_figures_that_are_pictures(tmp_path):
     # Not blank: curves, words and maps are darker than paper.
     assert pixels[..., :3].std() > 0.02, path
   # No temporary file is left.
-  assert len(list((tmp_path / 'plots').iterdir())) == 4
+  assert len(list((tmp_path / 'plots').iterdir())) == 5
 
 
 def test_there_is_no_figure_of_what_is_not_there(tmp_path):
@@ -76,7 +82,7 @@ def test_what_is_not_finite_is_left_out_not_drawn_as_zero(tmp_path):
   rows[5]['loss'] = None  # as metrics.jsonl has it
   rows[6]['loss'] = np.nan
   rows[7]['routing'][SITES[0]]['entropy'] = [None] * 5
-  assert len(plots.draw(rows, str(tmp_path))) == 4
+  assert len(plots.draw(rows, str(tmp_path))) == 5
 
 
 def test_the_old_picture_stays_until_the_new_is_whole(tmp_path, monkeypatch):
@@ -124,6 +130,8 @@ def test_each_kind_of_share_has_a_figure_that_names_it(tmp_path):
   assert {n for n in drawn if n.startswith('router')} == {
     'router_weight',
     'router_tokens',
+    'router_weight_steps',
+    'router_tokens_steps',
     'router_entropy',
   }
   states = History(rows).routing()
@@ -144,6 +152,32 @@ def test_the_fullest_expert_is_that_of_any_layer():
   np.testing.assert_array_equal(line.get_xdata(), [10, 50, 90])
   # At step 10 layer 2 gives 0.45 to the experts 0 and 2.
   np.testing.assert_allclose(line.get_ydata(), [0.45, 0.5, 0.9])
+
+
+def test_the_experts_over_training_have_a_column_for_each_step():
+  # At step 100 layer 2 gives all to expert 1: experts 0 and 2 are dead.
+  states = History([row(s) for s in (10, 40, 100)]).routing()
+  figure = router_load_plot.load(states, 'weight')
+  axes = panels(figure)['wo']
+  (heat,) = axes.images
+  shares = np.asarray(heat.get_array())
+  # A row for each of five layers' three experts; expert 1 of layer 2 is row 7.
+  assert shares.shape[0] == 15 and heat.get_extent()[:2] == [10, 100]
+  expert = shares[7]
+  # Steps 10 to 39 are the first third of the columns.
+  assert set(expert[:49]) == {0.1} and set(expert[51:-1]) == {0.4}
+  assert expert[-1] == 1
+  dead = panels(figure)['dead experts of all layers'].lines[0]
+  np.testing.assert_array_equal(dead.get_xdata(), [10, 40, 100])
+  np.testing.assert_array_equal(dead.get_ydata(), [0, 0, 2])
+  # Four sites of 15 experts each.
+  assert '8 of 60 are dead after step 100' in figure.texts[1].get_text()
+
+
+def test_a_layers_only_expert_is_not_dead():
+  share = np.array([[1.0, np.nan, np.nan], [0.995, 0.002, 0.003]])
+  expected = [[False, False, False], [False, True, True]]
+  np.testing.assert_array_equal(router_load_plot.dead_experts(share), expected)
 
 
 def test_entropy_is_a_line_a_layer_over_its_most():

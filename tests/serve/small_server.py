@@ -60,8 +60,8 @@ class FakeEmbedder:
 
   name, dimensions = 'vectors', 3
 
-  def encode(self, texts):
-    if any('long' in text for text in texts):
+  def encode(self, texts, truncate=False):
+    if any('long' in text for text in texts) and not truncate:
       raise ValueError('a text is too long')
     counts = [[text.count(c) for c in 'abc'] for text in texts]
     vectors = np.asarray(counts, np.float32)

@@ -51,6 +51,22 @@ def test_other_machines_are_not_let_in_without_a_key():
     (['--model=x', '--port=70000'], '--port=70000'),
     (['--model=x', '--port=0', '--drain_seconds=-1'], 'drain_seconds'),
     (['--model=x', '--port=0', '--max_body=0'], 'body'),
+    (['--model=x', '--port=0', '--auto=a=FILE'], '--embeddings=minilm'),
+    (['--model=x', '--port=0', '--auto=a'], 'expected NAME=PATH, an adapter'),
+    (
+      ['--model=x', '--port=0', '--auto=a=FILE', '--embeddings=minilm'],
+      '--auto=a=... names no adapter; give it with --adapter=a=PATH',
+    ),
+    (
+      *(
+        [
+          *('--model=x', '--port=0', '--auto=a=/nothing'),
+          *('--adapter=a=RUN', '--embeddings=minilm'),
+        ],
+        '/nothing is no file; expected example prompts',
+      ),
+    ),
+    (['--model=x', '--port=0', '--auto_threshold=nan'], 'auto_threshold'),
   ],
 )
 def test_wrong_options_are_one_sentence(args, message):

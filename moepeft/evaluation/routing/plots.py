@@ -10,7 +10,7 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from moepeft.evaluation.routing.collect import CollectedRouting, SiteRouting
-from moepeft.runs import router_plots
+from moepeft.runs import router_load_plot, router_plots
 from moepeft.runs.history import History, group_sites
 from moepeft.runs.plots import SHARE_NAMES, save
 
@@ -74,6 +74,7 @@ def draw(
   states = history.routing()
   for kind, name in SHARE_NAMES.items():
     figures[f'router_{name}'] = router_plots.shares(states, kind)
+    figures[f'router_{name}_steps'] = router_load_plot.load(states, kind)
   figures['router_entropy'] = router_plots.entropy(states)
   return [
     save(figure, os.path.join(folder, f'{name}.png'))

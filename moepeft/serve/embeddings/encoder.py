@@ -322,14 +322,19 @@ class SentenceEmbedder:
     """Compiles the program of every shape."""
     self._thread.submit(self._encoder.warm_up, progress).result()
 
-  def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
+  def encode(
+    self, texts: Sequence[str], truncate: bool = False
+  ) -> tuple[np.ndarray, int]:
     """(vectors float32 [n, d], number of tokens) of n texts.
 
+    Args:
+      truncate: whether longer texts than the encoder's `max_length` are cut.
+
     Raises:
-      ValueError: a text is longer than the encoder's `max_length`.
+      ValueError: a text is longer, and is not to be cut.
     """
     tokens = self._encoder.tokenize(texts)
-    if tokens.num_truncated:
+    if tokens.num_truncated and not truncate:
       raise ValueError(
         f'{tokens.num_truncated} of {len(texts)} texts have more than the '
         f'{self._encoder.max_length} tokens of {self.name}; shorten them'

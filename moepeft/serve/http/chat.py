@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from moepeft.inference import api
-from moepeft.serve.http import logprobs
+from moepeft.serve.http import auto, logprobs
 from moepeft.serve.http import requests as http_requests
 from moepeft.serve.http.body import read_body
 from moepeft.serve.http.completion_stream import (
@@ -61,7 +61,9 @@ async def chat(service: Service, request: Request) -> Response:
   body = await read_body(request, Chat, service.limits.body)
   _check_body(body)
   http_requests.check_choices(body.n, service.limits)
-  model = service.find(body.model)
+  model, choice = await auto.find_model(
+    service, request, body.model, lambda: [auto.user_text(body.messages)]
+  )
   stats.model = model.name
   name = f'chatcmpl-{secrets.token_hex(12)}'
   plan = await asyncio.to_thread(
@@ -77,7 +79,7 @@ async def chat(service: Service, request: Request) -> Response:
     tokenizer.eos_token_ids_for, model.chat_settings
   )
   chat_request = ChatRequest(
-    service, body, model, stats, name, eos_token_ids, plan
+    service, body, model, stats, name, eos_token_ids, choice, plan
   )
   ids = await tokenizer.run_in_thread(
     tokenizer.encode_chat, body.messages, model.chat_settings, plan

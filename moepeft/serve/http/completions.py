@@ -13,7 +13,7 @@ from starlette.responses import Response
 from moepeft.inference import api
 from moepeft.inference.api import TokenLogprob
 from moepeft.inference.detokenizer import Detokenizer
-from moepeft.serve.http import logprobs
+from moepeft.serve.http import auto, logprobs
 from moepeft.serve.http import requests as http_requests
 from moepeft.serve.http.body import read_body
 from moepeft.serve.http.completion_stream import (
@@ -88,7 +88,9 @@ class CompletionRequest(GenerationRequest):
 async def completions(service: Service, request: Request) -> Response:
   stats = request.scope['stats']
   body = await read_body(request, Completion, service.limits.body)
-  model = service.find(body.model)
+  model, choice = await auto.find_model(
+    service, request, body.model, lambda: _prompt_texts(body.prompts, service)
+  )
   stats.model = model.name
   _check_body(body, service)
   prompts = await service.tokenizer.run_in_thread(
@@ -100,7 +102,7 @@ async def completions(service: Service, request: Request) -> Response:
     service.tokenizer.eos_token_ids_for, model.chat_settings
   )
   completion_request = CompletionRequest(
-    service, body, model, stats, name, eos_token_ids, prompts
+    service, body, model, stats, name, eos_token_ids, choice, prompts
   )
   requests = await asyncio.to_thread(_engine_requests, completion_request)
   answers = _make_answers(completion_request)
@@ -142,6 +144,16 @@ def _encode_prompts(
       http_requests.check_ids(ids, service.engine.vocab, 'prompt')
     return prompts
   return [service.tokenizer.encode_prompt(text) for text in prompts]
+
+
+def _prompt_texts(
+  prompts: Sequence[str] | Sequence[list[int]], service: Service
+) -> Sequence[str]:
+  if isinstance(prompts[0], str):
+    return prompts
+  return [
+    service.tokenizer.decode(ids) for ids in _encode_prompts(prompts, service)
+  ]
 
 
 def _engine_requests(

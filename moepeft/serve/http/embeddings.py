@@ -3,7 +3,8 @@
 
 import asyncio
 import base64
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from starlette.requests import Request
@@ -22,6 +23,8 @@ from moepeft.serve.http.errors import (
 from moepeft.serve.http.event_bridge import cancel_on_disconnect
 from moepeft.serve.http.schemas import EmbeddingsBody
 from moepeft.serve.http.service import Service
+
+Result = TypeVar('Result')
 
 
 async def embeddings(service: Service, request: Request) -> JSONResponse:
@@ -48,23 +51,10 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
     _check_texts(body, service),
     _check_dimensions(body, embedder),
   )
-  seconds = service.limits.seconds
   try:
-    future = service.embedding_thread.submit(
-      service.limits.queue, embedder.encode, texts
+    vectors, stats.prompt = await run_encoder(
+      service, request, embedder.encode, texts
     )
-    vectors, stats.prompt = await cancel_on_disconnect(
-      request.receive, asyncio.wait_for(asyncio.wrap_future(future), seconds)
-    )
-  except TimeoutError:
-    raise unavailable(
-      f'the embeddings took longer than {seconds:g} s; try again later, or '
-      'send less',
-      5,
-      'timeout',
-    ) from None
-  except api.RequestRefused as e:
-    raise refusal_error(e, 'input') from None
   except ValueError as e:
     raise invalid_request(f'input: {e}', 'input') from None
   return JSONResponse(
@@ -82,6 +72,31 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
       'usage': {'prompt_tokens': stats.prompt, 'total_tokens': stats.prompt},
     }
   )
+
+
+async def run_encoder(
+  service: Service, request: Request, call: Callable[..., Result], *args: Any
+) -> Result:
+  """Runs a call on the thread of the sentence encoder.
+
+  Raises:
+    ApiError: too many calls wait, or it took too long.
+  """
+  seconds = service.limits.seconds
+  try:
+    future = service.embedding_thread.submit(service.limits.queue, call, *args)
+    return await cancel_on_disconnect(
+      request.receive, asyncio.wait_for(asyncio.wrap_future(future), seconds)
+    )
+  except TimeoutError:
+    raise unavailable(
+      f'the embeddings took longer than {seconds:g} s; try again later, or '
+      'send less',
+      5,
+      'timeout',
+    ) from None
+  except api.RequestRefused as e:
+    raise refusal_error(e, 'input') from None
 
 
 def _check_texts(body: EmbeddingsBody, service: Service) -> list[str]:

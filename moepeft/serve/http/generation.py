@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from moepeft.inference import api
+from moepeft.serve.embeddings.chooser import AdapterChoice
 from moepeft.serve.http import requests as http_requests
 from moepeft.serve.http.completion_stream import (
   AnswerDelta,
@@ -33,6 +34,7 @@ class GenerationRequest:
   Attributes:
     id: the id of the completion.
     eos_token_ids: ids that end an answer.
+    choice: how the model was chosen; None if the request names it.
     created: the Unix time of the request.
   """
 
@@ -42,6 +44,7 @@ class GenerationRequest:
   stats: RequestStats
   id: str
   eos_token_ids: tuple[int, ...]
+  choice: AdapterChoice | None
   created: int = dataclasses.field(
     default_factory=lambda: int(time.time()), kw_only=True
   )
@@ -55,6 +58,13 @@ class GenerationRequest:
       'model': self.model.name,
       'system_fingerprint': self.model.fingerprint,
     }
+
+  def auto_fields(self) -> Json:
+    """The extension `auto` of a response, and of a stream's first chunk."""
+    if self.choice is None:
+      return {}
+    similarity, threshold = self.choice.similarity, self.choice.threshold
+    return {'auto': {'similarity': similarity, 'threshold': threshold}}
 
   def max_new_tokens(
     self, ids: Sequence[int], requested: int | None, default: int | None, param
@@ -111,10 +121,8 @@ class GenerationRequest:
 
   def response(self, kind: str, choices: Sequence[Json]) -> Json:
     """The body of a response without streaming."""
-    return self.common_fields(kind) | {
-      'choices': list(choices),
-      'usage': usage(self.stats),
-    }
+    fields = self.common_fields(kind) | self.auto_fields()
+    return fields | {'choices': list(choices), 'usage': usage(self.stats)}
 
   async def chunks(
     self, kind: str, choices: AsyncGenerator[Json, None]
@@ -123,8 +131,10 @@ class GenerationRequest:
     common_fields = self.common_fields(kind)
     if self.body.include_usage:
       common_fields['usage'] = None
+    extension = self.auto_fields()
     async for choice in choices:
-      yield common_fields | {'choices': [choice]}
+      yield common_fields | {'choices': [choice]} | extension
+      extension = {}
     if self.body.include_usage:
       yield common_fields | {'choices': [], 'usage': usage(self.stats)}
 

@@ -4,7 +4,8 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from moepeft.inference import api
@@ -47,13 +48,13 @@ class ModelRegistry:
     base: str,
     sha256: str,
     chat_settings_: ChatSettings,
-    reserved_names: Sequence[str] = (),
+    reserved_names: Mapping[str, str] = MappingProxyType({}),
   ):
     """
     Args:
       sha256: hash of the base.
       chat_settings_: the chat settings of the base.
-      reserved_names: names of other models, which adapters may not have.
+      reserved_names: {name that no model here may have: whose it is}.
 
     Raises:
       ValueError: two models have the same name, or an adapter's chat template
@@ -61,14 +62,11 @@ class ModelRegistry:
     """
     if base in reserved_names:
       raise ValueError(
-        f'{base!r} is the name of the model for embeddings too; give the base '
+        f'{base!r} is the name of {reserved_names[base]} too; give the base '
         'another with --name'
       )
-    self._engine, self.base, self._reserved_names = (
-      engine,
-      base,
-      tuple(reserved_names),
-    )
+    self._engine, self.base = engine, base
+    self._reserved_names = dict(reserved_names)
     self._sha256, self._base_chat = sha256, chat_settings_
     self._created = {base: int(time.time())}
     self._chat_settings: dict[str, ChatSettings] = {}
@@ -157,8 +155,8 @@ class ModelRegistry:
       )
     if name in self._reserved_names:
       raise ValueError(
-        f'{name!r} is the name of the model for embeddings; give the adapter '
-        'another name'
+        f'{name!r} is the name of {self._reserved_names[name]}; give the '
+        'adapter another name'
       )
 
   def _register(self, name: str, settings: ChatSettings) -> None:

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from moepeft.serve.http import metrics
 from moepeft.serve.http.errors import ApiError, model_not_found, unavailable
 from moepeft.serve.http.model_registry import OWNER
-from moepeft.serve.http.service import Service
+from moepeft.serve.http.service import AUTO, Service
 
 
 async def models(service: Service, request: Request) -> JSONResponse:
@@ -39,6 +39,21 @@ def _model_objects(service: Service) -> list[dict[str, Any]]:
         # The chat page lists only models of the type 'language'.
         'type': 'embedding',
         'parent': None,
+      }
+    )
+  if service.chooser is not None:
+    chooses = [m for m in objects if m['id'] in service.chooser.names()]
+    objects.append(
+      {
+        'id': AUTO,
+        'object': 'model',
+        'created': objects[0]['created'],
+        'owned_by': OWNER,
+        'type': 'language',
+        'parent': service.models.base,
+        'routing': any(m.get('routing') for m in chooses),
+        # The adapters that a request may go to.
+        'chooses': [m['id'] for m in chooses],
       }
     )
   return objects

@@ -197,3 +197,16 @@ def test_site_layer_language_and_theme_can_be_chosen(tab):
   light = tab.evaluate(color)
   tab.locator('#theme').click()
   assert tab.evaluate(color) != light
+
+
+def test_a_long_name_of_a_task_leaves_room_for_the_numbers(tab):
+  tab.set_viewport_size({'width': 400, 'height': 800})
+  name = 'dataset_name_without_a_space/' * 3
+  rename = 'name => { DATA.tasks[0] = DATA.texts[0].task = name }'
+  tab.evaluate(rename, name)
+  tab.locator('#layer').select_option('1')
+  assert name in tab.locator('#tasks').text_content()
+  assert name in tab.locator('#texts').text_content()
+  assert tab.evaluate('document.documentElement.scrollWidth') == 400
+  first = tab.locator('#tasks tbody td').first.bounding_box()
+  assert first['x'] + first['width'] < 400

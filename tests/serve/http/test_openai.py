@@ -84,8 +84,10 @@ def test_the_model_for_embeddings_is_told_from_those_that_write(client, server):
 def test_two_models_do_not_have_one_name(server):
   engine, voice = server.engine, ChatSettings()
   with pytest.raises(ValueError, match='--name'):
-    ModelRegistry(engine, 'base', '', voice, ['base'])
-  value = ModelRegistry(engine, 'base', '', voice, ['vectors'])
+    ModelRegistry(engine, 'base', '', voice, {'base': 'the other'})
+  value = ModelRegistry(
+    engine, 'base', '', voice, {'vectors': 'the model for embeddings'}
+  )
   with pytest.raises(ValueError, match='for embeddings'):
     value.load('vectors', 'runs/a')
 
