@@ -21,7 +21,7 @@ from moepeft.sweeps.trials import make_trials
 from moepeft.training import vmapped
 
 from ..invariants import bases
-from ..invariants.cases import TOLERANCE
+from ..invariants.cases import PAIRS, TOLERANCE
 from .planted import planted
 
 GRID = (
@@ -112,6 +112,7 @@ def config_of(family, models, steps=6):
   c.objective = 'causal' if family == 'llama' else 'seq2seq'
   c.data.tokenizer, c.data.length = 'bytes', 128
   c.data.inputs_length, c.data.targets_length = 96, 12
+  c.model.dropout = 0.0
   c.method = 'molora(experts=3, rank=2)'
   c.steps, c.batch_size = steps, 3
   c.evaluation.tasks, c.evaluation.max_examples = 'storage', 3
@@ -167,10 +168,24 @@ def assert_equal_runs(run, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', ['t5', 'llama'])
-def test_runs_together_are_those_of_trials_alone(family, models, tmp_path):
+@pytest.mark.parametrize(
+  ('family', 'changes'),
+  [
+    ('t5', {'model.dropout': 0.1}),
+    ('t5', {'optimizer.name': 'adafactor', 'gradient_accumulation_steps': 3}),
+    ('llama', {'method': 'hydralora(experts=3, rank=2)'}),
+    (
+      'llama',
+      {'objective': 'dpo', 'preference.reference': 'precomputed'} | PAIRS,
+    ),
+  ],
+)
+def test_runs_together_are_those_of_trials_alone(
+  family, changes, models, tmp_path
+):
   config = config_of(family, models)
   config.optimizer.schedule, config.optimizer.warmup_steps = 'cosine', 2
+  config.update_from_flattened_dict(changes)
   trials = [make_trials(config, grid.parse(GRID))[i] for i in (0, 3, 6)]
   alone, grouped = (SweepDirectory(str(tmp_path / x)) for x in ('a', 'b'))
   for directory in (alone, grouped):
