@@ -2,6 +2,7 @@
 """A mixture out of one LoRA (upcycling)."""
 
 import flax
+import flax.linen as nn
 import numpy as np
 
 from moepeft.core.types import Tree
@@ -11,7 +12,6 @@ from moepeft.evaluation.routing.reduce import (
   target_of,
 )
 from moepeft.nn.adapter_hook import AdapterMap
-from moepeft.peft.methods.lora import Lora
 
 
 def split_lora(
@@ -83,13 +83,12 @@ def _split_layer(
   )
 
 
-def _lora(adapter_map: AdapterMap) -> Lora:
+def _lora(adapter_map: AdapterMap) -> nn.Module:
   adapters = {adapter.name: adapter for _, adapter in adapter_map.entries}
   lora = next(iter(adapters.values()))
   if (
     len(adapters) > 1
-    or type(lora) is not Lora
-    or lora.init_weights != 'zero'
+    or not getattr(lora, 'takes_splits', False)
     or lora.tied_arrays
   ):
     raise ValueError(
