@@ -4,7 +4,9 @@
 The command routes the run's held-out rows, or those of --data, and writes
 DIR/index.html, which needs no network, and plots as PNG files. --merge=RANK
 writes DIR/lora, one LoRA in place of the mixture, and --prune=EXPERTS
-DIR/pruned, the mixture with fewer experts, with the loss that each of them has.
+DIR/pruned, the mixture with fewer experts. --split=EXPERTS is for a run of one
+LoRA: it writes DIR/mixture, which can be trained further. Each is written with
+its loss.
 """
 
 import os
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
+from flax import traverse_util
 
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import base as base_lib
@@ -31,11 +34,12 @@ from moepeft.evaluation.routing.collect import (
   collect,
 )
 from moepeft.evaluation.routing.reduce import (
-  ReducedAdapter,
+  DerivedAdapter,
   merge_to_lora,
   prune,
 )
 from moepeft.evaluation.routing.similarity import similarities
+from moepeft.evaluation.routing.split import split_lora
 from moepeft.inference.loaded_model import LoadedModel, load_run
 from moepeft.runs.history import History
 from moepeft.runs.run import Run
@@ -134,16 +138,17 @@ def write(
   return [index, *plots.draw(routing, similarity, history, folder)]
 
 
-def save_reduced(
+def save_derived(
   run: LoadedModel,
-  reduced: ReducedAdapter,
+  derived: DerivedAdapter,
   path: str,
   routed: Sequence[rows.LabeledRow],
   overwrite: bool = False,
 ) -> tuple[float, float]:
   """Writes an adapter; returns the loss of the run on rows, and the adapter's.
 
-  Losses are in nats a target token.
+  Losses are in nats a target token. Arrays that the adapter lacks, such as a
+  new router's, are initialized by the run's seed.
 
   Args:
     overwrite: whether to replace a directory that has files.
@@ -151,11 +156,14 @@ def save_reduced(
   config = run.config.copy_and_resolve_references()
   base = base_lib.load(config.model)
   losses = [_loss(run, run.model, run.variables, routed)]
-  config.method = reduced.method
+  config.method = derived.method
   model, built = base_lib.module(base, config)
-  losses.append(
-    _loss(run, model, {**run.variables, 'peft': reduced.peft}, routed)
+  initial = base_lib.initialise(base, model, config.seed)['peft']
+  peft = traverse_util.unflatten_dict(
+    traverse_util.flatten_dict(initial)
+    | traverse_util.flatten_dict(derived.peft)
   )
+  losses.append(_loss(run, model, {**run.variables, 'peft': peft}, routed))
   metadata = adapter_lib.describe(
     built.method,
     config.semantics,
@@ -165,7 +173,7 @@ def save_reduced(
     base.config,
     base.quantise,
   )
-  adapter_lib.save(path, reduced.peft, metadata, overwrite)
+  adapter_lib.save(path, peft, metadata, overwrite)
   return tuple(losses)
 
 
@@ -192,7 +200,7 @@ def _reduce(
       adapter_map, peft, routing, _MERGE.value, _TASK.value
     )
     task_rows = [row for row in routed if _TASK.value in ('', row.task)]
-    _print_reduced(run, reduced, os.path.join(output, 'lora'), task_rows)
+    _save_and_print(run, reduced, os.path.join(output, 'lora'), task_rows)
     worst, site = max(
       (float(lost.max()), site) for site, lost in reduced.left_out.items()
     )
@@ -203,14 +211,26 @@ def _reduce(
     base = base_lib.load(run.config.model)
     axes = base_lib.logical_axes(run.model, base)['peft']
     reduced = prune(run.method, adapter_map, peft, axes, routing, _PRUNE.value)
-    _print_reduced(run, reduced, os.path.join(output, 'pruned'), routed)
+    _save_and_print(run, reduced, os.path.join(output, 'pruned'), routed)
 
 
-def _print_reduced(run, reduced: ReducedAdapter, path: str, routed) -> None:
-  before, after = save_reduced(run, reduced, path, routed, overwrite=True)
+def _save_and_print(run, derived: DerivedAdapter, path: str, routed) -> None:
+  before, after = save_derived(run, derived, path, routed, overwrite=True)
   print(
     f'wrote {path}; its loss on {len(routed):,} rows is {after:.4f} nats a '
     f"token, the run's {before:.4f}"
+  )
+
+
+def _split(run: LoadedModel, routed, output: str) -> None:
+  derived = split_lora(
+    run.model.adapter_map, run.variables['peft'], _SPLIT.value, _ROUTER.value
+  )
+  path = os.path.join(output, 'mixture')
+  _save_and_print(run, derived, path, routed)
+  print(
+    f'train it by --config.model.adapter={path} '
+    f'--config.method="{derived.method}"'
   )
 
 
@@ -222,6 +242,8 @@ def main(argv) -> None:
     )
   if _TASK.value and not _MERGE.value:
     raise ValueError('--task names the tokens that --merge averages; give both')
+  if _SPLIT.value and (_MERGE.value or _PRUNE.value):
+    raise ValueError('--split is for a LoRA, --merge and --prune for mixtures')
   if not _OUTPUT.value:
     raise ValueError('--output is missing: name a directory for the page')
   output = os.path.expanduser(_OUTPUT.value)
@@ -229,6 +251,11 @@ def main(argv) -> None:
   run = load_run(os.path.expanduser(argv[1]), _CHECKPOINT.value)
   # Before the rows are routed, which takes longer.
   os.makedirs(output, exist_ok=True)
+  if _SPLIT.value:
+    _split(
+      run, rows.read(run, _collator(run), data, _MAX_EXAMPLES.value), output
+    )
+    return
   routed = read_rows(run, data, _MAX_EXAMPLES.value)
   routing = collect_rows(run, routed, _TEXTS.value, _BATCH_SIZE.value)
   dead = int(sum(site.dead.sum() for site in routing.sites))
@@ -295,5 +322,19 @@ if __name__ == '__main__':
     'and layer, written to OUTPUT/pruned; 0 for none.',
     lower_bound=0,
     upper_bound=65_536,
+  )
+  _SPLIT = flags.DEFINE_integer(
+    'split',
+    0,
+    'The number of experts of a mixture made out of the run of one LoRA, '
+    'written to OUTPUT/mixture; 0 for none.',
+    lower_bound=0,
+    upper_bound=65_536,
+  )
+  _ROUTER = flags.DEFINE_string(
+    'router',
+    'softmax(kernel_init=zeros)',
+    'The router of --split. By default all weights are even at first, and the '
+    'mixture computes what the LoRA does.',
   )
   command_line.run(main, takes_arguments=True)

@@ -20,6 +20,7 @@ from moepeft import train
 from moepeft.checkpoints import base as base_lib
 from moepeft.config import command_line, program
 from moepeft.core import host_memory
+from moepeft.core.memory import is_out_of_memory
 from moepeft.core.types import Batch
 from moepeft.sweeps import grid as grid_lib
 from moepeft.sweeps.directory import SweepDirectory
@@ -269,9 +270,16 @@ def main(argv) -> None:
     )
   directory = SweepDirectory(_SWEEP.value)
   directory.prepare(_CONFIG.value)
-  codes = train_together(
-    [trials[i] for i in indices], directory, command_line.gin_text()
-  )
+  try:
+    codes = train_together(
+      [trials[i] for i in indices], directory, command_line.gin_text()
+    )
+  except Exception as e:
+    if not is_out_of_memory(e):
+      raise
+    raise ValueError(
+      f'memory ran out with {len(indices)} trials in one program; lower --vmap'
+    ) from e
   sys.exit(next(filter(None, codes), 0))
 
 

@@ -78,11 +78,14 @@ def router_stats(
   mask = mask.reshape(mask.shape + (1,) * (weights.ndim - 1 - mask.ndim))
   real = jnp.broadcast_to(mask, weights.shape[:-1]).astype(jnp.float32)
   k = weights.shape[-1] if routing.selects else routing.k or 1
-  kth = jax.lax.top_k(weights, k)[0][..., -1:]
-  # Experts with equal weights share the load, so that a uniform router has an
-  # even load. Expert dropout may leave fewer than k experts.
-  load = ((weights >= kth) & (weights > 0)).astype(jnp.float32)
-  load = normalize(load)
+  # Expert dropout may leave fewer than k experts.
+  load = weights > 0
+  if k < weights.shape[-1]:
+    # Experts with equal weights share the load, so that a uniform router has an
+    # even load. Without this comparison if it is always true: XLA may compute
+    # its sides apart, and their last digits then differ.
+    load &= weights >= jax.lax.top_k(weights, k)[0][..., -1:]
+  load = normalize(load.astype(jnp.float32))
   normalized = normalize(weights)
   share = (weights > 0).astype(jnp.float32) if routing.sparse else normalized
   log_p = jax.nn.log_softmax(routing.logits, axis=-1)

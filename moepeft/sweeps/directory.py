@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from moepeft.config import defaults
 from moepeft.core import files
 from moepeft.runs.resume import flatten
 from moepeft.runs.run import Run, read_object
@@ -82,7 +83,10 @@ class SweepDirectory:
       old_config = read_object(self.config_file, shape, advice, finite=False)[
         'config'
       ]
-      self._check_same(flatten(old_config), flatten(new_config))
+      # An older version lacks the newer keys, which it ran with their defaults.
+      default_config = json.loads(defaults.default().to_json())
+      old_values = flatten(default_config) | flatten(old_config)
+      self._check_same(old_values, flatten(new_config))
     for folder in (self.runs_dir, self.logs_dir, self.failures_dir):
       os.makedirs(folder, exist_ok=True)
     files.write_text(

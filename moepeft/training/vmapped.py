@@ -64,7 +64,7 @@ class VmappedStep:
     first = states[0]
     self._shared = {'frozen': first.frozen, 'reference': first.reference}
     without_shared = dict.fromkeys(self._shared, ())
-    self._rows = jax.jit(_stack)([s.replace(**without_shared) for s in states])
+    self._rows = jax.jit(stack)([s.replace(**without_shared) for s in states])
     self._numbers = differing_numbers(configs)
     step = vmapped(make_step, configs[0])
     self._step = jax.jit(step, donate_argnums=1)
@@ -96,13 +96,15 @@ def differing_numbers(configs: Sequence[ConfigDict]) -> dict[str, Array]:
   }
 
 
-def vmapped(
+def parametric(
   make_step: Callable[[ConfigDict], TrainStep], config: ConfigDict
-) -> Callable[..., tuple[Tree, list[dict[str, Any]]]]:
-  """(numbers, states, shared, batches) -> (states, metrics of each run).
+) -> Callable[..., tuple[State, dict[str, Any]]]:
+  """(numbers, state, shared, batch) -> (state, metrics), not jitted.
 
-  States, numbers and batches have a leading axis of runs; the fields `shared`
-  of a state have none.
+  Args:
+    make_step: config -> a training step.
+    config: whose `numbers`, {config key: value}, are arguments of the step. The
+      fields `shared` of a state are apart, and empty in the state itself.
   """
 
   def step(
@@ -112,15 +114,24 @@ def vmapped(
     new_state, metrics = train_step(state.replace(**shared), batch)
     return new_state.replace(**dict.fromkeys(shared, ())), metrics
 
+  return step
+
+
+def vmapped(
+  make_step: Callable[[ConfigDict], TrainStep], config: ConfigDict
+) -> Callable[..., tuple[State, list[dict[str, Any]]]]:
+  """`parametric` with a leading axis of runs, but for `shared`.
+
+  It returns the states, and a list of the metrics of each run.
+  """
+  vmapped_step = jax.vmap(parametric(make_step, config), (0, 0, None, 0))
+
   def steps(numbers, states, shared, batches):
-    states, metrics = jax.vmap(step, (0, 0, None, 0))(
-      numbers, states, shared, batches
-    )
-    count = states.step.shape[0]
-    rows = [
-      jax.tree.map(functools.partial(_row, i), metrics) for i in range(count)
+    states, metrics = vmapped_step(numbers, states, shared, batches)
+    return states, [
+      jax.tree.map(functools.partial(_row, i), metrics)
+      for i in range(states.step.shape[0])
     ]
-    return states, rows
 
   return steps
 
@@ -129,5 +140,6 @@ def _row(i: int, array: Array) -> Array:
   return array[i]
 
 
-def _stack(trees: Sequence[Tree]) -> Tree:
+def stack(trees: Sequence[Tree]) -> Tree:
+  """Trees of arrays as one tree, with a leading axis."""
   return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)

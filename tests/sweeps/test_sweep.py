@@ -7,6 +7,7 @@ Real runs are slow.
 import contextlib
 import json
 import os
+import pathlib
 import random
 import re
 import signal
@@ -172,23 +173,52 @@ def whole(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.slow
-def test_a_sweep_is_killed_at_random_moments_and_ends_with_equal_rows(
-  whole, tmp_path
-):
-  workdir, dice = tmp_path / 'sweep', random.Random(time.time_ns())
+def kill_at_random_moments(workdir, *args):
+  """Starts a sweep six times, kills it, and lets the seventh one end."""
+  dice = random.Random(time.time_ns())
   for number in range(6):
-    process = start(workdir, *SELECTED)
+    process = start(workdir, *args)
     time.sleep(dice.uniform(2, 25))
     process.send_signal(signal.SIGKILL)
     process.wait()
     # Every other time the trials go on, and the next sweep waits for them.
     if number % 2:
       kill_trials(workdir)
-  assert start(workdir, *SELECTED).wait() == 0
+  assert start(workdir, *args).wait() == 0
+
+
+@pytest.mark.slow
+def test_a_sweep_is_killed_at_random_moments_and_ends_with_equal_rows(
+  whole, tmp_path
+):
+  workdir = tmp_path / 'sweep'
+  kill_at_random_moments(workdir, *SELECTED)
   assert rows(workdir) == rows(whole)
   assert [row['status'] for row in rows(whole)].count('finished') == 6
   assert [row['status'] for row in rows(whole)].count('left out') == 2
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_of_trials_together_has_the_rows_of_trials_alone(
+  whole, tmp_path
+):
+  workdir = tmp_path / 'sweep'
+  kill_at_random_moments(workdir, *SELECTED, '--vmap=3')
+  log = pathlib.Path(f'{workdir}.log').read_text()
+  assert 'trained together with 1 more' in log
+  for row, row_alone in zip(rows(workdir), rows(whole), strict=True):
+    # The losses in it are rounded.
+    assert (
+      row.pop('why').split(' has ')[0]
+      == (row_alone.pop('why').split(' has ')[0])
+    )
+    losses, losses_alone = (
+      r.pop('validation', {}).pop('loss', 0) for r in (row, row_alone)
+    )
+    # The tolerance of recorded losses, for the same reason: products are added
+    # in another order.
+    assert losses == pytest.approx(losses_alone, rel=1e-5)
+    assert row == row_alone
 
 
 @pytest.mark.slow

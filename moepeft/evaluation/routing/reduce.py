@@ -21,14 +21,14 @@ from moepeft.nn.adapter_hook import AdapterMap
 
 
 @dataclasses.dataclass(frozen=True)
-class ReducedAdapter:
-  """An adapter that approximates a mixture.
+class DerivedAdapter:
+  """An adapter that is made out of a trained one.
 
   Attributes:
     method: its method string.
     peft: its collection 'peft'.
     left_out: path of a site -> float64 [l], the part of the change that the
-      rank leaves out, as a ratio of Frobenius norms; {} for fewer experts.
+      rank leaves out, as a ratio of Frobenius norms; {} where none is.
   """
 
   method: str
@@ -43,7 +43,7 @@ def prune(
   axes: Tree,
   routing: CollectedRouting,
   experts: int,
-) -> ReducedAdapter:
+) -> DerivedAdapter:
   """The mixture with the experts of the largest shares at each site and layer.
 
   The router chooses among those that stay; routers that normalize give them
@@ -98,7 +98,7 @@ def prune(
       flat[path] = pruned if stacked else pruned[0]
   (spec,) = parse_method(method)
   text = str(spec.replace(experts=experts))
-  return ReducedAdapter(text, _unflatten(flat), {})
+  return DerivedAdapter(text, _unflatten(flat), {})
 
 
 def merge_to_lora(
@@ -107,7 +107,7 @@ def merge_to_lora(
   routing: CollectedRouting,
   rank: int,
   task: str = '',
-) -> ReducedAdapter:
+) -> DerivedAdapter:
   """One LoRA of the mean change of the tokens of a task, or of all tasks.
 
   At each site and layer it is the best approximation of rank `rank` of
@@ -150,11 +150,11 @@ def merge_to_lora(
     )
     parent = site.path.rpartition('/')[0]
     merged |= {f'{parent}/lora/a': a, f'{parent}/lora/b': b}
-    targets.append('/'.join(p for p in parent.split('/') if p != 'layers'))
+    targets.append(target_of(parent))
   # With alpha = rank the term is A B.
   options = {'rank': rank, 'alpha': float(rank), 'targets': '|'.join(targets)}
   method = str(Spec('lora', tuple(options.items())))
-  return ReducedAdapter(method, _unflatten(merged), left_out)
+  return DerivedAdapter(method, _unflatten(merged), left_out)
 
 
 def low_rank_mean(
@@ -165,9 +165,6 @@ def low_rank_mean(
   stacked: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """(A [(l,) *in, r], B [(l,) r, *out], part left out [l]) of a weighted sum.
-
-  The sum is a product of matrices with e r columns and rows, whose singular
-  values are those of a matrix [e r, e r].
 
   Args:
     mixture: of LoRA experts.
@@ -186,14 +183,14 @@ def low_rank_mean(
   a = a * (weights[:, :, None] * scales)[:, None]
   results = []
   for a_layer, b_layer in zip(a, b, strict=True):
-    left, r_left = np.linalg.qr(a_layer.reshape(len(a_layer), -1))
-    right, r_right = np.linalg.qr(b_layer.reshape(-1, b_layer.shape[-1]).T)
-    u, s, v = np.linalg.svd(r_left @ r_right.T)
+    u, s, v = low_rank_svd(
+      a_layer.reshape(len(a_layer), -1), b_layer.reshape(-1, b_layer.shape[-1])
+    )
     root = np.sqrt(s[:rank])
     low_a = np.zeros((len(a_layer), rank))
     low_b = np.zeros((rank, b_layer.shape[-1]))
-    low_a[:, : len(root)] = left @ u[:, : len(root)] * root
-    low_b[: len(root)] = root[:, None] * (right @ v[: len(root)].T).T
+    low_a[:, : len(root)] = u[:, : len(root)] * root
+    low_b[: len(root)] = (v[:, : len(root)] * root).T
     norm = np.linalg.norm(s)
     lost = np.linalg.norm(s[rank:]) / norm if norm else 0.0
     results.append((low_a, low_b, lost))
@@ -202,6 +199,25 @@ def low_rank_mean(
   low_a = low_a.reshape(len(a), *inside, rank).astype(np.float32)
   low_b = low_b.reshape(len(a), rank, *outside).astype(np.float32)
   return (low_a, low_b, lost) if stacked else (low_a[0], low_b[0], lost)
+
+
+def low_rank_svd(
+  a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(U [in, k], singular values [k], V [out, k]) of a [in, k] times b [k, out].
+
+  The product is never built: its singular values are those of the product of
+  two matrices [k, k].
+  """
+  left, r_left = np.linalg.qr(a)
+  right, r_right = np.linalg.qr(b.T)
+  u, s, v = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
+  return left @ u, s, right @ v.T
+
+
+def target_of(site: str) -> str:
+  """The pattern of `targets` that is the site at a path of arrays alone."""
+  return '/'.join(part for part in site.split('/') if part != 'layers')
 
 
 def _feature_shapes(

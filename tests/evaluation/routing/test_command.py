@@ -127,10 +127,10 @@ def test_a_reduced_adapter_is_written_and_has_its_loss(begun, tmp_path):
     run.model.adapter_map, run.variables['peft'], collected, 6
   )
   path = str(tmp_path / 'lora')
-  before, after = routing.save_reduced(run, reduced, path, rows)
+  before, after = routing.save_derived(run, reduced, path, rows)
   # Two steps have hardly moved B from zero: both are nearly the base.
   assert after == pytest.approx(before, rel=1e-3)
   loaded = load_model(run.config.model.path, path)
   assert loaded.method.startswith('lora(rank=6, alpha=6.0')
   with pytest.raises(ValueError, match='already contains adapter.json'):
-    routing.save_reduced(run, reduced, path, rows)
+    routing.save_derived(run, reduced, path, rows)
