@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moepeft.core import files
-from moepeft.evaluation.routing.collect import (
+from moepeft.evaluation.routing.site_routing import (
   CollectedRouting,
   RoutedText,
   SiteRouting,
