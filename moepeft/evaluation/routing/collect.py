@@ -31,15 +31,20 @@ from moepeft.runs.history import short_names, site_order
 _MIN_LENGTHS = 64, 16
 
 
+def has_router(adapter_map: AdapterMap) -> bool:
+  """Whether an adapter of the method chooses among experts."""
+  return any(
+    getattr(adapter, 'router', None) is not None and adapter.experts > 1
+    for _, adapter in adapter_map.entries
+  )
+
+
 def check_has_router(adapter_map: AdapterMap, method: str) -> None:
   """
   Raises:
     ValueError: no adapter of the method chooses among experts.
   """
-  if not any(
-    getattr(adapter, 'router', None) is not None and adapter.experts > 1
-    for _, adapter in adapter_map.entries
-  ):
+  if not has_router(adapter_map):
     raise ValueError(
       f'the method {method} has no router that chooses among experts; name a '
       'run of a mixture, such as molora(experts=10)'
