@@ -124,7 +124,7 @@ setup(
   package_data={
     'moepeft': [
       *('assets/*/*', 'evaluation/*.toml', 'evaluation/routing/*.html'),
-      'serve/page/*.html',
+      *('core/pages/*.css', 'core/pages/*.js', 'serve/page/*.html'),
     ],
     'moepeft.agent': ['skills/*/*', 'skills/*/*/*'],
   }

@@ -117,7 +117,11 @@ def test_wheel_installs_the_program(wheel):
 
 
 @pytest.mark.parametrize(
-  'name', ['serve/page/index.html', 'evaluation/routing/page.html']
+  'name',
+  [
+    *('core/pages/script.js', 'core/pages/style.css'),
+    *('evaluation/routing/page.html', 'serve/page/index.html'),
+  ],
 )
 def test_wheel_holds_the_pages(wheel, name):
   here, there = ROOT / 'moepeft' / name, wheel / 'moepeft' / name

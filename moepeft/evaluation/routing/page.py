@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.core import files
+from moepeft.core import files, pages
 from moepeft.evaluation.routing.site_routing import (
   CollectedRouting,
   RoutedText,
@@ -71,7 +71,7 @@ def write(
   # No text can end the element.
   text = json.dumps(data, ensure_ascii=False, allow_nan=False)
   text = text.replace('<', '\\u003c')
-  page = files.read_text(_FILE)
+  page = pages.read(_FILE)
   files.write_text(path, page.replace('>DATA<', f'>{text}<', 1))
 
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chat page: an HTML file, and its response headers."""
 
-import base64
 import dataclasses
 import hashlib
 import pathlib
-import re
+
+from moepeft.core import pages
 
 _FILE = pathlib.Path(__file__).parent / 'index.html'
-# Blocks with attributes, such as type="application/json", need no hash.
-_INLINE = r'<{0}>(.*?)</{0}>'
+# The page calls the API of its own server.
+CONNECT = "'self'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,12 @@ class Page:
 
 def read_page() -> Page:
   """Reads the installed page."""
-  body = _FILE.read_bytes()
+  html = pages.read(_FILE, CONNECT)
   # frame-ancestors works only as a header, not in a meta element.
-  policies = f"{content_security_policy(body.decode())}; frame-ancestors 'none'"
+  policies = (
+    f"{pages.content_security_policy(html, CONNECT)}; frame-ancestors 'none'"
+  )
+  body = html.encode()
   headers = {
     'Content-Type': 'text/html; charset=utf-8',
     'Content-Security-Policy': policies,
@@ -40,30 +43,3 @@ def read_page() -> Page:
     'ETag': f'"{hashlib.sha256(body).hexdigest()[:32]}"',
   }
   return Page(body, headers)
-
-
-def content_security_policy(html: str) -> str:
-  """Makes the Content-Security-Policy of the page.
-
-  It allows the page's own script and style by their hashes and connections to
-  its own server, and requires Trusted Types, so that no text becomes markup.
-  """
-  return '; '.join(
-    (
-      "default-src 'none'",
-      f'script-src {_hashes(html, "script")}',
-      f'style-src {_hashes(html, "style")}',
-      'img-src data:',
-      "connect-src 'self'",
-      "base-uri 'none'",
-      "form-action 'none'",
-      "require-trusted-types-for 'script'",
-      "trusted-types 'none'",
-    )
-  )
-
-
-def _hashes(html: str, tag: str) -> str:
-  blocks = re.findall(_INLINE.format(tag), html, re.DOTALL)
-  digests = [hashlib.sha256(text.encode()).digest() for text in blocks]
-  return ' '.join(f"'sha256-{base64.b64encode(d).decode()}'" for d in digests)
