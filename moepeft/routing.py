@@ -29,17 +29,14 @@ from moepeft.data.batching.collators import (
 )
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.routing import page, plots, rows
-from moepeft.evaluation.routing.collect import (
-  CollectedRouting,
-  check_has_router,
-  collect,
-)
+from moepeft.evaluation.routing.collect import check_has_router, collect
 from moepeft.evaluation.routing.reduce import (
   DerivedAdapter,
   merge_to_lora,
   prune,
 )
 from moepeft.evaluation.routing.similarity import similarities
+from moepeft.evaluation.routing.site_routing import CollectedRouting
 from moepeft.evaluation.routing.split import split_lora
 from moepeft.inference.loaded_model import LoadedModel, load_run
 from moepeft.runs.history import History

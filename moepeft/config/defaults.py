@@ -337,7 +337,9 @@ def _log() -> ConfigDict:
       every_steps=10,
       # Plots in <workdir>/plots, drawn once a minute and at the end.
       plots=True,
-      # Steps between drawings, in place of once a minute; 0 for that.
+      # Steps between drawings, in place of once a minute; 0 for that. With it,
+      # the experts by task are drawn, too, by a pass over four held-out rows of
+      # each task.
       plots_every_steps=0,
       # Names of moepeft.runs.trackers, 'tensorboard,wandb'; '' for none.
       trackers='tensorboard',

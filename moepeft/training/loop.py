@@ -22,6 +22,7 @@ from moepeft.runs.run import Run
 from moepeft.runs.trackers import Tracker
 from moepeft.training.metrics_logger import MetricsLogger
 from moepeft.training.step import TrainStep
+from moepeft.training.task_routing import TaskRouting
 
 
 @dataclasses.dataclass
@@ -46,6 +47,8 @@ class TrainingLoop:
     trackers: receive rows of metrics; `history` is one of them.
     history: the rows that are plotted.
     metrics: buffers the metrics of steps for the trackers.
+    task_routing: measures the experts by task; None without routers or several
+      tasks, or if no plot asks for it.
     validation: metrics of held-out rows after this step; None after a step
       without a validation.
     before, after: evaluations before the first step and after the last one;
@@ -72,6 +75,7 @@ class TrainingLoop:
   trackers: list[Tracker]
   history: History
   metrics: MetricsLogger
+  task_routing: TaskRouting | None = None
   validation: dict[str, float] | None = None
   before: dict[str, Any] = dataclasses.field(default_factory=dict)
   after: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -42,10 +42,13 @@ from moepeft.data.preference.dataset import preference_data
 from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
 from moepeft.evaluation.eval_sets import (
   PromptExamples,
+  examples_of,
   training_prompts,
   validation_rows,
+  whole_tasks,
 )
 from moepeft.evaluation.evaluator import Evaluator
+from moepeft.evaluation.routing.collect import has_router
 from moepeft.models import check_decodes, decoder_only
 from moepeft.moe import aux_losses, router_state
 from moepeft.nn.expert_padding import PaddedAxis
@@ -75,6 +78,10 @@ from moepeft.training import (
 from moepeft.training.loop import TrainingLoop
 from moepeft.training.metrics_logger import MetricsLogger
 from moepeft.training.step import TrainStep, make_train_step
+from moepeft.training.task_routing import TaskRouting
+
+# Held-out rows of a task whose routing is drawn during training.
+_ROUTED_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +99,7 @@ class Training:
     batches: an iterator of batches on the host, from the start of the data.
     evaluator: evaluates held-out rows.
     prompts: held-out examples that the evaluator ranks.
+    task_routing: as in `TrainingLoop`.
     identity: of the run, written into each checkpoint.
     parameters: the number of trained parameters.
   """
@@ -106,6 +114,7 @@ class Training:
   batches: Loader
   evaluator: Evaluator
   prompts: Sequence[PromptExamples]
+  task_routing: TaskRouting | None
   identity: dict[str, Any]
   parameters: int
 
@@ -220,6 +229,7 @@ def build(
       config, model, tokenizer, data, prompts, layout, collator, reference
     ),
     prompts=prompts,
+    task_routing=_build_task_routing(config, model, tokenizer, data, layout),
     identity=identity,
     parameters=count_trained(state.trainable, method, padded)[0],
   )
@@ -290,6 +300,7 @@ def start(
       config.router_collapse_threshold,
       sharding.process_shard(training.layout.mesh)[1],
     ),
+    task_routing=training.task_routing,
   )
 
 
@@ -488,3 +499,23 @@ def _build_evaluator(
     prompts=prompts,
     mesh=layout.mesh,
   )
+
+
+def _build_task_routing(
+  config: ConfigDict,
+  model: nn.Module,
+  tokenizer: Tokenizer,
+  data: TrainingData,
+  layout: Layout,
+) -> TaskRouting | None:
+  adapter_map = model.adapter_map
+  if not config.log.plots_every_steps or not has_router(adapter_map):
+    return None
+  tasks = whole_tasks(examples_of(data.held_out), _ROUTED_ROWS)
+  if len(tasks) < 2:
+    return None
+  collator = make_model_collator(
+    config.data, tokenizer, model, config.seed, adapter_map
+  )
+  rows = {task.task: task.examples for task in tasks}
+  return TaskRouting(model, collator, rows, layout)

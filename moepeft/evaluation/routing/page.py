@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from moepeft.core import files
-from moepeft.evaluation.routing.collect import (
+from moepeft.evaluation.routing.site_routing import (
   CollectedRouting,
   RoutedText,
   SiteRouting,
 )
-from moepeft.inference.detokenizer import Detokenizer
+from moepeft.evaluation.routing.token_text import Part, TokenText
 from moepeft.runs.history import History
 
 _FILE = pathlib.Path(__file__).parent / 'page.html'
@@ -44,6 +44,7 @@ def write(
     history: of the run's metrics.
   """
   paths = [site.path for site in routing.sites]
+  token_text = TokenText(tokenizer)
   data = {
     'run': dict(run),
     'tasks': routing.tasks,
@@ -52,7 +53,7 @@ def write(
     'tokens': dict(routing.tokens),
     'least_count': _LEAST_COUNT,
     'sites': [
-      _site(site, similarity.get(site.path), tokenizer)
+      _site(site, similarity.get(site.path), token_text)
       for site in routing.sites
     ],
     'overlap': [
@@ -63,7 +64,7 @@ def write(
       for overlap in routing.overlap
     ],
     'texts': [
-      _text(text, routing.sites, tokenizer) for text in _fitting(routing.texts)
+      _text(text, routing.sites, token_text) for text in _fitting(routing.texts)
     ],
     'training': _training(history),
   }
@@ -75,7 +76,7 @@ def write(
 
 
 def _site(
-  site: SiteRouting, similarity: np.ndarray | None, tokenizer: Any
+  site: SiteRouting, similarity: np.ndarray | None, token_text: TokenText
 ) -> dict[str, Any]:
   return {
     'path': site.path,
@@ -89,7 +90,7 @@ def _site(
     'by_language': _numbers(site.by_language),
     'information': _numbers(site.task_information),
     'dead': [np.nonzero(layer)[0].tolist() for layer in site.dead],
-    'words': liked_tokens(site, lambda i: tokenizer.show([i])),
+    'words': liked_tokens(site, token_text.of_token),
     'similarity': None if similarity is None else _by_layer(similarity, site),
   }
 
@@ -103,8 +104,8 @@ def _by_layer(similarity: np.ndarray, site: SiteRouting) -> list:
 
 
 def liked_tokens(
-  site: SiteRouting, show: Callable[[int], str]
-) -> list[list[list[tuple[str, float]]]]:
+  site: SiteRouting, show: Callable[[int], str | Part]
+) -> list[list[list[tuple[str | Part, float]]]]:
   """[l][e] lists of (token, share), the tokens that an expert likes most.
 
   The share is the expert's mean share of the token's occurrences. Rare tokens
@@ -143,7 +144,7 @@ def _fitting(texts: Sequence[RoutedText]) -> list[RoutedText]:
 
 
 def _text(
-  text: RoutedText, sites: Sequence[SiteRouting], tokenizer: Any
+  text: RoutedText, sites: Sequence[SiteRouting], token_text: TokenText
 ) -> dict[str, Any]:
   """A text's tokens, and its sites' shares as bytes [t, sites * l * e]."""
   shares = {}
@@ -160,14 +161,8 @@ def _text(
     'task': text.task,
     'language': text.language,
     'shares': shares,
-    **{side: pieces(ids, tokenizer) for side, ids in text.ids.items()},
+    **{side: token_text.of_text(ids) for side, ids in text.ids.items()},
   }
-
-
-def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
-  """The text of each token; special tokens and parts of characters by name."""
-  detokenizer = Detokenizer(tokenizer.decode)
-  return [detokenizer.feed([int(i)]) or tokenizer.show([int(i)]) for i in ids]
 
 
 def _training(history: History) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from moepeft.evaluation.routing.collect import CollectedRouting, SiteRouting
+from moepeft.evaluation.routing.site_routing import (
+  CollectedRouting,
+  SiteRouting,
+)
 from moepeft.runs import router_load_plot, router_plots
 from moepeft.runs.history import History, group_sites
 from moepeft.runs.plots import SHARE_NAMES, save

@@ -15,8 +15,11 @@ import numpy as np
 
 from moepeft.config.method_string import Spec, parse_method
 from moepeft.core.types import AXIS_NAMES, Tree
-from moepeft.evaluation.routing.collect import CollectedRouting, SiteRouting
 from moepeft.evaluation.routing.similarity import factors
+from moepeft.evaluation.routing.site_routing import (
+  CollectedRouting,
+  SiteRouting,
+)
 from moepeft.nn.adapter_hook import AdapterMap
 
 

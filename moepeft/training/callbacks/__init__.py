@@ -21,6 +21,7 @@ CALLBACKS = Registry(
     'signal_handling': 'signals:SIGNAL_HANDLING',
     'checkpointing': 'checkpointing:CHECKPOINTING',
     'plotting': 'plotting:PLOTTING',
+    'task_routing': 'task_routing:TASK_ROUTING',
     'profiling': 'profiling:PROFILING',
   },
 )

@@ -11,13 +11,10 @@ from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.batching.decoder_only import CausalCollator, make_sample
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation.routing import plots
-from moepeft.evaluation.routing.collect import (
-  SiteRouting,
-  check_has_router,
-  collect,
-  site_weights,
-)
+from moepeft.evaluation.routing.collect import check_has_router, collect
 from moepeft.evaluation.routing.rows import LabeledRow
+from moepeft.evaluation.routing.site_routing import SiteRouting
+from moepeft.evaluation.routing.sown_weights import site_weights
 from moepeft.moe import router_stats
 from moepeft.runs.history import History
 

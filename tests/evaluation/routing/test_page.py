@@ -103,13 +103,6 @@ def test_texts_are_left_out_where_the_page_would_be_too_large(monkeypatch):
   assert page._fitting(texts) == [texts[0]]
 
 
-def test_parts_of_a_character_are_shown_too():
-  tokenizer = ByteTokenizer()
-  # Three bytes of one character, then EOS.
-  ids = [*tokenizer.encode('a中'), 1]
-  assert page.pieces(ids, tokenizer) == ['a', '�', '�', '中', '<eos>']
-
-
 def test_nothing_comes_from_elsewhere(written):
   html = written[1].replace('http://www.w3.org/2000/svg', '')
   assert re.findall(r'(?:https?:)?//[\w-]+\.\w+', html) == []
@@ -174,8 +167,42 @@ def test_a_reader_sees_the_experts_of_each_task(tab):
   assert names == ['a', 'b', 'all']
 
 
+def test_texts_are_those_of_the_chosen_task(tab):
+  names = tab.locator('#texts h3')
+  assert names.all_inner_texts() == ['Text 1 · en']
+  tab.locator('#task').focus()
+  tab.keyboard.press('ArrowDown')
+  assert names.all_inner_texts() == ['Text 1 · zh']
+  assert tab.locator('#task').evaluate('e => e === document.activeElement')
+  # The names of tasks lead there, too.
+  tab.locator('#tasks a').first.click()
+  assert names.all_inner_texts() == ['Text 1 · en']
+  assert (
+    tab.locator('#texts h2').bounding_box()['y']
+    >= (tab.locator('#where').bounding_box()['height'])
+  )
+
+
+def test_a_part_of_a_character_is_a_mark_beside_it(tab):
+  # Three tokens in place of 'a', 'a', 'a'.
+  parts = [['中', '中', 'E4'], ['', '中', 'B8'], ['', '', 'AD']]
+  tab.evaluate(
+    'parts => { DATA.texts[0].inputs.splice(0, 3, ...parts); showTexts() }',
+    parts,
+  )
+  tokens = tab.locator('#texts .token')
+  assert tokens.nth(0).inner_text() == '中'
+  mark = tokens.nth(1).evaluate("e => getComputedStyle(e, '::before').content")
+  assert mark == '"·"'
+  assert tokens.nth(2).inner_text() == 'AD'
+  tokens.nth(1).hover()
+  tip = tab.locator('#tip').inner_text()
+  assert '中' in tip and 'part of a character, bytes B8' in tip
+
+
 def test_tokens_have_the_color_of_their_expert(tab):
-  tokens = tab.locator('#texts article').nth(1).locator('.token')
+  tab.locator('#task').select_option('b')
+  tokens = tab.locator('#texts article .token')
   kinds = [token.get_attribute('class') for token in tokens.all()]
   assert kinds[:2] == ['token expert x2 u2'] * 2
   tokens.first.focus()
@@ -202,8 +229,11 @@ def test_site_layer_language_and_theme_can_be_chosen(tab):
 def test_a_long_name_of_a_task_leaves_room_for_the_numbers(tab):
   tab.set_viewport_size({'width': 400, 'height': 800})
   name = 'dataset_name_without_a_space/' * 3
-  rename = 'name => { DATA.tasks[0] = DATA.texts[0].task = name }'
-  tab.evaluate(rename, name)
+  tab.evaluate(
+    'name => { DATA.tasks[0] = DATA.texts[0].task = TASKS[0] = name;'
+    ' showTasks() }',
+    name,
+  )
   tab.locator('#layer').select_option('1')
   assert name in tab.locator('#tasks').text_content()
   assert name in tab.locator('#texts').text_content()
