@@ -18,6 +18,7 @@ from flax import traverse_util
 
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints import run_metadata
 from moepeft.config import command_line
 from moepeft.core.progress import Pass
 from moepeft.core.types import Tree
@@ -161,15 +162,7 @@ def save_derived(
     | traverse_util.flatten_dict(derived.peft)
   )
   losses.append(_loss(run, model, {**run.variables, 'peft': peft}, routed))
-  metadata = adapter_lib.describe(
-    built.method,
-    config.semantics,
-    base.path,
-    base.sha256,
-    base.config.family,
-    base.config,
-    base.quantise,
-  )
+  metadata = run_metadata.describe_adapter(base, built)
   adapter_lib.save(path, peft, metadata, overwrite)
   return tuple(losses)
 

@@ -19,7 +19,7 @@ from absl import flags
 
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints import directory
+from moepeft.checkpoints import directory, run_metadata
 from moepeft.checkpoints.open_adapter import check_base, load_adapter
 from moepeft.config import command_line, default
 from moepeft.core.types import Tree
@@ -121,14 +121,7 @@ def find(
     return float(nll.sum() / tokens.sum() + PENALTY * np.abs(weights).mean())
 
   weights, least = search(loss, len(trees), steps, seed)
-  metadata = adapter_lib.describe(
-    built.method,
-    config.semantics,
-    base.path,
-    base.sha256,
-    base.config.family,
-    base.config,
-  )
+  metadata = run_metadata.describe_adapter(base, built)
   adapter_lib.save(output, combined(trees, weights), metadata, overwrite)
   return weights, least
 

@@ -38,6 +38,19 @@ _IDENTITY_KEYS = (
 )
 
 
+def describe_adapter(base: Any, built: Built) -> dict[str, Any]:
+  """The metadata of an adapter of a base, for `adapter.save`."""
+  return adapter_lib.describe(
+    portable_text(built.method),
+    built.semantics,
+    base.path,
+    base.sha256,
+    base.config.family,
+    base.config,
+    base.quantise,
+  )
+
+
 def describe_run(
   base: Any,
   built: Built,
@@ -49,15 +62,7 @@ def describe_run(
   Args:
     experts: {'path', 'sha256'} of each file of a pretrained expert.
   """
-  identity = adapter_lib.describe(
-    portable_text(built.method),
-    built.semantics,
-    base.path,
-    base.sha256,
-    base.config.family,
-    base.config,
-    base.quantise,
-  )
+  identity = describe_adapter(base, built)
   if experts:
     identity['experts'] = list(experts)
   identity |= {'trainable': built.trainable, 'seed': seed}

@@ -10,23 +10,18 @@ After SIGTERM, running answers may finish. A chat page is at /.
 
 import importlib.util
 import ipaddress
-import logging
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
-from typing import TextIO
 
 from absl import flags
 
 from moepeft.config import command_line
-from moepeft.core import secrets, terminal
 from moepeft.data.chat import template as chat_template
-from moepeft.inference.api import LoadedAdapter
 from moepeft.inference.constraints.grammar import Compiler
 from moepeft.inference.engine.limits import EngineConfig
-from moepeft.serve import open_engine, page
+from moepeft.serve import open_engine, page, terminal_output
 from moepeft.serve.embeddings.chooser import AdapterChooser, read_examples
 from moepeft.serve.embeddings.encoder import EmbeddingEncoder, SentenceEmbedder
 from moepeft.serve.http import keys as http_keys
@@ -250,25 +245,6 @@ def make_service(
   )
 
 
-def start_log() -> None:
-  """Logs the server's requests and uvicorn's warnings to standard error."""
-  handler = logging.StreamHandler()
-  line_format = '%(asctime)s %(levelname).1s %(message)s'
-  handler.setFormatter(Formatter(line_format, '%H:%M:%S'))
-  for name, level in (
-    ('moepeft.serve', logging.INFO if _ACCESS_LOG.value else logging.WARNING),
-    ('uvicorn', logging.WARNING),
-  ):
-    log = logging.getLogger(name)
-    log.addHandler(handler)
-    log.setLevel(level)
-    log.propagate = False
-
-
-def base_url(host: str, port: int) -> str:
-  return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
-
-
 def main(argv) -> None:
   del argv
   try:
@@ -293,8 +269,8 @@ def run() -> int:
   if math.isnan(_AUTO_THRESHOLD.value):
     raise ValueError('--auto_threshold is between -1 and 1; got nan')
   sock = listen(_HOST.value, _PORT.value)
-  start_log()
-  progress = StartupProgress()
+  terminal_output.start_log(_ACCESS_LOG.value)
+  progress = terminal_output.StartupProgress()
   service = make_service(open_from_flags(), api_keys, request_limits, examples)
   server = Server(service, _DRAIN.value, connections)
 
@@ -302,10 +278,12 @@ def run() -> int:
     service.engine.start(progress)
     if service.embedder is not None:
       service.embedder.warm_up(progress)
-    url = base_url(_HOST.value, sock.getsockname()[1])
+    url = terminal_output.base_url(_HOST.value, sock.getsockname()[1])
     embeddings = service.embedder.name if service.embedder else ''
     loaded, base = service.engine.adapters(), service.models.base
-    progress.done(banner_lines(url, base, loaded, api_keys, embeddings))
+    progress.done(
+      terminal_output.banner_lines(url, base, loaded, api_keys, embeddings)
+    )
 
   server.on_timeout = lambda: os._exit(130 if server.interrupted else 0)
   serve(server, sock, start)
@@ -315,73 +293,6 @@ def run() -> int:
     # The engine thread is compiling a program and cannot be joined.
     os._exit(exit_code)
   return exit_code
-
-
-# Seconds between two lines if the output is not a terminal.
-_PRINT_INTERVAL = 10.0
-
-
-class Formatter(logging.Formatter):
-  """Redacts secrets and escapes control characters, also in tracebacks."""
-
-  def format(self, record: logging.LogRecord) -> str:
-    return terminal.visible(secrets.redact(super().format(record)))
-
-
-class StartupProgress:
-  """Prints the progress of compiling the programs.
-
-  On a terminal it overwrites one line; otherwise it prints a line at intervals.
-  """
-
-  def __init__(self, out: TextIO = sys.stderr):
-    self._out, self._started, self._printed_at = out, time.monotonic(), 0.0
-
-  def __call__(self, stage: str, done: int, count: int) -> None:
-    """The progress callback of `Engine.start`."""
-    seconds = time.monotonic() - self._started
-    line = f'compiling {done + 1} of {count}: {stage} ({seconds:.0f} s)'
-    if self._out.isatty():
-      print(f'\r\x1b[K{line}', end='', file=self._out, flush=True)
-    elif not self._printed_at or seconds - self._printed_at > _PRINT_INTERVAL:
-      self._printed_at = max(seconds, 1e-9)
-      print(line, file=self._out, flush=True)
-
-  def done(self, lines: Sequence[str]) -> None:
-    """Prints the startup time and lines in a box."""
-    clear = '\r\x1b[K' if self._out.isatty() else ''
-    seconds = time.monotonic() - self._started
-    lines = [f'ready after {seconds:.0f} s', *map(terminal.visible, lines)]
-    width = max(map(len, lines))
-    rule = '─' * (width + 2)
-    rows = [f'│ {line.ljust(width)} │' for line in lines]
-    box = '\n'.join([f'┌{rule}┐', *rows, f'└{rule}┘'])
-    print(f'{clear}{box}', file=self._out, flush=True)
-
-
-def banner_lines(
-  url: str,
-  model: str,
-  adapters: Sequence[LoadedAdapter],
-  keys: ApiKeys,
-  embeddings: str = '',
-) -> list[str]:
-  """The lines that describe the running server."""
-  rows = [f'page      {url}/', f'API       {url}/v1', f'model     {model}']
-  for i, adapter in enumerate(adapters):
-    rows.append(f'{"" if i else "adapters":10}{adapter.name}: {adapter.method}')
-  if not adapters:
-    rows.append('adapters  none')
-  if embeddings:
-    rows.append(f'vectors   {embeddings}')
-  if keys.users:
-    rows.append(f'key       needed, one of {len(keys.users)}')
-  else:
-    rows.append(
-      'key       none: every client that reaches the address is served'
-    )
-  loads = 'with an admin key' if keys.admins else 'off (--admin_key_file)'
-  return [*rows, f'loading   {loads}']
 
 
 if __name__ == '__main__':

@@ -4,13 +4,13 @@
 import io
 
 from moepeft.inference.api import LoadedAdapter
-from moepeft.serve import __main__ as serve_command
+from moepeft.serve import terminal_output
 from moepeft.serve.http.keys import ApiKeys
 
 
 def test_a_file_gets_the_first_program_and_not_every_one():
   out = io.StringIO()
-  shown = serve_command.StartupProgress(out)
+  shown = terminal_output.StartupProgress(out)
   for i in range(5):
     shown('prefill 16', i, 5)
   assert out.getvalue().count('\n') == 1
@@ -20,7 +20,7 @@ def test_a_file_gets_the_first_program_and_not_every_one():
 def test_a_terminal_gets_one_line_that_is_written_over():
   out = io.StringIO()
   out.isatty = lambda: True
-  shown = serve_command.StartupProgress(out)
+  shown = terminal_output.StartupProgress(out)
   shown('prefill 16', 0, 2)
   shown('step 8', 1, 2)
   assert '\n' not in out.getvalue()
@@ -32,9 +32,9 @@ def test_a_box_says_how_to_ask():
   law = LoadedAdapter('law', 'lora(rank=4)', 'sha', 7, 'runs/law')
   ia3 = LoadedAdapter('tone', 'ia3', 'sha', 7, 'runs/tone')
   keys = ApiKeys((b'a', b'b'), ())
-  banner = serve_command.banner_lines('http://x:1', 'base', [law, ia3], keys)
+  banner = terminal_output.banner_lines('http://x:1', 'base', [law, ia3], keys)
   out = io.StringIO()
-  serve_command.StartupProgress(out).done(banner)
+  terminal_output.StartupProgress(out).done(banner)
   rows = out.getvalue().splitlines()
   # All rows of a box are as long.
   assert len({len(row) for row in rows}) == 1
@@ -48,7 +48,7 @@ def test_a_box_says_how_to_ask():
   ):
     assert any(text in row for row in rows), text
   # No key is ever shown.
-  banner = serve_command.banner_lines(
+  banner = terminal_output.banner_lines(
     'u', 'm', [], ApiKeys((b'secret',), (b'other',))
   )
   assert not any('secret' in line or 'other' in line for line in banner)

@@ -15,7 +15,7 @@ import urllib.request
 
 import pytest
 
-from moepeft.serve.__main__ import Formatter
+from moepeft.serve.terminal_output import Formatter
 
 SECONDS = 240
 
