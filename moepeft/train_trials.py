@@ -116,6 +116,8 @@ class TrialRun:
     self.loop = RowLoop(**vars(loop))
     if first is not None:
       self.training.evaluator.share_programs(first.evaluator)
+      if self.training.task_routing:
+        self.training.task_routing.share_programs(first.task_routing)
     for callback in self.callbacks:
       if not callback.is_of_process:
         self.stack.callback(callback.close)

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import (
   FuncFormatter,
   LogLocator,
@@ -22,6 +24,17 @@ from moepeft.runs.history import History
 # From the color-blind safe palette of Okabe and Ito.
 _BLUE, _ORANGE, _PALE = '#0072B2', '#D55E00', '#56B4E9'
 _DPI = 100
+# Fonts with the characters of names of tasks that matplotlib's own font lacks.
+_CHINESE_FONTS = (
+  'Noto Sans CJK SC',
+  'Noto Sans CJK JP',
+  'WenQuanYi Zen Hei',
+  'WenQuanYi Micro Hei',
+  'Microsoft YaHei',
+  'PingFang SC',
+  'SimHei',
+  'Arial Unicode MS',
+)
 # Key of `metrics_log.SHARES` -> name in the plot's file name.
 SHARE_NAMES = {'weight': 'weight', 'tokens': 'tokens', 'load': 'argmax'}
 # Seconds between updates during a run; drawing takes a second or two.
@@ -97,6 +110,11 @@ def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
 
 def save(figure: Figure, path: str) -> str:
   """Writes a PNG, and replaces an older one atomically."""
+  names = font_manager.get_font_names()
+  families = ['sans-serif', *(f for f in _CHINESE_FONTS if f in names)]
+  for text in figure.findobj(Text):
+    if not text.get_text().isascii():
+      text.set_fontfamily(families)
   os.makedirs(os.path.dirname(path), exist_ok=True)
   temporary = f'{path}.tmp'
   figure.savefig(temporary, dpi=_DPI, format='png')

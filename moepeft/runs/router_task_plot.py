@@ -18,7 +18,7 @@ from moepeft.runs.router_plots import SHARE_CMAP, PanelGrid
 
 # Inches: of a task's row, of an expert's column, of a letter of a task's name.
 _ROW, _COLUMN, _LETTER = 0.12, 0.06, 0.055
-_MIN_WIDTH, _MAX_WIDTH, _MIN_HEIGHT = 1.3, 3.2, 0.6
+_MIN_WIDTH, _MAX_WIDTH, _MIN_HEIGHT = 1.3, 3.2, 0.8
 # Layers whose numbers are shown.
 _MAX_LABELS = 8
 

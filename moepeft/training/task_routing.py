@@ -67,6 +67,10 @@ class TaskRouting:
       out_shardings=layout.replicated,
     )
 
+  def share_programs(self, routing: 'TaskRouting') -> None:
+    """Uses the compiled programs of one of an equal model and layout."""
+    self._sums = routing._sums
+
   def __call__(self, variables: Tree) -> dict[str, np.ndarray]:
     """{path of a site: [g, l, e]} of its experts' shares in g tasks.
 

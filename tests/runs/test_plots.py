@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures show what the rows hold, and no more than can be drawn quickly."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.figure import Figure
 
 from moepeft.runs import (
   before_after_plot,
@@ -357,3 +360,16 @@ def test_smoothing_keeps_a_line_straight_and_does_not_lag():
   holes = np.array([1.0, np.nan, 1.0, 1.0, np.inf, 1.0])
   np.testing.assert_allclose(smooth(holes), 1.0)
   assert np.isnan(smooth(np.full(5, np.nan))).all()
+
+
+def test_chinese_names_get_an_installed_font_that_has_them(
+  tmp_path, monkeypatch
+):
+  fonts = ['DejaVu Sans', 'SimHei']
+  monkeypatch.setattr(plots.font_manager, 'get_font_names', lambda: fonts)
+  figure = Figure()
+  chinese, english = (figure.text(0, 0, name) for name in ('任务', 'task'))
+  monkeypatch.setattr(figure, 'savefig', lambda path, **_: Path(path).touch())
+  plots.save(figure, str(tmp_path / 'x.png'))
+  assert chinese.get_fontfamily() == ['sans-serif', 'SimHei']
+  assert english.get_fontfamily() == ['sans-serif']

@@ -21,6 +21,11 @@ from moepeft.training.task_routing import TaskRouting
 from ...evaluation.routing import planted
 from ..test_train import card
 
+ROWS = {
+  'a': [planted.example('a', 'aaa'), planted.example('a', 'a' * 11)],
+  'b': [planted.example('b', 'bb')],
+}
+
 
 @pytest.fixture(scope='module')
 def measured():
@@ -32,12 +37,8 @@ def measured():
     traces.append(args)
     return model.apply(*args, **options)
 
-  rows = {
-    'a': [planted.example('a', 'aaa'), planted.example('a', 'a' * 11)],
-    'b': [planted.example('b', 'bb')],
-  }
   routing = TaskRouting(
-    SimpleNamespace(apply=apply), planted.collator(), rows, sharding.layout()
+    SimpleNamespace(apply=apply), planted.collator(), ROWS, sharding.layout()
   )
   return routing, routing(variables), traces
 
@@ -61,6 +62,15 @@ def test_nothing_is_compiled_again(measured):
   again = routing({**variables, 'peft': moved})
   assert len(traces) == 1
   assert not np.array_equal(again[planted.PATH], shares[planted.PATH])
+  # Nor for another run of the same model.
+  rows = {'a': [planted.example('a', 'a' * 11)], 'b': ROWS['a']}
+  other = TaskRouting(
+    SimpleNamespace(apply=None), planted.collator(), rows, sharding.layout()
+  )
+  other.share_programs(routing)
+  b = other(variables)[planted.PATH][1]
+  np.testing.assert_array_equal(b, shares[planted.PATH][0])
+  assert len(traces) == 1
 
 
 def test_a_panel_has_all_layers_side_by_side(measured):
