@@ -45,6 +45,13 @@ def write(
   """
   paths = [site.path for site in routing.sites]
   token_text = TokenText(tokenizer)
+  characters = token_text.characters(
+    ids for text in routing.texts for ids in text.ids.values()
+  )
+
+  def show(i: int) -> str | Part:
+    return token_text.of_token(i, characters.get(i, ''))
+
   data = {
     'run': dict(run),
     'tasks': routing.tasks,
@@ -53,8 +60,7 @@ def write(
     'tokens': dict(routing.tokens),
     'least_count': _LEAST_COUNT,
     'sites': [
-      _site(site, similarity.get(site.path), token_text)
-      for site in routing.sites
+      _site(site, similarity.get(site.path), show) for site in routing.sites
     ],
     'overlap': [
       {
@@ -76,7 +82,9 @@ def write(
 
 
 def _site(
-  site: SiteRouting, similarity: np.ndarray | None, token_text: TokenText
+  site: SiteRouting,
+  similarity: np.ndarray | None,
+  show: Callable[[int], str | Part],
 ) -> dict[str, Any]:
   return {
     'path': site.path,
@@ -90,7 +98,7 @@ def _site(
     'by_language': _numbers(site.by_language),
     'information': _numbers(site.task_information),
     'dead': [np.nonzero(layer)[0].tolist() for layer in site.dead],
-    'words': liked_tokens(site, token_text.of_token),
+    'words': liked_tokens(site, show),
     'similarity': None if similarity is None else _by_layer(similarity, site),
   }
 

@@ -7,12 +7,15 @@ character is a `Part`; all others are text.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference.detokenizer import Detokenizer
 from moepeft.inference.token_bytes import TokenBytes
+
+# Characters that are named for a token that is a part of them.
+_MAX_CHARACTERS = 4
 
 
 class Part(NamedTuple):
@@ -36,12 +39,30 @@ class TokenText:
     self._tokenizer = tokenizer
     self._bytes = TokenBytes(tokenizer)
 
-  def of_token(self, i: int) -> str | Part:
-    """A token by itself, special tokens by name."""
+  def of_token(self, i: int, characters: str = '') -> str | Part:
+    """A token by itself, special tokens by name.
+
+    Args:
+      characters: those that it is a part of.
+    """
     token = self._bytes[i]
     if _unfinished(token) == b'':
       return self._tokenizer.show([i])
-    return Part('', '', _hex(token))
+    return Part('', characters, _hex(token))
+
+  def characters(self, texts: Iterable[Sequence[int]]) -> dict[int, str]:
+    """{token: characters of the texts that it is a part of, the first few}."""
+    by_token: dict[int, dict[str, None]] = {}
+    for ids in texts:
+      for i, piece in zip(ids, self.of_text(ids), strict=True):
+        if isinstance(piece, Part):
+          whole = by_token.setdefault(int(i), {})
+          whole |= dict.fromkeys(c for c in piece.characters if c.strip())
+    return {
+      i: ' '.join([*whole][:_MAX_CHARACTERS])
+      + ' …' * (len(whole) > _MAX_CHARACTERS)
+      for i, whole in by_token.items()
+    }
 
   def of_text(self, ids: Sequence[int]) -> list[str | Part]:
     """The tokens of a text, special tokens by name."""

@@ -200,6 +200,19 @@ def test_a_part_of_a_character_is_a_mark_beside_it(tab):
   assert '中' in tip and 'part of a character, bytes B8' in tip
 
 
+def test_liked_parts_and_blanks_can_be_read(tab):
+  tab.evaluate(
+    'words => { DATA.sites[0].words[0][0] = words; showWords() }',
+    [[['', '中 国 …', 'E4'], 0.5], [' ', 0.25], ['\n', 0.2]],
+  )
+  words = tab.locator('#words tr').first.locator('.words > span')
+  assert words.all_inner_texts() == [
+    'E4 (中 国 …) 50.0 %',
+    '␣ 25.0 %',
+    '↵ 20.0 %',
+  ]
+
+
 def test_tokens_have_the_color_of_their_expert(tab):
   tab.locator('#task').select_option('b')
   tokens = tab.locator('#texts article .token')

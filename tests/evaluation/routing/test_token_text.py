@@ -78,3 +78,15 @@ def test_incomplete_characters_are_bytes():
     ('', '中', 'B8'),
     ('', '中', 'AD'),
   ]
+
+
+def test_parts_have_the_first_characters_of_texts_that_they_are_in():
+  tokenizer = ByteTokenizer()
+  text = TokenText(tokenizer)
+  # U+4E2D, U+4E00 to U+4E04: E4 B8 AD and E4 B8 80 to 84.
+  texts = [tokenizer.encode(text) for text in ('a中一', '一丁丂七丄')]
+  characters = text.characters(texts)
+  first, second, third = tokenizer.encode('中')
+  assert characters[first] == characters[second] == '中 一 丁 丂 …'
+  assert text.of_token(third, characters[third]) == ('', '中', 'AD')
+  assert tokenizer.encode('a')[0] not in characters
