@@ -34,6 +34,8 @@ class TrainingData:
     shares: each dataset's share of the examples; they add up to one.
     rows: the training rows of a finite source, else empty.
     held_out: examples that are not in `train`.
+    held_out_datasets: the dataset of each of them; empty for `Example`s, which
+      name it, and where there is one alone.
     notes: lines for the user about rows that were skipped or left out.
     preferences: the `preference.dataset.PreferenceDataset` of a source of
       preferences, else None.
@@ -49,11 +51,29 @@ class TrainingData:
   shares: dict[str, float]
   rows: Sequence[Example] = ()
   held_out: Sequence = ()
+  held_out_datasets: Sequence[str] = ()
   notes: tuple[str, ...] = ()
   preferences: Any = None
   replay: mixing.MixtureSchedule | None = None
   open_stream: Callable[[int], Iterator[Encoded]] | None = None
   read_held_out: Callable[[int], list[Encoded]] | None = None
+
+  def held_out_by_dataset(self, name: str) -> dict[str, Sequence]:
+    """The held-out examples of each dataset.
+
+    Args:
+      name: of the dataset, if the source has one without a name.
+    """
+    names = self.held_out_datasets
+    if not names and len(self.held_out):
+      # Text has many rows, which are read one by one.
+      if not isinstance(self.held_out[0], Example):
+        return {name: self.held_out}
+      names = [example.task for example in self.held_out]
+    result = collections.defaultdict(list)
+    for item, dataset in zip(self.held_out, names, strict=True):
+      result[dataset].append(item)
+    return dict(result)
 
   def validation(self, collator: Collator, count: int) -> list:
     """At most `count` encoded held-out examples, evenly from all datasets."""

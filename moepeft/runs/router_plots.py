@@ -5,7 +5,8 @@ A row of panels is a block (`encoder/self`), a panel one of its adapted
 projections (`k`). Letters: e experts, l layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from unicodedata import east_asian_width
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,6 +24,8 @@ _DASHES = ('-', '--', '-.', ':')
 # Blue for idle, white for even, red for overloaded; first to last layer.
 SHARE_CMAP, _LAYER_CMAP = 'RdBu_r', 'viridis'
 _LABEL_SIZE, _TICK_SIZE = 8, 7
+# Inches of a letter of a label; Chinese characters are twice as wide.
+_LETTER = 0.06
 
 # {key of `metrics_log.SHARES`: (title, subtitle)}.
 _TITLES = {
@@ -131,6 +134,14 @@ def _plot_largest_shares(
   axes.set_ylim(0, 1.02)
   axes.yaxis.set_major_formatter(PercentFormatter(1))
   add_legend(axes)
+
+
+def left_margin(labels: Iterable[str]) -> float:
+  """Inches for a panel's labels at the left, and for its block's."""
+  columns = (
+    sum(1 + (east_asian_width(c) in 'WF') for c in label) for label in labels
+  )
+  return 0.6 + _LETTER * max(columns, default=4)
 
 
 def plot_lines(

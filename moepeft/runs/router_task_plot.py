@@ -14,10 +14,10 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from moepeft.runs.history import group_sites
-from moepeft.runs.router_plots import SHARE_CMAP, PanelGrid
+from moepeft.runs.router_plots import SHARE_CMAP, PanelGrid, left_margin
 
-# Inches: of a task's row, of an expert's column, of a letter of a task's name.
-_ROW, _COLUMN, _LETTER = 0.12, 0.06, 0.055
+# Inches: of a task's row, and of an expert's column.
+_ROW, _COLUMN = 0.12, 0.06
 _MIN_WIDTH, _MAX_WIDTH, _MIN_HEIGHT = 1.3, 3.2, 0.8
 # Layers whose numbers are shown.
 _MAX_LABELS = 8
@@ -46,7 +46,7 @@ def by_task(
       min(max(_COLUMN * columns, _MIN_WIDTH), _MAX_WIDTH),
       max(_ROW * len(tasks), _MIN_HEIGHT),
     ),
-    left=0.6 + _LETTER * max(map(len, tasks)),
+    left=left_margin(tasks),
     # For the title and the color bar side by side.
     min_width=6.4,
   )

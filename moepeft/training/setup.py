@@ -37,15 +37,14 @@ from moepeft.data.batching.collators import (
   scoring_lengths,
 )
 from moepeft.data.chat import template as chat_template
+from moepeft.data.dataset import evenly_spaced
 from moepeft.data.loader import Loader
 from moepeft.data.preference.dataset import preference_data
 from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
 from moepeft.evaluation.eval_sets import (
   PromptExamples,
-  examples_of,
   training_prompts,
   validation_rows,
-  whole_tasks,
 )
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.evaluation.routing.collect import has_router
@@ -447,11 +446,14 @@ def _build_task_routing(
   adapter_map = model.adapter_map
   if not config.log.plots_every_steps or not has_router(adapter_map):
     return None
-  tasks = whole_tasks(examples_of(data.held_out), _ROUTED_ROWS)
-  if len(tasks) < 2:
+  tasks = data.held_out_by_dataset('')
+  if len(tasks) < 2 or data.preferences is not None:
     return None
   collator = make_model_collator(
     config.data, tokenizer, model, config.seed, adapter_map
   )
-  rows = {task.task: task.examples for task in tasks}
+  rows = {
+    task: evenly_spaced(items, _ROUTED_ROWS)
+    for task, items in sorted(tasks.items())
+  }
   return TaskRouting(model, collator, rows, layout)

@@ -15,7 +15,6 @@ from moepeft.data.batching.bucketing import make_buckets
 from moepeft.data.batching.collators import Collator
 from moepeft.evaluation.routing.collect import encode
 from moepeft.runs import metrics_log
-from moepeft.tasks import Example
 from moepeft.training.metrics_logger import routing_rows
 
 
@@ -34,15 +33,15 @@ class TaskRouting:
     self,
     model: Any,
     collator: Collator,
-    rows: Mapping[str, Sequence[Example]],
+    rows: Mapping[str, Sequence],
     layout: Layout,
   ):
     """
     Args:
       model: with the method's adapters.
       collator: of the model.
-      rows: of each task. Those of a task with fewer rows are repeated, so that
-        all tasks share a program.
+      rows: of each task, `Example`s or encoded rows. Those of a task with fewer
+        rows are repeated, so that all tasks share a program.
       layout: of the variables. The rows are not sharded.
     """
     self.tasks = tuple(rows)

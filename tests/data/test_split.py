@@ -2,12 +2,14 @@
 """Rows of one prompt are trained or held out together."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from moepeft.data import split
+from moepeft.data import TrainingData, split
 from moepeft.data.sources import open_data
+from moepeft.tasks import Example
 
 from .chat import test_chat
 from .preference import test_dataset as test_answers
@@ -84,3 +86,35 @@ def test_conversations_that_begin_alike_are_held_out_together(tmp_path):
   assert 'be kind' in ''.join(shown)
   rest = {test_chat.trained(actual.train[i], tokenizer) for i in range(6)}
   assert len(rest) == 6 and not any('say 3' in text for text in rest)
+
+
+def test_held_out_conversations_have_the_name_of_their_file(tmp_path):
+  from .. import chat_cases
+
+  saved = tmp_path / 'tokenizer'
+  chat_cases.tokenizer().save_pretrained(saved)
+  (tmp_path / 'chats').mkdir()
+  for name in 'ab':
+    rows = [{'instruction': f'{name} {i}', 'output': 'x'} for i in range(4)]
+    (tmp_path / 'chats' / f'{name}.json').write_text(json.dumps(rows))
+  actual, tokenizer = test_chat.opened(
+    str(tmp_path / 'chats'), str(saved), validation_fraction=0.5
+  )
+  by_dataset = actual.held_out_by_dataset('chats')
+  assert {
+    name: re.findall(
+      r'[ab] \d', ''.join(tokenizer.decode(s.ids) for s in samples)
+    )
+    for name, samples in by_dataset.items()
+  } == {'a.json': ['a 2', 'a 3'], 'b.json': ['b 2', 'b 3']}
+
+
+def test_held_out_examples_name_their_dataset_and_texts_have_one():
+  def held_out(items):
+    data = TrainingData(None, {}, held_out=items)
+    return data.held_out_by_dataset('x')
+
+  a, b = (Example(task, '', -1, '', '', (), -1) for task in 'ab')
+  assert held_out([a, b, a]) == {'a': [a, a], 'b': [b]}
+  assert held_out(['text', 'text']) == {'x': ['text', 'text']}
+  assert held_out(()) == {}

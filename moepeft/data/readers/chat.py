@@ -37,16 +37,18 @@ def open_chats(data: ConfigDict, context: ReadContext) -> TrainingData:
   by_file, notes = chat_dataset.read_chats(
     data, collator.tokenizer, *collator.max_lengths
   )
-  train, held_out = {}, []
+  train, held_out, held_out_names = {}, [], []
   for file, chats in by_file.items():
     is_held_out = split.hold_out_last(
       [chat.group for chat in chats], data.validation_fraction
     )
     pairs = list(zip(chats, is_held_out, strict=True))
     samples = [chat.sample for chat, excluded in pairs if not excluded]
+    name = _relative_name(data.path, file)
     if samples:
-      train[_relative_name(data.path, file)] = samples
+      train[name] = samples
     held_out += [chat.sample for chat, excluded in pairs if excluded]
+    held_out_names += [name] * (len(held_out) - len(held_out_names))
   if not train:
     raise ValueError(
       f'config.data.validation_fraction={data.validation_fraction} leaves no '
@@ -59,6 +61,7 @@ def open_chats(data: ConfigDict, context: ReadContext) -> TrainingData:
     train=mixing.mix(train, weights, context.seed),
     shares=mixing.normalize(weights),
     held_out=held_out,
+    held_out_datasets=held_out_names,
     notes=notes,
   )
 

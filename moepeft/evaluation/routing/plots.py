@@ -17,8 +17,8 @@ from moepeft.runs import router_load_plot, router_plots
 from moepeft.runs.history import History, group_sites
 from moepeft.runs.plots import SHARE_NAMES, save
 
-# Inches: of a cell, of a panel, and of a letter of a label.
-_CELL, _LEAST_PANEL, _LETTER = 0.18, 0.8, 0.065
+# Inches: of a cell, and of a panel.
+_CELL, _LEAST_PANEL = 0.18, 0.8
 # Inches of a figure: a title, a subtitle and a color bar side by side.
 _MIN_WIDTH = 7.2
 
@@ -111,7 +111,7 @@ def by_group(
       max(_CELL * size, _LEAST_PANEL),
       max(_CELL * len(groups), _LEAST_PANEL),
     ),
-    left=0.6 + _LETTER * max(map(len, groups)),
+    left=router_plots.left_margin(groups),
     min_width=_MIN_WIDTH,
   )
   panels.title(title, 'mean share of the weight of its tokens')
@@ -196,7 +196,7 @@ def square(
   panels = router_plots.PanelGrid(
     grid,
     panel_size=(side, side),
-    left=0.6 + _LETTER * max(map(len, names), default=4),
+    left=router_plots.left_margin(names),
     min_width=_MIN_WIDTH,
   )
   panels.title(title, subtitle)

@@ -17,7 +17,6 @@ from moepeft.data.dataset import evenly_spaced, path_name
 from moepeft.data.example import BadRow, BadRows
 from moepeft.data.readers import jsonl_rows
 from moepeft.inference.loaded_model import LoadedModel
-from moepeft.tasks import Example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,24 +69,25 @@ def _held_out(
     vocab_size=run.model.config.vocab,
     collator=collator,
   )
-  items = sources.held_out
   if sources.preferences is not None:
     raise ValueError(
       f'{run.workdir!r} was trained on compared or judged answers, which have '
       'two sides; name rows with inputs and targets, or conversations, with '
       '--data=FILE'
     )
+  source = config.data.path and path_name(config.data.path)
+  name = source or config.data.source
+  by_dataset = sources.held_out_by_dataset(name)
   if sources.read_held_out is not None:
     encoded = sources.read_held_out(max_examples)
-    items = [(e['inputs'], e['targets']) for e in encoded]
-  if not items:
+    by_dataset = {name: [(e['inputs'], e['targets']) for e in encoded]}
+  if not any(map(len, by_dataset.values())):
     raise ValueError(
       f'{run.workdir!r} has no held-out rows; name rows with --data=FILE'
     )
-  source = config.data.path and path_name(config.data.path)
-  name = source or config.data.source
   return [
-    LabeledRow(item, item.task if isinstance(item, Example) else name)
+    LabeledRow(item, dataset)
+    for dataset, items in by_dataset.items()
     for item in items
   ]
 
