@@ -19,8 +19,8 @@ from moepeft.runs.router_plots import SHARE_CMAP, PanelGrid, left_margin
 # Inches: of a task's row, and of an expert's column.
 _ROW, _COLUMN = 0.12, 0.06
 _MIN_WIDTH, _MAX_WIDTH, _MIN_HEIGHT = 1.3, 3.2, 0.8
-# Layers whose numbers are shown.
-_MAX_LABELS = 8
+# Layers with lines between them, and layers whose numbers are shown.
+_MAX_LINES, _MAX_LABELS = 12, 8
 
 
 def by_task(
@@ -70,7 +70,7 @@ def by_task(
 
 
 def _plot_shares(axes: Axes, shares: np.ndarray, norm: TwoSlopeNorm) -> None:
-  """Plots shares [g, l, e] as an image [g, l e], with lines between layers."""
+  """Plots shares [g, l, e] as an image [g, l e]."""
   tasks, layers, experts = shares.shape
   axes.imshow(
     shares.reshape(tasks, -1),
@@ -79,8 +79,9 @@ def _plot_shares(axes: Axes, shares: np.ndarray, norm: TwoSlopeNorm) -> None:
     aspect='auto',
     interpolation='nearest',
   )
-  for layer in range(1, layers):
-    axes.axvline(layer * experts - 0.5, color='0.3', lw=0.4)
+  if layers <= _MAX_LINES:
+    for layer in range(1, layers):
+      axes.axvline(layer * experts - 0.5, color='0.3', lw=0.4)
   # Behind NaN, apart from the white of even shares.
   axes.set_facecolor('0.8')
   shown = range(0, layers, -(-layers // _MAX_LABELS))
