@@ -7,8 +7,9 @@ examples, and the two are resampled independently, as in Owen, The pigeonhole
 bootstrap, Annals of Applied Statistics 1(2), 2007.
 """
 
+import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -16,6 +17,8 @@ DRAWS = 2000
 _PERCENTILES = (2.5, 97.5)
 # Entries of the array of resampling counts, 32 MB of float64.
 _MAX_COUNTS = 1 << 22
+# Entries of counts that are kept, 2 MB of int32.
+_MAX_CACHED = 1 << 19
 
 
 def means(
@@ -39,16 +42,33 @@ def means(
     draws: the number of resamples.
   """
   n = len(each)
-  rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
-  chunk_size = max(1, _MAX_COUNTS // n)
+  resamples = _small_resamples if n * draws <= _MAX_CACHED else _resamples
   parts = []
-  for start in range(0, draws, chunk_size):
-    size = min(chunk_size, draws - start)
-    counts = rng.multinomial(n, np.full(n, 1 / n), size).astype(np.float64)
+  for counts in resamples(n, name, draws, seed):
+    counts = counts.astype(np.float64)
     total, weight = counts @ each, counts @ weights
     with np.errstate(invalid='ignore', divide='ignore'):
       parts.append(np.where(weight > 0, total / weight, np.nan))
   return np.concatenate(parts)
+
+
+def _resamples(
+  n: int, name: str, draws: int, seed: int
+) -> Iterator[np.ndarray]:
+  """How often each draw has each example: [size, n] for parts of the draws."""
+  rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
+  chunk_size = max(1, _MAX_COUNTS // n)
+  for start in range(0, draws, chunk_size):
+    size = min(chunk_size, draws - start)
+    yield rng.multinomial(n, np.full(n, 1 / n), size).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=128)
+def _small_resamples(
+  n: int, name: str, draws: int, seed: int
+) -> tuple[np.ndarray, ...]:
+  """`_resamples`, which takes most of a table's time, kept for the next run."""
+  return tuple(_resamples(n, name, draws, seed))
 
 
 def seed_weights(count: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
