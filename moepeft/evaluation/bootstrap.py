@@ -55,7 +55,7 @@ def means(
 def _resamples(
   n: int, name: str, draws: int, seed: int
 ) -> Iterator[np.ndarray]:
-  """How often each draw has each example: [size, n] for parts of the draws."""
+  """Counts of each example in each draw: [size, n] for parts of the draws."""
   rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
   chunk_size = max(1, _MAX_COUNTS // n)
   for start in range(0, draws, chunk_size):
