@@ -234,6 +234,8 @@ def main(argv) -> None:
     raise ValueError('--task names the tokens that --merge averages; give both')
   if _SPLIT.value and (_MERGE.value or _PRUNE.value):
     raise ValueError('--split is for a LoRA, --merge and --prune for mixtures')
+  if _ROUTER.present and not _SPLIT.value:
+    raise ValueError('--router is the router of --split=EXPERTS; give both')
   if not _OUTPUT.value:
     raise ValueError('--output is missing: name a directory for the page')
   output = os.path.expanduser(_OUTPUT.value)

@@ -81,6 +81,8 @@ def test_a_bad_row_is_named(tmp_path):
     ((), 'name one run'),
     (('a', 'b'), 'name one run'),
     (('a',), '--output is missing'),
+    (('a', '--split=2', '--prune=2'), '--split is for a LoRA'),
+    (('a', '--router=topk(k=2)'), 'router of --split=EXPERTS; give both'),
     (('a', '--output={}/page', '--task=x'), '--merge averages; give both'),
     (('{}/none', '--output={}/page'), 'is no work directory of moepeft.train'),
   ],
