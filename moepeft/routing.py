@@ -156,11 +156,17 @@ def save_derived(
   losses = [_loss(run, run.model, run.variables, routed)]
   config.method = derived.method
   model, built = base_lib.module(base, config)
-  initial = base_lib.initialise(base, model, config.seed)['peft']
-  peft = traverse_util.unflatten_dict(
-    traverse_util.flatten_dict(initial)
-    | traverse_util.flatten_dict(derived.peft)
+  initial, arrays = (
+    traverse_util.flatten_dict(tree, sep='/')
+    for tree in (
+      base_lib.initialise(base, model, config.seed)['peft'],
+      derived.peft,
+    )
   )
+  if unknown := arrays.keys() - initial.keys():
+    # The module would ignore them, and the adapter be the initial one there.
+    raise ValueError(f'{derived.method} has no arrays {sorted(unknown)}')
+  peft = traverse_util.unflatten_dict(initial | arrays, sep='/')
   losses.append(_loss(run, model, {**run.variables, 'peft': peft}, routed))
   metadata = run_metadata.describe_adapter(base, built)
   adapter_lib.save(path, peft, metadata, overwrite)
