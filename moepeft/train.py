@@ -248,8 +248,8 @@ def _summarize(
   is_chat = READERS[config.data.source].uses_chat_template and (
     bool(config.data.chat_template) or has_chat_template(training.tokenizer)
   )
-  examples = (e for prompt in training.prompts for e in prompt.examples)
-  first = next(((e.inputs, e.task) for e in examples), ())
+  example = training.example
+  prompt = (example.inputs, example.task) if example else ()
   next_steps.print_next_steps(
     summary,
     changes,
@@ -260,7 +260,7 @@ def _summarize(
       'curves': trackers.view_commands(config.log.trackers, run.path),
       'evaluation': run.after_file if loop.after else None,
       'checkpoints': run.checkpoints_dir,
-      **next_steps.commands(run.path, config, method, is_chat, *first),
+      **next_steps.commands(run.path, config, method, is_chat, *prompt),
     },
   )
   return summary

@@ -11,4 +11,7 @@ class LazyModule:
     self._name = name
 
   def __getattr__(self, attribute: str):
+    # pytest asks every name of a test file whether it wraps a fixture.
+    if attribute.startswith('_'):
+      raise AttributeError(attribute)
     return getattr(importlib.import_module(self._name), attribute)

@@ -48,28 +48,28 @@ class PromptExamples:
 
 
 def training_prompts(
-  config: ConfigDict, held_out: Sequence[Example], train=None
+  config: ConfigDict, sources: TrainingData
 ) -> list[PromptExamples]:
   """Prompts of held-out examples that are ranked before and after training.
 
   A prompt of embedded tasks is named by its templates' split, 'seen' (in
-  training) or 'held_out'.
-
-  Args:
-    held_out: held-out rows of the training source.
-    train: its training rows, whose targets are the choices of a template.
+  training) or 'held_out'. The choices of another source's template are the
+  targets of its training rows. Where nothing is ranked a prompt has one
+  example, so that a wrong setting is refused all the same.
   """
   e = config.evaluation
+  # A hundred of each embedded prompt take a second to make and to tokenize.
+  max_examples = e.max_examples if e.before or e.after else 1
   if READERS.lookup(config.data.source).evaluates_tasks:
-    ranked_prompts = _embedded_prompts(config)
+    ranked_prompts = _embedded_prompts(config, max_examples)
   else:
-    ranked = with_closed_choices(train or (), examples_of(held_out))
-    ranked_prompts = _by_task(VALIDATION, ranked, e.max_examples)
+    ranked = with_closed_choices(sources.rows, examples_of(sources.held_out))
+    ranked_prompts = _by_task(VALIDATION, ranked, max_examples)
   if e.path:
     rows = jsonl_rows.read(e.path, ranked=True)
     for note in rows.notes(e.path):
       print(note, file=sys.stderr)
-    ranked_prompts += _by_task(EVALUATION, rows, e.max_examples)
+    ranked_prompts += _by_task(EVALUATION, rows, max_examples)
   return ranked_prompts
 
 
@@ -86,7 +86,9 @@ def examples_of(held_out: Sequence) -> list[Example]:
   return [e for e in held_out if isinstance(e, Example)]
 
 
-def _embedded_prompts(config: ConfigDict) -> list[PromptExamples]:
+def _embedded_prompts(
+  config: ConfigDict, max_examples: int
+) -> list[PromptExamples]:
   return [
     PromptExamples(
       tasks.TASKS[name].group,
@@ -95,7 +97,7 @@ def _embedded_prompts(config: ConfigDict) -> list[PromptExamples]:
       tuple(
         tasks.examples(
           (name,),
-          config.evaluation.max_examples,
+          max_examples,
           seed=config.seed,
           split='held_out',
           templates=templates,
@@ -159,7 +161,7 @@ def prompts_with_choices(
   """
   e = config.evaluation
   if READERS.lookup(config.data.source).evaluates_tasks:
-    return _embedded_prompts(config)
+    return _embedded_prompts(config, e.max_examples)
   rows = with_closed_choices(sources.rows, examples_of(sources.held_out))
   return prompts(VALIDATION, rows, e.max_examples)
 

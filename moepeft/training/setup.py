@@ -8,7 +8,7 @@ explicit arguments.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -42,7 +42,7 @@ from moepeft.data.loader import Loader
 from moepeft.data.preference.dataset import preference_data
 from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
 from moepeft.evaluation.eval_sets import (
-  PromptExamples,
+  examples_of,
   training_prompts,
   validation_rows,
 )
@@ -66,6 +66,7 @@ from moepeft.runs.history import History
 from moepeft.runs.run import Run
 from moepeft.runs.trackers import Tracker, open_trackers
 from moepeft.runs.trackers import specs as tracker_specs
+from moepeft.tasks import Example
 from moepeft.training import (
   grad_accumulation,
   initial_state,
@@ -97,7 +98,7 @@ class Training:
     make_step: config -> the step with its numbers, not jitted.
     batches: an iterator of batches on the host, from the start of the data.
     evaluator: evaluates held-out rows.
-    prompts: held-out examples that the evaluator ranks.
+    example: a held-out example of what is trained, if there is one.
     task_routing: as in `TrainingLoop`.
     identity: of the run, written into each checkpoint.
     parameters: the number of trained parameters.
@@ -112,7 +113,7 @@ class Training:
   make_step: Callable[[ConfigDict], TrainStep]
   batches: Loader
   evaluator: Evaluator
-  prompts: Sequence[PromptExamples]
+  example: Example | None
   task_routing: TaskRouting | None
   identity: dict[str, Any]
   parameters: int
@@ -209,7 +210,6 @@ def build(
     layout,
     None if dry_run else workdir,
   )
-  prompts = training_prompts(config, data.held_out, data.rows)
   make_step = functools.partial(_make_step, model, method, padded, reference)
   return Training(
     config=config,
@@ -225,9 +225,9 @@ def build(
     make_step=make_step,
     batches=_build_loader(config, tokenizer, data, share, shape, collator),
     evaluator=_build_evaluator(
-      config, model, tokenizer, data, prompts, layout, collator, reference
+      config, model, tokenizer, data, layout, collator, reference
     ),
-    prompts=prompts,
+    example=next(iter(examples_of(data.held_out)), None),
     task_routing=_build_task_routing(config, model, tokenizer, data, layout),
     identity=identity,
     parameters=count_trained(state.trainable, method, padded)[0],
@@ -411,7 +411,6 @@ def _build_evaluator(
   model: nn.Module,
   tokenizer: Tokenizer,
   data: TrainingData,
-  prompts: Sequence[PromptExamples],
   layout: Layout,
   collator: Collator,
   reference: Callable | None,
@@ -431,7 +430,7 @@ def _build_evaluator(
     validation=validation,
     collator=collator,
     objective=build_validation_objective(config, reference),
-    prompts=prompts,
+    prompts=training_prompts(config, data),
     mesh=layout.mesh,
   )
 

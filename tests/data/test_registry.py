@@ -7,7 +7,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft import tasks
-from moepeft.data import open_data
+from moepeft.data import TrainingData, open_data
 from moepeft.evaluation.eval_sets import training_prompts
 from moepeft.tasks.task import Instance, Template
 
@@ -91,7 +91,7 @@ def test_training_uses_every_seen_wording(spelled):
 
 
 def test_evaluation_holds_out_instances_and_tells_wordings_apart(spelled):
-  actual = training_prompts(card('BC'), [])
+  actual = training_prompts(card('BC'), TrainingData(None, {}))
   assert {p.task for p in actual} == set(tasks.task_names('BC'))
   for prompt in actual:
     assert len(prompt.examples) == COUNT

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
+from moepeft.data import TrainingData
 from moepeft.data.batching import seq2seq
 from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
@@ -347,7 +348,7 @@ def evaluator_of(tmp_path, rows, validation=(), **evaluation):
     validation=validation,
     collator=Seq2SeqCollator(WORDS, 64, 16),
     objective=OBJECTIVES['seq2seq'].build(),
-    prompts=eval_sets.training_prompts(config, ()),
+    prompts=eval_sets.training_prompts(config, TrainingData(None, {})),
   )
 
 
@@ -364,7 +365,7 @@ def test_accuracy_is_the_share_of_rows_whose_label_is_chosen(tmp_path):
 
 def test_rows_to_rank_are_taken_at_even_distances(tmp_path):
   config, _ = evaluator_of(tmp_path, ROWS, max_examples=3)
-  (prompt,) = eval_sets.training_prompts(config, ())
+  (prompt,) = eval_sets.training_prompts(config, TrainingData(None, {}))
   # 0, 8/3 and 16/3 of eight rows, rounded down.
   assert [e.idx for e in prompt.examples] == [0, 2, 5]
 
