@@ -11,7 +11,8 @@ class LazyModule:
     self._name = name
 
   def __getattr__(self, attribute: str):
-    # pytest asks every name of a test file whether it wraps a fixture.
-    if attribute.startswith('_'):
+    # pytest asks every name of a test file whether it is a mock, or wraps a
+    # fixture.
+    if attribute == '_mock_name' or attribute.startswith('__'):
       raise AttributeError(attribute)
     return getattr(importlib.import_module(self._name), attribute)
