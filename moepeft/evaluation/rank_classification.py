@@ -6,9 +6,17 @@ score is the sum of the log-probabilities of its tokens and EOS, without length
 normalization; the first of equal scores wins.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import Any
 
 import jax
@@ -35,14 +43,19 @@ from moepeft.tasks import Example
 # Inputs are padded to a multiple of this, and above 4 times this to a power of
 # two.
 _INPUTS_MULTIPLE = 64
-# Choices are padded to at least this length: a shorter one saves less time than
-# another program takes to compile.
+# Choices are padded to at least this length.
 _MIN_TARGETS_LENGTH = 8
 # A batch of short rows has at most this many times `batch_size` rows.
 _MAX_ROW_FACTOR = 8
 # A batch of `batch_size` rows is full if each row has this many choices of
 # `targets_length` tokens.
 _NOMINAL_CHOICES = 4
+# Compiling a program takes as long as so many operations, about 2 s on two CPU
+# cores. An accelerator does more in that time.
+_COMPILATION_FLOPS = 2e11
+
+# (choices, inputs length, targets length) of rows.
+RowShape = tuple[int, int, int]
 
 
 def score_choices(
@@ -184,6 +197,52 @@ class ScoringBatch:
   indices: tuple[int, ...]
 
 
+def merge_shapes(
+  counts: Mapping[RowShape, int],
+  tokens_of: Callable[[RowShape], float],
+  program_tokens: float,
+  compiled: Collection[RowShape] = (),
+) -> dict[RowShape, RowShape]:
+  """Pads rows to fewer shapes, where that costs less than more programs.
+
+  Greedy: of all pairs of shapes, the two are merged first that save most.
+
+  Args:
+    counts: the number of rows of each shape.
+    tokens_of: the tokens of a row of a shape.
+    program_tokens: the number of tokens that are computed in the time that a
+      program takes to compile.
+    compiled: shapes whose programs there are.
+
+  Returns:
+    {shape: the shape that its rows are padded to}.
+  """
+  merged = {shape: shape for shape in counts}
+  rows = collections.Counter(counts)
+  rows.update(dict.fromkeys(compiled, 0))
+
+  def saving(pair: tuple[RowShape, RowShape]) -> float:
+    union = _union(*pair)
+    programs = sum(shape not in compiled for shape in pair)
+    programs -= union not in compiled
+    added = sum(rows[x] * (tokens_of(union) - tokens_of(x)) for x in pair)
+    return programs * program_tokens - added
+
+  while len(rows) > 1:
+    pair = max(itertools.combinations(rows, 2), key=saving)
+    if saving(pair) <= 0:
+      break
+    union = _union(*pair)
+    rows[union] += sum(rows.pop(x) for x in pair if x != union)
+    merged = {x: union if y in pair else y for x, y in merged.items()}
+  return merged
+
+
+def _union(a: RowShape, b: RowShape) -> RowShape:
+  """The smallest shape that holds rows of both shapes."""
+  return tuple(map(max, a, b))
+
+
 class NonFiniteScoreError(ValueError):
   """A score is NaN or infinite, so that choices cannot be ranked."""
 
@@ -263,7 +322,8 @@ class Ranker:
       progress: called after each batch with its number of examples.
     """
     scores: list = [None] * len(examples)
-    for batch in self.plan_batches(examples):
+    parameters = sum(x.size for x in jax.tree.leaves(variables))
+    for batch in self.plan_batches(examples, parameters):
       batch_scores = self._score_batch(
         variables, [examples[i] for i in batch.indices], batch.shape
       )
@@ -295,35 +355,49 @@ class Ranker:
     return np.array([np.argmax(s) for s in scores], np.int64)
 
   def plan_batches(
-    self, examples: Sequence[EncodedExample]
+    self, examples: Sequence[EncodedExample], parameters: int
   ) -> Iterator[ScoringBatch]:
-    """Groups examples into batches, with few distinct shapes.
+    """Groups examples into batches of few distinct shapes.
 
-    Examples are taken in order of their shapes, the largest first, and a batch
-    is filled with examples that have as many choices. So for each number of
-    choices, only the last batch is not full. It has fewer rows, unless there
-    is a program of its shape.
+    For each shape, only the last batch is not full. It has fewer rows, unless
+    there is a program with more.
+
+    Args:
+      parameters: of the model, by which more programs are weighed against more
+        padding.
     """
     shapes = [self._rounded_shape(example) for example in examples]
-    order = sorted(range(len(examples)), key=lambda i: shapes[i], reverse=True)
-    while order:
-      c, s, t = shapes[order[0]]
-      indices = [
-        i for i in order[: self._num_rows(c, s, t)] if shapes[i][0] == c
-      ]
-      # Examples with shorter inputs may have longer choices.
-      t = max(shapes[i][2] for i in indices)
-      num_rows = self._num_rows(c, s, t)
-      if len(indices) < num_rows and (num_rows, c, s, t) not in self._shapes:
-        min_rows = sharding.round_up(self._mesh, _next_power_of_2(len(indices)))
-        num_rows = min(num_rows, min_rows)
-      indices = indices[:num_rows]
-      shape = num_rows, c, s, t
-      self._shapes.add(shape)
-      yield ScoringBatch(shape, tuple(indices))
-      order = order[len(indices) :]
+    merged = merge_shapes(
+      collections.Counter(shapes),
+      self._tokens,
+      # A forward pass multiplies and adds each parameter once a token.
+      _COMPILATION_FLOPS / (2 * parameters),
+      {shape[1:] for shape in self._shapes},
+    )
+    by_shape = collections.defaultdict(list)
+    for i, shape in enumerate(shapes):
+      by_shape[merged[shape]].append(i)
+    for shape in sorted(by_shape, reverse=True):
+      max_rows, members = self._num_rows(*shape), by_shape[shape]
+      for start in range(0, len(members), max_rows):
+        indices = tuple(members[start : start + max_rows])
+        batch_shape = (self._program_rows(shape, len(indices)), *shape)
+        self._shapes.add(batch_shape)
+        yield ScoringBatch(batch_shape, indices)
 
-  def _rounded_shape(self, example: EncodedExample) -> tuple[int, int, int]:
+  def _program_rows(self, shape: RowShape, count: int) -> int:
+    """The rows of the smallest program for `count` rows, or of a new one."""
+    rows = [x[0] for x in self._shapes if x[1:] == shape and x[0] >= count]
+    new = sharding.round_up(self._mesh, _next_power_of_2(count))
+    return min(rows, default=min(self._num_rows(*shape), new))
+
+  def _tokens(self, shape: RowShape) -> float:
+    """The tokens of a row that pass all parameters."""
+    c, s, t = shape
+    # An encoder and a decoder have half of the parameters each.
+    return c * (s + t) if self._is_decoder_only else (s + c * t) / 2
+
+  def _rounded_shape(self, example: EncodedExample) -> RowShape:
     """(choices, inputs length, targets length), each rounded up."""
     inputs_length, targets_length = self._lengths
     c = len(example.choices)

@@ -24,6 +24,7 @@ from moepeft.evaluation.rank_classification import (
   EncodedExample,
   NonFiniteScoreError,
   Ranker,
+  merge_shapes,
   score_choices,
 )
 from moepeft.evaluation.summary import mean_accuracies
@@ -263,41 +264,90 @@ def rows_of(lengths):
   ]
 
 
-def test_rows_of_like_lengths_share_batches_and_all_are_in_one():
+# Parameters of a model that computes less in the time of a compilation than any
+# padding costs, and of one that computes all of it at once.
+HUGE, TINY = 10**12, 1
+
+
+def test_rows_of_a_huge_model_share_batches_with_rows_of_like_lengths():
   ranker = Ranker(Bigram(), WORDS, 512, 16, 2)
   lengths = [(2, 60, 3)] * 17 + [(2, 300, 3)] + [(3, 65, 5)] * 3
-  parts = list(ranker.plan_batches(rows_of(lengths)))
+  parts = list(ranker.plan_batches(rows_of(lengths), HUGE))
   assert [part.shape for part in parts] == [
     # Three rows: four of 128 and 8 are as large as one and a half of the
     # longest, 512 and 16, so there is room for 2 x 2 of them.
     (4, 3, 128, 8),
-    # 300 is rounded to 512: no more than the two of the batch size. A short
-    # row fills it.
-    (2, 2, 512, 8),
-    # 16 rows are left, of which 2 x 2 go into a batch: 16 / 8 targets.
-    *[(4, 2, 64, 8)] * 4,
+    # 300 is rounded to 512: no more than the two of the batch size.
+    (1, 2, 512, 8),
+    # 2 x 2 go into a batch: 16 / 8 targets.
+    *[(4, 2, 64, 8)] * 5,
   ]
   indices = [i for part in parts for i in part.indices]
   assert sorted(indices) == list(range(21))
+
+
+def test_rows_of_a_tiny_model_have_one_program():
+  ranker = Ranker(Bigram(), WORDS, 512, 16, 2)
+  lengths = [(2, 60, 3)] * 3 + [(2, 300, 3)] + [(3, 65, 5)]
+  parts = list(ranker.plan_batches(rows_of(lengths), TINY))
+  assert [part.shape for part in parts] == [(2, 3, 512, 8)] * 3
+  # The shorter rows of a later call have it too.
+  (part,) = ranker.plan_batches(rows_of([(2, 60, 3)]), TINY)
+  assert part.shape == (2, 3, 512, 8)
+  # Longer choices need another.
+  (part,) = ranker.plan_batches(rows_of([(2, 60, 9)]), TINY)
+  assert part.shape == (1, 2, 64, 16)
+
+
+@pytest.mark.parametrize(
+  'program_tokens, expected',
+  [
+    # Merging the first two adds 10 x 2 tokens, more than a program is worth.
+    (19, [(1, 8, 8), (1, 10, 8), (1, 30, 8)]),
+    (21, [(1, 10, 8), (1, 10, 8), (1, 30, 8)]),
+    # To merge those into the last one adds 10 x 20 + 5 x 20.
+    (299, [(1, 10, 8), (1, 10, 8), (1, 30, 8)]),
+    (301, [(1, 30, 8)] * 3),
+  ],
+)
+def test_shapes_are_merged_where_padding_costs_less(program_tokens, expected):
+  counts = {(1, 8, 8): 10, (1, 10, 8): 5, (1, 30, 8): 1}
+  merged = merge_shapes(counts, lambda shape: shape[1], program_tokens)
+  assert list(merged.values()) == expected
+
+
+def test_a_shape_with_a_program_costs_its_padding_alone():
+  counts = {(1, 8, 8): 10, (1, 4, 16): 1}
+  merged = merge_shapes(
+    counts, lambda shape: shape[1], 21, compiled={(1, 10, 8)}
+  )
+  # The union of the two, (1, 8, 16), would add 4 tokens and save a program;
+  # the compiled one adds 20 and saves a program, and does not hold the other.
+  assert merged == {(1, 8, 8): (1, 8, 16), (1, 4, 16): (1, 8, 16)}
+  del counts[1, 4, 16]
+  merged = merge_shapes(
+    counts, lambda shape: shape[1], 21, compiled={(1, 10, 8)}
+  )
+  assert merged == {(1, 8, 8): (1, 10, 8)}
 
 
 def test_many_choices_make_for_fewer_rows():
   ranker = Ranker(Bigram(), WORDS, 64, 16, 8)
   # There is room for 8 rows of 4 choices of 16 tokens. 16 of 16 take
   # four times that each, 8 of 8 as much as 4 of 16.
-  (first, *_) = ranker.plan_batches(rows_of([(16, 9, 16)] * 9))
+  (first, *_) = ranker.plan_batches(rows_of([(16, 9, 16)] * 9), HUGE)
   assert first.shape == (2, 16, 64, 16)
-  (first, *_) = ranker.plan_batches(rows_of([(8, 9, 8)] * 9))
+  (first, *_) = ranker.plan_batches(rows_of([(8, 9, 8)] * 9), HUGE)
   assert first.shape == (8, 8, 64, 8)
 
 
 def test_a_last_batch_is_no_larger_than_its_rows_need():
   ranker = Ranker(Bigram(), WORDS, 64, 16, 32)
-  (part,) = ranker.plan_batches(rows_of([(2, 9, 16)] * 5))
+  (part,) = ranker.plan_batches(rows_of([(2, 9, 16)] * 5), HUGE)
   assert part.shape == (8, 2, 64, 16)
   # A program that there is needs no other to be compiled.
-  parts = ranker.plan_batches(rows_of([(2, 9, 16)] * (32 + 3)))
-  assert [part.shape for part in parts] == [(32, 2, 64, 16)] * 2
+  parts = ranker.plan_batches(rows_of([(2, 9, 16)] * (32 + 3)), HUGE)
+  assert [part.shape for part in parts] == [(32, 2, 64, 16), (8, 2, 64, 16)]
 
 
 def test_progress_is_told_of_every_example():
