@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import flags
 
+from moepeft import tasks
 from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.data import open_data
@@ -100,9 +101,10 @@ def evaluate(
       vocab_size=run.model.config.vocab,
       collator=make_run_collator(loaded),
     )
-    rows, plan = (
-      training_data.held_out,
-      plan_from_run(run, training_data, metrics),
+    plan = plan_from_run(run, training_data, metrics)
+    # For the digest: as many, whatever --max_examples is.
+    rows = eval_sets.test_rows(
+      run.config, training_data, tasks.VALIDATION_EXAMPLES
     )
     # As in training, independent of `metrics`.
     validation = run_validation(

@@ -81,6 +81,29 @@ def validation_rows(
   return sources.validation(collator, e.max_batches * e.batch_size)
 
 
+def test_rows(
+  config: ConfigDict, sources: TrainingData, max_examples: int
+) -> list[Example]:
+  """The held-out examples whose loss is measured after training.
+
+  Those of embedded tasks have no part in the validation loss, by which rates
+  and checkpoints may have been chosen. Other sources have no more than those.
+
+  Args:
+    max_examples: of each embedded task.
+  """
+  if not READERS.lookup(config.data.source).evaluates_tasks:
+    return examples_of(sources.held_out)
+  names = tasks.task_names(config.data.tasks)
+  return tasks.examples(
+    names,
+    max_examples * len(names),
+    seed=config.seed,
+    split='held_out',
+    start=tasks.VALIDATION_EXAMPLES * len(names),
+  )
+
+
 def examples_of(held_out: Sequence) -> list[Example]:
   """The rows that are `Example`s; texts and conversations are tokenized."""
   return [e for e in held_out if isinstance(e, Example)]
@@ -101,6 +124,7 @@ def _embedded_prompts(
           seed=config.seed,
           split='held_out',
           templates=templates,
+          start=tasks.VALIDATION_EXAMPLES,
         )
       ),
     )

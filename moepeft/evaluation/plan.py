@@ -90,8 +90,9 @@ def plan_from_run(
     ValueError: there are no held-out rows for a named metric.
   """
   ranked = eval_sets.prompts_with_choices(run.config, sources)
-  held_out = eval_sets.examples_of(sources.held_out)
-  by_task = eval_sets.whole_tasks(held_out, run.config.evaluation.max_examples)
+  max_examples = run.config.evaluation.max_examples
+  rows = eval_sets.test_rows(run.config, sources, max_examples)
+  by_task = eval_sets.whole_tasks(rows, max_examples)
   plan = {
     name: ranked if name == ACCURACY else by_task
     for name in metric_names()

@@ -63,6 +63,9 @@ TASKS = Registry(
   },
 )
 GROUPS = ('A', 'B', 'C')
+# The first held-out examples of each task are for the validation loss, by which
+# rates and checkpoints are chosen; evaluations have those after them.
+VALIDATION_EXAMPLES = 32
 
 
 def task_names(text: str) -> tuple[str, ...]:

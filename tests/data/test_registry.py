@@ -8,6 +8,7 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import tasks
 from moepeft.data import TrainingData, open_data
+from moepeft.evaluation.eval_sets import test_rows as rows_to_measure
 from moepeft.evaluation.eval_sets import training_prompts
 from moepeft.tasks.task import Instance, Template
 
@@ -99,6 +100,23 @@ def test_evaluation_holds_out_instances_and_tells_wordings_apart(spelled):
     assert {split_of(e) for e in prompt.examples} == {'held_out'}
     assert {wording_of(e) for e in prompt.examples} == {prompt.templates}
     assert {e.task for e in prompt.examples} == {prompt.task}
+
+
+def test_no_evaluated_example_gives_the_validation_loss():
+  config = card('B')
+  data = open_data(config.data, 0)
+  validated = {(e.task, e.idx // len(data.shares)) for e in data.held_out}
+  # The n-th example of a task, alone or among the others.
+  ranked = {
+    (p.task, e.idx) for p in training_prompts(config, data) for e in p.examples
+  }
+  losses = {
+    (e.task, e.idx // len(data.shares))
+    for e in rows_to_measure(config, data, COUNT)
+  }
+  assert len(validated) == 32 * len(data.shares)
+  assert len(losses) == COUNT * len(data.shares)
+  assert not validated & (ranked | losses)
 
 
 def test_seeds_give_other_training_examples():

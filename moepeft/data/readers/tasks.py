@@ -14,8 +14,6 @@ from moepeft.tasks import Example
 
 # Larger than the number of examples of any run.
 _LENGTH = 1 << 60
-# Examples of each task.
-_HELD_OUT = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,10 @@ def open_tasks(data: ConfigDict, context: ReadContext) -> TrainingData:
     train=grain.MapDataset.source(GeneratedExamples(names, context.seed)),
     shares={name: count / len(names) for name, count in counts.items()},
     held_out=tasks.examples(
-      names, _HELD_OUT * len(names), seed=context.seed, split='held_out'
+      names,
+      tasks.VALIDATION_EXAMPLES * len(names),
+      seed=context.seed,
+      split='held_out',
     ),
   )
 
