@@ -27,6 +27,7 @@ from absl import flags
 from moepeft.checkpoints.count_flops import products
 from moepeft.config import command_line
 from moepeft.core.types import Tree
+from moepeft.evaluation.step_cost import CompiledStep
 from moepeft.models.decoder import llama
 from moepeft.models.decoder.model import Decoder, sites
 from moepeft.nn.initializers import init_params
@@ -71,7 +72,7 @@ class Row:
     parameters: in the collection 'peft'; forward, backward: FLOPs of a step.
   """
 
-  side: train_step.Side
+  side: CompiledStep
   parameters: int
   forward: int
   backward: int
@@ -94,7 +95,7 @@ def make(method: str) -> Row:
   forward = products(loss, *arguments)
   step = jax.jit(gradient).lower(*arguments).compile()
   return Row(
-    train_step.Side(
+    CompiledStep(
       lambda: jax.block_until_ready(step(*arguments)),
       step.memory_analysis().temp_size_in_bytes,
     ),

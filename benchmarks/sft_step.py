@@ -23,6 +23,7 @@ import train_step
 from absl import flags
 
 from moepeft.config import command_line
+from moepeft.evaluation.step_cost import CompiledStep
 from moepeft.models import FAMILIES
 from moepeft.nn.initializers import init_params
 from moepeft.nn.scan_layers import unstack_layers
@@ -62,7 +63,7 @@ def example() -> dict[str, np.ndarray]:
   }
 
 
-def jax_side(config, params, method: str, remat: str) -> train_step.Side:
+def jax_side(config, params, method: str, remat: str) -> CompiledStep:
   family = FAMILIES[config.family]
   built = build(method, family.sites(config))
   model = family.module(
@@ -83,10 +84,10 @@ def jax_side(config, params, method: str, remat: str) -> train_step.Side:
   def run():
     return float(jax.block_until_ready(step(*arguments))[0])
 
-  return train_step.Side(run, step.memory_analysis().temp_size_in_bytes)
+  return CompiledStep(run, step.memory_analysis().temp_size_in_bytes)
 
 
-def torch_side(torch_model) -> train_step.Side:
+def torch_side(torch_model) -> CompiledStep:
   """The same of peft's; the model is changed by it."""
   import peft
   import torch
@@ -109,10 +110,10 @@ def torch_side(torch_model) -> train_step.Side:
     torch.autograd.grad(loss, trained)
     return loss.item()
 
-  return train_step.Side(run, None)
+  return CompiledStep(run, None)
 
 
-def make() -> dict[str, train_step.Side]:
+def make() -> dict[str, CompiledStep]:
   torch_model = decode.theirs('')
   config, params = decode.read(torch_model)
   sides = {
@@ -128,7 +129,7 @@ def main(argv) -> None:
   if _JSON.value:
     command_line.check_can_write(_JSON.value)
   sides = make()
-  losses = {name: side.step() for name, side in sides.items()}
+  losses = {name: side.run() for name, side in sides.items()}
   print('first losses', {name: round(x, 5) for name, x in losses.items()})
   times = train_step.take_turns(sides, _ROUNDS.value)
   report = {

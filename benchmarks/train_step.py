@@ -27,6 +27,7 @@ import numpy as np
 from absl import flags
 
 from moepeft.config import command_line
+from moepeft.evaluation.step_cost import CompiledStep, take_turns
 from moepeft.models.t5 import model as t5
 from moepeft.moe.router_stats import route
 from moepeft.nn.adapter_hook import AdapterMap, contraction, flatten_features
@@ -36,7 +37,6 @@ from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.peft import build, low_rank
 from moepeft.peft.methods import lora
 from moepeft.peft.mixture import Mixture
-from moepeft.training.step_cost import Side, take_turns
 
 SHAPE = t5.T5Config(
   d_model=512,
@@ -100,7 +100,7 @@ def example() -> dict[str, np.ndarray]:
   }
 
 
-def make_jax(method: str, remat: str, naive: bool, unroll: int) -> Side:
+def make_jax(method: str, remat: str, naive: bool, unroll: int) -> CompiledStep:
   adapter_map = build(method, t5.sites(SHAPE)).adapter_map
   if naive:
     adapter_map = AdapterMap(
@@ -118,7 +118,7 @@ def make_jax(method: str, remat: str, naive: bool, unroll: int) -> Side:
   arguments = jax.device_put((variables['peft'], variables['params'], batch))
   step = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
   memory = step.memory_analysis().temp_size_in_bytes
-  return Side(lambda: jax.block_until_ready(step(*arguments)), memory)
+  return CompiledStep(lambda: jax.block_until_ready(step(*arguments)), memory)
 
 
 def _naive(molora: Mixture) -> Naive:
@@ -126,7 +126,7 @@ def _naive(molora: Mixture) -> Naive:
   return Naive(**{key: getattr(molora, key) for key in fields}, parent=None)
 
 
-def make_peft() -> Side | None:
+def make_peft() -> CompiledStep | None:
   """The same of Hugging Face's; None where torch or peft is not installed."""
   try:
     import peft
@@ -165,7 +165,7 @@ def make_peft() -> Side | None:
   def step():
     torch.autograd.grad(model(**ids).loss, trained)
 
-  return Side(step, None)
+  return CompiledStep(step, None)
 
 
 # {ratio: (side above, side below)}
@@ -233,7 +233,7 @@ def chosen(only: Sequence[str]) -> list[str]:
   return list(only) or list(SIDES)
 
 
-def make(names: Sequence[str], unroll: int) -> dict[str, Side]:
+def make(names: Sequence[str], unroll: int) -> dict[str, CompiledStep]:
   sides = {
     name: make_jax(method, remat, name.startswith('naive'), unroll)
     for name, (method, remat) in SIDES.items()

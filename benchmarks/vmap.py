@@ -31,8 +31,8 @@ from moepeft import registries
 from moepeft.checkpoints.count_flops import products
 from moepeft.config import check as config_check
 from moepeft.config import command_line, program
+from moepeft.evaluation.step_cost import CompiledStep, take_turns
 from moepeft.training import setup, vmapped
-from moepeft.training.step_cost import Side, take_turns
 
 
 def configs(config: ConfigDict, count: int) -> list[ConfigDict]:
@@ -64,10 +64,12 @@ def steps(config: ConfigDict, count: int) -> dict[str, float]:
   alone = jax.jit(single).lower(*arguments[0]).compile()
   together = jax.jit(multiple).lower(*of_all).compile()
   sides = {
-    'alone': Side(
+    'alone': CompiledStep(
       lambda: [jax.block_until_ready(alone(*a)) for a in arguments], None
     ),
-    'together': Side(lambda: jax.block_until_ready(together(*of_all)), None),
+    'together': CompiledStep(
+      lambda: jax.block_until_ready(together(*of_all)), None
+    ),
   }
   times = take_turns(sides, _ROUNDS.value)
   pairs = zip(times['alone'], times['together'], strict=True)

@@ -16,7 +16,7 @@ from moepeft.checkpoints.solve_method import with_explicit_method
 from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.config.budget import BASELINE
-from moepeft.training import step_cost
+from moepeft.evaluation import step_cost
 
 
 def main(argv) -> None:

@@ -223,11 +223,12 @@ def main(argv) -> None:
     f'{rows_path}.part',
   )
   summary.print_summary(entries, results)
-  summary.write(output, entries)
-  print(f'wrote {output}')
+  # Chats and texts have no rows, and a sweep takes the summary for the end.
   if results:
     results_lib.write(rows_path, results)
     print(f'wrote {rows_path}')
+  summary.write(output, entries)
+  print(f'wrote {output}')
   os.remove(f'{rows_path}.part')
 
 

@@ -242,11 +242,15 @@ def main(argv) -> None:
     raise ValueError('--split is for a LoRA, --merge and --prune for mixtures')
   if _ROUTER.present and not _SPLIT.value:
     raise ValueError('--router is the router of --split=EXPERTS; give both')
+  if _SPLIT.value and _TEXTS.present:
+    raise ValueError('--split writes no page, which --texts is for; drop it')
   if not _OUTPUT.value:
     raise ValueError('--output is missing: name a directory for the page')
   output = os.path.expanduser(_OUTPUT.value)
   data = os.path.expanduser(_DATA.value)
   run = load_run(os.path.expanduser(argv[1]), _CHECKPOINT.value)
+  if _BATCH_SIZE.value:
+    run.config.evaluation.batch_size = _BATCH_SIZE.value
   # Before the rows are routed, which takes longer.
   os.makedirs(output, exist_ok=True)
   if _SPLIT.value:
@@ -255,7 +259,7 @@ def main(argv) -> None:
     )
     return
   routed = read_rows(run, data, _MAX_EXAMPLES.value)
-  routing = collect_rows(run, routed, _TEXTS.value, _BATCH_SIZE.value)
+  routing = collect_rows(run, routed, _TEXTS.value)
   dead = int(sum(site.dead.sum() for site in routing.sites))
   total = sum(sum(site.counts) for site in routing.sites)
   print(

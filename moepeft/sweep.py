@@ -148,7 +148,7 @@ def write_script(
   if later:
     print(f'job=$(sbatch --parsable {shlex.quote(path)})')
     print(
-      f'sbatch --dependency=afterany:$job --array={slurm.array(later)} '
+      f'sbatch --dependency=afterany:$job --array={slurm.array(later, jobs)} '
       f'{shlex.quote(path)}'
     )
   else:

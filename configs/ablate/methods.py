@@ -5,8 +5,9 @@ python -m moepeft.sweep --config=configs/ablate/methods.py --workdir=DIR \
   --select=optimizer.learning_rate --evaluate
 
 Ranks are solved for the budget, within 5 %, as they are whole numbers. Scales
-differ: alpha / r of lora(rank=45) is 0.36 and that of molora(rank=4) is 4.
-configs/ablate/scale.py compares the methods at one scale.
+differ: alpha / r of lora(rank=45) is 0.36 and that of molora(rank=4) is 4, so
+the best rates do, too: that of mov is 5e-2. configs/ablate/scale.py compares the
+methods at one scale.
 """
 
 from moepeft import config as config_lib
@@ -25,7 +26,7 @@ GRID = {
     'hmora',
     'moslora',
   ),
-  'optimizer.learning_rate': (5e-4, 1.5e-3, 5e-3),
+  'optimizer.learning_rate': (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2),
   'seed': range(5),
 }
 

@@ -24,7 +24,7 @@ GRID = {
     'moslora',
   ),
   'scale': ('matched:lora(rank=16)', 'matched', 'matched:lora(rank=1)'),
-  'optimizer.learning_rate': (5e-4, 1.5e-3, 5e-3),
+  'optimizer.learning_rate': (1.5e-4, 5e-4, 1.5e-3, 5e-3),
   'seed': range(5),
 }
 

@@ -4,8 +4,8 @@
 python -m moepeft.sweep --config=configs/ablate/sites.py --workdir=DIR \
   --select=optimizer.learning_rate --evaluate
 
-The rank is solved so that all have the parameters of the first, within 5 %.
-Sites have T5's names.
+The rank is solved so that all have the parameters of the first, within 5 %,
+and alpha so that alpha / r is 4 for all. Sites have T5's names.
 """
 
 from moepeft import config as config_lib
@@ -31,4 +31,5 @@ GRID = {
 def get_config(values: str = ''):
   c = config_lib.ablation(values, 'molora(experts=10)')
   c.budget, c.budget_tolerance = 'params:molora(experts=10, rank=4)', 0.05
+  c.scale = 'matched'
   return c

@@ -52,8 +52,7 @@ class SweepDirectory:
     # Each module writes this file last.
     if not run.summary():
       return TRAIN
-    rows_file = os.path.splitext(run.evaluation_file())[0] + '.jsonl'
-    if self.evaluates and not os.path.exists(rows_file):
+    if self.evaluates and not os.path.exists(run.evaluation_file()):
       return EVALUATE
     return None
 

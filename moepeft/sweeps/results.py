@@ -58,12 +58,17 @@ def read_row(directory: SweepDirectory, trial: Trial) -> dict[str, Any]:
     'status': UNFINISHED,
   }
   if directory.stage(trial) is None:
-    row |= {'status': FINISHED} | _figures(run)
-    # The method is that of the run, with a solved budget.
-    of_summary = ('method', 'parameters', 'seconds')
-    row |= {k: v for k, v in run.summary().items() if k in of_summary}
+    row['status'] = FINISHED
   elif error := directory.failure(trial):
     row |= {'status': FAILED, 'error': error}
+  else:
+    return row
+  # A trial whose evaluation failed has a validation loss to choose by.
+  if summary := run.summary():
+    row |= _figures(run)
+    # The method is that of the run, with a solved budget.
+    of_summary = ('method', 'parameters', 'seconds')
+    row |= {k: v for k, v in summary.items() if k in of_summary}
   return row
 
 

@@ -42,15 +42,15 @@ def script(
       )
   return _SCRIPT.format(
     logs=shlex.quote(os.path.abspath(logs)),
-    array=array(indices) + (f'%{jobs}' if jobs else ''),
+    array=array(indices, jobs),
     options=''.join(f'#SBATCH {word}\n' for word in words),
     folder=shlex.quote(os.getcwd()),
     command=shlex.join(command),
   )
 
 
-def array(indices: Sequence[int]) -> str:
-  """'0-2,5' of the indices 0, 1, 2 and 5."""
+def array(indices: Sequence[int], jobs: int = 0) -> str:
+  """'0-2,5%4' of the indices 0, 1, 2 and 5, and 4 jobs at once."""
   ranges: list[list[int]] = []
   for index in sorted(indices):
     if ranges and index == ranges[-1][1] + 1:
@@ -59,4 +59,4 @@ def array(indices: Sequence[int]) -> str:
       ranges.append([index, index])
   return ','.join(
     f'{first}-{last}' if last > first else str(first) for first, last in ranges
-  )
+  ) + (f'%{jobs}' if jobs else '')

@@ -87,7 +87,7 @@ def test_the_naive_side_is_the_same_function_with_the_same_gradients(name):
 
 
 def sides(**memories):
-  return {n: STEP.Side(lambda: None, m) for n, m in memories.items()}
+  return {n: STEP.CompiledStep(lambda: None, m) for n, m in memories.items()}
 
 
 def test_ratios_are_medians_of_a_rounds_ratios():
@@ -144,7 +144,7 @@ def test_without_peft_its_side_is_left_out_aloud(monkeypatch, capsys):
 
 def test_every_side_is_timed_once_a_round_and_not_when_it_warms_up():
   calls = []
-  made = {n: STEP.Side(lambda n=n: calls.append(n), None) for n in 'ab'}
+  made = {n: STEP.CompiledStep(lambda n=n: calls.append(n), None) for n in 'ab'}
   times = STEP.take_turns(made, 3)
   assert calls == ['a', 'b'] * 4
   assert [len(times[n]) for n in 'ab'] == [3, 3]

@@ -25,12 +25,14 @@ import json, os, sys
 module, run, end = sys.argv[1:]
 os.makedirs(run, exist_ok=True)
 print('step 1', module)
-if end == 'well' and module == 'moepeft.train':
+if end in ('well', 'trained') and module == 'moepeft.train':
+  after = {'means': {}, 'validation_loss': 0.25}
+  json.dump(after, open(os.path.join(run, 'after.json'), 'w'))
   json.dump({'seconds': 1.5}, open(os.path.join(run, 'summary.json'), 'w'))
 elif end == 'well':
   means = {'means': {'A seen': 0.75}}
+  # Chats and texts have no evaluation.jsonl.
   json.dump(means, open(os.path.join(run, 'evaluation.json'), 'w'))
-  open(os.path.join(run, 'evaluation.jsonl'), 'w').close()
 elif end == 'early':
   pass
 else:
@@ -103,6 +105,14 @@ def test_with_evaluate_a_trial_ends_with_moepeft_evaluate(tmp_path):
   assert log == 'step 1 moepeft.train\nstep 1 moepeft.evaluate\n'
   # A second sweep has nothing to run, and the same rows.
   assert run(directory, trials, 'fails') == [row]
+
+
+def test_a_trial_whose_evaluation_fails_has_a_loss_to_choose_by(tmp_path):
+  _, trials = planted(tmp_path, 'seed=0')
+  directory = SweepDirectory(str(tmp_path), evaluates=True)
+  (row,) = run(directory, trials, 'trained')
+  assert (row['status'], row['error']) == ('failed', 'trained')
+  assert row['validation'] == {'loss': 0.25}
 
 
 def test_a_trial_waits_for_a_run_in_its_directory(tmp_path):

@@ -12,6 +12,7 @@ from moepeft.sweeps import slurm
 def test_indices_are_ranges():
   assert slurm.array([0, 1, 2, 5, 7, 8]) == '0-2,5,7-8'
   assert slurm.array([4]) == '4'
+  assert slurm.array([4, 5], jobs=3) == '4-5%3'
 
 
 def test_a_task_runs_the_command_with_its_index(tmp_path):

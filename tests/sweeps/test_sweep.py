@@ -104,14 +104,14 @@ def test_an_array_job_is_written_and_its_order_is_that_of_select(tmp_path):
   done = sweep(
     *('--slurm', f'--workdir={tmp_path}', '--sbatch=--gpus=1'),
     *(f'--grid={GRID}; {RATES}', '--select=optimizer.learning_rate'),
-    *('--config.steps', '7'),
+    *('--config.steps', '7', '--jobs=3'),
   )
   assert done.returncode == 0, done.stderr
   script = (tmp_path / 'sweep.sbatch').read_text()
-  assert '#SBATCH --array=0-1,4-5\n#SBATCH --gpus=1\n' in script
+  assert '#SBATCH --array=0-1,4-5%3\n#SBATCH --gpus=1\n' in script
   assert ' --config.steps 7 ' in script
   assert f"'--grid={GRID}; {RATES}'" in script
-  assert '--array=2-3,6-7' in done.stdout
+  assert '--array=2-3,6-7%3 ' in done.stdout
   # A task of a seed that waits for the choice.
   done = sweep(
     *('--trial=2', f'--workdir={tmp_path}', '--config.steps=7'),

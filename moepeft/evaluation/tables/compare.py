@@ -116,7 +116,7 @@ def table(
   all_entries = _read_runs(runs)
   entries = aggregate.without_after_evaluations(all_entries)
   comparable.check_comparable(entries)
-  rows = _table_rows(entries, paper_rows, routing, cost)
+  rows = _table_rows(entries, paper_rows, routing)
   keys = sorted(
     {key for row in rows for key in row.estimates}, key=aggregate.column_order
   )
@@ -126,7 +126,7 @@ def table(
   value_columns = [*metric_columns, *routing_columns]
   cost_notes = []
   if cost:
-    rows, cost_notes = _with_relative_cost(rows, baseline)
+    rows, cost_notes = _with_cost(rows, baseline)
     value_columns += cost_tables.COLUMNS
   baseline_row = _baseline_row(rows, baseline) if baseline else None
   majority = _majority_lines([row.estimates for row in rows], keys)
@@ -172,14 +172,13 @@ class _TableRow:
   draws: Mapping[ColumnKey, np.ndarray]
   paper_row: Published | None
   routing: Mapping[str, Cell]
-  cost: Mapping[str, Cell]
+  cost: Mapping[str, Cell] = dataclasses.field(default_factory=dict)
 
 
 def _table_rows(
   entries: Sequence[RunResults],
   paper_rows: Sequence[Published],
   routing: bool,
-  cost: bool,
 ) -> list[_TableRow]:
   rows = []
   for group in seeds.group_by_seed(entries):
@@ -193,25 +192,31 @@ def _table_rows(
         draws,
         _find_paper_row(paper_rows, group.first),
         routing_tables.cells(group.entries) if routing else {},
-        cost_tables.cells(group.entries) if cost else {},
       )
     )
   return rows
 
 
-def _with_relative_cost(
+def _with_cost(
   rows: Sequence[_TableRow], baseline: str
 ) -> tuple[list[_TableRow], list[str]]:
-  """(rows with step times over the baseline's or the first's, footnotes)."""
-  first = next((row for row in rows if row.cost), rows[0])
-  reference = _baseline_row(rows, baseline) if baseline else first
-  relative = [
-    dataclasses.replace(
-      row, cost=cost_tables.relative(row.cost, reference.cost)
-    )
-    for row in rows
+  """(rows with times over the baseline's or the first run's, footnotes)."""
+  configs = {
+    i: Run(row.group.first.folder).load_config()
+    for i, row in enumerate(rows)
+    if not row.group.first.is_base
+  }
+  if not configs:
+    raise ValueError('--cost is for runs, and there are bases alone')
+  baseline_row = _baseline_row(rows, baseline) if baseline else None
+  first = next(iter(configs))
+  reference = next((i for i in configs if rows[i] is baseline_row), first)
+  cells = cost_tables.measure(configs, reference)
+  rows = [
+    dataclasses.replace(row, cost=cells.get(i, {}))
+    for i, row in enumerate(rows)
   ]
-  return relative, cost_tables.notes(footnotes.row_label(reference.group))
+  return rows, cost_tables.notes(footnotes.row_label(rows[reference].group))
 
 
 def _make_notes(

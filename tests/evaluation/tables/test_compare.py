@@ -11,6 +11,7 @@ from matplotlib import image
 from matplotlib.figure import Figure
 
 from moepeft import tables
+from moepeft.evaluation.step_cost import CompiledStep
 from moepeft.evaluation.tables import compare, cost, forest_plot
 from moepeft.evaluation.tables import render as table_render
 from tests import ROOT
@@ -649,46 +650,39 @@ def test_token_shares_of_older_logs_are_not_called_argmax_shares(tmp_path):
   assert cells['fullest expert, argmax share'] == '0.9'
 
 
-def timed(folder, *steps):
-  """Writes metrics.jsonl of (step, steps a second, bytes)."""
-  with open(os.path.join(folder, 'metrics.jsonl'), 'w') as f:
-    for step, speed, memory in steps:
-      row = {'step': step, 'steps_per_s': speed, 'memory_bytes': memory}
-      print(json.dumps(row), file=f)
-
-
-def test_cost_is_that_of_the_run_and_time_is_over_the_baseline(
+def test_cost_is_of_compiled_steps_and_time_is_over_the_baseline(
   tmp_path, monkeypatch
 ):
-  counted = []
+  seconds = {'lora(rank=4)': 2.0, 'ia3': 1.0, 'full': 4.0}
+  compiled = []
 
-  def flops(config):
-    counted.append(config.method)
-    return {'forward': 1234.4, 'backward': 2000.0}
+  def compile_step(config):
+    compiled.append(config.method)
+    return CompiledStep(config.method, 7_000_000 * int(seconds[config.method]))
 
-  monkeypatch.setattr(cost, 'flops_per_token', flops)
+  def time_ratio(step, reference, rounds):
+    return seconds[step.run] / seconds[reference.run]
+
+  monkeypatch.setattr(cost.step_cost, 'compile_step', compile_step)
+  monkeypatch.setattr(cost.step_cost, 'time_ratio', time_ratio)
+  flops = {'forward': 1234.4, 'backward': 2000.0}
+  monkeypatch.setattr(cost, 'flops_per_token', lambda config: flops)
   rows = [('cb', 'p', 'accuracy', [1, 0])]
   lora = runs.make(tmp_path / 'lora', rows)
   ia3 = runs.make(tmp_path / 'ia3', rows, {'method': 'ia3'})
   full = runs.make(tmp_path / 'full', rows, {'method': 'full'})
-  # Medians of 0.25, 0.5 and 1 second; the row of step 8 is of another state,
-  # and the first interval of a run is not timed.
-  timed(lora, (1, 0, 9e8), (2, 4, 1e6), (3, 2, 7e6), (7, 1, 3e6), (8, 0.1, 9e9))
-  timed(ia3, (7, 4, 2e6))
-  options = {'baseline': 'lora(rank=4)', 'cost': True}
-  printed = text(ia3, lora, **options)
+  printed = text(ia3, lora, baseline='lora(rank=4)', cost=True)
+  assert compiled == ['lora(rank=4)', 'ia3']
   lines = body(printed)
   assert lines['method'][-4:] == [
     *('FLOPs forward', 'FLOPs backward', 'step time', 'memory, MB'),
   ]
-  assert lines['`lora(rank=4)`'][-4:] == ['1,234', '2,000', '1', '7']
-  assert lines['`ia3`'][-4:] == ['1,234', '2,000', '0.5', '2']
-  assert counted == ['ia3', 'lora(rank=4)']
-  assert 'over that of `lora(rank=4)`; runs on machines that differ' in printed
+  assert lines['`lora(rank=4)`'][-4:] == ['1,234', '2,000', '1', '14']
+  assert lines['`ia3`'][-4:] == ['1,234', '2,000', '0.5', '7']
+  assert 'the time over that of `lora(rank=4)`' in printed
   # Without a baseline times are over those of the first run.
-  lines = body(text(ia3, lora, full, cost=True))
-  assert lines['`lora(rank=4)`'][-2] == '2'
-  assert lines['`full`'][-4:] == ['1,234', '2,000', '-', '-']
+  lines = body(text(ia3, full, cost=True))
+  assert lines['`full`'][-2:] == ['4', '28']
   assert 'FLOPs' not in text(ia3, lora)
 
 

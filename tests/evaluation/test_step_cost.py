@@ -7,8 +7,8 @@ import json
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.training import step_cost
-from moepeft.training.step_cost import Side, take_turns
+from moepeft.evaluation import step_cost
+from moepeft.evaluation.step_cost import CompiledStep, take_turns
 
 from .. import commands
 
@@ -20,18 +20,23 @@ def test_sides_take_turns_and_the_first_is_not_timed(monkeypatch):
   steps = itertools.chain([0, 0], itertools.cycle([0, 1, 0, 2]))
   now = itertools.accumulate(steps)
   monkeypatch.setattr(step_cost.time, 'perf_counter', lambda: next(now))
-  sides = {name: Side(lambda n=name: order.append(n), 7) for name in 'ab'}
+  sides = {
+    name: CompiledStep(lambda n=name: order.append(n), 7) for name in 'ab'
+  }
   assert take_turns(sides, 2) == {'a': [1, 1], 'b': [2, 2]}
   assert order == ['a', 'b'] * 3
 
 
 def test_ratios_are_medians_over_rounds(monkeypatch):
-  sides = {'lora(rank=8)': Side(None, 300), 'lora': Side(None, 200)}
+  sides = {
+    'lora(rank=8)': CompiledStep(None, 300),
+    'lora': CompiledStep(None, 200),
+  }
   monkeypatch.setattr(
     step_cost, 'compile_step', lambda config: sides[config.method]
   )
   # 1, 3 and 2.
-  times = {'method': [1.0, 6.0, 4.0], 'baseline': [1.0, 2.0, 2.0]}
+  times = {'step': [1.0, 6.0, 4.0], 'reference': [1.0, 2.0, 2.0]}
   monkeypatch.setattr(step_cost, 'take_turns', lambda sides, rounds: times)
   config = config_lib.default()
   config.method = 'lora(rank=8)'

@@ -26,22 +26,27 @@ from moepeft.objectives.cross_entropy import DEFAULTS, token_nll_and_loss
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-  """() runs a step to its end; temporary memory in bytes, None if unknown."""
+class CompiledStep:
+  """A compiled training step.
 
-  step: Callable[[], object]
+  Attributes:
+    run: () -> runs the step to its end.
+    memory: the bytes that it needs beside its arguments; None if unknown.
+  """
+
+  run: Callable[[], object]
   memory: int | None
 
 
 def take_turns(
-  sides: Mapping[str, Side], rounds: int
+  steps: Mapping[str, CompiledStep], rounds: int
 ) -> dict[str, list[float]]:
-  """{side: seconds of a step, one a round}, after a step that is not timed."""
-  times = {name: [] for name in sides}
+  """{name: seconds of a step, one a round}, after a step that is not timed."""
+  times = {name: [] for name in steps}
   for number in range(rounds + 1):
-    for name, side in sides.items():
+    for name, step in steps.items():
       began = time.perf_counter()
-      side.step()
+      step.run()
       if number:
         times[name].append(time.perf_counter() - began)
   return times
@@ -59,19 +64,26 @@ def measure(config: ConfigDict, baseline: str, rounds: int) -> dict[str, Any]:
   """
   reference = config.copy_and_resolve_references()
   reference.method = baseline
-  sides = {'method': compile_step(config), 'baseline': compile_step(reference)}
-  times = take_turns(sides, rounds)
-  pairs = zip(times['method'], times['baseline'], strict=True)
-  memory, of_baseline = (side.memory or 0 for side in sides.values())
+  steps = compile_step(config), compile_step(reference)
+  memory, of_baseline = (step.memory or 0 for step in steps)
   return {
     'baseline': baseline,
-    'step_time': round(statistics.median(a / b for a, b in pairs), 2),
+    'step_time': round(time_ratio(*steps, rounds), 2),
     'memory': round(memory / of_baseline, 2) if of_baseline else None,
     'memory_megabytes': round(memory / 1e6, 3),
   }
 
 
-def compile_step(config: ConfigDict) -> Side:
+def time_ratio(
+  step: CompiledStep, reference: CompiledStep, rounds: int
+) -> float:
+  """The median over rounds of the step's time over that of the reference."""
+  times = take_turns({'step': step, 'reference': reference}, rounds)
+  pairs = zip(times['step'], times['reference'], strict=True)
+  return statistics.median(a / b for a, b in pairs)
+
+
+def compile_step(config: ConfigDict) -> CompiledStep:
   """A config's step, compiled for the first device."""
   family, shape = base_lib.shape(config.model)
   check_decodes(shape)
@@ -92,7 +104,7 @@ def compile_step(config: ConfigDict) -> Side:
   arguments = jax.device_put((trained, state, variables, batch))
   step = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
   analysis = step.memory_analysis()
-  return Side(
+  return CompiledStep(
     lambda: jax.block_until_ready(step(*arguments)),
     analysis and analysis.temp_size_in_bytes,
   )
