@@ -4,8 +4,9 @@
 python -m moepeft.sweep --config=configs/ablate/batch_lr.py --workdir=DIR \
   --evaluate
 
-Runs have equally many steps, so that larger batches see more examples. All rates
-are run with all seeds, as the rates are the result; alpha / r is 0.36 and 4.
+Runs have equally many steps, so that larger batches see more examples. All
+rates are run with all seeds, as the rates are the result; alpha / r is 0.36 and
+4.
 """
 
 from moepeft import config as config_lib

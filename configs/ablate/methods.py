@@ -6,8 +6,8 @@ python -m moepeft.sweep --config=configs/ablate/methods.py --workdir=DIR \
 
 Ranks are solved for the budget, within 5 %, as they are whole numbers. Scales
 differ: alpha / r of lora(rank=45) is 0.36 and that of molora(rank=4) is 4, so
-the best rates do, too: that of mov is 5e-2. configs/ablate/scale.py compares the
-methods at one scale.
+the best rates do, too: that of mov is 5e-2. configs/ablate/scale.py compares
+the methods at one scale.
 """
 
 from moepeft import config as config_lib
