@@ -36,22 +36,22 @@ class Display:
     self._table_lines, self._refreshed_at = 0, 0.0
     self._durations: list[float] = []
 
-  def start(self, trials: Sequence[Trial], tells_company: bool = False) -> None:
+  def start(self, trials: Sequence[Trial], shows_groups: bool = False) -> None:
     """Shows the start of trials that a process runs.
 
     Args:
-      tells_company: whether to say what is trained together, and what alone.
+      shows_groups: whether to say what is trained together, and what alone.
     """
-    company = ''
+    group_text = ''
     if len(trials) > 1:
-      company = f', trained together with {len(trials) - 1} more'
-    elif tells_company:
+      group_text = f', trained together with {len(trials) - 1} more'
+    elif shows_groups:
       why = vmap_groups.why_alone(trials[0])
-      company = f', alone{why and f": {why}"}'
+      group_text = f', alone{why and f": {why}"}'
     self._clear()
     for trial in trials:
-      if company or not self._is_live:
-        terminal.show(f'{trial.name:{self._width}}  started{company}')
+      if group_text or not self._is_live:
+        terminal.show(f'{trial.name:{self._width}}  started{group_text}')
 
   def end(self, row: Mapping[str, Any], seconds: float) -> None:
     """Shows the end of a trial, which took so many seconds."""

@@ -23,7 +23,7 @@ SEED = 'seed'
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """The verdict on a trial.
+  """Whether a trial is run, and whether its values are the best.
 
   Attributes:
     chosen: whether it has the values with the lowest validation loss; None
@@ -66,7 +66,7 @@ def choose(
   rows: Mapping[str, Mapping[str, Any]],
   keys: Sequence[str],
 ) -> dict[str, Choice]:
-  """{name: verdict} on every trial.
+  """{name: its choice} of all trials.
 
   Args:
     rows: {name: row}, from `results.read_row`.
