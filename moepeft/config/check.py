@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_flags import config_path
 
 from moepeft.config import renamed, suggestions
 from moepeft.config.defaults import default
@@ -116,7 +117,7 @@ def check_entry(
     ValueError: there is no such entry, or a key is set that only other entries
       read.
   """
-  name = _value(config, key)
+  name = config_path.get_value(key, config)
   defaults = dict(_flatten(default()))
   if name == '' == defaults[key]:
     return
@@ -129,7 +130,7 @@ def check_entry(
     # Sections that a user's entries add have no defaults.
     if name in names or config_key not in defaults:
       continue
-    value = _value(config, config_key)
+    value = config_path.get_value(config_key, config)
     if value != defaults[config_key] and config_key not in always_read:
       raise ValueError(
         f'config.{config_key}={value!r} does nothing with '
@@ -147,18 +148,11 @@ def check_ranges(config: ConfigDict) -> None:
   """
   renamed.check_renamed(config)
   for key, allowed in ALLOWED.items():
-    allowed.check(f'config.{key}', _value(config, key))
+    allowed.check(f'config.{key}', config_path.get_value(key, config))
   for key in TEXTS:
-    if not isinstance(_value(config, key), str):
-      raise ValueError(
-        f'config.{key} is a text; got {short_repr(_value(config, key))}'
-      )
-
-
-def _value(config: ConfigDict, key: str) -> Any:
-  for part in key.split('.'):
-    config = config[part]
-  return config
+    value = config_path.get_value(key, config)
+    if not isinstance(value, str):
+      raise ValueError(f'config.{key} is a text; got {short_repr(value)}')
 
 
 def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:

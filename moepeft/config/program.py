@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_flags import config_path
 
 from moepeft.core.ranges import is_zero
 
@@ -25,7 +26,9 @@ _SEED = 'seed'
 def numbers(config: ConfigDict) -> dict[str, float]:
   """{key: value} of the numbers that a step can take as arguments, but 0."""
   section = (f'{_SECTION_OF_NUMBERS}.{k}' for k in config[_SECTION_OF_NUMBERS])
-  values = {key: _get(config, key) for key in (*_NUMBERS, *section)}
+  values = {
+    key: config_path.get_value(key, config) for key in (*_NUMBERS, *section)
+  }
   return {key: value for key, value in values.items() if not is_zero(value)}
 
 
@@ -34,11 +37,7 @@ def with_numbers(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
   config = config.copy_and_resolve_references()
   with config.unlocked(), config.ignore_type():
     for key, value in values.items():
-      *parents, name = key.split('.')
-      node = config
-      for parent in parents:
-        node = node[parent]
-      node[name] = value
+      config_path.set_value(key, config, value)
   return config
 
 
@@ -49,9 +48,3 @@ def fingerprint(config: ConfigDict) -> str:
     json.loads(with_numbers(config, {_SEED: 0} | placeholders).to_json()),
     sort_keys=True,
   )
-
-
-def _get(config: ConfigDict, key: str) -> Any:
-  for part in key.split('.'):
-    config = config[part]
-  return config

@@ -10,6 +10,8 @@ import difflib
 import fnmatch
 from typing import Any
 
+from ml_collections.config_flags import config_path
+
 from moepeft.config import defaults as config_lib
 from moepeft.config.gin.syntax import Assignment, Statements
 
@@ -267,7 +269,4 @@ def _check_type(name: str, value: Any, location: str) -> Any:
 
 
 def _type_of_key(key: str) -> type:
-  value = config_lib.default()
-  for part in key.split('.'):
-    value = value[part]
-  return type(value)
+  return type(config_path.get_value(key, config_lib.default()))

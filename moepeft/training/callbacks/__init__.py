@@ -6,6 +6,7 @@ example.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_flags import config_path
 
 from moepeft.core.registry import Registry
 from moepeft.training.callbacks.callback import Callback as Callback
@@ -37,13 +38,7 @@ def build_callbacks(config: ConfigDict) -> list[Callback]:
   names = [name.strip() for name in config.callbacks.split(',') if name.strip()]
   entries = {name: CALLBACKS.lookup(name) for name in names}
   for name, entry in CALLBACKS.items():
-    if any(_config_value(config, key) for key in entry.enabled_by):
+    if any(config_path.get_value(key, config) for key in entry.enabled_by):
       entries.setdefault(name, entry)
   ordered = sorted(entries.values(), key=lambda entry: entry.order)
   return [entry.build(config) for entry in ordered]
-
-
-def _config_value(config: ConfigDict, key: str) -> object:
-  for part in key.split('.'):
-    config = config[part]
-  return config

@@ -2,6 +2,7 @@
 """The callbacks that a config turns on, and their order."""
 
 import pytest
+from ml_collections.config_flags import config_path
 
 from moepeft import config as config_lib
 from moepeft.training import callbacks
@@ -67,4 +68,4 @@ def test_an_entry_is_enabled_by_keys_that_there_are(name):
   assert entry.enabled_by
   for key in entry.enabled_by:
     # An unknown key is an error here.
-    assert callbacks._config_value(config, key) is not None
+    assert config_path.get_value(key, config) is not None
