@@ -103,7 +103,7 @@ def evaluate(
     )
     plan = plan_from_run(run, training_data, metrics)
     # For the digest: as many, whatever --max_examples is.
-    rows = eval_sets.test_rows(
+    rows = eval_sets.loss_rows(
       run.config, training_data, tasks.VALIDATION_EXAMPLES
     )
     # As in training, independent of `metrics`.

@@ -81,7 +81,7 @@ def validation_rows(
   return sources.validation(collator, e.max_batches * e.batch_size)
 
 
-def test_rows(
+def loss_rows(
   config: ConfigDict, sources: TrainingData, max_examples: int
 ) -> list[Example]:
   """The held-out examples whose loss is measured after training.

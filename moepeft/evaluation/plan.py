@@ -91,7 +91,7 @@ def plan_from_run(
   """
   ranked = eval_sets.prompts_with_choices(run.config, sources)
   max_examples = run.config.evaluation.max_examples
-  rows = eval_sets.test_rows(run.config, sources, max_examples)
+  rows = eval_sets.loss_rows(run.config, sources, max_examples)
   by_task = eval_sets.whole_tasks(rows, max_examples)
   plan = {
     name: ranked if name == ACCURACY else by_task

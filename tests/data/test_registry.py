@@ -8,8 +8,7 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import tasks
 from moepeft.data import TrainingData, open_data
-from moepeft.evaluation.eval_sets import test_rows as rows_to_measure
-from moepeft.evaluation.eval_sets import training_prompts
+from moepeft.evaluation.eval_sets import loss_rows, training_prompts
 from moepeft.tasks.task import Instance, Template
 
 COUNT = 40
@@ -111,8 +110,7 @@ def test_no_evaluated_example_gives_the_validation_loss():
     (p.task, e.idx) for p in training_prompts(config, data) for e in p.examples
   }
   losses = {
-    (e.task, e.idx // len(data.shares))
-    for e in rows_to_measure(config, data, COUNT)
+    (e.task, e.idx // len(data.shares)) for e in loss_rows(config, data, COUNT)
   }
   assert len(validated) == 32 * len(data.shares)
   assert len(losses) == COUNT * len(data.shares)
