@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.scipy.special import entr
 
@@ -39,16 +40,18 @@ class RouterStats:
     available: [e] the number of tokens in layers with the expert, `count` or
       0; None if every layer has all experts.
     sparse: whether the router is sparse, `Routing.sparse`; static.
+
+  Sums that losses alone read are None in `without_loss_sums`.
   """
 
   count: Array
   share: Array
   weight_entropy: Array
-  load: Array
-  probability: Array
+  load: Array | None
+  probability: Array | None
   entropy: Array
-  log_z2: Array
-  importance: Array
+  log_z2: Array | None
+  importance: Array | None
   aux: dict[str, Array] = struct.field(default_factory=dict)
   available: Array | None = None
   sparse: bool = struct.field(pytree_node=False, default=False)
@@ -57,7 +60,7 @@ class RouterStats:
   def experts(self) -> int | Array:
     """The number of experts: an int, or float [(l)] by layer."""
     if self.available is None:
-      return self.load.shape[-1]
+      return self.share.shape[-1]
     return jnp.maximum(jnp.sum(self.available > 0, axis=-1), 1).astype(
       jnp.float32
     )
@@ -155,6 +158,19 @@ def collect(collection: Tree) -> dict[str, RouterStats]:
   return stats_by_site
 
 
+def without_loss_sums(collection: Tree) -> Tree:
+  """The collection 'routing' without the sums that losses alone read.
+
+  A step that returns the rest does not compute them, unless a loss does.
+  """
+  unread = dict.fromkeys(('load', 'probability', 'log_z2', 'importance'))
+  return jax.tree.map(
+    lambda sums: sums.replace(**unread),
+    collection,
+    is_leaf=lambda x: isinstance(x, RouterStats),
+  )
+
+
 @struct.dataclass
 class Statistics:
   """Means over a site's tokens; the first axis may be layers.
@@ -182,17 +198,19 @@ class Statistics:
 
 
 def statistics(sums: RouterStats) -> Statistics:
-  """The means of the sums; zeros for a site without a real token."""
-  count = jnp.maximum(sums.count, 1)
+  """The means of the sums, on the host; zeros for a site without a token."""
+  # With NumPy: each operation of JAX would be compiled and dispatched alone.
+  sums = jax.device_get(sums)
+  count = np.maximum(sums.count, 1)
   share = sums.share / count[..., None]
   available = None if sums.available is None else sums.available > 0
-  mean = jnp.maximum(over_experts(jnp.mean, share, available), 1e-9)
+  mean = np.maximum(over_experts(np.mean, share, available), 1e-9)
   return Statistics(
     share=share,
     weight_entropy=sums.weight_entropy / count,
     entropy=sums.entropy / count,
-    variation=over_experts(jnp.std, share, available) / mean,
-    top=jnp.max(share, axis=-1),
+    variation=over_experts(np.std, share, available) / mean,
+    top=np.max(share, axis=-1),
     experts=None if available is None else sums.experts,
     sparse=sums.sparse,
   )
@@ -205,5 +223,5 @@ def over_experts(
   if available is None:
     return reduce(share, axis=-1)
   # Without a real token, no expert is available, and all shares are zero.
-  where = available | ~jnp.any(available, axis=-1, keepdims=True)
+  where = available | ~available.any(axis=-1, keepdims=True)
   return reduce(share, axis=-1, where=where)

@@ -97,15 +97,18 @@ def make_train_step(
       gradient = jax.tree.map(jnp.add, gradient, slope)
       metrics['router_loss'] += loss
     updates, opt = optimizer.update(gradient, state.opt, weights)
-    metrics['gradient_norm'] = optax.global_norm(gradient)
-    return state.replace(
+    next_state = state.replace(
       step=state.step + 1,
       trainable=router_state.join(
         tie(optax.apply_updates(weights, updates), method.tied_arrays),
         router_state.update(untrained, metrics['routing'], routers),
       ),
       opt=opt,
-    ), metrics
+    )
+    return next_state, metrics | {
+      'gradient_norm': optax.global_norm(gradient),
+      'routing': router_stats.without_loss_sums(metrics['routing']),
+    }
 
   return train_step
 

@@ -113,14 +113,15 @@ def test_a_masked_router_and_its_sums_are_those_of_fewer_experts(name):
     routing = run(router, mask, kernel)
     sums = router_stats(routing, None, mask)
     losses = [loss(sums) for loss in aux_losses.LOSSES.values()]
-    return routing.combine_weights, sums.experts, losses, statistics(sums)
+    return routing.combine_weights, sums.experts, losses, sums
 
-  weights, experts, losses, actual = routed(
+  weights, experts, losses, sums = routed(
     module(experts=5, **options), MASK, kernel
   )
-  fewer_weights, fewer, fewer_losses, expected = routed(
+  fewer_weights, fewer, fewer_losses, fewer_sums = routed(
     module(experts=3, **options), None, kernel[:, :3]
   )
+  actual, expected = statistics(sums), statistics(fewer_sums)
   np.testing.assert_array_equal(weights[..., 3:], 0)
   np.testing.assert_allclose(weights[..., :3], fewer_weights, rtol=1e-6)
   assert float(experts) == float(fewer) == 3
@@ -268,9 +269,10 @@ def test_a_site_without_a_real_token_has_zeros():
     logits = jnp.where(mask, jnp.zeros((1, 2, 5)), -jnp.inf)
     routing = Routing(logits, jax.nn.softmax(logits))
     sums = router_stats(routing, jnp.zeros((1, 2), bool), mask)
-    return statistics(sums), aux_losses.load_balance(sums)
+    return sums, aux_losses.load_balance(sums)
 
-  values, balance = of_padding(MASK)
+  sums, balance = of_padding(MASK)
+  values = statistics(sums)
   assert float(values.variation) == float(values.top) == float(balance) == 0
 
 
