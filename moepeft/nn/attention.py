@@ -29,6 +29,7 @@ class Heads:
     mask: bool [b, 1, t, s], True where t attends to s, or None.
     structured_mask: replaces mask and bias without an array [t, s]: an
       `AttentionMask` for 'chunked', a `CausalMask` for 'fused'.
+    causal: whether the mask lets t attend to s <= t only; static.
   """
 
   q: Array
@@ -37,6 +38,13 @@ class Heads:
   bias: Array | None = None
   mask: Array | None = None
   structured_mask: AttentionMask | CausalMask | None = None
+  causal: bool = struct.field(pytree_node=False, default=False)
+
+
+# Queries of causal attention that are computed together: at least this many,
+# so that products stay large, and at most an eighth of the row, so that a
+# program has few of them.
+_QUERIES, _MOST_BLOCKS = 64, 8
 
 
 def attend(
@@ -49,13 +57,51 @@ def attend(
   """softmax(q k * scale + bias, masked) v -> [b, t, n, h].
 
   Logits and softmax are in float32, because bfloat16 rounds logits of 64 to
-  halves. The product of weights and v is in q's dtype.
+  halves. The product of weights and v is in q's dtype. Causal attention leaves
+  out most of the keys that a block of queries does not see.
 
   Args:
     rng: the key of attention dropout, or None for none.
     cap: the soft cap, cap * tanh(logits / cap), before the bias (Gemma 2,
       arXiv:2408.00118); 0 for none.
   """
+  (b, t, n, _), s = heads.q.shape, heads.k.shape[1]
+  keep = None
+  if rng is not None and dropout > 0:
+    keep = jax.random.bernoulli(rng, 1 - dropout, (b, n, t, s))
+  # An adapter may have added keys.
+  if not heads.causal or t != s:
+    return _attend(heads, keep, scale, dropout, cap)
+  size = max(_QUERIES, -(-t // _MOST_BLOCKS))
+  blocks = [
+    _attend(*_queries(heads, keep, i, i + size), scale, dropout, cap)
+    for i in range(0, t, size)
+  ]
+  return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
+
+
+def _queries(
+  heads: Heads, keep: Array | None, start: int, stop: int
+) -> tuple[Heads, Array | None]:
+  """Queries `start` to `stop`, with the keys that the last of them sees."""
+
+  def of_pairs(a):
+    return None if a is None else a[..., start:stop, :stop]
+
+  queries = heads.replace(
+    q=heads.q[:, start:stop],
+    k=heads.k[:, :stop],
+    v=heads.v[:, :stop],
+    bias=of_pairs(heads.bias),
+    mask=of_pairs(heads.mask),
+  )
+  return queries, of_pairs(keep)
+
+
+def _attend(
+  heads: Heads, keep: Array | None, scale: float, dropout: float, cap: float
+) -> Array:
+  """`attend` with all keys; keep, bool [b, n, t, s], is False if dropped."""
   b, t, n, h = heads.q.shape
   k = heads.k.shape[2]
   if n == k:
@@ -73,8 +119,7 @@ def attend(
     # Finite, so that the softmax of a row without any key is finite too.
     logits = jnp.where(heads.mask, logits, -1e9)
   weights = softmax(logits).astype(heads.q.dtype)
-  if rng is not None and dropout > 0:
-    keep = jax.random.bernoulli(rng, 1 - dropout, weights.shape)
+  if keep is not None:
     weights = jnp.where(keep, weights / (1 - dropout), 0).astype(weights.dtype)
   if n == k:
     return jnp.einsum('bnts,bsnh->btnh', weights, heads.v)

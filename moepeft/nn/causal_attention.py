@@ -129,9 +129,8 @@ class CausalAttention(nn.Module):
         structured_mask.mask(),
         None,
       )
-    return self.o(
-      self.core(Heads(q, k, v, bias, mask, structured_mask), ctx), ctx
-    )
+    heads = Heads(q, k, v, bias, mask, structured_mask, not ctx.decode)
+    return self.o(self.core(heads, ctx), ctx)
 
   def _update_cache(self, name: str, new: Array, ctx: Context) -> Array:
     """Writes `new` [b, t, k, h] from each row's first position on.

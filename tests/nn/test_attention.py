@@ -98,6 +98,41 @@ def compiled_attend(form, scale, **options):
   return jax.jit(lambda heads: run(heads, scale, **options))
 
 
+@pytest.mark.parametrize('t', [64, 150])
+def test_blocks_of_causal_queries_equal_all_queries_at_once(t):
+  shape = jax.eval_shape(heads)
+  keys = jax.random.split(jax.random.key(8), 4)
+  q, k, v = (
+    jax.random.normal(key, (B, t, *a.shape[2:]))
+    for key, a in zip(keys, (shape.q, shape.k, shape.v), strict=False)
+  )
+  real = jnp.arange(t) < jnp.array([[t], [t - 9]])
+  segments = jnp.broadcast_to(jnp.where(jnp.arange(t) < 11, 1, 2), (B, t))
+  whole = Heads(
+    *(q, k, v),
+    bias=jax.random.normal(keys[3], (1, N, t, t)),
+    mask=attention.attention_mask(real, real, segments, segments, causal=True),
+  )
+
+  @jax.jit
+  def value(inputs):
+    # The queries of padding see no key.
+    y = attention.attend(inputs, 0.3, jax.random.key(4), 0.4, cap=2.0)
+    return jnp.sum(jnp.where(real[..., None, None], y, 0) ** 2)
+
+  def gradients(inputs):
+    return jax.grad(value, allow_int=True)(inputs).replace(mask=None)
+
+  blocks = whole.replace(causal=True)
+  np.testing.assert_allclose(value(blocks), value(whole), rtol=1e-5)
+  for actual, expected in zip(
+    jax.tree.leaves(gradients(blocks)),
+    jax.tree.leaves(gradients(whole)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('form', ['naive', 'chunked', 'fused'])
 @pytest.mark.parametrize('grouped', [True, False])
 def test_bfloat16_logits_are_not_rounded(form, grouped):
