@@ -343,6 +343,7 @@ class Generator:
       if sequential_prefill
       else tuple(sorted({1, slots})),
       compile_ahead=False,
+      prefill_first=True,
     )
     adapter = FixedAdapter(self._model, peft)
     return Engine(

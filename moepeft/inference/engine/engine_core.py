@@ -76,7 +76,9 @@ class EngineCore:
       self.finish(sequence, reason)
     self.scheduler.admit(self._start)
     self._prefill()
-    self._decode()
+    waits = self.runner.config.prefill_first and self.scheduler.prefill_batch()
+    if not waits:
+      self._decode()
     if self.failure_message:
       self.finish_all(FAILED, self.failure_message)
 

@@ -48,6 +48,9 @@ class EngineConfig:
       False on CPU. See `per_layer`.
     compile_ahead: whether `start` compiles all programs; otherwise the first
       call of each program compiles it.
+    prefill_first: whether a decode step waits until the prompts of all slots
+      are read. This takes fewer steps in all, as every step has all rows; the
+      first answer begins later.
   """
 
   slots: int = 8
@@ -62,6 +65,7 @@ class EngineConfig:
   encoder_bytes: int = 1 << 27
   scan: bool | None = None
   compile_ahead: bool = True
+  prefill_first: bool = False
 
   def __post_init__(self):
     for name in ('slots', 'max_model_len', 'queue'):

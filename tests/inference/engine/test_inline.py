@@ -116,6 +116,23 @@ def test_a_stream_that_is_closed_leaves_the_engine_idle(engine):
   assert answer.ids == plain(prompt(0, 4), 'one')
 
 
+@pytest.mark.parametrize('first', [False, True])
+def test_a_decode_step_may_wait_for_the_prompts_of_all_slots(first):
+  engine = decoder(prefill_batch_sizes=(1,), prefill_first=first)
+  rows = [
+    request.id
+    for request, event in engine.stream(requests((5, 9, 3)))
+    if isinstance(event, Token)
+  ]
+  together = ['r0', 'r1', 'r2']
+  # Otherwise the first two answers begin before the third prompt is read.
+  assert rows == (
+    together * 6
+    if first
+    else ['r0', 'r0', 'r1', *together * 4, 'r1', 'r2', 'r2']
+  )
+
+
 def test_programs_are_compiled_once_and_only_those_that_are_needed():
   engine = decoder()
   engine.generate(requests((5, 6)))
