@@ -309,7 +309,6 @@ def test_a_k_beyond_the_experts_is_an_error():
 
 
 sums_of = jax.jit(router_stats.router_stats)
-statistics = jax.jit(router_stats.statistics)
 
 
 def by_hand():
@@ -351,7 +350,7 @@ def test_losses_by_hand():
 
 
 def test_statistics_by_hand():
-  values = statistics(by_hand())
+  values = router_stats.statistics(by_hand())
   # A softmax gives every expert weight: the mean of (3/4, 3/4, 1/4) is 7/12,
   # though expert 0 has the largest weight of two tokens of three.
   np.testing.assert_allclose(values.share, [7 / 12, 5 / 12], rtol=1e-6)
@@ -378,7 +377,7 @@ def direct(weights, logits, mask):
 def test_shares_and_entropies_equal_a_direct_form(name):
   mask = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
   routing = run(make(name, 7))
-  values = statistics(sums_of(routing, jnp.asarray(mask)))
+  values = router_stats.statistics(sums_of(routing, jnp.asarray(mask)))
   flat = lambda a: np.asarray(a, np.float64).reshape(-1, 7)  # noqa: E731
   weight, share, nats, before = direct(
     flat(routing.combine_weights), flat(routing.logits), mask.ravel()
@@ -392,12 +391,12 @@ def test_shares_and_entropies_equal_a_direct_form(name):
 
 
 def test_a_token_of_top_k_counts_for_each_of_its_experts():
-  values = statistics(sums_of(run(TopK(5, k=2)), None))
+  values = router_stats.statistics(sums_of(run(TopK(5, k=2)), None))
   np.testing.assert_allclose(jnp.sum(values.share), 2, rtol=1e-6)
   # Every token goes to expert 0 and one other: all of the tokens, not half.
   weights = jnp.array([[[0.6, 0.4, 0], [0.6, 0, 0.4]]], jnp.float32)
   shared = Routing(jnp.log(weights + 1e-9), weights, k=2)
-  values = statistics(sums_of(shared, None))
+  values = router_stats.statistics(sums_of(shared, None))
   np.testing.assert_allclose(values.share, [1, 0.5, 0.5])
 
 
