@@ -121,10 +121,11 @@ def _attend(
   weights = softmax(logits).astype(heads.q.dtype)
   if keep is not None:
     weights = jnp.where(keep, weights / (1 - dropout), 0).astype(weights.dtype)
-  if n == k:
-    return jnp.einsum('bnts,bsnh->btnh', weights, heads.v)
+  # For one query, the order of axes in which XLA does not turn the values.
+  order = 'btkgh' if t > 1 else 'bkgth'
   weights = weights.reshape(b, k, n // k, t, -1)
-  return jnp.einsum('bkgts,bskh->btkgh', weights, heads.v).reshape(b, t, n, h)
+  y = jnp.einsum(f'bkgts,bskh->{order}', weights, heads.v)
+  return y.reshape(b, t, n, h)
 
 
 # The values of config.model.attention.
@@ -260,27 +261,30 @@ class Attention(nn.Module):
 
   def _update_cache(self, k: Array, v: Array, ctx: Context):
     """Writes keys and values at ctx.index, and returns the cache."""
-    shape = (k.shape[0], ctx.cache_length, *k.shape[2:])
+    b, _, heads, h = k.shape
     caches = []
     for name, new in (('k', k), ('v', v)):
-      empty = jnp.zeros(shape, new.dtype)
+      # Heads before positions, the order in which products read them.
+      empty = jnp.zeros((b, heads, ctx.cache_length, h), new.dtype)
       cache = self.get_variable('cache', f'self_{name}', empty)
-      cache = jax.lax.dynamic_update_slice_in_dim(cache, new, ctx.index, axis=1)
+      cache = jax.lax.dynamic_update_slice_in_dim(
+        cache, new.swapaxes(1, 2), ctx.index, axis=2
+      )
       self.put_variable('cache', f'self_{name}', cache)
-      caches.append(cache)
+      caches.append(cache.swapaxes(1, 2))
     return caches
 
   def _cross_keys_values(self, source: Array, ctx: Context, decode: bool):
     """Keys and values of the source; decoding computes them once."""
     if not decode:
       return self.k(source, ctx), self.v(source, ctx)
-    if not self.has_variable('cache', 'cross_k'):
-      self.put_variable('cache', 'cross_k', self.k(source, ctx))
-      self.put_variable('cache', 'cross_v', self.v(source, ctx))
-    return (
-      self.get_variable('cache', 'cross_k'),
-      self.get_variable('cache', 'cross_v'),
-    )
+    caches = []
+    for name, project in (('cross_k', self.k), ('cross_v', self.v)):
+      if not self.has_variable('cache', name):
+        cache = project(source, ctx).swapaxes(1, 2)
+        self.put_variable('cache', name, cache)
+      caches.append(self.get_variable('cache', name).swapaxes(1, 2))
+    return caches
 
 
 class Core(nn.Module):

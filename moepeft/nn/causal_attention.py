@@ -138,12 +138,14 @@ class CausalAttention(nn.Module):
     Returns:
       The cache, [b, s, k, h].
     """
-    shape = (new.shape[0], ctx.cache_length, *new.shape[2:])
+    b, _, k, h = new.shape
     name = f'self_{name}'
-    cache = self.get_variable('cache', name, jnp.zeros(shape, new.dtype))
+    # Heads before positions, the order in which products read them.
+    empty = jnp.zeros((b, k, ctx.cache_length, h), new.dtype)
+    cache = self.get_variable('cache', name, empty)
     write = jax.vmap(
-      lambda row, x, i: jax.lax.dynamic_update_slice_in_dim(row, x, i, 0)
+      lambda row, x, i: jax.lax.dynamic_update_slice_in_dim(row, x, i, 1)
     )
-    cache = write(cache, new, ctx.positions[:, 0])
+    cache = write(cache, new.swapaxes(1, 2), ctx.positions[:, 0])
     self.put_variable('cache', name, cache)
-    return cache
+    return cache.swapaxes(1, 2)

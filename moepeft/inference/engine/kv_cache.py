@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KV cache: a step reads the rows of its slots and writes them back.
 
-The arrays of a layer are [slots, 1, s, k, h], s the cache's length. A step
+The arrays of a layer are [slots, 1, k, s, h], s the cache's length. A step
 copies the rows of its slots, up to the length that the longest of them needs,
 so idle slots and short sequences cost no time.
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from moepeft.core.types import Array, Tree
 
 # The axis of token positions.
-_LENGTH_AXIS = -3
+_LENGTH_AXIS = -2
 FIRST_PASS = 'first_pass'
 
 
@@ -57,7 +57,7 @@ def zeros(shapes: Tree) -> Tree:
 
 
 def read_rows(cache: Tree, rows: Array, n: int, length: int) -> Tree:
-  """Copies the first `length` entries of n rows: [n, ..., length, k, h].
+  """Copies the first `length` entries of n rows: [n, ..., k, length, h].
 
   Args:
     rows: int32 [n].
@@ -66,9 +66,15 @@ def read_rows(cache: Tree, rows: Array, n: int, length: int) -> Tree:
   def read_leaf(path, a):
     if _has_length(path):
       a = jax.lax.slice_in_dim(a, 0, length, axis=a.ndim + _LENGTH_AXIS)
-    # Slices, because a gather copies element by element on CPU.
-    leaf_rows = [jax.lax.dynamic_slice_in_dim(a, rows[i], 1) for i in range(n)]
-    return jnp.concatenate(leaf_rows) if n > 1 else leaf_rows[0]
+    if n == 1:
+      return jax.lax.dynamic_slice_in_dim(a, rows[0], 1)
+    # On CPU, a gather and a concatenation of slices copy element by element,
+    # and updates copy whole rows. All of the first n rows are replaced.
+    copies = jax.lax.slice_in_dim(a, 0, n)
+    for i in range(n):
+      row = jax.lax.dynamic_slice_in_dim(a, rows[i], 1)
+      copies = jax.lax.dynamic_update_slice_in_dim(copies, row, i, 0)
+    return copies
 
   return jax.tree_util.tree_map_with_path(read_leaf, cache)
 
@@ -109,7 +115,7 @@ def write_cross(cache: Tree, rows: Array, new: Tree) -> Tree:
 
   Args:
     rows: int32 [n].
-    new: the rows' cache, [n, ..., length, k, h].
+    new: the rows' cache, [n, ..., k, length, h].
   """
 
   def write_leaf(path, a, new):
