@@ -29,7 +29,7 @@ from moepeft.config import command_line
 from moepeft.core.types import Tree
 from moepeft.evaluation.step_cost import CompiledStep
 from moepeft.models.decoder import llama
-from moepeft.models.decoder.model import Decoder, sites
+from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.nn.initializers import init_params
 from moepeft.objectives import seq2seq
 from moepeft.objectives.cross_entropy import mean_loss
@@ -48,18 +48,18 @@ DISPATCH = {
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs' / 'methods'
 
 
-def example() -> dict[str, np.ndarray]:
+def example(rows: int, tokens: int) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(0)
-  ids = rng.integers(2, SHAPE.vocab, (ROWS, TOKENS + 1), dtype=np.int32)
+  ids = rng.integers(2, SHAPE.vocab, (rows, tokens + 1), dtype=np.int32)
   # A prompt of half the tokens; rows are of two tasks in turn.
-  tasks = 1 + np.arange(ROWS)[:, None] % 2
+  tasks = 1 + np.arange(rows)[:, None] % 2
   return {
     'inputs': ids[:, :-1],
-    'inputs_mask': np.ones((ROWS, TOKENS), bool),
-    'inputs_tasks': np.broadcast_to(tasks, (ROWS, TOKENS)).astype(np.int32),
+    'inputs_mask': np.ones((rows, tokens), bool),
+    'inputs_tasks': np.broadcast_to(tasks, (rows, tokens)).astype(np.int32),
     'targets': ids[:, 1:],
     'targets_mask': np.broadcast_to(
-      np.arange(TOKENS) >= TOKENS // 2, (ROWS, TOKENS)
+      np.arange(tokens) >= tokens // 2, (rows, tokens)
     ),
   }
 
@@ -78,10 +78,13 @@ class Row:
   backward: int
 
 
-def make(method: str) -> Row:
-  built = build(method, sites(SHAPE))
-  model = Decoder(SHAPE, built.adapter_map, scan=False)
-  batch = example()
+def make(
+  method: str, shape: DecoderConfig = SHAPE, rows: int = ROWS, tokens=TOKENS
+) -> Row:
+  """Compiles a method's step on a batch of rows of so many tokens."""
+  built = build(method, sites(shape))
+  model = Decoder(shape, built.adapter_map, scan=False)
+  batch = example(rows, tokens)
   variables = init_params(model, batch, 0)
 
   def loss(peft: Tree, params: Tree, batch) -> jax.Array:
