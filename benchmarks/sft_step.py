@@ -63,7 +63,8 @@ def example() -> dict[str, np.ndarray]:
   }
 
 
-def jax_side(config, params, method: str, remat: str) -> CompiledStep:
+def compile_jax(config, params, method: str, remat: str = 'none'):
+  """A compiled step and its arguments."""
   family = FAMILIES[config.family]
   built = build(method, family.sites(config))
   model = family.module(
@@ -80,6 +81,11 @@ def jax_side(config, params, method: str, remat: str) -> CompiledStep:
 
   arguments = jax.device_put((peft, params, batch))
   step = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+  return step, arguments
+
+
+def jax_side(config, params, method: str, remat: str) -> CompiledStep:
+  step, arguments = compile_jax(config, params, method, remat)
 
   def run():
     return float(jax.block_until_ready(step(*arguments))[0])

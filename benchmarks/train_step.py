@@ -100,7 +100,10 @@ def example() -> dict[str, np.ndarray]:
   }
 
 
-def make_jax(method: str, remat: str, naive: bool, unroll: int) -> CompiledStep:
+def compile_jax(
+  method: str, remat: str = 'none', naive: bool = False, unroll: int = 6
+) -> tuple[jax.stages.Compiled, tuple]:
+  """A compiled step and its arguments."""
   adapter_map = build(method, t5.sites(SHAPE)).adapter_map
   if naive:
     adapter_map = AdapterMap(
@@ -117,6 +120,11 @@ def make_jax(method: str, remat: str, naive: bool, unroll: int) -> CompiledStep:
 
   arguments = jax.device_put((variables['peft'], variables['params'], batch))
   step = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+  return step, arguments
+
+
+def make_jax(method: str, remat: str, naive: bool, unroll: int) -> CompiledStep:
+  step, arguments = compile_jax(method, remat, naive, unroll)
   memory = step.memory_analysis().temp_size_in_bytes
   return CompiledStep(lambda: jax.block_until_ready(step(*arguments)), memory)
 
