@@ -8,8 +8,8 @@ process on one thread, so that the time of an operation is that of its work
 alone; the shares of more threads differ where operations are too small to be
 split. An operation's time is its median over the rounds. A pass of ours is
 known by the path of an operation in the compiled program, one of torch's by its
-name; torch's residuals and masks are in `elementwise`. `floor` is the time of all
-products at the rate of one large product, measured in the same process.
+name; torch's residuals and masks are in `elementwise`. The floor is the time of
+all products at the rate of one large product, measured in the same process.
 """
 
 import collections
