@@ -8,8 +8,9 @@ process on one thread, so that the time of an operation is that of its work
 alone; the shares of more threads differ where operations are too small to be
 split. An operation's time is its median over the rounds. A pass of ours is
 known by the path of an operation in the compiled program, one of torch's by its
-name; torch's residuals and masks are in `elementwise`. The floor is the time of
-all products at the rate of one large product, measured in the same process.
+name: torch's products of adapters and of the head are in `products`, its
+residuals in `elementwise`. The floor is the time of all products at the rate of
+one large product, measured in the same process.
 """
 
 import collections
@@ -37,22 +38,20 @@ from absl import flags
 from moepeft.config import command_line
 
 SHAPES = ('t5_small', 'smollm2')
-# The first pattern that an operation's path has names its pass.
+# The first pattern that an operation's path has names its pass. The product of
+# a base's projection is below its adapter, which calls it.
 OURS = {
-  'attention products': r'/core/.*dot_general$',
-  'adapter products': r'/lora/(?!.*add$).*dot_general$',
-  'head and cross-entropy': r'head|log_terms|loss|while|logsumexp',
+  'attention': r'/core/',
+  'adapter products': r'(\.\.\.[io],io|t[io],t[io])->.*dot_general$',
+  'head and cross-entropy': r'/head/|logsumexp|log_terms|while',
   'products': r'dot_general$',
-  'softmax': r'/core/',
-  'normalization': r'norm',
+  'normalization': r'/norm/',
   'activation': r'/mlp/',
-  'adapters': r'/lora/',
 }
 TORCHS = {
-  'attention products': r'bmm$|baddbmm$',
-  'products': r'::(mm|addmm|matmul|linear)$',
-  'softmax': r'::_softmax',
+  'attention': r'scaled_dot_product|bmm$|::_softmax',
   'head and cross-entropy': r'log_softmax|nll_loss|cross_entropy',
+  'products': r'::(mm|addmm|matmul|linear)$',
   'normalization': r'rsqrt|::mean|::pow',
   'activation': r'gelu|silu|tanh',
   'copies': r'copy_|clone|contiguous|::cat$',
