@@ -15,6 +15,7 @@ one large product, measured in the same process.
 
 import collections
 import glob
+import importlib.util
 import json
 import os
 import re
@@ -141,6 +142,12 @@ def sides(shape: str) -> tuple[jax.stages.Compiled, tuple, Callable]:
 
 def measure(shape: str, rounds: int) -> dict[str, dict[str, float]]:
   """{side: {pass: milliseconds}}."""
+  for name in ('torch', 'peft', 'transformers'):
+    if importlib.util.find_spec(name) is None:
+      raise ValueError(
+        f'{name} is not installed, with which the step is compared; pip '
+        'install torch==2.13.0 peft transformers'
+      )
   import torch
 
   torch.set_num_threads(1)

@@ -41,9 +41,8 @@ class Heads:
   causal: bool = struct.field(pytree_node=False, default=False)
 
 
-# Queries of causal attention that are computed together: at least this many,
-# so that products stay large, and at most an eighth of the row, so that a
-# program has few of them.
+# Causal attention computes this many queries together, so that products stay
+# large, and more where a row would have more than so many blocks of them.
 _QUERIES, _MOST_BLOCKS = 64, 8
 
 
