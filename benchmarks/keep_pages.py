@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time that `pages.keep` saves: the default run's step without and with.
+"""The time that `host_memory.tune_malloc` saves: the default run's step without and with.
 
 python benchmarks/keep_pages.py [--json=FILE]
 
@@ -91,7 +91,7 @@ def main(argv) -> None:
   config_command_line.enable_compilation_cache()
   if _SIDE.value:
     if _SIDE.value == 'with' and not host_memory.tune_malloc():
-      raise SystemExit('keep_pages does nothing on this machine')
+      raise SystemExit('tune_malloc does nothing on this machine')
     print(json.dumps(measure(_STEPS.value)))
     return
   sides = {'without': [], 'with': []}

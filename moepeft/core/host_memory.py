@@ -16,6 +16,8 @@ from collections.abc import Callable
 # Constants of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _NEVER = -1
+# Linux's mman.h, and the size of its huge pages on x86 and ARM.
+_MADV_HUGEPAGE, _HUGE_PAGE = 14, 2**21
 _ACCELERATORS = ('/dev/nvidiactl', '/dev/kfd', '/dev/accel0', '/dev/vfio/0')
 # The maximum of resident memory, relative to that after the first step. With
 # 1.5, DPO on a model of 135 M parameters grew from 8.6 GB to 15 GB.
@@ -34,7 +36,29 @@ def tune_malloc() -> bool:
     return False
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER))
-  return mallopt is not None and all(mallopt(*pair) == 1 for pair in settings)
+  if mallopt is None or any(mallopt(*pair) != 1 for pair in settings):
+    return False
+  _advise_huge_pages()
+  return True
+
+
+def _advise_huge_pages() -> None:
+  """Asks Linux for pages of 2 MB wherever the heap grows to.
+
+  The heap's addresses are reserved by an allocation that is freed at once; the
+  options above keep them in the heap. Where the system refuses, pages stay
+  small.
+  """
+  libc = ctypes.CDLL(None)
+  libc.malloc.restype = ctypes.c_void_p
+  # Linux refuses as much as there is.
+  size = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') * 9 // 10
+  address = libc.malloc(ctypes.c_size_t(size))
+  if address:
+    start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
+    length = ctypes.c_size_t(size - _HUGE_PAGE)
+    libc.madvise(ctypes.c_void_p(start), length, _MADV_HUGEPAGE)
+    libc.free(ctypes.c_void_p(address))
 
 
 def trim() -> None:
@@ -42,6 +66,7 @@ def trim() -> None:
   malloc_trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
   if malloc_trim is not None:
     malloc_trim(0)
+    _advise_huge_pages()
 
 
 def resident() -> int:

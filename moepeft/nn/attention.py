@@ -102,13 +102,11 @@ def _attend(
 ) -> Array:
   """`attend` with all keys; keep, bool [b, n, t, s], is False if dropped."""
   b, t, n, h = heads.q.shape
-  k = heads.k.shape[2]
-  if n == k:
-    logits = einsum_f32('btnh,bsnh->bnts', heads.q, heads.k)
-  else:
-    # Axis g has the n / k query heads of a key head.
-    q = heads.q.reshape(b, t, k, n // k, h)
-    logits = einsum_f32('btkgh,bskh->bkgts', q, heads.k).reshape(b, n, t, -1)
+  # Heads before positions, the order in which products read and write them;
+  # a key head has one product with all queries of its n / k query heads.
+  q, k, v = (a.swapaxes(1, 2) for a in (heads.q, heads.k, heads.v))
+  q = q.reshape(b, k.shape[1], -1, h)
+  logits = einsum_f32('bkqh,bksh->bkqs', q, k).reshape(b, n, t, -1)
   logits = logits * scale
   if cap:
     logits = cap * jnp.tanh(logits / cap)
@@ -120,11 +118,9 @@ def _attend(
   weights = softmax(logits).astype(heads.q.dtype)
   if keep is not None:
     weights = jnp.where(keep, weights / (1 - dropout), 0).astype(weights.dtype)
-  # For one query, the order of axes in which XLA does not turn the values.
-  order = 'btkgh' if t > 1 else 'bkgth'
-  weights = weights.reshape(b, k, n // k, t, -1)
-  y = jnp.einsum(f'bkgts,bskh->{order}', weights, heads.v)
-  return y.reshape(b, t, n, h)
+  weights = weights.reshape(*q.shape[:3], -1)
+  y = jnp.einsum('bkqs,bksh->bkqh', weights, v)
+  return y.reshape(b, n, t, h).swapaxes(1, 2)
 
 
 # The values of config.model.attention.

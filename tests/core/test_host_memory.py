@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory that a process which computes on CPU keeps."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -29,6 +30,23 @@ step()
 before = pages.resident()
 given = bound.check()
 print(kept, before, given, pages.resident())
+"""
+
+
+# Bytes, because NumPy asks for huge pages itself.
+HUGE_PAGES = """
+from moepeft.core import host_memory
+assert host_memory.tune_malloc()
+def huge():
+  with open('/proc/self/smaps_rollup') as f:
+    return [int(l.split()[1]) for l in f if l.startswith('AnonHugePages')][0]
+small, text = huge(), b'x' * 2**28
+first = huge() - small
+del text
+host_memory.trim()
+trimmed = huge()
+text = b'x' * 2**28
+print(first, trimmed - small, huge() - small)
 """
 
 
@@ -67,3 +85,19 @@ def test_holes_of_a_real_process_go_back_and_a_buffer_is_kept():
   assert int(remaining) > 2**29
   assert int(before) > 1.5 * int(remaining) and given == 'True'
   assert int(after) < 2**29
+
+
+def have_huge_pages():
+  path = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
+  return path.exists() and '[never]' not in path.read_text()
+
+
+@pytest.mark.skipif(not have_huge_pages(), reason='needs huge pages of Linux')
+def test_the_heap_has_huge_pages_before_and_after_a_trim():
+  done = subprocess.run(
+    [sys.executable, '-c', HUGE_PAGES], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  first, trimmed, again = map(int, done.stdout.split())
+  # In kB, of 256 MB; the kernel may lack a few whole pages of 2 MB.
+  assert first > 200_000 and again > 200_000 and trimmed < 50_000
