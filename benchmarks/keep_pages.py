@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time that `host_memory.tune_malloc` saves: the default run's step without and with.
+"""The time of the default run's step without `host_memory.tune_malloc` and with.
 
 python benchmarks/keep_pages.py [--json=FILE]
 
