@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time of the default run's step without `host_memory.tune_malloc` and with.
+"""Time of the default run's step without `host_memory.tune_malloc` and with.
 
 python benchmarks/keep_pages.py [--json=FILE]
 

@@ -25,6 +25,7 @@ from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.inference import prompts, sampling
 from moepeft.inference.beam_search import BeamConfig
 from moepeft.inference.chat_repl import ChatRepl, ReplConfig
+from moepeft.inference.engine.limits import MAX_PROMPT_LOOKUP
 from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.inference.loaded_model import (
   LoadedModel,
@@ -102,6 +103,7 @@ def generation_config() -> GenerationConfig:
     settings.replace(temperature=_TEMPERATURE.value or None),
     beam_config(),
     tuple(_STOP_STRINGS.value or ()),
+    _PROMPT_LOOKUP.value,
   )
 
 
@@ -321,6 +323,14 @@ if __name__ == '__main__':
   )
   _STOP_STRINGS = flags.DEFINE_multi_string(
     'stop_strings', None, 'Text that an answer is cut before; may be repeated.'
+  )
+  _PROMPT_LOOKUP = flags.DEFINE_integer(
+    'prompt_lookup_num_tokens',
+    0,
+    'Tokens of a decoder-only model that a step proposes from what precedes; '
+    'the answers are the same, sooner where they repeat their prompts.',
+    lower_bound=0,
+    upper_bound=MAX_PROMPT_LOOKUP,
   )
   _SEED = flags.DEFINE_integer(
     'seed',

@@ -260,6 +260,8 @@ class EngineStats:
     slots: the number of sequences that can run at once.
     finished: {finish reason: number of requests}.
     prompt_tokens, cached_tokens, answer_tokens: totals over finished requests.
+    proposed_tokens, accepted_tokens: totals over decode steps, of tokens that
+      were proposed and of those that became the answer's.
     compiled: the number of compiled programs; constant when ready.
     adapters: the number of loaded adapters.
     adapter_bytes: device memory of the adapter pool, empty slots included.
@@ -272,6 +274,8 @@ class EngineStats:
   prompt_tokens: int
   cached_tokens: int
   answer_tokens: int
+  proposed_tokens: int
+  accepted_tokens: int
   compiled: int
   adapters: int
   adapter_bytes: int

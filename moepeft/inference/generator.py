@@ -53,6 +53,9 @@ class GenerationConfig:
     sampling: the sampling parameters; greedy by default.
     beams: settings of a beam search instead of sampling, or None.
     stop_strings: an answer ends before the first of them.
+    prompt_lookup_num_tokens: the maximum number of tokens that a step of a
+      decoder-only model proposes from what precedes; the answers are the same.
+      0 for none.
   """
 
   max_new_tokens: int
@@ -61,6 +64,7 @@ class GenerationConfig:
   sampling: Sampling = Sampling()
   beams: BeamConfig | None = None
   stop_strings: tuple[str, ...] = ()
+  prompt_lookup_num_tokens: int = 0
 
   def __post_init__(self):
     if self.max_new_tokens < 1:
@@ -81,6 +85,8 @@ class GenerationConfig:
         'beams are searched for the most probable answer; leave out '
         'temperature, its filters, penalties and min_new_tokens'
       )
+    if self.beams is not None and self.prompt_lookup_num_tokens:
+      raise ValueError('prompt_lookup_num_tokens has no use with beams')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +349,7 @@ class Generator:
       if sequential_prefill
       else tuple(sorted({1, slots})),
       compile_ahead=False,
+      prompt_lookup_num_tokens=self._config.prompt_lookup_num_tokens,
       prefill_first=True,
     )
     adapter = FixedAdapter(self._model, peft)

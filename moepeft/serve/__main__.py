@@ -20,7 +20,7 @@ from absl import flags
 from moepeft.config import command_line
 from moepeft.data.chat import template as chat_template
 from moepeft.inference.constraints.grammar import Compiler
-from moepeft.inference.engine.limits import EngineConfig
+from moepeft.inference.engine.limits import MAX_PROMPT_LOOKUP, EngineConfig
 from moepeft.serve import open_engine, page, terminal_output
 from moepeft.serve.embeddings.chooser import AdapterChooser, read_examples
 from moepeft.serve.embeddings.encoder import EmbeddingEncoder, SentenceEmbedder
@@ -136,7 +136,11 @@ def open_from_flags() -> open_engine.OpenedEngine:
   if not _MODEL.value:
     raise ValueError('name a model with --model, as --model=smollm2')
   config = EngineConfig(
-    _SLOTS.value, _PLACES.value, _QUEUE.value, routing=_ROUTING.value
+    _SLOTS.value,
+    _PLACES.value,
+    _QUEUE.value,
+    routing=_ROUTING.value,
+    prompt_lookup_num_tokens=_PROMPT_LOOKUP.value,
   )
   paths = adapter_paths()
   print(f'reading {_MODEL.value}', file=sys.stderr, flush=True)
@@ -371,6 +375,14 @@ if __name__ == '__main__':
     'The maximum number of tokens of prompt and answer.',
     1,
     1 << 24,
+  )
+  _PROMPT_LOOKUP = flags.DEFINE_integer(
+    'prompt_lookup_num_tokens',
+    0,
+    'Tokens that a step proposes from what precedes; the answers are the same, '
+    'sooner where they repeat their prompts.',
+    0,
+    MAX_PROMPT_LOOKUP,
   )
   _MAX_ANSWER = flags.DEFINE_integer(
     'max_answer',

@@ -144,6 +144,8 @@ class FakeEngine:
         self._counts['prompt'],
         0,
         self._counts['answer'],
+        0,
+        0,
         7,
         len(self.loads),
         99 * len(self.loads),

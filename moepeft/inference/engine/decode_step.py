@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode step: the logits of each running sequence's next token."""
+"""The decode step: the logits of each running sequence's next tokens."""
+
+from collections.abc import Sequence as Items
 
 import numpy as np
 
@@ -17,19 +19,30 @@ def decode_step(
   runner: ModelRunner,
   prefill: DecoderPrefill | EncoderDecoderPrefill,
   batch: list[Sequence],
+  proposals: Items[tuple[int, ...]] = (),
 ) -> StepOutput:
   """Computes the next token of sequences whose prompts are read.
 
+  Args:
+    proposals: for each sequence, the tokens that may follow its last; () for
+      none of any sequence.
+
   Returns:
-    n rows, n at least the number of sequences; theirs are the first.
+    n rows of t tokens; n and t are at least the number of sequences, whose rows
+    are the first, and one more than that of the longest proposal.
   """
-  n = padded_size(runner.config.batch_sizes, len(batch))
+  proposals = list(proposals) or [()] * len(batch)
+  config = runner.config
+  n = padded_size(config.batch_sizes, len(batch))
+  t = padded_size(config.decode_lens, 1 + max(map(len, proposals)))
   # A row that no sequence has computes the first again.
   rows = [*batch, *[batch[0]] * (n - len(batch))]
+  proposals = [*proposals, *[proposals[0]] * (n - len(batch))]
+  length = max(map(prefill.cache_len, batch)) + t - 1
   return runner.decode(
     n,
-    padded_size(runner.cache_lens, max(map(prefill.cache_len, batch))),
+    padded_size(runner.cache_lens, length),
     np.stack([sequence.adapter.row for sequence in rows]),
     np.array([sequence.slot.number for sequence in rows], np.int32),
-    *prefill.decode_inputs(rows),
+    *prefill.decode_inputs(rows, proposals, t),
   )

@@ -63,10 +63,11 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
           key, method = ('prefill', n, t, length), prefill(model, n, t, length)
           programs.plan_method(key, method, *prompts(n, t), router_inputs(n, t))
     for n in config.batch_sizes:
-      plan_chunk(n, 1, length)
-      key, method = ('decode', n, length), decode(model, n, length)
-      rows = int32(n), int32(n), int32(n), router_inputs(n, 1)
-      programs.plan_method(key, method, *rows)
+      for t in config.decode_lens:
+        plan_chunk(n, t, length)
+        key, method = ('decode', n, t, length), decode(model, n, t, length)
+        rows = int32(n, t), int32(n), int32(n), int32(n), router_inputs(n, t)
+        programs.plan_method(key, method, *rows)
   for n in config.prefill_batch_sizes:
     for t in chunks:
       if t <= lengths[-1]:
@@ -126,35 +127,34 @@ def prefill(
   return LayeredMethod(model, 'states', 'decoder', arguments, outputs, *cache)
 
 
-def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
-  """Computes the next token of n sequences.
+def decode(model: ServedModel, n: int, t: int, length: int) -> LayeredMethod:
+  """Computes the next token of n sequences, and those after proposed tokens.
 
-  The inputs are each sequence's last token, its position and its task, int32
-  [n] each, and the inputs of routers as in `prefill`. The output is a
-  `sampler.StepOutput`.
+  The inputs are each sequence's last token and the tokens that are proposed
+  after it, int32 [n, t]; the position of the first, the number of tokens that
+  are not padding, and the task, int32 [n] each; and the inputs of routers as in
+  `prefill`. The output is a `sampler.StepOutput`.
   """
 
-  def arguments(stack, token, position, task, inputs):
+  def arguments(stack, ids, position, count, task, inputs):
+    mask = (jnp.arange(t) < count)[None]
     ctx = Context(
-      token_mask=jnp.ones((1, 1), bool),
+      token_mask=mask,
       # The cache has what routers read of the prompt.
-      prompt_mask=jnp.zeros((1, 1), bool),
-      task_ids=task[None, None],
-      positions=position[None, None],
+      prompt_mask=jnp.zeros((1, t), bool),
+      task_ids=jnp.where(mask, task, 0),
+      positions=(position + jnp.arange(t))[None],
       **model.fields(inputs),
       decode=True,
       cache_length=length,
       run_layers=stack,
     )
-    return token[None, None], ctx
+    return ids[None], ctx
 
   def outputs(logits, weights, *rows):
-    logits = logits[:, 0, 0].astype(jnp.float32)
-    return sampler.step_output(
-      logits, {path: a[:, 0] for path, a in weights.items()}
-    )
+    return sampler.step_output(logits[:, 0].astype(jnp.float32), weights)
 
-  cache = _cache_functions(n, 1, length)
+  cache = _cache_functions(n, t, length)
   return LayeredMethod(model, 'extend', 'decoder', arguments, outputs, *cache)
 
 

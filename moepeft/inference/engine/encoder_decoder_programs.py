@@ -41,9 +41,9 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
     method = attach(model, length)
     programs.plan_method(('attach', length), method, *source(length))
     for n in config.batch_sizes:
-      rows = *[int32(n)] * 4, model.embeddings(n)
+      rows = int32(n, 1), *[int32(n)] * 3, model.embeddings(n)
       method = decode(model, n, length)
-      programs.plan_method(('decode', n, length), method, *rows)
+      programs.plan_method(('decode', n, 1, length), method, *rows)
     method = score(model, length)
     rows = int32(1, length), int32(1, length), *source(length)
     programs.plan_method(('score', length), method, *rows, on_demand=True)
@@ -129,11 +129,12 @@ def attach(model: ServedModel, length: int) -> LayeredMethod:
 def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
   """Computes the next token of n answers; see `decoder_programs.decode`.
 
-  The inputs are each answer's last token, its position, the number of tokens of
-  its row's inputs, and its task, int32 [n] each, and the inputs of routers.
+  The inputs are each answer's last token, int32 [n, 1]; its position, the number
+  of tokens of its row's inputs, and its task, int32 [n] each; and the inputs of
+  routers.
   """
 
-  def arguments(stack, token, position, size, task, inputs):
+  def arguments(stack, ids, position, size, task, inputs):
     fields = model.fields(inputs)
     ctx = Context(
       token_mask=jnp.ones((1, 1), bool),
@@ -150,13 +151,10 @@ def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
     module = model.module
     encoded = jnp.zeros((1, length, module.config.d_model), module.dtype)
     source_ctx = _encoder_context(size, length, task, fields)
-    return token[None, None], ctx, encoded, source_ctx
+    return ids[None], ctx, encoded, source_ctx
 
   def outputs(logits, weights, *rows):
-    logits = logits[:, 0, 0].astype(jnp.float32)
-    return sampler.step_output(
-      logits, {path: a[:, 0] for path, a in weights.items()}
-    )
+    return sampler.step_output(logits[:, 0].astype(jnp.float32), weights)
 
   def read_cache(cache, rows):
     return kv_cache.read_rows(cache, rows, n, length)

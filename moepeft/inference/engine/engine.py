@@ -335,6 +335,8 @@ class Engine:
         prompt_tokens=core.prompt_tokens if core else 0,
         cached_tokens=core.cached_tokens if core else 0,
         answer_tokens=core.answer_tokens if core else 0,
+        proposed_tokens=core.proposed_tokens if core else 0,
+        accepted_tokens=core.accepted_tokens if core else 0,
         compiled=len(core.runner.programs) if core else 0,
         adapters=len(adapters),
         adapter_bytes=self._adapters.bytes,

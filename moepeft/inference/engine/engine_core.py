@@ -33,6 +33,7 @@ from moepeft.inference.engine.prefill import (
   EncoderDecoderPrefill,
 )
 from moepeft.inference.engine.prefix_cache import PrefixCache
+from moepeft.inference.engine.prompt_lookup import propose
 from moepeft.inference.engine.scheduler import Scheduler
 from moepeft.inference.engine.sequence import Sequence
 
@@ -49,6 +50,7 @@ class EngineCore:
     prefill: the prefill for decoder-only or encoder-decoder models.
     finished: {finish reason: number of requests}.
     prompt_tokens, cached_tokens, answer_tokens: totals over finished requests.
+    proposed_tokens, accepted_tokens: totals over decode steps.
     failure_message: the reason why the engine has stopped, or ''.
   """
 
@@ -68,6 +70,7 @@ class EngineCore:
     self._failures = 0
     self.finished: collections.Counter[str] = collections.Counter()
     self.prompt_tokens = self.cached_tokens = self.answer_tokens = 0
+    self.proposed_tokens = self.accepted_tokens = 0
     self.failure_message = ''
 
   def step(self) -> None:
@@ -185,19 +188,60 @@ class EngineCore:
     if not batch:
       return
     try:
-      output = decode_step(self.runner, self.prefill, batch)
-      tokens = sampler.sample(self.runner.programs, batch, output)
+      proposals = [self._propose(sequence) for sequence in batch]
+      output = decode_step(self.runner, self.prefill, batch, proposals)
     except Exception as e:
       self._fail(batch, e)
       return
+    rows = list(enumerate(batch))
+    for position in range(output.tokens.shape[1]):
+      rows = self._accept_tokens(rows, output, position, proposals)
+      if not rows:
+        return
+
+  def _propose(self, sequence: Sequence) -> tuple[int, ...]:
+    """The tokens that may follow a sequence's last."""
+    remaining = sequence.request.max_new_tokens - len(sequence.answer) - 1
+    count = min(self.runner.config.prompt_lookup_num_tokens, remaining)
+    proposed = propose((*sequence.ids, *sequence.answer), count)
+    self.proposed_tokens += len(proposed)
+    return proposed
+
+  def _accept_tokens(
+    self,
+    rows: list[tuple[int, Sequence]],
+    output: sampler.StepOutput,
+    position: int,
+    proposals: list[tuple[int, ...]],
+  ) -> list[tuple[int, Sequence]]:
+    """Adds a token to sequences.
+
+    Args:
+      rows: sequences whose tokens up to `position` are in the row's sequence.
+
+    Returns:
+      The rows whose token is the one that was proposed.
+    """
+    batch = [sequence for _, sequence in rows]
+    try:
+      tokens = sampler.sample(self.runner.programs, rows, output, position)
+    except Exception as e:
+      self._fail(batch, e)
+      return []
     self._failures = 0
-    for sequence, token in zip(batch, tokens, strict=True):
+    accepted = []
+    for (row, sequence), token in zip(rows, tokens, strict=True):
       if isinstance(token, Exception):
         self.finish(sequence, FAILED, _error_message(token))
-      else:
-        self._run_or_fail(
-          [sequence], lambda s=sequence, t=token: self._append_token(s, t)
-        )
+        continue
+      self._run_or_fail(
+        [sequence], lambda s=sequence, t=token: self._append_token(s, t)
+      )
+      if proposals[row][position : position + 1] == (token.id,):
+        self.accepted_tokens += 1
+        if sequence in self.scheduler.running:
+          accepted.append((row, sequence))
+    return accepted
 
   def _append_token(self, sequence: Sequence, token: TokenLogprob) -> None:
     """Delivers a token, and finishes the sequence if it was the last."""

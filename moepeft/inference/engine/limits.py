@@ -19,6 +19,9 @@ from moepeft.inference.length_check import check_length
 
 # Row and token indices are int32.
 _MAX_INT32 = 2**31 - 1
+# The largest number of tokens that prompt lookup proposes. The cache has room for
+# the padding of a chunk of the default `min_chunk`.
+MAX_PROMPT_LOOKUP = 15
 # The largest number of alternatives reported with a token.
 MAX_LOGPROBS = 20
 
@@ -48,6 +51,9 @@ class EngineConfig:
       False on CPU. See `per_layer`.
     compile_ahead: whether `start` compiles all programs; otherwise the first
       call of each program compiles it.
+    prompt_lookup_num_tokens: the maximum number of tokens that a decode step
+      proposes for each row of a decoder-only model; see `prompt_lookup`. 0 for
+      none.
     prefill_first: whether a decode step waits until the prompts of all slots
       are read. This takes fewer steps in all, as every step has all rows; the
       first answer begins later.
@@ -65,6 +71,7 @@ class EngineConfig:
   encoder_bytes: int = 1 << 27
   scan: bool | None = None
   compile_ahead: bool = True
+  prompt_lookup_num_tokens: int = 0
   prefill_first: bool = False
 
   def __post_init__(self):
@@ -81,6 +88,13 @@ class EngineConfig:
     if self.min_chunk > self.chunk:
       raise ValueError(
         f'min_chunk is at most chunk={self.chunk}; got {self.min_chunk}'
+      )
+    # The cache has room for the padding of the shortest chunk.
+    proposed = self.prompt_lookup_num_tokens
+    if not 0 <= proposed < self.min_chunk:
+      raise ValueError(
+        f'prompt_lookup_num_tokens is from 0 to {self.min_chunk - 1}; got '
+        f'{proposed}'
       )
     quarter = self.max_model_len // 4
     self._set_sizes(
@@ -107,6 +121,11 @@ class EngineConfig:
     while sizes[0] // 4 >= self.min_chunk:
       sizes.insert(0, sizes[0] // 4)
     return tuple(sizes)
+
+  @property
+  def decode_lens(self) -> tuple[int, ...]:
+    """The numbers of tokens of a row for which decode programs are compiled."""
+    return tuple(sorted({1, 1 + self.prompt_lookup_num_tokens}))
 
   @property
   def input_lens(self) -> tuple[int, ...]:

@@ -71,6 +71,10 @@ class ModelRunner:
       self.embedding_size,
     )
     decoder_only = hasattr(model, 'extend')
+    if config.prompt_lookup_num_tokens and not decoder_only:
+      raise ValueError(
+        'prompt_lookup_num_tokens is for decoder-only models; leave it out'
+      )
     self.cache_lens, self.whole_prompt_lens = config.cache_lens, ()
     if decoder_only:
       self.cache_lens = decoder_programs.cache_lens(config)
@@ -114,7 +118,7 @@ class ModelRunner:
   def decode(
     self, n: int, length: int, adapters: np.ndarray, slots: np.ndarray, *inputs
   ) -> StepOutput:
-    """Computes the next token of n rows.
+    """Computes the next token of n rows, and those after proposed tokens.
 
     Args:
       length: the number of cache entries that are read.
@@ -122,16 +126,15 @@ class ModelRunner:
       slots: int32 [n].
       inputs: [n, ...] each, from `DecoderPrefill.decode_inputs`.
     """
-    positions = inputs[1]
+    ids, positions = inputs[:2]
     if self.two_pass:
-      tokens, _, tasks, router_inputs = inputs
-      count, prompt_size = np.ones(n, np.int32), np.zeros(n, np.int32)
-      prompts = tokens[:, None], positions, count, prompt_size, tasks
+      _, _, counts, tasks, router_inputs = inputs
+      prompts = ids, positions, counts, np.zeros(n, np.int32), tasks
       router_inputs = self._with_first_pass(
         length, adapters, slots, *prompts, router_inputs
       )
       inputs = *inputs[:-1], router_inputs
-    key = 'decode', n, length
+    key = 'decode', *ids.shape, length
     return self._run(key, adapters, slots, positions, *inputs)
 
   def prefill(

@@ -100,19 +100,26 @@ class DecoderPrefill:
     """The number of cache entries that the next decode step needs."""
     return len(sequence.ids) + len(sequence.answer)
 
-  def decode_inputs(self, batch: list[Sequence]) -> tuple[np.ndarray, ...]:
-    """The decode step's token ids, positions and tasks, int32 [n] each, and
-    the inputs of routers."""
-    tokens = [(sequence.answer or sequence.ids)[-1] for sequence in batch]
+  def decode_inputs(
+    self, batch: list[Sequence], proposals: list[tuple[int, ...]], t: int
+  ) -> tuple[np.ndarray, ...]:
+    """The decode step's ids, int32 [n, t], the positions of the first, the
+    numbers of ids without padding, and the tasks, int32 [n] each, and the
+    inputs of routers."""
+    ids = [
+      _pad_ids(((sequence.answer or sequence.ids)[-1], *proposed), t)
+      for sequence, proposed in zip(batch, proposals, strict=True)
+    ]
     positions = [self.cache_len(sequence) - 1 for sequence in batch]
+    counts = [1 + len(proposed) for proposed in proposals]
     tasks = [sequence.task_id for sequence in batch]
     return (
-      *(np.array(a, np.int32) for a in (tokens, positions, tasks)),
+      *(np.array(a, np.int32) for a in (ids, positions, counts, tasks)),
       self._runner.router_inputs(batch),
     )
 
   def record_cached_token(self, sequence: Sequence) -> None:
-    """Records that a decode step has cached the token of `decode_inputs`."""
+    """Records that a decode step has cached a sequence's last token."""
     sequence.slot.ids.append((sequence.answer or sequence.ids)[-1])
 
   def _chunk(self, remaining: int, start: int) -> int:
@@ -223,12 +230,16 @@ class EncoderDecoderPrefill:
   def cache_len(self, sequence: Sequence) -> int:
     return max(len(sequence.ids), len(sequence.answer) + 1)
 
-  def decode_inputs(self, batch: list[Sequence]) -> tuple[np.ndarray, ...]:
-    tokens = [s.answer[-1] if s.answer else PAD for s in batch]
+  def decode_inputs(
+    self, batch: list[Sequence], proposals: list[tuple[int, ...]], t: int
+  ) -> tuple[np.ndarray, ...]:
+    """As that of `DecoderPrefill`, with the sizes of the inputs as counts;
+    nothing is proposed."""
+    ids = [[s.answer[-1] if s.answer else PAD] for s in batch]
     positions = [len(sequence.answer) for sequence in batch]
     sizes = [len(sequence.ids) for sequence in batch]
     tasks = [sequence.task_id for sequence in batch]
-    columns = tokens, positions, sizes, tasks
+    columns = ids, positions, sizes, tasks
     return (
       *(np.array(column, np.int32) for column in columns),
       self._runner.router_inputs(batch),

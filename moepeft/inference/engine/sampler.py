@@ -31,14 +31,14 @@ NOT_FINITE = (
 
 @struct.dataclass
 class StepOutput:
-  """Outputs of a decode step of n rows.
+  """Outputs of a decode step of n rows of t tokens.
 
   Attributes:
-    tokens: int32 [n], the most probable token of each row.
-    logprobs: float32 [n], the log-probabilities of `tokens`.
-    finite: bool [n], whether all logits of the row are finite.
-    logits: n arrays, float32 [1, v] each.
-    experts: {path: float32 [n, l, e]}, the experts' weights.
+    tokens: int32 [n, t], the most probable token after each token.
+    logprobs: float32 [n, t], the log-probabilities of `tokens`.
+    finite: bool [n, t], whether all logits after the token are finite.
+    logits: n x t arrays, float32 [1, v] each, row by row.
+    experts: {path: float32 [n, t, l, e]}, the experts' weights.
   """
 
   tokens: Array
@@ -49,11 +49,14 @@ class StepOutput:
 
 
 def step_output(logits: Array, experts: dict[str, Array]) -> StepOutput:
-  """Computes the outputs of a step from its logits, float32 [n, v]."""
+  """Computes the outputs of a step from its logits, float32 [n, t, v]."""
+  n, t, v = logits.shape
   tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   finite = jnp.all(jnp.isfinite(logits), axis=-1)
-  rows = tuple(logits[i : i + 1] for i in range(len(logits)))
-  return StepOutput(tokens, score(logits, tokens), finite, rows, experts)
+  flat = logits.reshape(n * t, v)
+  logprobs = score(flat, tokens.reshape(-1)).reshape(n, t)
+  rows = tuple(flat[i : i + 1] for i in range(n * t))
+  return StepOutput(tokens, logprobs, finite, rows, experts)
 
 
 @struct.dataclass
@@ -183,13 +186,16 @@ def _unpack(bits: Array, v: int) -> Array:
 
 def sample(
   programs: Programs,
-  running: list[Sequence],
+  rows: list[tuple[int, Sequence]],
   output: StepOutput,
+  position: int = 0,
 ) -> list[TokenLogprob | Exception]:
   """Chooses the next token of each sequence.
 
   Args:
-    output: the outputs of the decode step; row i is that of sequence i.
+    rows: sequences, each with its row of the decode step.
+    output: the outputs of the decode step.
+    position: the index of the token, the last of the sequences so far.
 
   Returns:
     For each sequence its token, or the error of that sequence alone.
@@ -197,8 +203,9 @@ def sample(
   errors: dict[int, Exception] = {}
   samples: list[Any] = []
   # The host computes the constraints' masks while the device computes.
-  for i, sequence in enumerate(running):
-    logits = output.logits[i]
+  t = output.tokens.shape[1]
+  for i, sequence in rows:
+    logits = output.logits[i * t + position]
     try:
       edited_logits = _edit_logits(programs, sequence, logits)
     except Exception as e:
@@ -206,14 +213,15 @@ def sample(
       samples.append(((), ()))
     else:
       samples.append(_sample_row(programs, sequence, logits, edited_logits))
-  routing = any(sequence.request.routing for sequence in running)
+  routing = any(sequence.request.routing for _, sequence in rows)
   experts = output.experts if routing else {}
   samples, step = jax.device_get(
     (samples, (output.tokens, output.logprobs, output.finite, experts))
   )
+  step = jax.tree.map(lambda a: a[:, position], step)
   return [
-    errors.get(i) or _token(sequence, i, samples[i], step)
-    for i, sequence in enumerate(running)
+    errors.get(i) or _token(sequence, i, row_samples, step)
+    for (i, sequence), row_samples in zip(rows, samples, strict=True)
   ]
 
 

@@ -26,6 +26,8 @@ _COUNTERS = {
   'prompt_tokens': 'Prompt tokens.',
   'cached_tokens': 'Prompt tokens taken from the cache.',
   'answer_tokens': 'Answer tokens.',
+  'proposed_tokens': 'Tokens that were proposed by prompt lookup.',
+  'accepted_tokens': 'Proposed tokens that became part of an answer.',
   'compiled': 'Compiled programs.',
 }
 
