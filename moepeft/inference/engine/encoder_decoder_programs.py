@@ -129,9 +129,9 @@ def attach(model: ServedModel, length: int) -> LayeredMethod:
 def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
   """Computes the next token of n answers; see `decoder_programs.decode`.
 
-  The inputs are each answer's last token, int32 [n, 1]; its position, the number
-  of tokens of its row's inputs, and its task, int32 [n] each; and the inputs of
-  routers.
+  The inputs are each answer's last token, int32 [n, 1]; its position, the
+  number of tokens of its row's inputs, and its task, int32 [n] each; and the
+  inputs of routers.
   """
 
   def arguments(stack, ids, position, size, task, inputs):

@@ -19,8 +19,8 @@ from moepeft.inference.length_check import check_length
 
 # Row and token indices are int32.
 _MAX_INT32 = 2**31 - 1
-# The largest number of tokens that prompt lookup proposes. The cache has room for
-# the padding of a chunk of the default `min_chunk`.
+# The largest number of tokens that prompt lookup proposes. The cache has room
+# for the padding of a chunk of the default `min_chunk`.
 MAX_PROMPT_LOOKUP = 15
 # The largest number of alternatives reported with a token.
 MAX_LOGPROBS = 20
