@@ -37,7 +37,7 @@ from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models import weight_mapping
 from moepeft.nn.initializers import param_metadata
 from moepeft.peft import build
-from moepeft.serve import __main__ as serve_command
+from moepeft.serve.terminal_output import StartupProgress
 
 AT_ONCE, PROMPT, LENGTH = 8, 64, 64
 METHOD = 'lora(rank=8)'
@@ -162,7 +162,7 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
   engine = Engine(
     model, base.params, AdapterPool(base, save_adapters(base, folder)), SETTINGS
   )
-  engine.start(serve_command.StartupProgress())
+  engine.start(StartupProgress())
   side, vocab = Side(engine), base.config.vocab
   names_ = [f'a{i}' for i in range(AT_ONCE)]
   same = [LENGTH] * AT_ONCE

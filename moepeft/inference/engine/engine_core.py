@@ -203,6 +203,8 @@ class EngineCore:
     """The tokens that may follow a sequence's last."""
     remaining = sequence.request.max_new_tokens - len(sequence.answer) - 1
     count = min(self.runner.config.prompt_lookup_num_tokens, remaining)
+    if count < 1:
+      return ()
     proposed = propose((*sequence.ids, *sequence.answer), count)
     self.proposed_tokens += len(proposed)
     return proposed

@@ -22,8 +22,6 @@ def propose(ids: Sequence[int], count: int) -> tuple[int, ...]:
 
   They are those after the latest earlier occurrence of the last n tokens.
   """
-  if count < 1:
-    return ()
   tokens = np.asarray(ids)
   for n in range(_LONGEST, _SHORTEST - 1, -1):
     if len(tokens) <= n:

@@ -92,7 +92,6 @@ def oracle(monkeypatch, expected, wrong=()):
     ((1, 1, 1), 3, (1,)),
     ((1, 2, 3, 4), 3, ()),
     ((1, 2), 3, ()),
-    ((1, 2, 1, 2), 0, ()),
   ],
 )
 def test_what_followed_the_longest_ngram_is_proposed(ids, count, proposed):
