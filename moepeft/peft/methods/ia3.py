@@ -55,7 +55,11 @@ class Ia3(nn.Module):
     scale = peft_param(module, 'scale', INIT_SCALE, shape, f'e{axes}')
     weights = mixing.weights()
     if weights.ndim == 4:
-      mixed = jnp.einsum('btne,enh->btnh', weights, scale)
+      # Heads first, the order in which XLA multiplies them.
+      b, t, n, e = weights.shape
+      by_head = weights.transpose(2, 0, 1, 3).reshape(n, b * t, e)
+      mixed = jnp.matmul(by_head, scale.swapaxes(0, 1))
+      mixed = mixed.reshape(n, b, t, -1).transpose(1, 2, 0, 3)
     else:
       flat = scale.reshape(len(scale), -1)
       mixed = low_rank_matmul(weights, flat).reshape(scaled.shape)
