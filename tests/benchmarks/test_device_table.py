@@ -112,7 +112,7 @@ def test_a_row_is_measured_by_the_loops_own_update():
     'targets': 7,
     'steps': 1,
   }
-  actual = ROW.found_of(row)
+  actual = ROW.measurement_of(row)
   assert actual['seconds'] > 0
   # CPU does not tell of its memory.
   assert actual['bytes'] is None
