@@ -105,7 +105,7 @@ def search(
 def _step(core: EngineCore, active: 'list[BeamSearch]') -> None:
   """Adds a token to every beam of every search."""
   batch = [row for search in active for row in search.rows]
-  output = decode_step(core.runner, core.prefill, batch)
+  output = decode_step(core.runner, core.prefill, batch, [()] * len(batch))
   count = max(search.candidates for search in active)
   ids, logprobs, finite = jax.device_get(
     (*_candidates(output.logits, count), output.finite)

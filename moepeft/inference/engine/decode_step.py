@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decode step: the logits of each running sequence's next tokens."""
 
-from collections.abc import Sequence as Items
-
 import numpy as np
 
 from moepeft.inference.engine.limits import padded_size
@@ -19,19 +17,17 @@ def decode_step(
   runner: ModelRunner,
   prefill: DecoderPrefill | EncoderDecoderPrefill,
   batch: list[Sequence],
-  proposals: Items[tuple[int, ...]] = (),
+  proposals: list[tuple[int, ...]],
 ) -> StepOutput:
   """Computes the next token of sequences whose prompts are read.
 
   Args:
-    proposals: for each sequence, the tokens that may follow its last; () for
-      none of any sequence.
+    proposals: for each sequence, the tokens that may follow its last.
 
   Returns:
-    n rows of t tokens; n and t are at least the number of sequences, whose rows
-    are the first, and one more than that of the longest proposal.
+    n rows of t tokens. The rows of the sequences are the first; t is at least
+    one more than the length of the longest proposal.
   """
-  proposals = list(proposals) or [()] * len(batch)
   config = runner.config
   n = padded_size(config.batch_sizes, len(batch))
   t = padded_size(config.decode_lens, 1 + max(map(len, proposals)))
