@@ -25,10 +25,11 @@ from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.inference import prompts, sampling
 from moepeft.inference.beam_search import BeamConfig
 from moepeft.inference.chat_repl import ChatRepl, ReplConfig
-from moepeft.inference.engine.limits import MAX_PROMPT_LOOKUP
+from moepeft.inference.engine.limits import MAX_PROPOSED
 from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.inference.loaded_model import (
   LoadedModel,
+  load_draft,
   load_model,
   load_run,
 )
@@ -104,6 +105,7 @@ def generation_config() -> GenerationConfig:
     beam_config(),
     tuple(_STOP_STRINGS.value or ()),
     _PROMPT_LOOKUP.value,
+    _NUM_ASSISTANT_TOKENS.value if _ASSISTANT_MODEL.value else 0,
   )
 
 
@@ -205,8 +207,12 @@ def main(argv) -> None:
     (1 if stream else rows) * _NUM_BEAMS.value,
     _MAX_NEW_TOKENS.value,
   )
+  draft = None
+  if _ASSISTANT_MODEL.value:
+    draft = load_draft(_ASSISTANT_MODEL.value, run.tokenizer)
   generator = Generator(
-    run.model, run.variables, run.tokenizer, config, max(batch_size, num)
+    *(run.model, run.variables, run.tokenizer, config),
+    *(max(batch_size, num), draft),
   )
   repl_config = ReplConfig(
     stream, _CHAT.value, _TASK.value, _SEED.value, num, batch_size
@@ -330,7 +336,20 @@ if __name__ == '__main__':
     'Tokens of a decoder-only model that a step proposes from what precedes; '
     'the answers are the same, sooner where they repeat their prompts.',
     lower_bound=0,
-    upper_bound=MAX_PROMPT_LOOKUP,
+    upper_bound=MAX_PROPOSED,
+  )
+  _ASSISTANT_MODEL = flags.DEFINE_string(
+    'assistant_model',
+    '',
+    'A smaller decoder-only model with the same tokenizer, which proposes '
+    'tokens; the answers are the same.',
+  )
+  _NUM_ASSISTANT_TOKENS = flags.DEFINE_integer(
+    'num_assistant_tokens',
+    4,
+    'Tokens that --assistant_model proposes at a time.',
+    lower_bound=1,
+    upper_bound=MAX_PROPOSED,
   )
   _SEED = flags.DEFINE_integer(
     'seed',

@@ -27,6 +27,7 @@ from moepeft.inference.api import (
 )
 from moepeft.inference.beam_search import BeamConfig
 from moepeft.inference.detokenizer import TextStream
+from moepeft.inference.engine.draft_model import Draft
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import (
   EngineConfig,
@@ -56,6 +57,7 @@ class GenerationConfig:
     prompt_lookup_num_tokens: the maximum number of tokens that a step of a
       decoder-only model proposes from what precedes; the answers are the same.
       0 for none.
+    num_assistant_tokens: the same for proposals of a draft model.
   """
 
   max_new_tokens: int
@@ -65,6 +67,7 @@ class GenerationConfig:
   beams: BeamConfig | None = None
   stop_strings: tuple[str, ...] = ()
   prompt_lookup_num_tokens: int = 0
+  num_assistant_tokens: int = 0
 
   def __post_init__(self):
     if self.max_new_tokens < 1:
@@ -85,8 +88,9 @@ class GenerationConfig:
         'beams are searched for the most probable answer; leave out '
         'temperature, its filters, penalties and min_new_tokens'
       )
-    if self.beams is not None and self.prompt_lookup_num_tokens:
-      raise ValueError('prompt_lookup_num_tokens has no use with beams')
+    for name in ('prompt_lookup_num_tokens', 'num_assistant_tokens'):
+      if self.beams is not None and getattr(self, name):
+        raise ValueError(f'{name} has no use with beams')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +126,17 @@ class Generator:
     tokenizer: Tokenizer,
     config: GenerationConfig,
     batch_size: int = 8,
+    draft: Draft | None = None,
   ):
     """
     Args:
       batch_size: the number of answers that a device computes at once.
+      draft: a smaller model with the same tokenizer, if the config has
+        `num_assistant_tokens`.
     """
     self._model, self._variables = model, variables
     self._tokenizer, self._config = tokenizer, config
-    self._batch_size = batch_size
+    self._batch_size, self._draft = batch_size, draft
     self._soft_prompt = model_prefix_ids(model)
     self._tasks = request_tasks(model.adapter_map)
     self._embedding_size = embedding_size(model.adapter_map)
@@ -350,11 +357,13 @@ class Generator:
       else tuple(sorted({1, slots})),
       compile_ahead=False,
       prompt_lookup_num_tokens=self._config.prompt_lookup_num_tokens,
+      num_assistant_tokens=self._config.num_assistant_tokens,
       prefill_first=True,
     )
     adapter = FixedAdapter(self._model, peft)
     return Engine(
-      self._model, self._variables['params'], adapter, config, device
+      *(self._model, self._variables['params'], adapter, config, device),
+      draft=self._draft,
     )
 
   def _beam_search(

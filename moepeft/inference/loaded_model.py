@@ -22,6 +22,8 @@ from moepeft.data.chat import template as chat_template
 from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference import prompts
+from moepeft.inference.engine.draft_model import Draft
+from moepeft.inference.token_bytes import TokenBytes
 from moepeft.models import check_decodes, decoder_only
 from moepeft.peft import Built
 from moepeft.runs.run import Run
@@ -183,6 +185,29 @@ def load_model(path: str, adapter: str = '') -> LoadedModel:
     _count_trained(variables, model, built, base) if adapter else 0,
     base.folder,
   )
+
+
+def load_draft(path: str, tokenizer: Tokenizer) -> Draft:
+  """Reads a draft model for a model with the given tokenizer.
+
+  Raises:
+    ValueError: the model cannot be read, is not decoder-only, or its tokenizer
+      has other tokens.
+  """
+  loaded = load_model(path)
+  if not decoder_only(loaded.model):
+    raise ValueError(
+      f'--assistant_model={path!r} is an encoder-decoder; name a decoder-only '
+      'model'
+    )
+  size = max(tokenizer.size, loaded.tokenizer.size)
+  tables = [TokenBytes(t) for t in (tokenizer, loaded.tokenizer)]
+  if any(tables[0][i] != tables[1][i] for i in range(size)):
+    raise ValueError(
+      f'the tokens of --assistant_model={path!r} are not those of the model; '
+      'name a smaller model of the same family'
+    )
+  return Draft(loaded.model, loaded.variables['params'])
 
 
 def _base_without_adapter(

@@ -20,7 +20,7 @@ from absl import flags
 from moepeft.config import command_line
 from moepeft.data.chat import template as chat_template
 from moepeft.inference.constraints.grammar import Compiler
-from moepeft.inference.engine.limits import MAX_PROMPT_LOOKUP, EngineConfig
+from moepeft.inference.engine.limits import MAX_PROPOSED, EngineConfig
 from moepeft.serve import open_engine, page, terminal_output
 from moepeft.serve.embeddings.chooser import AdapterChooser, read_examples
 from moepeft.serve.embeddings.encoder import EmbeddingEncoder, SentenceEmbedder
@@ -141,6 +141,9 @@ def open_from_flags() -> open_engine.OpenedEngine:
     _QUEUE.value,
     routing=_ROUTING.value,
     prompt_lookup_num_tokens=_PROMPT_LOOKUP.value,
+    num_assistant_tokens=_NUM_ASSISTANT_TOKENS.value
+    if _ASSISTANT_MODEL.value
+    else 0,
   )
   paths = adapter_paths()
   print(f'reading {_MODEL.value}', file=sys.stderr, flush=True)
@@ -153,6 +156,7 @@ def open_from_flags() -> open_engine.OpenedEngine:
     _ADAPTER_BYTES.value,
     _QUANTISE.value,
     _DTYPE.value,
+    _ASSISTANT_MODEL.value,
   )
 
 
@@ -382,7 +386,20 @@ if __name__ == '__main__':
     'Tokens that a step proposes from what precedes; the answers are the same, '
     'sooner where they repeat their prompts.',
     0,
-    MAX_PROMPT_LOOKUP,
+    MAX_PROPOSED,
+  )
+  _ASSISTANT_MODEL = flags.DEFINE_string(
+    'assistant_model',
+    '',
+    'A smaller model with the same tokenizer, which proposes tokens; the '
+    'answers are the same.',
+  )
+  _NUM_ASSISTANT_TOKENS = flags.DEFINE_integer(
+    'num_assistant_tokens',
+    4,
+    'Tokens that --assistant_model proposes at a time.',
+    1,
+    MAX_PROPOSED,
   )
   _MAX_ANSWER = flags.DEFINE_integer(
     'max_answer',

@@ -14,6 +14,7 @@ from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
+from moepeft.inference.loaded_model import load_draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ def open_engine(
   budget: int | None = None,
   quantise: str = '',
   dtype: str = '',
+  assistant: str = '',
 ) -> OpenedEngine:
   """Reads a base and its adapters.
 
@@ -53,6 +55,7 @@ def open_engine(
     budget: the maximum device memory for adapters, in bytes.
     quantise: 'int8' or 'nf4'; '' does not quantize the base.
     dtype: the dtype of the computation; '' for that of the config.
+    assistant: the path of a draft model; '' for none.
 
   Raises:
     ValueError: the base cannot be read or has no decoder, or an adapter cannot
@@ -69,7 +72,8 @@ def open_engine(
   if adapters or methods:
     pool = AdapterPool(base, adapters, methods, slots, budget)
   tokenizer = load_tokenizer('', path)
-  engine = Engine(model, base.params, pool, engine_config)
+  draft = load_draft(assistant, tokenizer) if assistant else None
+  engine = Engine(model, base.params, pool, engine_config, draft=draft)
   eos_token_ids = prompts.eos_token_ids(tokenizer, base.folder)
   # Quantized weights differ from those that were hashed.
   sha256 = f'{base.sha256}/{quantise}' if quantise else base.sha256

@@ -36,10 +36,15 @@ from moepeft.inference.api import (
   UnknownAdapter,
 )
 from moepeft.inference.beam_search import BeamAnswer, BeamConfig, search
-from moepeft.inference.engine import scoring
+from moepeft.inference.engine import prompt_lookup, scoring
 from moepeft.inference.engine import sequence as sequences
 from moepeft.inference.engine.calls import EngineCall, RetryLater
-from moepeft.inference.engine.engine_core import EngineCore, run_test_request
+from moepeft.inference.engine.draft_model import Draft, DraftModel
+from moepeft.inference.engine.engine_core import (
+  EngineCore,
+  Proposer,
+  run_test_request,
+)
 from moepeft.inference.engine.limits import (
   EngineConfig,
   check_embedding,
@@ -78,13 +83,21 @@ class Engine:
     adapters: Adapters,
     config: EngineConfig,
     device: Any = None,
+    draft: Draft | None = None,
   ):
     """
     Args:
       model: the module of the base model. The engine sets its adapter_map.
       params: the weights of the base model.
       device: the JAX device to use; None for JAX's default device.
+      draft: a smaller model with the same tokenizer, whose proposals this one
+        verifies, `num_assistant_tokens` of the config at a time.
     """
+    if bool(config.num_assistant_tokens) != (draft is not None):
+      raise ValueError(
+        'a draft model and num_assistant_tokens go together; give both or none'
+      )
+    self._draft = draft
     self._model, self._params, self._device = model, params, device
     self._adapters, self._config = adapters, config
     self.vocab = model.config.vocab
@@ -453,11 +466,23 @@ class Engine:
     runner.compile(progress)
     if self._config.compile_ahead:
       run_test_request(runner)
-    core = EngineCore(runner, self._remove_sequence)
+    core = EngineCore(
+      runner, self._remove_sequence, self._build_proposer(progress)
+    )
     with self._condition:
       self._core = core
       if not self._stopped:
         self._closed_reason = ''
+
+  def _build_proposer(self, progress: Progress) -> Proposer | None:
+    if self._draft is not None:
+      core = self._draft.build_core(self._config, self._device, progress)
+      # The runner has its own copy of the weights.
+      self._draft = None
+      return DraftModel(core, self.vocab).propose
+    if self._config.prompt_lookup_num_tokens:
+      return prompt_lookup.propose_all
+    return None
 
   def _run_calls(self) -> bool:
     """Waits for calls or running requests, and runs the calls in the inbox.

@@ -33,10 +33,11 @@ from moepeft.inference.engine.prefill import (
   EncoderDecoderPrefill,
 )
 from moepeft.inference.engine.prefix_cache import PrefixCache
-from moepeft.inference.engine.prompt_lookup import propose
 from moepeft.inference.engine.scheduler import Scheduler
 from moepeft.inference.engine.sequence import Sequence
 
+# Proposes tokens that may follow each sequence's last, up to a number for each.
+Proposer = Callable[[list[Sequence], list[int]], list[tuple[int, ...]]]
 # More consecutive failures are not due to single requests; the engine stops.
 _MAX_FAILURES = 4
 
@@ -55,13 +56,18 @@ class EngineCore:
   """
 
   def __init__(
-    self, runner: ModelRunner, on_finish: Callable[[Sequence], None]
+    self,
+    runner: ModelRunner,
+    on_finish: Callable[[Sequence], None] = lambda sequence: None,
+    propose: Proposer | None = None,
   ):
     """
     Args:
       on_finish: called with each sequence after its last event.
+      propose: proposes up to `num_proposed_tokens` of the config for each
+        sequence; None for no proposals.
     """
-    self.runner, self._on_finish = runner, on_finish
+    self.runner, self._on_finish, self._proposer = runner, on_finish, propose
     decoder_only = hasattr(runner.model, 'extend')
     prefill = DecoderPrefill if decoder_only else EncoderDecoderPrefill
     prefix_cache = PrefixCache(runner.config.slots)
@@ -188,7 +194,7 @@ class EngineCore:
     if not batch:
       return
     try:
-      proposals = [self._propose(sequence) for sequence in batch]
+      proposals = self._propose(batch)
       output = decode_step(self.runner, self.prefill, batch, proposals)
     except Exception as e:
       self._fail(batch, e)
@@ -199,15 +205,20 @@ class EngineCore:
       if not rows:
         return
 
-  def _propose(self, sequence: Sequence) -> tuple[int, ...]:
-    """The tokens that may follow a sequence's last."""
-    remaining = sequence.request.max_new_tokens - len(sequence.answer) - 1
-    count = min(self.runner.config.prompt_lookup_num_tokens, remaining)
-    if count < 1:
-      return ()
-    proposed = propose((*sequence.ids, *sequence.answer), count)
-    self.proposed_tokens += len(proposed)
-    return proposed
+  def _propose(self, batch: list[Sequence]) -> list[tuple[int, ...]]:
+    """The tokens that may follow each sequence's last."""
+    if self._proposer is None:
+      return [()] * len(batch)
+    counts = [
+      min(
+        self.runner.config.num_proposed_tokens,
+        sequence.request.max_new_tokens - len(sequence.answer) - 1,
+      )
+      for sequence in batch
+    ]
+    proposals = self._proposer(batch, counts)
+    self.proposed_tokens += sum(map(len, proposals))
+    return proposals
 
   def _accept_tokens(
     self,
@@ -313,7 +324,7 @@ def run_test_request(runner: ModelRunner) -> None:
     RuntimeError: the request failed.
   """
   events: list[Event] = []
-  core = EngineCore(runner, lambda sequence: None)
+  core = EngineCore(runner)
   prompt = (0,) * max(1, min(3, runner.config.max_model_len - 2))
   adapter = runner.adapters.acquire('')
   request = Request(

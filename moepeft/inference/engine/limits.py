@@ -19,9 +19,9 @@ from moepeft.inference.length_check import check_length
 
 # Row and token indices are int32.
 _MAX_INT32 = 2**31 - 1
-# The largest number of tokens that prompt lookup proposes. The cache has room
+# The largest number of tokens that a step proposes. The cache has room
 # for the padding of a chunk of the default `min_chunk`.
-MAX_PROMPT_LOOKUP = 15
+MAX_PROPOSED = 15
 # The largest number of alternatives reported with a token.
 MAX_LOGPROBS = 20
 
@@ -54,6 +54,7 @@ class EngineConfig:
     prompt_lookup_num_tokens: the maximum number of tokens that a decode step
       proposes for each row of a decoder-only model; see `prompt_lookup`. 0 for
       none.
+    num_assistant_tokens: the same for proposals of a draft model.
     prefill_first: whether a decode step waits until the prompts of all slots
       are read. This takes fewer steps in all, as every step has all rows; the
       first answer begins later.
@@ -72,6 +73,7 @@ class EngineConfig:
   scan: bool | None = None
   compile_ahead: bool = True
   prompt_lookup_num_tokens: int = 0
+  num_assistant_tokens: int = 0
   prefill_first: bool = False
 
   def __post_init__(self):
@@ -90,11 +92,16 @@ class EngineConfig:
         f'min_chunk is at most chunk={self.chunk}; got {self.min_chunk}'
       )
     # The cache has room for the padding of the shortest chunk.
-    proposed = self.prompt_lookup_num_tokens
-    if not 0 <= proposed < self.min_chunk:
+    for name in ('prompt_lookup_num_tokens', 'num_assistant_tokens'):
+      value = getattr(self, name)
+      if not 0 <= value < self.min_chunk:
+        raise ValueError(
+          f'{name} is from 0 to {self.min_chunk - 1}; got {value}'
+        )
+    if self.prompt_lookup_num_tokens and self.num_assistant_tokens:
       raise ValueError(
-        f'prompt_lookup_num_tokens is from 0 to {self.min_chunk - 1}; got '
-        f'{proposed}'
+        'tokens are proposed from the prompt or by a draft model; set one of '
+        'prompt_lookup_num_tokens and num_assistant_tokens to 0'
       )
     quarter = self.max_model_len // 4
     self._set_sizes(
@@ -123,9 +130,14 @@ class EngineConfig:
     return tuple(sizes)
 
   @property
+  def num_proposed_tokens(self) -> int:
+    """The maximum number of tokens that a decode step proposes for a row."""
+    return self.prompt_lookup_num_tokens or self.num_assistant_tokens
+
+  @property
   def decode_lens(self) -> tuple[int, ...]:
     """The numbers of tokens of a row for which decode programs are compiled."""
-    return tuple(sorted({1, 1 + self.prompt_lookup_num_tokens}))
+    return tuple(sorted({1, 1 + self.num_proposed_tokens}))
 
   @property
   def input_lens(self) -> tuple[int, ...]:

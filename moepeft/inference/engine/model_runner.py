@@ -71,9 +71,10 @@ class ModelRunner:
       self.embedding_size,
     )
     decoder_only = hasattr(model, 'extend')
-    if config.prompt_lookup_num_tokens and not decoder_only:
+    if config.num_proposed_tokens and not decoder_only:
       raise ValueError(
-        'prompt_lookup_num_tokens is for decoder-only models; leave it out'
+        'tokens are proposed to decoder-only models; leave out '
+        'prompt_lookup_num_tokens and num_assistant_tokens'
       )
     self.cache_lens, self.whole_prompt_lens = config.cache_lens, ()
     if decoder_only:

@@ -9,20 +9,32 @@ prompt, as summaries and edits do, need fewer steps (A. Saxena, 2023, Prompt
 Lookup Decoding; `prompt_lookup_num_tokens` of transformers).
 """
 
-from collections.abc import Sequence
-
 import numpy as np
+
+from moepeft.inference.engine.sequence import Sequence
 
 # Longer n-grams are looked for first.
 _LONGEST, _SHORTEST = 3, 2
 
 
-def propose(ids: Sequence[int], count: int) -> tuple[int, ...]:
+def propose_all(
+  batch: list[Sequence], counts: list[int]
+) -> list[tuple[int, ...]]:
+  """Returns up to `counts` tokens that may follow each sequence's last."""
+  return [
+    propose((*sequence.ids, *sequence.answer), count)
+    for sequence, count in zip(batch, counts, strict=True)
+  ]
+
+
+def propose(ids: tuple[int, ...], count: int) -> tuple[int, ...]:
   """Returns up to `count` tokens that may follow `ids`; () if none are known.
 
   They are those after the latest earlier occurrence of the last n tokens.
   """
   tokens = np.asarray(ids)
+  if count < 1:
+    return ()
   for n in range(_LONGEST, _SHORTEST - 1, -1):
     if len(tokens) <= n:
       continue

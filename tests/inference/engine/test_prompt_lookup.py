@@ -8,7 +8,7 @@ import pytest
 
 from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.api import LENGTH, STOP, Request, Token
-from moepeft.inference.engine import engine_core, prompt_lookup
+from moepeft.inference.engine import prompt_lookup
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.sampling import Sampling
@@ -37,7 +37,7 @@ METHODS = (
 )
 
 
-def engine(method=engines.METHOD, count=0, **changes):
+def engine(method=engines.METHOD, count=0, draft=None, **changes):
   _, variables = small_decoders.make(engines.CONFIG)
   model = Decoder(
     engines.CONFIG, build(method, sites(engines.CONFIG)).adapter_map
@@ -49,7 +49,7 @@ def engine(method=engines.METHOD, count=0, **changes):
   adapter = FixedAdapter(model, engines.moved(peft, 0))
   changes = {'prompt_lookup_num_tokens': count, **changes}
   config = dataclasses.replace(CONFIG, **changes)
-  return Engine(model, params, adapter, config)
+  return Engine(model, params, adapter, config, draft=draft)
 
 
 def requests(new=20, **options):
@@ -78,7 +78,7 @@ def oracle(monkeypatch, expected, wrong=()):
         )
     return ()
 
-  monkeypatch.setattr(engine_core, 'propose', propose)
+  monkeypatch.setattr(prompt_lookup, 'propose', propose)
 
 
 @pytest.mark.parametrize(
