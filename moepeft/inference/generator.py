@@ -83,7 +83,7 @@ class GenerationConfig:
     if self.beams is not None and samples:
       raise ValueError(
         'beams are searched for the most probable answer; leave out '
-        'temperature, its filters, penalties and min_new_tokens'
+        'temperature, its filters, penalties, logit_bias and min_new_tokens'
       )
     if self.beams is not None and self.prompt_lookup_num_tokens:
       raise ValueError('prompt_lookup_num_tokens has no use with beams')

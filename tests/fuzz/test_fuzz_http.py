@@ -81,9 +81,9 @@ SAMPLING = {
   'seed': 7,
   'user': 'a',
   'metadata': {'a': 'b'},
-  'logit_bias': {},
-  'frequency_penalty': 0,
-  'presence_penalty': 0,
+  'logit_bias': {'5': 1, '7': -100},
+  'frequency_penalty': 0.5,
+  'presence_penalty': -1,
   'stream': False,
   'routing': True,
 }

@@ -90,7 +90,16 @@ class GenerationRequest:
     constraint: api.Constraint | None,
     prompt_logprobs: int | None = None,
   ) -> api.Request:
-    """Makes the engine request of one answer."""
+    """Makes the engine request of one answer.
+
+    Raises:
+      ApiError: a token of logit_bias is not in the vocabulary.
+    """
+    http_requests.check_ids(
+      [token for token, _ in self.body.token_bias],
+      self.service.engine.vocab,
+      'logit_bias',
+    )
     return api.Request(
       f'{self.id}/{index}',
       tuple(ids),

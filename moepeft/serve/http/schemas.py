@@ -6,6 +6,7 @@ fields that this server does not support are accepted only with a value that has
 no effect.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,19 +20,18 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from moepeft.inference.engine.limits import MAX_LOGPROBS
+from moepeft.inference.sampling import MAX_BIAS, MAX_COUNT_PENALTY
 
 _INT64 = 1 << 63
+_TOKEN_KEY = re.compile(r'0|[1-9][0-9]{0,9}')
 # Unsupported fields, with the values beside null that have no effect.
 _UNSUPPORTED: dict[str, tuple] = {
   'audio': (),
   'best_of': (1,),
-  'frequency_penalty': (0,),
   'function_call': ('none',),
   'functions': ([],),
-  'logit_bias': ({},),
   'modalities': (['text'],),
   'prediction': (),
-  'presence_penalty': (0,),
   'reasoning_effort': ('none',),
   'service_tier': ('auto', 'default'),
   'store': (False,),
@@ -92,6 +92,9 @@ class ResponseFormat(Strict):
       )
 
 
+_Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+
+
 class GenerationFields(Strict):
   """Fields that completions and chat share."""
 
@@ -103,6 +106,13 @@ class GenerationFields(Strict):
   seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
   temperature: float | None = Field(None, ge=0, le=2)
   top_p: float | None = Field(None, ge=0, le=1)
+  frequency_penalty: float | None = Field(
+    None, ge=-MAX_COUNT_PENALTY, le=MAX_COUNT_PENALTY
+  )
+  presence_penalty: float | None = Field(
+    None, ge=-MAX_COUNT_PENALTY, le=MAX_COUNT_PENALTY
+  )
+  logit_bias: dict[str, _Bias] | None = None
   user: str | None = None
   # Without effect here: names for the client's own accounting.
   metadata: dict[str, str] | None = None
@@ -117,9 +127,6 @@ class GenerationFields(Strict):
   task: str | None = None
   top_k: int | None = Field(None, ge=1, lt=1 << 31)
   # Not supported.
-  frequency_penalty: Any = None
-  logit_bias: Any = None
-  presence_penalty: Any = None
   service_tier: Any = None
   store: Any = None
 
@@ -154,6 +161,23 @@ class GenerationFields(Strict):
     if isinstance(value, list) and '' in stops:
       raise ValueError('a stop string is empty; leave it out')
     return value
+
+  @field_validator('logit_bias')
+  @classmethod
+  def _check_bias(cls, value: dict | None) -> dict | None:
+    for key in value or ():
+      # int() would take '+5', ' 5', '05' and digits of other scripts.
+      if not _TOKEN_KEY.fullmatch(key):
+        raise ValueError(
+          f'a key is the id of a token, such as "50"; got {key!r:.60}'
+        )
+    return value
+
+  @property
+  def token_bias(self) -> tuple[tuple[int, float], ...]:
+    """Pairs (token id, bias)."""
+    bias = self.logit_bias or {}
+    return tuple((int(key), number) for key, number in bias.items())
 
   @property
   def stops(self) -> tuple[str, ...]:
