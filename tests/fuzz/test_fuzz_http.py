@@ -11,8 +11,8 @@ import random
 
 import pytest
 
+from moepeft.core.http_access import ApiKeys
 from moepeft.serve.http import app
-from moepeft.serve.http.keys import ApiKeys
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.in_process import Hung, in_process
 from tests.serve.small_server import FakeEmbedder, byte_tokenizer, constrained
