@@ -115,6 +115,43 @@ BODIES = (
     },
   ),
   (
+    '/v1/responses',
+    {
+      'model': 'base',
+      'instructions': 'a',
+      'input': [
+        {'role': 'user', 'content': [{'type': 'input_text', 'text': 'b'}]},
+        {
+          'type': 'function_call',
+          'id': 'fc_1',
+          'call_id': 'x',
+          'name': 'f',
+          'arguments': '{"a": 1}',
+        },
+        {'type': 'function_call_output', 'call_id': 'x', 'output': 'c'},
+      ],
+      'tools': [{'type': 'function', 'name': 'f', 'parameters': SCHEMA}],
+      'tool_choice': 'auto',
+      'text': {'format': {'type': 'text'}, 'verbosity': 'medium'},
+      'include': ['message.output_text.logprobs'],
+      'top_logprobs': 2,
+      'max_output_tokens': 5,
+      'stream': True,
+      'store': False,
+    },
+  ),
+  (
+    '/v1/responses',
+    {
+      'model': 'base',
+      'input': 'a',
+      'text': {
+        'format': {'type': 'json_schema', 'name': 'a', 'schema': SCHEMA}
+      },
+      'max_output_tokens': 40,
+    },
+  ),
+  (
     '/v1/completions',
     SAMPLING
     | {
@@ -271,8 +308,9 @@ def check(client, path, raw):
     assert set(error) == {'message', 'type', 'param', 'code'}, where
     assert error['message'] and '\n' not in error['message'], where
   elif kind.startswith('text/event-stream'):
-    assert b'"type":"server_error"' not in body, where
-    assert body.endswith(b'data: [DONE]\n\n') or b'"error"' in body, where
+    assert b':"server_error"' not in body, where
+    ended = body.endswith(b'data: [DONE]\n\n') or b'"error":{' in body
+    assert ended or b'event: response.' in body.rpartition(b'\n\n')[0], where
   else:
     json.loads(body)
   return status

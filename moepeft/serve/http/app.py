@@ -14,6 +14,7 @@ from moepeft.serve.http import (
   completions,
   embeddings,
   probes,
+  responses,
   tokens,
 )
 from moepeft.serve.http.errors import ApiError
@@ -30,6 +31,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
   ('GET', '/v1/models/{name:path}', probes.model),
   ('POST', '/v1/chat/completions', chat.chat),
   ('POST', '/v1/completions', completions.completions),
+  ('POST', '/v1/responses', responses.responses),
   ('POST', '/v1/embeddings', embeddings.embeddings),
   ('GET', '/v1/adapters', adapters.list_adapters),
   ('POST', '/v1/adapters', adapters.load_adapter),

@@ -171,15 +171,17 @@ async def respond(
   engine_requests: ClientRequests,
   chunks: AsyncGenerator[Json, None] | None,
   complete: Callable[[], Awaitable[Json]],
+  typed: bool = False,
 ) -> Response:
   """Makes an event stream, or a response with one JSON object.
 
   Args:
     chunks: the chunks of the stream; None without streaming.
     complete: computes the JSON object.
+    typed: whether the chunks are named by their field `type`.
   """
   if chunks is not None:
-    return EventStream(chunks, engine_requests.close)
+    return EventStream(chunks, engine_requests.close, typed)
   try:
     return JSONResponse(await cancel_on_disconnect(request.receive, complete()))
   finally:

@@ -27,15 +27,20 @@ _TOKEN_KEY = re.compile(r'0|[1-9][0-9]{0,9}')
 # Unsupported fields, with the values beside null that have no effect.
 _UNSUPPORTED: dict[str, tuple] = {
   'audio': (),
+  'background': (False,),
   'best_of': (1,),
+  'conversation': (),
   'function_call': ('none',),
   'functions': ([],),
+  'max_tool_calls': (),
   'modalities': (['text'],),
   'prediction': (),
+  'reasoning': ({}, {'effort': 'none'}),
   'reasoning_effort': ('none',),
   'service_tier': ('auto', 'default'),
   'store': (False,),
   'suffix': ('',),
+  'truncation': ('disabled',),
   'verbosity': ('medium',),
   'web_search_options': (),
 }
@@ -95,14 +100,11 @@ class ResponseFormat(Strict):
 _Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 
 
-class GenerationFields(Strict):
-  """Fields that completions and chat share."""
+class SamplingFields(Strict):
+  """Fields of every request for text."""
 
   model: str
-  n: int = Field(1, ge=1)
   stream: bool = False
-  stream_options: StreamOptions | None = None
-  stop: str | list[str] | None = None
   seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
   temperature: float | None = Field(None, ge=0, le=2)
   top_p: float | None = Field(None, ge=0, le=1)
@@ -122,8 +124,6 @@ class GenerationFields(Strict):
   embedding: list[float] | None = None
   min_p: float | None = Field(None, ge=0, le=1)
   repetition_penalty: float | None = Field(None, gt=0, le=10)
-  response_format: ResponseFormat | None = None
-  routing: bool | Literal['layers'] = False
   task: str | None = None
   top_k: int | None = Field(None, ge=1, lt=1 << 31)
   # Not supported.
@@ -145,23 +145,6 @@ class GenerationFields(Strict):
     # Clients send null for fields that they leave to the server.
     return cls.model_fields[info.field_name].default if value is None else value
 
-  @field_validator('routing', mode='before')
-  @classmethod
-  def _check_routing(cls, value: Any) -> Any:
-    if value is None or isinstance(value, bool) or value == 'layers':
-      return value
-    raise ValueError(f"expected true, false or 'layers'; got {value!r:.60}")
-
-  @field_validator('stop')
-  @classmethod
-  def _check_stop(cls, value: str | list[str] | None) -> str | list[str] | None:
-    stops = [value] if isinstance(value, str) else value or []
-    if len(stops) > 16 or any(len(stop) > 256 for stop in stops):
-      raise ValueError('at most 16 stop strings of 256 characters are taken')
-    if isinstance(value, list) and '' in stops:
-      raise ValueError('a stop string is empty; leave it out')
-    return value
-
   @field_validator('logit_bias')
   @classmethod
   def _check_bias(cls, value: dict | None) -> dict | None:
@@ -178,6 +161,34 @@ class GenerationFields(Strict):
     """Pairs (token id, bias)."""
     bias = self.logit_bias or {}
     return tuple((int(key), number) for key, number in bias.items())
+
+
+class GenerationFields(SamplingFields):
+  """Fields that completions and chat share."""
+
+  n: int = Field(1, ge=1)
+  stream_options: StreamOptions | None = None
+  stop: str | list[str] | None = None
+  # Extensions.
+  response_format: ResponseFormat | None = None
+  routing: bool | Literal['layers'] = False
+
+  @field_validator('routing', mode='before')
+  @classmethod
+  def _check_routing(cls, value: Any) -> Any:
+    if value is None or isinstance(value, bool) or value == 'layers':
+      return value
+    raise ValueError(f"expected true, false or 'layers'; got {value!r:.60}")
+
+  @field_validator('stop')
+  @classmethod
+  def _check_stop(cls, value: str | list[str] | None) -> str | list[str] | None:
+    stops = [value] if isinstance(value, str) else value or []
+    if len(stops) > 16 or any(len(stop) > 256 for stop in stops):
+      raise ValueError('at most 16 stop strings of 256 characters are taken')
+    if isinstance(value, list) and '' in stops:
+      raise ValueError('a stop string is empty; leave it out')
+    return value
 
   @property
   def stops(self) -> tuple[str, ...]:
