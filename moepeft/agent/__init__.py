@@ -14,6 +14,7 @@ chat_markers        escapes markers of chat templates in tool outputs
 commands            commands of moepeft as tools
 mcp_client          tools of MCP servers
 mcp_server          an MCP server of tools
+http_server         questions over HTTP, with server-sent events
 sandbox             runs Python and shell programs in bubblewrap
 """
 

@@ -12,10 +12,12 @@ the model writes (--tools), only run in bubblewrap. Scripts can read the
 workspace and write a config file into it. The model follows the instructions of
 skills: use only skills that you trust. --mcp adds the tools of an MCP server;
 --mcp_serve is one, for other agents, with commands of moepeft as its tools.
+--serve answers questions over HTTP, on this machine alone without keys.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,15 +25,18 @@ from collections.abc import Callable, Iterator, Sequence
 from moepeft.agent import chat_model, skills, traces
 from moepeft.agent.agent import FORMS, MODES, Agent
 from moepeft.agent.chat_model import ReplyError, ServerModel
-from moepeft.agent.loop import Budget, Event, EventSink
+from moepeft.agent.loop import Budget, Event, EventSink, ignore_event
 from moepeft.agent.memory import Memory, TokenCounter
 from moepeft.agent.sandbox import bubblewrap
 from moepeft.agent.tools import Tool
 from moepeft.core import files, secrets, terminal
 from moepeft.core.extras import require
+from moepeft.core.http_access import ApiKeys, read_keys
 from moepeft.core.untrusted import Malformed, check_encodable
 
 _LINE_WIDTH = 100
+# The time of a question over HTTP, without --max_seconds.
+_SERVED_SECONDS = 600.0
 
 
 def number_in_range(
@@ -95,6 +100,14 @@ _FLAGS = (
   ('max_tokens', _COUNT, None, 'Maximum tokens of a reply.'),
   ('temperature', _TEMPERATURE, None, 'The sampling temperature.'),
   ('seed', _SEED, None, 'The sampling seed.'),
+  ('host', str, '127.0.0.1', 'The address of --serve.'),
+  ('port', number_in_range(int, 0, 65535), 8001, 'The port of --serve.'),
+  (
+    'serve_key_file',
+    str,
+    '',
+    'Keys for --serve, one a line; needed by --host.',
+  ),
   ('trace', str, '', 'A file to which all events are written.'),
   ('replay', str, '', 'A trace to replay, without a server.'),
 )
@@ -124,6 +137,8 @@ def parser() -> argparse.ArgumentParser:
     'over standard input and output.'
   )
   add('--mcp_serve', action='store_true', help=help_text)
+  help_text = 'Answer questions over HTTP, with server-sent events.'
+  add('--serve', action='store_true', help=help_text)
   help_text = 'Run code and scripts as your user, without bubblewrap.'
   add('--unsafe_no_sandbox', action='store_true', help=help_text)
   add(
@@ -377,7 +392,34 @@ def main(flags: argparse.Namespace) -> int:
     serve_mcp(flags)
     return 0
   with contextlib.ExitStack() as stack:
+    if flags.serve:
+      serve_http(flags, skill_set, stack)
+      return 0
     return answer_questions(flags, skill_set, printer, stack)
+
+
+def serve_http(
+  flags: argparse.Namespace, skill_set: dict, stack: contextlib.ExitStack
+) -> None:
+  """Answers questions over HTTP until a signal.
+
+  Raises:
+    ValueError: a flag does not go with --serve, or the address is not allowed.
+  """
+  require('moepeft.agent', 'serve', ('starlette', 'uvicorn'))
+  from moepeft.agent import http_server
+
+  for name in ('question', 'trace', 'show_prompt'):
+    if getattr(flags, name):
+      raise ValueError(f'--serve takes its questions over HTTP; omit {name}')
+  keys = ApiKeys(read_keys(flags.serve_key_file, 'serve_key_file'))
+  tools = connect_mcp(flags, stack)
+  agent = make_agent(flags, skill_set, ignore_event, tools)
+  if agent.budget.seconds is None:
+    budget = dataclasses.replace(agent.budget, seconds=_SERVED_SECONDS)
+    agent = dataclasses.replace(agent, budget=budget)
+  connect(agent, flags, api_key(flags.api_key_file), stream=True)
+  http_server.serve(agent, flags.host, flags.port, keys)
 
 
 def answer_questions(
