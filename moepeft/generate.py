@@ -9,6 +9,7 @@ Without --prompt and --file, prompts are read from the terminal, one per line.
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -95,6 +96,9 @@ def generation_config() -> GenerationConfig:
     _TOP_P.value,
     _MIN_P.value,
     _PENALTY.value,
+    _FREQUENCY_PENALTY.value or None,
+    _PRESENCE_PENALTY.value or None,
+    parse_bias(_LOGIT_BIAS.value or ()),
   )
   sampling.check(settings)
   return GenerationConfig(
@@ -107,6 +111,24 @@ def generation_config() -> GenerationConfig:
     _PROMPT_LOOKUP.value,
     _NUM_ASSISTANT_TOKENS.value if _ASSISTANT_MODEL.value else 0,
   )
+
+
+def parse_bias(texts: Sequence[str]) -> tuple[tuple[int, float], ...]:
+  """The logit bias of values of --logit_bias: '50=-100' -> (50, -100.0).
+
+  Raises:
+    ValueError: a value is not a token's id and its bias.
+  """
+  bias = {}
+  for text in texts:
+    match = re.fullmatch(r'([0-9]{1,10})=(-?[0-9]+(?:\.[0-9]*)?)', text)
+    if not match:
+      raise ValueError(f'--logit_bias={text!r} is not ID=BIAS, such as 50=-100')
+    token = int(match[1])
+    if token in bias:
+      raise ValueError(f'--logit_bias names the token {token} twice')
+    bias[token] = float(match[2])
+  return tuple(bias.items())
 
 
 def beam_config() -> BeamConfig | None:
@@ -305,6 +327,25 @@ if __name__ == '__main__':
     'Above 1: tokens that were there come less.',
     lower_bound=0,
     upper_bound=1_000,
+  )
+  _FREQUENCY_PENALTY = flags.DEFINE_float(
+    'frequency_penalty',
+    0.0,
+    "Subtracted from a token's logit for each time that the answer has it.",
+    lower_bound=-sampling.MAX_COUNT_PENALTY,
+    upper_bound=sampling.MAX_COUNT_PENALTY,
+  )
+  _PRESENCE_PENALTY = flags.DEFINE_float(
+    'presence_penalty',
+    0.0,
+    'Subtracted once from the logits of tokens that the answer has.',
+    lower_bound=-sampling.MAX_COUNT_PENALTY,
+    upper_bound=sampling.MAX_COUNT_PENALTY,
+  )
+  _LOGIT_BIAS = flags.DEFINE_multi_string(
+    'logit_bias',
+    None,
+    "ID=BIAS, added to a token's logit, from -100 to 100; may be repeated.",
   )
   _NUM_BEAMS = flags.DEFINE_integer(
     'num_beams',

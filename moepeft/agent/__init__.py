@@ -11,6 +11,10 @@ traces              event logs and their replay
 skills              SKILL.md directories, loaded on demand
 config_file         config files that a model may write, as data
 chat_markers        escapes markers of chat templates in tool outputs
+commands            commands of moepeft as tools
+mcp_client          tools of MCP servers
+mcp_server          an MCP server of tools
+http_server         questions over HTTP, with server-sent events
 sandbox             runs Python and shell programs in bubblewrap
 """
 

@@ -10,11 +10,14 @@ Ctrl-C ends an answer, Ctrl-D the program. The server can be any server with
 OpenAI's API, such as python -m moepeft.serve. Scripts of skills, and code that
 the model writes (--tools), only run in bubblewrap. Scripts can read the
 workspace and write a config file into it. The model follows the instructions of
-skills: use only skills that you trust.
+skills: use only skills that you trust. --mcp adds the tools of an MCP server;
+--mcp_serve is one, for other agents, with commands of moepeft as its tools.
+--serve answers questions over HTTP, on this machine alone without keys.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +25,18 @@ from collections.abc import Callable, Iterator, Sequence
 from moepeft.agent import chat_model, skills, traces
 from moepeft.agent.agent import FORMS, MODES, Agent
 from moepeft.agent.chat_model import ReplyError, ServerModel
-from moepeft.agent.loop import Budget, Event
+from moepeft.agent.loop import Budget, Event, EventSink, ignore_event
 from moepeft.agent.memory import Memory, TokenCounter
 from moepeft.agent.sandbox import bubblewrap
+from moepeft.agent.tools import Tool
 from moepeft.core import files, secrets, terminal
+from moepeft.core.extras import require
+from moepeft.core.http_access import ApiKeys, read_keys
 from moepeft.core.untrusted import Malformed, check_encodable
 
 _LINE_WIDTH = 100
+# The time of a question over HTTP, without --max_seconds.
+_SERVED_SECONDS = 600.0
 
 
 def number_in_range(
@@ -92,6 +100,14 @@ _FLAGS = (
   ('max_tokens', _COUNT, None, 'Maximum tokens of a reply.'),
   ('temperature', _TEMPERATURE, None, 'The sampling temperature.'),
   ('seed', _SEED, None, 'The sampling seed.'),
+  ('host', str, '127.0.0.1', 'The address of --serve.'),
+  ('port', number_in_range(int, 0, 65535), 8001, 'The port of --serve.'),
+  (
+    'serve_key_file',
+    str,
+    '',
+    'Keys for --serve, one a line; needed by --host.',
+  ),
   ('trace', str, '', 'A file to which all events are written.'),
   ('replay', str, '', 'A trace to replay, without a server.'),
 )
@@ -114,6 +130,15 @@ def parser() -> argparse.ArgumentParser:
   add('--skills', action='append', help=help_text)
   help_text = 'Code that the model may run; repeatable.'
   add('--tools', action='append', choices=code, default=[], help=help_text)
+  help_text = 'A command or URL of an MCP server with more tools; repeatable.'
+  add('--mcp', action='append', default=[], help=help_text)
+  help_text = (
+    'Serve moepeft commands on runs and configs in --workspace as MCP tools, '
+    'over standard input and output.'
+  )
+  add('--mcp_serve', action='store_true', help=help_text)
+  help_text = 'Answer questions over HTTP, with server-sent events.'
+  add('--serve', action='store_true', help=help_text)
   help_text = 'Run code and scripts as your user, without bubblewrap.'
   add('--unsafe_no_sandbox', action='store_true', help=help_text)
   add(
@@ -182,15 +207,74 @@ def api_key(path: str) -> str:
   return words[0]
 
 
-def make_agent(flags: argparse.Namespace, skill_set: dict, on_event) -> Agent:
+def check_workspace(flags: argparse.Namespace) -> None:
+  """
+  Raises:
+    ValueError: --workspace is no directory.
+  """
+  if not os.path.isdir(flags.workspace):
+    raise ValueError(f'--workspace={flags.workspace!r} is no directory')
+
+
+def serve_mcp(flags: argparse.Namespace) -> None:
+  """Serves commands as MCP tools until standard input ends.
+
+  Raises:
+    ValueError: there is no sandbox for them.
+  """
+  require('moepeft.agent', 'agent', ('mcp',))
+  from moepeft.agent import commands, mcp_server
+
+  check_workspace(flags)
+  try:
+    sandbox = skills.script_sandbox(
+      {}, flags.workspace, commands.LIMITS, flags.unsafe_no_sandbox
+    )
+  except ValueError as e:
+    raise ValueError(
+      f'--mcp_serve runs commands for others in bubblewrap, but {e} '
+      '(--unsafe_no_sandbox runs them as your user)'
+    ) from None
+  mcp_server.serve(commands.command_tools(flags.workspace, sandbox))
+
+
+def connect_mcp(
+  flags: argparse.Namespace, stack: contextlib.ExitStack
+) -> list[Tool]:
+  """Connects to the servers of --mcp, and returns their tools.
+
+  Args:
+    stack: ends the connections.
+
+  Raises:
+    ValueError: a server does not start, or does not speak MCP.
+  """
+  if not flags.mcp:
+    return []
+  require('moepeft.agent', 'agent', ('mcp',))
+  from moepeft.agent.mcp_client import McpConnection
+
+  tools = []
+  for server in flags.mcp:
+    connection = McpConnection(server, skills.print_warning)
+    stack.callback(connection.close)
+    tools += connection.tools
+  return tools
+
+
+def make_agent(
+  flags: argparse.Namespace,
+  skill_set: dict,
+  on_event: EventSink,
+  mcp_tools: Sequence[Tool] = (),
+) -> Agent:
   """Makes the agent that the flags describe, without its model."""
   if flags.tool_choice and flags.form == 'react':
     raise ValueError(
       '--tool_choice needs tool calls of the server, which --form=react does '
       'not use; omit one of them'
     )
-  if not os.path.isdir(flags.workspace):
-    raise ValueError(f'--workspace={flags.workspace!r} is no directory')
+  check_workspace(flags)
   script_sandbox = None
   if any(
     p.startswith('scripts/')
@@ -206,6 +290,7 @@ def make_agent(flags: argparse.Namespace, skill_set: dict, on_event) -> Agent:
         f'run_skill_script is left out, as scripts need bubblewrap: {e}'
       )
   tools = skills.skill_tools(skill_set, script_sandbox, flags.workspace)
+  tools += mcp_tools
   if flags.tools:
     script_sandbox = bubblewrap.Sandbox(
       unsafe_no_sandbox=flags.unsafe_no_sandbox
@@ -303,6 +388,47 @@ def main(flags: argparse.Namespace) -> int:
     for skill in skill_set.values():
       terminal.show(f'{skill.name}: {" ".join(skill.description.split())}')
     return 0
+  if flags.mcp_serve:
+    serve_mcp(flags)
+    return 0
+  with contextlib.ExitStack() as stack:
+    if flags.serve:
+      serve_http(flags, skill_set, stack)
+      return 0
+    return answer_questions(flags, skill_set, printer, stack)
+
+
+def serve_http(
+  flags: argparse.Namespace, skill_set: dict, stack: contextlib.ExitStack
+) -> None:
+  """Answers questions over HTTP until a signal.
+
+  Raises:
+    ValueError: a flag does not go with --serve, or the address is not allowed.
+  """
+  require('moepeft.agent', 'serve', ('starlette', 'uvicorn'))
+  from moepeft.agent import http_server
+
+  for name in ('question', 'trace', 'show_prompt'):
+    if getattr(flags, name):
+      raise ValueError(f'--serve takes its questions over HTTP; omit {name}')
+  keys = ApiKeys(read_keys(flags.serve_key_file, 'serve_key_file'))
+  tools = connect_mcp(flags, stack)
+  agent = make_agent(flags, skill_set, ignore_event, tools)
+  if agent.budget.seconds is None:
+    budget = dataclasses.replace(agent.budget, seconds=_SERVED_SECONDS)
+    agent = dataclasses.replace(agent, budget=budget)
+  connect(agent, flags, api_key(flags.api_key_file), stream=True)
+  http_server.serve(agent, flags.host, flags.port, keys)
+
+
+def answer_questions(
+  flags: argparse.Namespace,
+  skill_set: dict,
+  printer: TerminalPrinter,
+  stack: contextlib.ExitStack,
+) -> int:
+  """Answers the question, or those of the terminal; the exit status."""
   key, on_event = api_key(flags.api_key_file), printer
   if flags.trace:
     trace = traces.TraceWriter(os.path.expanduser(flags.trace), [key])
@@ -311,7 +437,7 @@ def main(flags: argparse.Namespace) -> int:
       trace(event)
       printer(event)
 
-  agent = make_agent(flags, skill_set, on_event)
+  agent = make_agent(flags, skill_set, on_event, connect_mcp(flags, stack))
   if flags.show_prompt:
     terminal.show(agent.prompt())
     return 0

@@ -17,7 +17,7 @@ import pydantic
 import pydantic_core
 
 # Function names that the API allows.
-_NAME = re.compile(r'[a-zA-Z0-9_-]{1,64}')
+NAME = re.compile(r'[a-zA-Z0-9_-]{1,64}')
 _TYPE_KEYWORDS = {'type', 'enum', 'const', '$ref', 'anyOf', 'oneOf', 'allOf'}
 
 
@@ -42,12 +42,16 @@ class Tool:
   trusted: bool = False
 
   def declared(self) -> dict[str, Any]:
-    """The tool in the form of a chat completion request."""
+    """The tool in the form of a chat completion request.
+
+    It is declared as strict where its schema is, as tools of other programs
+    have any schemas.
+    """
     function = {
       'name': self.name,
       'description': self.description,
       'parameters': dict(self.schema),
-      'strict': True,
+      'strict': _is_strict(self.schema),
     }
     return {'type': 'function', 'function': function}
 
@@ -72,7 +76,7 @@ def make_tool(
     ValueError: the signature has no strict schema.
   """
   name = function.__name__
-  if not _NAME.fullmatch(name):
+  if not NAME.fullmatch(name):
     raise ValueError(
       f'the name of a tool has up to 64 letters, digits, _ or -; got {name!r}'
     )
@@ -183,6 +187,22 @@ def _check_strict(node: dict[str, Any], subject: str) -> None:
     parts += node.get(key, {}).values()
   for part in [*parts, *([node['items']] if 'items' in node else [])]:
     _check_strict(part, subject)
+
+
+def _is_strict(node: Any) -> bool:
+  """Whether all objects in a schema have their properties, and no others."""
+  if isinstance(node, list):
+    return all(map(_is_strict, node))
+  if not isinstance(node, Mapping):
+    return True
+  kind = node.get('type')
+  if kind == 'object' or (isinstance(kind, list) and 'object' in kind):
+    required = set(node.get('required', ()))
+    if node.get('additionalProperties') is not False or (
+      required != set(node.get('properties', ()))
+    ):
+      return False
+  return all(map(_is_strict, node.values()))
 
 
 def validation_message(error: pydantic.ValidationError) -> str:

@@ -86,7 +86,7 @@ class GenerationConfig:
     if self.beams is not None and samples:
       raise ValueError(
         'beams are searched for the most probable answer; leave out '
-        'temperature, its filters, penalties and min_new_tokens'
+        'temperature, its filters, penalties, logit_bias and min_new_tokens'
       )
     for name in ('prompt_lookup_num_tokens', 'num_assistant_tokens'):
       if self.beams is not None and getattr(self, name):

@@ -3,7 +3,9 @@
 
 Each filter is a pure function of float32 logits that sets the logits of removed
 tokens to -inf. A row's token depends on that row alone. The order is that of
-`transformers`: repetition penalty, temperature, top-k, top-p, min-p.
+`transformers`, with the penalties of counts where vLLM has them: bias,
+repetition penalty, frequency and presence penalty, temperature, top-k, top-p,
+min-p.
 """
 
 from typing import Any
@@ -30,6 +32,10 @@ class Sampling:
       highest probability (arXiv:2407.01082).
     repetition_penalty: divides the positive logits of tokens that occurred
       before, and multiplies the negative ones (arXiv:1909.05858).
+    frequency_penalty: is subtracted from a token's logit for each time that the
+      answer has the token, as in OpenAI's API.
+    presence_penalty: is subtracted once from the logits of the answer's tokens.
+    logit_bias: pairs (token id, number added to its logit) of one request.
   """
 
   temperature: Any = None
@@ -37,24 +43,47 @@ class Sampling:
   top_p: Any = None
   min_p: Any = None
   repetition_penalty: Any = None
+  frequency_penalty: Any = None
+  presence_penalty: Any = None
+  logit_bias: tuple[tuple[int, float], ...] = ()
 
 
-def check(s: Sampling) -> None:
+# OpenAI's bounds.
+MAX_COUNT_PENALTY, MAX_BIAS = 2, 100
+
+
+def check(s: Sampling, vocab: int | None = None) -> None:
   """Checks the sampling parameters of a request, which are numbers.
+
+  Args:
+    vocab: the size of the vocabulary; None leaves the ids of `logit_bias` out
+      of the check.
 
   Raises:
     ValueError: a parameter is out of range, or has no effect.
   """
+  count_range = f'from -{MAX_COUNT_PENALTY} to {MAX_COUNT_PENALTY}'
   for name, holds, range_text in (
     ('temperature', lambda v: v >= 0, 'at least 0 (greedy)'),
     ('top_k', lambda v: v >= 1, 'at least 1'),
     ('top_p', lambda v: 0 < v <= 1, 'above 0 and at most 1'),
     ('min_p', lambda v: 0 <= v <= 1, 'at least 0 and at most 1'),
     ('repetition_penalty', lambda v: v > 0, 'above 0'),
+    ('frequency_penalty', _is_count_penalty, count_range),
+    ('presence_penalty', _is_count_penalty, count_range),
   ):
     value = getattr(s, name)
     if value is not None and not holds(value):
       raise ValueError(f'{name} is {range_text}; got {value}')
+  for token, bias in s.logit_bias:
+    if token < 0 or vocab is not None and token >= vocab:
+      below = 'at least 0' if vocab is None else f'from 0 to {vocab - 1}'
+      raise ValueError(f'a token of logit_bias is {below}; got {token}')
+    if not abs(bias) <= MAX_BIAS:
+      raise ValueError(
+        f'logit_bias is from -{MAX_BIAS} to {MAX_BIAS}; got {bias} for the '
+        f'token {token}'
+      )
   if not s.temperature:
     filters = ('top_k', 'top_p', 'min_p')
     unused = [name for name in filters if getattr(s, name) is not None]
@@ -74,6 +103,20 @@ def apply_repetition_penalty(logits: Array, previous: Array, penalty) -> Array:
   penalty = _per_row(penalty)
   penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
   return jnp.where(previous, penalized, logits)
+
+
+def apply_count_penalties(
+  logits: Array, counts: Array, frequency_penalty, presence_penalty
+) -> Array:
+  """Makes the answer's tokens less likely, as in OpenAI's API.
+
+  Args:
+    counts: [b, v], the number of times that the answer has each token.
+    frequency_penalty, presence_penalty: numbers or arrays [b]; 0 changes
+      nothing.
+  """
+  logits = logits - _per_row(frequency_penalty) * counts
+  return logits - _per_row(presence_penalty) * (counts > 0)
 
 
 def apply_temperature(logits: Array, temperature) -> Array:
@@ -127,7 +170,7 @@ def sample_tokens(logits: Array, s: Sampling, keys: Array | None) -> Array:
   """Samples a token for each row: int32 [b].
 
   Args:
-    logits: [b, v], with the repetition penalty applied.
+    logits: [b, v], with bias and penalties applied.
     keys: a PRNG key for each row, [b]; may be None if s.temperature is None.
   """
   best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -136,6 +179,10 @@ def sample_tokens(logits: Array, s: Sampling, keys: Array | None) -> Array:
   sampled = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, s))
   is_sampled = jnp.broadcast_to(jnp.asarray(s.temperature) > 0, best.shape)
   return jnp.where(is_sampled, sampled, best).astype(jnp.int32)
+
+
+def _is_count_penalty(value: float) -> bool:
+  return abs(value) <= MAX_COUNT_PENALTY
 
 
 def _per_row(value) -> Array:

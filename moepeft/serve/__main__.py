@@ -9,7 +9,6 @@ After SIGTERM, running answers may finish. A chat page is at /.
 """
 
 import importlib.util
-import ipaddress
 import math
 import os
 import sys
@@ -18,19 +17,19 @@ from collections.abc import Sequence
 from absl import flags
 
 from moepeft.config import command_line
+from moepeft.core import http_access
+from moepeft.core.http_access import ApiKeys
 from moepeft.data.chat import template as chat_template
 from moepeft.inference.constraints.grammar import Compiler
 from moepeft.inference.engine.limits import MAX_PROPOSED, EngineConfig
 from moepeft.serve import open_engine, page, terminal_output
 from moepeft.serve.embeddings.chooser import AdapterChooser, read_examples
 from moepeft.serve.embeddings.encoder import EmbeddingEncoder, SentenceEmbedder
-from moepeft.serve.http import keys as http_keys
 from moepeft.serve.http.chat_templates import ChatSettings
 from moepeft.serve.http.connection import (
   ConnectionLimits,
   reserve_file_descriptors,
 )
-from moepeft.serve.http.keys import ApiKeys
 from moepeft.serve.http.limits import RequestLimits
 from moepeft.serve.http.metrics import Metrics
 from moepeft.serve.http.model_registry import ModelRegistry
@@ -38,8 +37,6 @@ from moepeft.serve.http.server import Server, listen, serve
 from moepeft.serve.http.service import AUTO, Service
 from moepeft.serve.http.text import ServedTokenizer
 from moepeft.serve.http.tool_calls import ToolPlanner
-
-_LOOPBACK_HOSTS = ('localhost', '127.0.0.1', '[::1]')
 
 
 def adapter_paths() -> dict[str, str]:
@@ -72,14 +69,6 @@ def named_paths(
   return paths
 
 
-def is_loopback(host: str) -> bool:
-  """Whether an address is reachable only from this machine."""
-  try:
-    return host == 'localhost' or ipaddress.ip_address(host).is_loopback
-  except ValueError:
-    return False
-
-
 def read_api_keys() -> ApiKeys:
   """Reads the files of API keys.
 
@@ -88,10 +77,14 @@ def read_api_keys() -> ApiKeys:
       machines without keys.
   """
   api_keys = ApiKeys(
-    http_keys.read_keys(_API_KEYS.value, _API_KEYS.name),
-    http_keys.read_keys(_ADMIN_KEYS.value, _ADMIN_KEYS.name),
+    http_access.read_keys(_API_KEYS.value, _API_KEYS.name),
+    http_access.read_keys(_ADMIN_KEYS.value, _ADMIN_KEYS.name),
   )
-  if not (is_loopback(_HOST.value) or api_keys.users or _ALLOW_NO_KEY.value):
+  if not (
+    http_access.is_loopback(_HOST.value)
+    or api_keys.users
+    or _ALLOW_NO_KEY.value
+  ):
     raise ValueError(
       f'--host={_HOST.value} is reachable from other machines, and there are '
       'no API keys; name a file of keys with --api_key_file, or allow it with '
@@ -232,8 +225,7 @@ def make_service(
     reserved_names[embedder.name] = 'the model for embeddings'
   if chooser is not None:
     reserved_names[AUTO] = 'the model that chooses an adapter'
-  # Without keys, the Host header is checked against DNS rebinding.
-  hosts = (*_LOOPBACK_HOSTS, _HOST.value) if is_loopback(_HOST.value) else ()
+  hosts = http_access.accepted_hosts(_HOST.value)
   return Service(
     engine,
     ServedTokenizer(

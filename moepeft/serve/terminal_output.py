@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from moepeft.core import secrets, terminal
+from moepeft.core.http_access import ApiKeys
 from moepeft.inference.api import LoadedAdapter
-from moepeft.serve.http.keys import ApiKeys
 
 # Seconds between two lines if the output is not a terminal.
 _PRINT_INTERVAL = 10.0

@@ -11,8 +11,8 @@ import random
 
 import pytest
 
+from moepeft.core.http_access import ApiKeys
 from moepeft.serve.http import app
-from moepeft.serve.http.keys import ApiKeys
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.in_process import Hung, in_process
 from tests.serve.small_server import FakeEmbedder, byte_tokenizer, constrained
@@ -81,9 +81,9 @@ SAMPLING = {
   'seed': 7,
   'user': 'a',
   'metadata': {'a': 'b'},
-  'logit_bias': {},
-  'frequency_penalty': 0,
-  'presence_penalty': 0,
+  'logit_bias': {'5': 1, '7': -100},
+  'frequency_penalty': 0.5,
+  'presence_penalty': -1,
   'stream': False,
   'routing': True,
 }
@@ -112,6 +112,43 @@ BODIES = (
       'max_completion_tokens': 40,
       'stream': True,
       'stream_options': {'include_usage': True},
+    },
+  ),
+  (
+    '/v1/responses',
+    {
+      'model': 'base',
+      'instructions': 'a',
+      'input': [
+        {'role': 'user', 'content': [{'type': 'input_text', 'text': 'b'}]},
+        {
+          'type': 'function_call',
+          'id': 'fc_1',
+          'call_id': 'x',
+          'name': 'f',
+          'arguments': '{"a": 1}',
+        },
+        {'type': 'function_call_output', 'call_id': 'x', 'output': 'c'},
+      ],
+      'tools': [{'type': 'function', 'name': 'f', 'parameters': SCHEMA}],
+      'tool_choice': 'auto',
+      'text': {'format': {'type': 'text'}, 'verbosity': 'medium'},
+      'include': ['message.output_text.logprobs'],
+      'top_logprobs': 2,
+      'max_output_tokens': 5,
+      'stream': True,
+      'store': False,
+    },
+  ),
+  (
+    '/v1/responses',
+    {
+      'model': 'base',
+      'input': 'a',
+      'text': {
+        'format': {'type': 'json_schema', 'name': 'a', 'schema': SCHEMA}
+      },
+      'max_output_tokens': 40,
     },
   ),
   (
@@ -271,8 +308,9 @@ def check(client, path, raw):
     assert set(error) == {'message', 'type', 'param', 'code'}, where
     assert error['message'] and '\n' not in error['message'], where
   elif kind.startswith('text/event-stream'):
-    assert b'"type":"server_error"' not in body, where
-    assert body.endswith(b'data: [DONE]\n\n') or b'"error"' in body, where
+    assert b':"server_error"' not in body, where
+    ended = body.endswith(b'data: [DONE]\n\n') or b'"error":{' in body
+    assert ended or b'event: response.' in body.rpartition(b'\n\n')[0], where
   else:
     json.loads(body)
   return status

@@ -242,6 +242,13 @@ def test_an_evaluation_uses_all_learned_positions_and_refuses_more():
     ({'stop_strings': ('a', '')}, 'a stop string is empty'),
     ({'beams': BeamConfig(2), 'min_new_tokens': 1}, 'beams are searched'),
     ({'beams': BeamConfig(2), 'sampling': Sampling(1.0)}, 'beams are searched'),
+    (
+      {
+        'beams': BeamConfig(2),
+        'sampling': Sampling(logit_bias=((3, 1.0),)),
+      },
+      'beams are searched',
+    ),
   ],
 )
 def test_settings_that_cannot_be_are_refused(values, message):
@@ -452,6 +459,17 @@ def test_the_command_answers_from_a_model_and_from_the_terminal():
     ),
     (('--model=x', '--length_penalty=2'), 'set --num_beams above 1, too'),
     (('--model=x', '--early_stopping=yes'), 'set --num_beams above 1, too'),
+    (('--model=x', '--frequency_penalty=3'), '3.0 is not a number in the'),
+    (('--model=x', '--logit_bias=a=1'), "--logit_bias='a=1' is not ID=BIAS"),
+    (('--model=x', '--logit_bias=5=101'), 'logit_bias is from -100 to 100'),
+    (
+      ('--model=package:t5_tiny', '--prompt=a', '--logit_bias=99999=1'),
+      'a token of logit_bias is from 0 to',
+    ),
+    (
+      ('--model=x', '--presence_penalty=1', '--num_beams=2'),
+      'beams are searched',
+    ),
     (('--model=x', '--stop_strings='), 'a stop string is empty'),
     (('--model=x', '--checkpoint=3'), 'name it with --workdir'),
     (

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moepeft.inference import sampling
+from moepeft.inference.engine import sampler
 from moepeft.inference.sampling import Sampling
 
 # Probabilities 1/2, 1/4, 1/8, 1/8 at places 2, 0, 3, 1; the last two equal.
@@ -66,6 +67,24 @@ def test_a_penalty_makes_what_was_there_less_likely():
   np.testing.assert_array_equal(actual, [[1, -6, 5, 0]])
 
 
+def test_count_penalties_are_those_of_the_definition():
+  # logit - count * frequency - (count > 0) * presence, OpenAI's and vLLM's.
+  rng = np.random.default_rng(0)
+  # Multiples of 1/8 and 1/4: products and differences are exact.
+  logits = rng.integers(-40, 40, (5, 31)).astype(np.float32) / 8
+  counts = rng.integers(0, 4, (5, 31)).astype(np.float32)
+  frequency, presence = np.float32([0.5, -1.25, 2, 0, 1]), np.float32(0.75)
+  actual = jax.jit(sampling.apply_count_penalties)(
+    logits, counts, frequency, presence
+  )
+  expected = logits.copy()
+  for row in range(5):
+    for token in range(31):
+      expected[row, token] -= counts[row, token] * frequency[row]
+      expected[row, token] -= presence if counts[row, token] else 0
+  np.testing.assert_array_equal(actual, expected)
+
+
 def test_rows_may_have_numbers_of_their_own():
   logits = jnp.tile(LOGITS, (3, 1))
   assert kept(top_k(logits, jnp.array([1, 2, 4]))) == [
@@ -119,6 +138,10 @@ def test_a_draw_is_its_rows_own():
     ({'temperature': 1.0, 'top_k': 0}, 'top_k is at least 1; got 0'),
     ({'temperature': 1.0, 'min_p': 2.0}, 'min_p is at least 0 and at most 1'),
     ({'repetition_penalty': 0.0}, 'repetition_penalty is above 0'),
+    ({'frequency_penalty': 2.5}, 'frequency_penalty is from -2 to 2; got 2.5'),
+    ({'presence_penalty': float('nan')}, 'presence_penalty is from -2 to 2'),
+    ({'logit_bias': ((7, 101.0),)}, 'logit_bias is from -100 to 100; got 101'),
+    ({'logit_bias': ((-1, 1.0),)}, 'a token of logit_bias is at least 0'),
     ({'top_k': 3}, 'top_k has no effect without a temperature'),
     ({'temperature': 0.0, 'min_p': 0.1}, 'min_p has no effect without'),
   ],
@@ -126,6 +149,12 @@ def test_a_draw_is_its_rows_own():
 def test_numbers_that_cannot_be_are_refused(values, message):
   with pytest.raises(ValueError, match=message):
     sampling.check(Sampling(**values))
+
+
+def test_a_bias_of_a_token_beyond_the_vocabulary_is_refused():
+  sampling.check(Sampling(logit_bias=((30, -100),)), vocab=31)
+  with pytest.raises(ValueError, match='from 0 to 30; got 31'):
+    sampling.check(Sampling(logit_bias=((31, 1),)), vocab=31)
 
 
 def test_filters_equal_those_of_transformers():
@@ -136,6 +165,8 @@ def test_filters_equal_those_of_transformers():
   ids = rng.integers(0, 101, (5, 17))
   seen = np.zeros(logits.shape, bool)
   np.put_along_axis(seen, ids, True, axis=1)
+  bias = np.zeros(101, np.float32)
+  bias[[7, 90]] = 1.5, -100
   pairs = [
     (
       process.TemperatureLogitsWarper(0.7),
@@ -148,6 +179,10 @@ def test_filters_equal_those_of_transformers():
     (
       process.RepetitionPenaltyLogitsProcessor(1.7),
       lambda x: sampling.apply_repetition_penalty(x, seen, 1.7),
+    ),
+    (
+      process.SequenceBiasLogitsProcessor([[[7], 1.5], [[90], -100.0]]),
+      lambda x: sampler.add_bias(x, bias),
     ),
   ]
   for reference, actual in pairs:

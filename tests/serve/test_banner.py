@@ -3,9 +3,9 @@
 
 import io
 
+from moepeft.core.http_access import ApiKeys
 from moepeft.inference.api import LoadedAdapter
 from moepeft.serve import terminal_output
-from moepeft.serve.http.keys import ApiKeys
 
 
 def test_a_file_gets_the_first_program_and_not_every_one():

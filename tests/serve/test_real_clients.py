@@ -108,6 +108,40 @@ def test_chat(client):
   assert chat(client).choices[0].message == choice.message
 
 
+def test_a_response_is_a_chat_in_other_words(client):
+  whole = chat(client)
+  fields = dict(model=BASE, input=QUESTION, temperature=0, max_output_tokens=24)
+  response = client.responses.create(**fields)
+  assert response.output_text == whole.choices[0].message.content
+  assert response.usage.output_tokens == whole.usage.completion_tokens
+  with client.responses.stream(**fields) as stream:
+    assert stream.get_final_response().output_text == response.output_text
+
+
+def test_a_bias_forbids_and_a_penalty_stops_repetition(client):
+  fields = dict(
+    model=BASE, prompt='la la la la la', temperature=0, max_tokens=24
+  )
+  plain = client.completions.create(**fields, logprobs=0).choices[0]
+  first = plain.logprobs.tokens[0]
+  # Of a few words, the model repeats them.
+  assert plain.logprobs.tokens.count(first) > 5
+  penalized = client.completions.create(
+    **fields, logprobs=0, frequency_penalty=2
+  ).choices[0]
+  assert penalized.logprobs.tokens.count(first) < 5
+  # One way to the id of a token is the server's own.
+  ids = client.post(
+    str(client.base_url).replace('/v1/', '/tokenize'),
+    cast_to=dict[str, object],
+    body={'model': BASE, 'prompt': first},
+  )['tokens']
+  forbidden = client.completions.create(
+    **fields, logprobs=0, logit_bias={str(ids[-1]): -100}
+  ).choices[0]
+  assert first not in forbidden.logprobs.tokens
+
+
 @pytest.mark.parametrize('model', (BASE, *METHODS))
 def test_a_stream_says_what_the_whole_answer_says(client, model):
   whole = chat(client, model=model)

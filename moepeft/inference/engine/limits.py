@@ -178,7 +178,7 @@ def check_request(request: Request, model: Any, config: EngineConfig) -> None:
   if request.timeout is not None and not request.timeout > 0:
     raise RequestRefused(f'the timeout is above 0 s; got {request.timeout}')
   try:
-    sampling.check(request.sampling)
+    sampling.check(request.sampling, model.config.vocab)
   except ValueError as e:
     raise RequestRefused(str(e)) from None
 

@@ -98,16 +98,31 @@ def draw_params(s: Sampling, seed: int, count: int, v: int) -> DrawParams:
 
 
 def plan(programs: Programs, v: int) -> None:
-  """Plans the programs `edit`, `draw`, `draw_filtered` and `best`."""
+  """Plans the programs that rows need for more than the best token."""
   logits = jax.ShapeDtypeStruct((1, v), jnp.float32)
   bits = jax.ShapeDtypeStruct((-(-v // 8),), jnp.uint8)
   params = draw_params(Sampling(), 0, 0, v)
+  row = jax.ShapeDtypeStruct((v,), jnp.float32)
+  programs.plan(('bias',), add_bias, logits, row)
   programs.plan(('edit',), edit, logits, bits, bits, np.float32(1))
+  programs.plan(
+    ('penalize',),
+    sampling.apply_count_penalties,
+    logits,
+    row,
+    np.float32(0),
+    np.float32(0),
+  )
   programs.plan(('draw',), draw, logits, logits, params)
   programs.plan(('draw_filtered',), draw_filtered, logits, logits, params)
   programs.plan(
     ('best',), functools.partial(top_tokens, top=min(MAX_LOGPROBS, v)), logits
   )
+
+
+def add_bias(logits: Array, bias: Array) -> Array:
+  """Adds a bias [v] to logits [1, v]."""
+  return logits + bias
 
 
 def edit(
@@ -251,6 +266,22 @@ def _edit_logits(
   programs: Programs, sequence: Sequence, logits: Array
 ) -> Array:
   """The logits from which the sequence's next token is drawn."""
+  s = sequence.request.sampling
+  if sequence.bias is not None:
+    logits = programs[('bias',)](logits, sequence.bias)
+  logits = _mask_logits(programs, sequence, logits)
+  if sequence.counts is not None:
+    penalties = (s.frequency_penalty or 0, s.presence_penalty or 0)
+    logits = programs[('penalize',)](
+      logits, sequence.counts, *map(np.float32, penalties)
+    )
+  return logits
+
+
+def _mask_logits(
+  programs: Programs, sequence: Sequence, logits: Array
+) -> Array:
+  """Applies the repetition penalty and the constraint."""
   request, v = sequence.request, logits.shape[1]
   forbid_eos = len(sequence.answer) < request.min_new_tokens
   if (

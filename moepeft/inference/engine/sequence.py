@@ -30,6 +30,9 @@ class Sequence:
     num_cached_tokens: the number of prompt tokens taken from the cache.
     prompt_logprobs: the prompt's log-probabilities, if requested.
     previous: bool [v], the tokens in the repetition penalty; None without one.
+    counts: float32 [v], the answer's number of each token, for the frequency
+      and the presence penalty; None without them.
+    bias: float32 [v], the logits' bias; None without one.
     cancelled: whether the client cancelled the request, or `deliver` failed.
     started: the `time.monotonic` at which it got its adapter and slot.
     has_finite_logits: whether a step with the cache of its slot gave finite
@@ -48,6 +51,8 @@ class Sequence:
   num_cached_tokens: int = 0
   prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
   previous: np.ndarray | None = None
+  counts: np.ndarray | None = None
+  bias: np.ndarray | None = None
   cancelled: bool = False
   started: float = 0.0
   has_finite_logits: bool = False
@@ -94,9 +99,18 @@ class Sequence:
     self.has_finite_logits = True
     if self.previous is not None:
       self.previous[token] = True
+    if self.counts is not None:
+      self.counts[token] += 1
 
   def track_previous(self, prompt: tuple[int, ...], v: int) -> None:
-    """Initializes `previous` if the request has a repetition penalty."""
-    if self.request.sampling.repetition_penalty is not None:
+    """Initializes `previous`, `counts` and `bias` as the request needs them."""
+    s = self.request.sampling
+    if s.repetition_penalty is not None:
       self.previous = np.zeros(v, bool)
       self.previous[list(prompt)] = True
+    if s.frequency_penalty or s.presence_penalty:
+      self.counts = np.zeros(v, np.float32)
+    if s.logit_bias:
+      self.bias = np.zeros(v, np.float32)
+      for token, number in s.logit_bias:
+        self.bias[token] = number

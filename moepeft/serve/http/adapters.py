@@ -26,6 +26,7 @@ _LOG = logging.getLogger('moepeft.serve')
 
 
 async def list_adapters(service: Service, request: Request) -> JSONResponse:
+  """The loaded adapters; their paths are shown to admin keys alone."""
   is_admin = _is_admin(service, request)
   entries = [
     _adapter_entry(adapter, is_admin) for adapter in service.engine.adapters()

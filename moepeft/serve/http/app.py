@@ -13,7 +13,9 @@ from moepeft.serve.http import (
   chat,
   completions,
   embeddings,
+  openapi,
   probes,
+  responses,
   tokens,
 )
 from moepeft.serve.http.errors import ApiError
@@ -26,10 +28,12 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
   ('GET', '/health', probes.health),
   ('GET', '/ready', probes.ready),
   ('GET', '/metrics', probes.prometheus_metrics),
+  ('GET', '/openapi.json', openapi.openapi),
   ('GET', '/v1/models', probes.models),
   ('GET', '/v1/models/{name:path}', probes.model),
   ('POST', '/v1/chat/completions', chat.chat),
   ('POST', '/v1/completions', completions.completions),
+  ('POST', '/v1/responses', responses.responses),
   ('POST', '/v1/embeddings', embeddings.embeddings),
   ('GET', '/v1/adapters', adapters.list_adapters),
   ('POST', '/v1/adapters', adapters.load_adapter),
@@ -42,7 +46,8 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
 
 def make_app(service: Service) -> FastAPI:
   """The ASGI application of a service."""
-  # Without documentation pages, which load scripts from other hosts.
+  # Without documentation pages, which load scripts from other hosts. Handlers
+  # read bodies themselves, so FastAPI could not describe them; see `openapi`.
   app = FastAPI(
     title='moepeft', docs_url=None, redoc_url=None, openapi_url=None
   )

@@ -56,16 +56,51 @@ class ChatRequest(GenerationRequest):
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class StartedChat:
+  """A chat request whose answers the engine computes."""
+
+  request: ChatRequest
+  engine_requests: ClientRequests
+  answers: Sequence[AnswerStream]
+
+
 async def chat(service: Service, request: Request) -> Response:
-  stats = request.scope['stats']
+  """The next turn of a conversation, as in OpenAI's chat completions."""
   body = await read_body(request, Chat, service.limits.body)
   _check_body(body)
+  name = f'chatcmpl-{secrets.token_hex(12)}'
+  started = await start(service, request, body, name)
+  chat_request, engine_requests = started.request, started.engine_requests
+  choices = _stream(chat_request, engine_requests, started.answers)
+  chunks = chat_request.chunks('chat.completion.chunk', choices)
+
+  async def complete():
+    deltas = await chat_request.complete(engine_requests, started.answers)
+    return await asyncio.to_thread(_response_body, chat_request, deltas)
+
+  return await respond(
+    request, engine_requests, chunks if body.stream else None, complete
+  )
+
+
+async def start(
+  service: Service, request: Request, body: Chat, name: str
+) -> StartedChat:
+  """Submits a chat to the engine.
+
+  Args:
+    name: the id of the completion.
+
+  Raises:
+    ApiError: a field is invalid, or the engine does not accept the chat.
+  """
+  stats = request.scope['stats']
   http_requests.check_choices(body.n, service.limits)
   model, choice = await auto.find_model(
     service, request, body.model, lambda: [auto.user_text(body.messages)]
   )
   stats.model = model.name
-  name = f'chatcmpl-{secrets.token_hex(12)}'
   plan = await asyncio.to_thread(
     make_tool_plan,
     service,
@@ -88,16 +123,7 @@ async def chat(service: Service, request: Request) -> Response:
   requests = await asyncio.to_thread(_engine_requests, chat_request, ids)
   answers = _make_answers(chat_request)
   engine_requests = http_requests.submit(service.engine, requests, 'messages')
-  choices = _stream(chat_request, engine_requests, answers)
-  chunks = chat_request.chunks('chat.completion.chunk', choices)
-
-  async def complete():
-    deltas = await chat_request.complete(engine_requests, answers)
-    return await asyncio.to_thread(_response_body, chat_request, deltas)
-
-  return await respond(
-    request, engine_requests, chunks if body.stream else None, complete
-  )
+  return StartedChat(chat_request, engine_requests, answers)
 
 
 def _check_body(body: Chat) -> None:

@@ -86,6 +86,7 @@ class CompletionRequest(GenerationRequest):
 
 
 async def completions(service: Service, request: Request) -> Response:
+  """The continuations of texts or token ids."""
   stats = request.scope['stats']
   body = await read_body(request, Completion, service.limits.body)
   model, choice = await auto.find_model(

@@ -28,6 +28,7 @@ Result = TypeVar('Result')
 
 
 async def embeddings(service: Service, request: Request) -> JSONResponse:
+  """Vectors of texts."""
   body = await read_body(request, EmbeddingsBody, service.limits.body)
   embedder = service.embedder
   if embedder is None:

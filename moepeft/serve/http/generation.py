@@ -90,7 +90,16 @@ class GenerationRequest:
     constraint: api.Constraint | None,
     prompt_logprobs: int | None = None,
   ) -> api.Request:
-    """Makes the engine request of one answer."""
+    """Makes the engine request of one answer.
+
+    Raises:
+      ApiError: a token of logit_bias is not in the vocabulary.
+    """
+    http_requests.check_ids(
+      [token for token, _ in self.body.token_bias],
+      self.service.engine.vocab,
+      'logit_bias',
+    )
     return api.Request(
       f'{self.id}/{index}',
       tuple(ids),
@@ -162,15 +171,17 @@ async def respond(
   engine_requests: ClientRequests,
   chunks: AsyncGenerator[Json, None] | None,
   complete: Callable[[], Awaitable[Json]],
+  typed: bool = False,
 ) -> Response:
   """Makes an event stream, or a response with one JSON object.
 
   Args:
     chunks: the chunks of the stream; None without streaming.
     complete: computes the JSON object.
+    typed: whether the chunks are named by their field `type`.
   """
   if chunks is not None:
-    return EventStream(chunks, engine_requests.close)
+    return EventStream(chunks, engine_requests.close, typed)
   try:
     return JSONResponse(await cancel_on_disconnect(request.receive, complete()))
   finally:

@@ -10,6 +10,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moepeft.core import http_access
 from moepeft.serve.http.body import ClientDisconnected
 from moepeft.serve.http.errors import ApiError, server_error, unavailable
 from moepeft.serve.http.request_stats import RequestStats
@@ -85,7 +86,7 @@ class RequestMiddleware:
     """
     service, path = self._service, scope['path']
     host = headers.get(b'host', b'').decode('latin-1')
-    if service.hosts and _without_port(host) not in service.hosts:
+    if service.hosts and http_access.without_port(host) not in service.hosts:
       # DNS rebinding: a foreign page whose host name resolves to this machine.
       raise ApiError(
         403,
@@ -151,8 +152,3 @@ def _request_id(headers: dict[bytes, bytes]) -> str:
 
 def _address(scope: Scope) -> str:
   return (scope.get('client') or ('-',))[0]
-
-
-def _without_port(host: str) -> str:
-  """A Host header without its port: '[::1]:8000' -> '[::1]'."""
-  return re.sub(r':\d*$', '', host).lower()

@@ -14,11 +14,13 @@ from moepeft.serve.http.service import AUTO, Service
 
 
 async def models(service: Service, request: Request) -> JSONResponse:
+  """The base, its adapters and the model for embeddings."""
   del request
   return JSONResponse({'object': 'list', 'data': _model_objects(service)})
 
 
 async def model(service: Service, request: Request) -> JSONResponse:
+  """One of the models."""
   name = request.path_params['name']
   objects = _model_objects(service)
   for model_object in objects:
@@ -76,6 +78,7 @@ async def ready(service: Service, request: Request) -> Response:
 
 
 async def prometheus_metrics(service: Service, request: Request) -> Response:
+  """Counters and times, in the format of Prometheus."""
   del request
   text = await asyncio.to_thread(service.metrics.text)
   return Response(text, headers={'Content-Type': metrics.CONTENT_TYPE})

@@ -31,16 +31,20 @@ def make_sampling(body: GenerationFields) -> Sampling:
   """Makes the sampling parameters; the default temperature is OpenAI's, 1."""
   temperature = 1.0 if body.temperature is None else body.temperature
   penalty = body.repetition_penalty
-  penalty = None if penalty == 1 else penalty
+  sampling = Sampling(
+    repetition_penalty=None if penalty == 1 else penalty,
+    frequency_penalty=body.frequency_penalty or None,
+    presence_penalty=body.presence_penalty or None,
+    logit_bias=body.token_bias,
+  )
   # Both settings leave only the most probable token.
   if not temperature or body.top_p == 0:
-    return Sampling(repetition_penalty=penalty)
-  return Sampling(
-    temperature,
-    body.top_k,
-    None if body.top_p == 1 else body.top_p,
-    body.min_p or None,
-    penalty,
+    return sampling
+  return sampling.replace(
+    temperature=temperature,
+    top_k=body.top_k,
+    top_p=None if body.top_p == 1 else body.top_p,
+    min_p=body.min_p or None,
   )
 
 

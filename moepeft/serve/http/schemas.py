@@ -6,6 +6,7 @@ fields that this server does not support are accepted only with a value that has
 no effect.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,23 +20,27 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from moepeft.inference.engine.limits import MAX_LOGPROBS
+from moepeft.inference.sampling import MAX_BIAS, MAX_COUNT_PENALTY
 
 _INT64 = 1 << 63
+_TOKEN_KEY = re.compile(r'0|[1-9][0-9]{0,9}')
 # Unsupported fields, with the values beside null that have no effect.
 _UNSUPPORTED: dict[str, tuple] = {
   'audio': (),
+  'background': (False,),
   'best_of': (1,),
-  'frequency_penalty': (0,),
+  'conversation': (),
   'function_call': ('none',),
   'functions': ([],),
-  'logit_bias': ({},),
+  'max_tool_calls': (),
   'modalities': (['text'],),
   'prediction': (),
-  'presence_penalty': (0,),
+  'reasoning': ({}, {'effort': 'none'}),
   'reasoning_effort': ('none',),
   'service_tier': ('auto', 'default'),
   'store': (False,),
   'suffix': ('',),
+  'truncation': ('disabled',),
   'verbosity': ('medium',),
   'web_search_options': (),
 }
@@ -92,17 +97,24 @@ class ResponseFormat(Strict):
       )
 
 
-class GenerationFields(Strict):
-  """Fields that completions and chat share."""
+_Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+
+
+class SamplingFields(Strict):
+  """Fields of every request for text."""
 
   model: str
-  n: int = Field(1, ge=1)
   stream: bool = False
-  stream_options: StreamOptions | None = None
-  stop: str | list[str] | None = None
   seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
   temperature: float | None = Field(None, ge=0, le=2)
   top_p: float | None = Field(None, ge=0, le=1)
+  frequency_penalty: float | None = Field(
+    None, ge=-MAX_COUNT_PENALTY, le=MAX_COUNT_PENALTY
+  )
+  presence_penalty: float | None = Field(
+    None, ge=-MAX_COUNT_PENALTY, le=MAX_COUNT_PENALTY
+  )
+  logit_bias: dict[str, _Bias] | None = None
   user: str | None = None
   # Without effect here: names for the client's own accounting.
   metadata: dict[str, str] | None = None
@@ -112,14 +124,9 @@ class GenerationFields(Strict):
   embedding: list[float] | None = None
   min_p: float | None = Field(None, ge=0, le=1)
   repetition_penalty: float | None = Field(None, gt=0, le=10)
-  response_format: ResponseFormat | None = None
-  routing: bool | Literal['layers'] = False
   task: str | None = None
   top_k: int | None = Field(None, ge=1, lt=1 << 31)
   # Not supported.
-  frequency_penalty: Any = None
-  logit_bias: Any = None
-  presence_penalty: Any = None
   service_tier: Any = None
   store: Any = None
 
@@ -137,6 +144,34 @@ class GenerationFields(Strict):
   def _replace_null(cls, value: Any, info: Any) -> Any:
     # Clients send null for fields that they leave to the server.
     return cls.model_fields[info.field_name].default if value is None else value
+
+  @field_validator('logit_bias')
+  @classmethod
+  def _check_bias(cls, value: dict | None) -> dict | None:
+    for key in value or ():
+      # int() would take '+5', ' 5', '05' and digits of other scripts.
+      if not _TOKEN_KEY.fullmatch(key):
+        raise ValueError(
+          f'a key is the id of a token, such as "50"; got {key!r:.60}'
+        )
+    return value
+
+  @property
+  def token_bias(self) -> tuple[tuple[int, float], ...]:
+    """Pairs (token id, bias)."""
+    bias = self.logit_bias or {}
+    return tuple((int(key), number) for key, number in bias.items())
+
+
+class GenerationFields(SamplingFields):
+  """Fields that completions and chat share."""
+
+  n: int = Field(1, ge=1)
+  stream_options: StreamOptions | None = None
+  stop: str | list[str] | None = None
+  # Extensions.
+  response_format: ResponseFormat | None = None
+  routing: bool | Literal['layers'] = False
 
   @field_validator('routing', mode='before')
   @classmethod

@@ -3,13 +3,13 @@
 
 import dataclasses
 
+from moepeft.core.http_access import ApiKeys
 from moepeft.inference.constraints.grammar import Compiler
 from moepeft.inference.engine.engine import Engine
 from moepeft.serve.embeddings.chooser import AdapterChooser
 from moepeft.serve.embeddings.encoder import SentenceEmbedder
 from moepeft.serve.http.bounded import BoundedThread
 from moepeft.serve.http.errors import invalid_request
-from moepeft.serve.http.keys import ApiKeys
 from moepeft.serve.http.limits import RequestLimits
 from moepeft.serve.http.metrics import Metrics
 from moepeft.serve.http.model_registry import ModelRegistry, RegisteredModel

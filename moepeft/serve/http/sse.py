@@ -20,7 +20,7 @@ DONE = b'data: [DONE]\n\n'
 
 
 class EventStream(Response):
-  """Sends JSON objects as server-sent events, then `[DONE]`.
+  """Sends JSON objects as server-sent events, and `[DONE]` at the end.
 
   An error after the status was sent becomes the last event, in OpenAI's format.
   """
@@ -28,11 +28,16 @@ class EventStream(Response):
   media_type = 'text/event-stream'
 
   def __init__(
-    self, events: AsyncGenerator[dict[str, Any], None], close: Callable
+    self,
+    events: AsyncGenerator[dict[str, Any], None],
+    close: Callable,
+    typed: bool = False,
   ):
     """
     Args:
       close: called at the end, and when the client disconnects.
+      typed: whether events are named by their field `type`, without `[DONE]`
+        at the end, as in /v1/responses.
     """
     headers = {
       'Cache-Control': 'no-cache',
@@ -42,7 +47,7 @@ class EventStream(Response):
     super().__init__(None, 200, headers)
     # Starlette sets it for the empty body.
     del self.headers['content-length']
-    self._events, self._close = events, close
+    self._events, self._close, self._typed = events, close, typed
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     try:
@@ -70,8 +75,10 @@ class EventStream(Response):
     try:
       async with contextlib.aclosing(self._events) as events:
         async for event in events:
-          await send_body(format_event(event))
-      await send_body(DONE)
+          name = event['type'] if self._typed else ''
+          await send_body(format_event(event, name))
+      if not self._typed:
+        await send_body(DONE)
     except ApiError as e:
       await send_body(format_event(e.body()))
     except (asyncio.CancelledError, OSError):
@@ -86,7 +93,8 @@ class EventStream(Response):
     await send_body(b'', False)
 
 
-def format_event(event: dict[str, Any]) -> bytes:
-  """Formats a server-sent event."""
+def format_event(event: dict[str, Any], name: str = '') -> bytes:
+  """Formats a server-sent event; '' is the name of most."""
   text = json.dumps(event, ensure_ascii=False, separators=(',', ':'))
-  return f'data: {text}\n\n'.encode()
+  head = f'event: {name}\n' if name else ''
+  return f'{head}data: {text}\n\n'.encode()

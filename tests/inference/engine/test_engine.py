@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from moepeft.inference.adapters.fixed import FixedAdapter
-from moepeft.inference.api import LENGTH, STOP
+from moepeft.inference.api import LENGTH, STOP, RequestRefused
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder.model import Decoder
 
 from ...contracts import answers, small_decoders
+from .. import engines
 from ..engines import ask, decoder, expected, logprobs, prompt, running
 
 # Float32 sums in another order: with values of about 3 and 40 terms some 1e-6.
@@ -64,6 +65,97 @@ def test_repeated_tokens_are_penalized(engine):
     assert answer.tokens == answers.uncached_greedy(
       model, variables, ids, 6, penalty=1.6
     )
+
+
+def greedy(logits_after, count, edit):
+  """Greedy tokens by whole calls; edit(logits, answer) is plain numpy."""
+  answer = []
+  for _ in range(count):
+    answer.append(int(np.argmax(edit(logits_after(answer), answer))))
+  return answer
+
+
+@pytest.mark.parametrize(
+  'values',
+  [
+    dict(frequency_penalty=0.75),
+    dict(presence_penalty=1.5),
+    dict(frequency_penalty=-1.0, presence_penalty=0.5),
+    dict(logit_bias=((3, 4.0), (11, -100.0))),
+    dict(
+      repetition_penalty=1.6,
+      frequency_penalty=0.5,
+      presence_penalty=0.25,
+      logit_bias=((3, 4.0), (5, 3.5), (7, 3.0)),
+    ),
+  ],
+  ids=str,
+)
+def test_penalties_of_counts_and_a_bias_are_their_formulas(engine, values):
+  model, params, contents = decoder()
+  variables = {'params': params, 'peft': contents['one']}
+  changed = False
+  for i, size in enumerate((9, 3, 1)):
+    ids = prompt(20 + i, size)
+
+    def edit(logits, answer, ids=ids):
+      logits = logits.copy()
+      for token, number in values.get('logit_bias', ()):
+        logits[token] += number
+      for token in {*ids, *answer}:
+        penalty = values.get('repetition_penalty', 1)
+        logits[token] *= penalty if logits[token] < 0 else 1 / penalty
+      # The answer's tokens alone count, and not the prompt's.
+      for token in answer:
+        logits[token] -= values.get('frequency_penalty', 0)
+      for token in set(answer):
+        logits[token] -= values.get('presence_penalty', 0)
+      return logits
+
+    def logits_after(answer, ids=ids):
+      return answers.uncached_logits(model, variables, ids, answer)[-1]
+
+    actual = ask(engine, ids, 8, adapter='one', sampling=Sampling(**values))
+    assert actual.tokens == greedy(logits_after, 8, edit)
+    plain = ask(engine, ids, 8, adapter='one')
+    changed |= actual.tokens != plain.tokens
+  assert changed
+
+
+def test_log_probabilities_are_those_before_penalties(engine):
+  ids = prompt(21, 5)
+  s = Sampling(logit_bias=((3, 100.0),))
+  answer = ask(engine, ids, 2, logprobs=0, sampling=s)
+  assert answer.tokens == [3, 3]
+  rows = expected((*ids, 3))[-2:]
+  scores = [event.token.logprob for event in answer.events[:-1]]
+  np.testing.assert_allclose(scores, rows[:, 3], atol=CLOSE)
+
+
+class OddTokens:
+  """A constraint that allows tokens of odd ids."""
+
+  def mask(self):
+    return np.arange(engines.V) % 2 == 1
+
+  def accept(self, token):
+    return False
+
+
+def test_a_bias_does_not_overcome_a_constraint(engine):
+  s = Sampling(logit_bias=((4, 100.0), (5, 90.0)), presence_penalty=2.0)
+  answer = ask(engine, prompt(1, 4), 4, sampling=s, constraint=OddTokens())
+  assert answer.tokens == [5] * 4
+  s = Sampling(logit_bias=((4, 100.0),), frequency_penalty=2.0)
+  answer = ask(engine, prompt(1, 4), 6, sampling=s, constraint=OddTokens())
+  assert all(token % 2 for token in answer.tokens)
+  assert len(set(answer.tokens)) > 1
+
+
+def test_a_bias_of_no_token_is_refused(engine):
+  s = Sampling(logit_bias=((engines.V, 1.0),))
+  with pytest.raises(RequestRefused, match=f'to {engines.V - 1}; got'):
+    ask(engine, prompt(1, 4), 1, sampling=s)
 
 
 def test_a_chunked_prompt_is_scored_as_a_whole_one(engine):

@@ -126,8 +126,21 @@ def test_answers_are_the_same_with_what_precedes(scan):
   assert 0 < stats.accepted_tokens <= stats.proposed_tokens
 
 
-def test_samples_penalties_and_logprobs_are_the_same(monkeypatch):
-  sampling = Sampling(temperature=0.9, top_k=20, repetition_penalty=1.3)
+@pytest.mark.parametrize(
+  'sampling',
+  [
+    Sampling(temperature=0.9, top_k=20, repetition_penalty=1.3),
+    Sampling(
+      temperature=0.9,
+      frequency_penalty=0.5,
+      presence_penalty=1.5,
+      logit_bias=((3, 2.0), (5, -100.0)),
+    ),
+    Sampling(frequency_penalty=1.5),
+  ],
+  ids=['repetition', 'counts', 'greedy'],
+)
+def test_samples_penalties_and_logprobs_are_the_same(monkeypatch, sampling):
   asked = requests(sampling=sampling, seed=5, logprobs=2)
   plain = engine()
   expected = answers(plain, asked)

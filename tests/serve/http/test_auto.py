@@ -40,6 +40,10 @@ def test_the_adapter_of_the_nearest_examples_answers_and_is_named(client):
     assert client.engine.requests[-1].adapter == name
     status, answer = client.complete(content, model='auto')
     assert (status, answer['model']) == (200, name)
+    body = {'model': 'auto', 'input': content}
+    status, response = client.post('/v1/responses', body)
+    assert (status, response['model']) == (200, name)
+    assert response['auto'] == answer['auto']
   # 3 / 10 ** 0.5.
   assert answer['auto'] == {
     'similarity': {'first': 0.0, 'second': 0.9487},

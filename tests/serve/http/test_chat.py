@@ -237,6 +237,24 @@ def test_sampling_is_what_was_asked_for(client):
   assert {name: getattr(value, name) for name in fields} == fields
 
 
+@pytest.mark.parametrize('path', [CHAT, '/v1/completions'])
+def test_penalties_of_counts_and_a_bias_reach_the_engine(client, path):
+  body = {'model': 'base', 'prompt': 'a'} if path != CHAT else talk()
+  fields = dict(frequency_penalty=-0.5, presence_penalty=2)
+  status, _ = client.post(path, body | fields | {'logit_bias': {'7': -100}})
+  assert status == 200
+  value = client.engine.requests[-1].sampling
+  assert {name: getattr(value, name) for name in fields} == fields
+  assert value.logit_bias == ((7, -100),)
+  # Without effect.
+  fields = dict(frequency_penalty=0, presence_penalty=0.0, logit_bias={})
+  status, _ = client.post(path, body | fields)
+  value = client.engine.requests[-1].sampling
+  assert status == 200
+  assert (value.frequency_penalty, value.presence_penalty) == (None, None)
+  assert value.logit_bias == ()
+
+
 def test_routing_is_told_a_token_each_where_it_is_asked_for(client, set_answer):
   set_answer('ab')
   _, answer = client.post(CHAT, talk(routing=True))

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from moepeft.core.http_access import ApiKeys
 from moepeft.serve.http.chat_templates import ChatSettings, chat_settings
-from moepeft.serve.http.keys import ApiKeys
 from tests.serve.fake_engine import END, text_of
 from tests.serve.small_server import byte_tokenizer, fake, running
 

@@ -56,8 +56,14 @@ def problem(status, answer):
     ({**TALK, 'messages': [{'role': 'user', 'content': 7}]}, None),
     ({**TALK, 'response_format': {'type': 'xml'}}, 'response_format.type'),
     ({**TALK, 'response_format': {'type': 'json_schema'}}, 'response_format'),
-    ({**TALK, 'frequency_penalty': 0.5}, 'frequency_penalty'),
-    ({**TALK, 'logit_bias': {'5': 1}}, 'logit_bias'),
+    ({**TALK, 'frequency_penalty': 2.5}, 'frequency_penalty'),
+    ({**TALK, 'presence_penalty': '1'}, 'presence_penalty'),
+    ({**TALK, 'logit_bias': {'5': 101}}, 'logit_bias.5'),
+    ({**TALK, 'logit_bias': {'5': True}}, 'logit_bias.5'),
+    ({**TALK, 'logit_bias': {'05': 1}}, 'logit_bias'),
+    ({**TALK, 'logit_bias': {'-5': 1}}, 'logit_bias'),
+    # The vocabulary has 259.
+    ({**TALK, 'logit_bias': {'259': 1}}, 'logit_bias'),
     ({**TALK, 'functions': [{}]}, 'functions'),
     ({**TALK, 'colour': 'red'}, 'colour'),
     ({'model': 'base'}, 'messages'),
@@ -103,9 +109,6 @@ def test_a_wrong_completion_is_a_400_that_names_the_field(client, body, param):
 
 def test_what_is_not_supported_is_taken_where_it_does_nothing(client):
   status, _ = client.chat(
-    frequency_penalty=0,
-    presence_penalty=0.0,
-    logit_bias={},
     service_tier='auto',
     store=False,
     modalities=['text'],
@@ -172,7 +175,7 @@ def test_a_body_that_does_not_tell_its_length_is_limited_too(client):
   [
     ('GET', '/v1/nothing', 404),
     ('GET', '/docs', 404),
-    ('GET', '/openapi.json', 404),
+    ('POST', '/openapi.json', 405),
     ('POST', '/v1/models/', 405),
     ('GET', CHAT, 405),
     ('PUT', COMPLETIONS, 405),

@@ -5,8 +5,9 @@ import hmac
 
 import pytest
 
-from moepeft.serve.http import app, keys
-from moepeft.serve.http.keys import ApiKeys
+from moepeft.core import http_access
+from moepeft.core.http_access import ApiKeys
+from moepeft.serve.http import app
 from tests.serve.small_server import fake, running
 
 KEYS = ApiKeys((b'user-key', b'other-key'), (b'admin-key',))
@@ -145,8 +146,8 @@ def test_a_name_that_was_made_to_lead_here_is_not_answered():
 def test_keys_are_read_a_line_each(tmp_path):
   path = tmp_path / 'keys'
   path.write_text('# of the team\n\n one \ntwo\n')
-  assert keys.read_keys(str(path), 'api_key_file') == (b'one', b'two')
-  assert keys.read_keys('', 'api_key_file') == ()
+  assert http_access.read_keys(str(path), 'api_key_file') == (b'one', b'two')
+  assert http_access.read_keys('', 'api_key_file') == ()
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,6 @@ def test_a_file_without_good_keys_is_refused(tmp_path, text, message):
   path = tmp_path / 'keys'
   path.write_text(text)
   with pytest.raises(ValueError, match=message):
-    keys.read_keys(str(path), 'api_key_file')
+    http_access.read_keys(str(path), 'api_key_file')
   with pytest.raises(ValueError, match='cannot be read'):
-    keys.read_keys(str(tmp_path / 'none'), 'api_key_file')
+    http_access.read_keys(str(tmp_path / 'none'), 'api_key_file')

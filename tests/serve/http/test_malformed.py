@@ -8,12 +8,12 @@ import socket
 
 import pytest
 
+from moepeft.core.http_access import ApiKeys
 from moepeft.inference import api
 from moepeft.inference.adapters.load import read_adapter
 from moepeft.inference.tools import parser as tool_parser
 from moepeft.inference.tools.tools import CALL_FORMATS
 from moepeft.models.decoder.model import DecoderConfig
-from moepeft.serve.http.keys import ApiKeys
 from tests.serve.fake_engine import END, ids_of
 from tests.serve.in_process import in_process
 from tests.serve.small_server import (

@@ -7,8 +7,8 @@ import operator
 
 import pytest
 
+from moepeft.core.http_access import ApiKeys
 from moepeft.serve.http.chat_templates import ChatSettings
-from moepeft.serve.http.keys import ApiKeys
 from moepeft.serve.http.model_registry import ModelRegistry
 from tests.serve.fake_engine import END, ids_of
 from tests.serve.small_server import (

@@ -3,9 +3,9 @@
 
 import pytest
 
+from moepeft.core.http_access import ApiKeys
 from moepeft.inference import api
 from moepeft.serve.http import app
-from moepeft.serve.http.keys import ApiKeys
 from tests.serve.small_server import fake, running
 
 PATH = '/srv/secret-place/runs/law'

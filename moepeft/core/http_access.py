@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API keys, read from files and compared in constant time."""
+"""Access to an HTTP server: API keys, loopback addresses, the header Host.
+
+Keys are read from files and compared in constant time.
+"""
 
 import dataclasses
 import hmac
+import ipaddress
 import os
+import re
 from collections.abc import Sequence
 
 from moepeft.core import files
 
 _SCHEME = b'bearer '
+_LOOPBACK_HOSTS = ('localhost', '127.0.0.1', '[::1]')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,3 +81,28 @@ def read_keys(path: str, flag: str) -> tuple[bytes, ...]:
         'ASCII, which a header cannot contain; use another key'
       )
   return tuple(key.encode() for key in keys)
+
+
+def is_loopback(host: str) -> bool:
+  """Whether an address is reachable only from this machine."""
+  try:
+    return host == 'localhost' or ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return False
+
+
+def accepted_hosts(host: str) -> tuple[str, ...]:
+  """Accepted values of the header Host, without a port; () for any.
+
+  A page of another site can reach this machine by a host name that resolves to
+  it (DNS rebinding). Requests with a key are of clients that know the key.
+
+  Args:
+    host: the address that a server without keys listens on.
+  """
+  return (*_LOOPBACK_HOSTS, host) if is_loopback(host) else ()
+
+
+def without_port(host: str) -> str:
+  """A header Host without its port: '[::1]:8000' -> '[::1]'."""
+  return re.sub(r':\d*$', '', host).lower()
