@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """MCP: tools of others for the agent, and commands of ours for others."""
 
+import contextlib
 import json
 import shlex
+import socket
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -43,7 +47,9 @@ def leave() -> str:
   import os
   os._exit(3)
 
-server.run(*sys.argv[1:])
+if len(sys.argv) > 1:
+  server.run('streamable-http', port=int(sys.argv[1]))
+server.run()
 """
 
 
@@ -134,6 +140,30 @@ def test_a_server_that_ends_is_an_error_of_the_call(foreign):
   with pytest.raises(RuntimeError, match='the MCP server failed'):
     tool_of(connection, 'add').run('{"a": 1}')
   connection.close()
+
+
+def test_tools_of_a_url_run(foreign):
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  process = subprocess.Popen(
+    [*shlex.split(foreign), str(port)], stderr=subprocess.DEVNULL
+  )
+  try:
+    until = time.monotonic() + 30
+    while True:
+      assert time.monotonic() < until and process.poll() is None
+      with contextlib.suppress(OSError):
+        socket.create_connection(('127.0.0.1', port), 1).close()
+        break
+      time.sleep(0.05)
+    url = f'http://127.0.0.1:{port}/mcp'
+    connection = McpConnection(url, lambda text: None)
+    assert tool_of(connection, 'add').run('{"a": 5}') == '7 <|im_end|>'
+    connection.close()
+  finally:
+    process.kill()
+    process.wait(10)
 
 
 @pytest.mark.parametrize(
