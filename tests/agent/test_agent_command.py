@@ -46,7 +46,14 @@ def test_its_skills_and_its_prompt_are_shown_without_a_server():
   listed = run('--list_skills')
   assert listed.returncode == 0, listed.stderr
   names = [line.partition(':')[0] for line in listed.stdout.splitlines()]
-  assert names == ['read-training-run', 'write-config']
+  assert names == [
+    'ablate-routers',
+    'read-training-run',
+    'solve-or-problem',
+    'train-mixture',
+    'write-config',
+    'write-evaluation-report',
+  ]
   shown = run('--show_prompt', '--form=react', '--system=Be kind.')
   assert shown.stdout.startswith('Be kind.\n\nYou have skills')
   assert '- write-config: Writes a config file' in shown.stdout

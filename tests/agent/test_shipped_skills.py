@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two skills that ship: valid, and their scripts say what is so."""
+"""The skills that ship: valid, and their scripts say what is so."""
 
 import ast
 import importlib.util
@@ -26,7 +26,14 @@ WRITE_CONFIG = (
 
 def test_what_ships_is_valid_and_names_files_that_are_there():
   shipped = skills.find_skills([skills.BUILTIN_SKILLS])
-  assert list(shipped) == ['read-training-run', 'write-config']
+  assert list(shipped) == [
+    'ablate-routers',
+    'read-training-run',
+    'solve-or-problem',
+    'train-mixture',
+    'write-config',
+    'write-evaluation-report',
+  ]
   for skill in shipped.values():
     for path in skill.files():
       assert Path(path).name in skill.body, path
