@@ -51,10 +51,15 @@ class Instance:
   Attributes:
     fields: names and numbers by name, for a template.
     problem: its symbolic form.
+    goal: the objective's meaning.
+    variables, rows: the meaning of each variable and of each constraint.
   """
 
   fields: dict[str, Any]
   problem: Problem
+  goal: str
+  variables: Sequence[str]
+  rows: Sequence[str]
 
 
 Draw = Callable[[StableRandom, Domain, Scale], Instance]
@@ -90,7 +95,13 @@ def draw_production(
     Constraint(tuple(column), '<=', limit)
     for column, limit in zip(zip(*uses, strict=True), limits, strict=True)
   ]
-  return _instance(fields, 'max', variables, profits, rows)
+  return Instance(
+    fields,
+    Problem('max', tuple(variables), tuple(profits), tuple(rows)),
+    'the profit',
+    [f'the amount of {item}' for item in items],
+    [f'the stock of {resource}' for resource in resources],
+  )
 
 
 def draw_covering(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
@@ -119,7 +130,13 @@ def draw_covering(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
     Constraint(tuple(column), '>=', need)
     for column, need in zip(zip(*amounts, strict=True), needs, strict=True)
   ]
-  return _instance(fields, 'min', variables, costs, rows)
+  return Instance(
+    fields,
+    Problem('min', tuple(variables), tuple(costs), tuple(rows)),
+    'the cost',
+    [f'packages from {site}' for site in sites],
+    [f'the need of {content}' for content in contents],
+  )
 
 
 def draw_knapsack(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
@@ -134,7 +151,13 @@ def draw_knapsack(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
     'capacity': capacity,
   }
   rows = [Constraint(tuple(weights), '<=', capacity)]
-  return _instance(fields, 'max', _binaries(count), values, rows)
+  return Instance(
+    fields,
+    Problem('max', _binaries(count), tuple(values), tuple(rows)),
+    'the value',
+    [f'whether the {item} is taken' for item in items],
+    ['the weight of the load'],
+  )
 
 
 def draw_transport(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
@@ -159,9 +182,17 @@ def draw_transport(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
     _indicator(lanes, lambda lane, j=j: lane[1] == j, '>=', demand)
     for j, demand in enumerate(demands)
   ]
-  variables = [Variable(f'x{k + 1}') for k in range(len(lanes))]
-  return _instance(
-    fields, 'min', variables, [costs[i][j] for i, j in lanes], rows
+  variables = tuple(Variable(f'x{k + 1}') for k in range(len(lanes)))
+  objective = tuple(costs[i][j] for i, j in lanes)
+  return Instance(
+    fields,
+    Problem('min', variables, objective, tuple(rows)),
+    'the cost of transport',
+    [f'the amount from {sites[i]} to {clients[j]}' for i, j in lanes],
+    [
+      *(f'the supply of {site}' for site in sites),
+      *(f'the demand of {client}' for client in clients),
+    ],
   )
 
 
@@ -185,16 +216,23 @@ def draw_max_flow(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
       for (tail, head), capacity in zip(arcs, capacities, strict=True)
     ],
   }
-  variables = [
+  middle = [node for node in middle if any(node in arc for arc in arcs)]
+  variables = tuple(
     Variable(f'x{k + 1}', 'continuous', 0, capacity)
     for k, capacity in enumerate(capacities)
-  ]
+  )
   rows = [
     Constraint(tuple((b == node) - (a == node) for a, b in arcs), '=', 0)
     for node in middle
   ]
-  objective = [int(tail == source) for tail, _ in arcs]
-  return _instance(fields, 'max', variables, objective, rows)
+  objective = tuple(int(tail == source) for tail, _ in arcs)
+  return Instance(
+    fields,
+    Problem('max', variables, objective, tuple(rows)),
+    'the flow out of the source',
+    [f'the flow from {tail} to {head}' for tail, head in arcs],
+    [f'what enters {node} and leaves it' for node in middle],
+  )
 
 
 def draw_assignment(
@@ -220,12 +258,17 @@ def draw_assignment(
     for axis in (0, 1)
     for i in range(count)
   ]
-  return _instance(
+  sense = 'max' if maximize else 'min'
+  objective = tuple(costs[i][j] for i, j in pairs)
+  return Instance(
     fields,
-    'max' if maximize else 'min',
-    _binaries(len(pairs)),
-    [costs[i][j] for i, j in pairs],
-    rows,
+    Problem(sense, _binaries(len(pairs)), objective, tuple(rows)),
+    'the total score' if maximize else 'the total cost',
+    [f'whether {workers[i]} does {jobs[j]}' for i, j in pairs],
+    [
+      *(f'the job of {worker}' for worker in workers),
+      *(f'who does {job}' for job in jobs),
+    ],
   )
 
 
@@ -248,8 +291,21 @@ def draw_scheduling(
     )
     for worker in range(len(workers))
   ]
-  variables = [*_binaries(len(pairs)), Variable(f'x{len(pairs) + 1}')]
-  return _instance(fields, 'min', variables, [0] * len(pairs) + [1], rows)
+  variables = (*_binaries(len(pairs)), Variable(f'x{len(pairs) + 1}'))
+  objective = (*[0] * len(pairs), 1)
+  return Instance(
+    fields,
+    Problem('min', variables, objective, tuple(rows)),
+    'the hour at which all jobs are done',
+    [
+      *(f'whether {workers[j]} does {jobs[i]}' for i, j in pairs),
+      'the hour at which all jobs are done',
+    ],
+    [
+      *(f'who does {job}' for job in jobs),
+      *(f'the hours of {worker}' for worker in workers),
+    ],
+  )
 
 
 def draw_shifts(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
@@ -270,8 +326,14 @@ def draw_shifts(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
     _indicator(spans, lambda span, name=name: name in span, '>=', need)
     for name, need in zip(periods, needs, strict=True)
   ]
-  variables = [Variable(f'x{k + 1}', 'integer') for k in range(len(spans))]
-  return _instance(fields, 'min', variables, wages, rows)
+  variables = tuple(Variable(f'x{k + 1}', 'integer') for k in range(len(spans)))
+  return Instance(
+    fields,
+    Problem('min', variables, tuple(wages), tuple(rows)),
+    'the wages',
+    [f'people in {first} and {second}' for first, second in spans],
+    [f'the need of the {period}' for period in periods],
+  )
 
 
 def draw_bin_packing(
@@ -299,9 +361,19 @@ def draw_bin_packing(
     )
     for container in range(count)
   ]
-  objective = [0] * len(pairs) + [1] * count
-  return _instance(
-    fields, 'min', _binaries(len(pairs) + count), objective, rows
+  objective = (*[0] * len(pairs), *[1] * count)
+  return Instance(
+    fields,
+    Problem('min', _binaries(len(pairs) + count), objective, tuple(rows)),
+    'the number of containers',
+    [
+      *(f'whether {items[i]} is in container {b + 1}' for i, b in pairs),
+      *(f'whether container {b + 1} is used' for b in range(count)),
+    ],
+    [
+      *(f'the container of {item}' for item in items),
+      *(f'the weight in container {b + 1}' for b in range(count)),
+    ],
   )
 
 
@@ -322,7 +394,13 @@ def draw_set_cover(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
     _indicator(reach, lambda group, name=name: name in group, '>=', 1)
     for name in clients
   ]
-  return _instance(fields, 'min', _binaries(len(sites)), costs, rows)
+  return Instance(
+    fields,
+    Problem('min', _binaries(len(sites)), tuple(costs), tuple(rows)),
+    'the cost',
+    [f'whether {site} is chosen' for site in sites],
+    [f'the reach of {client}' for client in clients],
+  )
 
 
 FAMILIES: dict[str, Draw] = {
@@ -337,17 +415,6 @@ FAMILIES: dict[str, Draw] = {
   'bin_packing': draw_bin_packing,
   'set_cover': draw_set_cover,
 }
-
-
-def _instance(
-  fields: dict[str, Any],
-  sense: str,
-  variables: Sequence[Variable],
-  objective: Sequence[float],
-  rows: Sequence[Constraint],
-) -> Instance:
-  problem = Problem(sense, tuple(variables), tuple(objective), tuple(rows))
-  return Instance(fields, problem)
 
 
 def _entries(names: Sequence[str], **columns: Sequence[float]) -> list[dict]:
@@ -365,8 +432,8 @@ def _named(numbers: Sequence[float], names: Sequence[str]) -> dict[str, float]:
   }
 
 
-def _binaries(count: int) -> list[Variable]:
-  return [Variable(f'x{i + 1}', 'binary', 0, 1) for i in range(count)]
+def _binaries(count: int) -> tuple[Variable, ...]:
+  return tuple(Variable(f'x{i + 1}', 'binary', 0, 1) for i in range(count))
 
 
 def _indicator(
@@ -396,14 +463,15 @@ def _rarely(rng: StableRandom, scale: Scale) -> bool:
 def _sparse(
   rng: StableRandom, rows: int, columns: int, scale: Scale
 ) -> list[list[float]]:
-  """A matrix; with varied scales a fourth is zero, but no row is all zeros."""
-  matrix = []
-  for _ in range(rows):
-    row = [
-      0 if _rarely(rng, scale) else rng.randint(1, scale.largest // 3)
-      for _ in range(columns)
-    ]
-    if not any(row):
-      row[rng.randbelow(columns)] = rng.randint(1, scale.largest // 3)
-    matrix.append(row)
+  """A matrix; with varied scales a fourth is zero, but no row or column is."""
+  matrix = [
+    [rng.randint(1, scale.largest // 3) for _ in range(columns)]
+    for _ in range(rows)
+  ]
+  for i in range(rows):
+    for j in range(columns):
+      column_rest = [matrix[k][j] for k in range(rows) if k != i]
+      row_rest = [matrix[i][k] for k in range(columns) if k != j]
+      if _rarely(rng, scale) and any(row_rest) and any(column_rest):
+        matrix[i][j] = 0
   return matrix
