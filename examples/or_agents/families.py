@@ -40,8 +40,10 @@ class Scale:
       raise ValueError(
         f'a problem has 2 to 4 entities of a kind; got {self.entities}'
       )
-    if self.largest < 9:
-      raise ValueError(f'the largest coefficient is >= 9; got {self.largest}')
+    if not 9 <= self.largest <= 10_000:
+      raise ValueError(
+        f'the largest coefficient is from 9 to 10,000; got {self.largest}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,14 +20,14 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from examples.or_agents import wording
 from examples.or_agents.domains import DOMAINS, HELD_OUT_DOMAINS
 from examples.or_agents.families import FAMILIES, Instance, Scale
 from examples.or_agents.problem import SOLVERS, Problem, solve
-from examples.or_agents.rewards import is_close
+from examples.or_agents.vote import agree
 from moepeft.core import files
 from moepeft.tasks.stable_random import StableRandom
 
@@ -94,7 +94,7 @@ def samples(
       rejected[solution.status] += 1
       continue
     # Wrong programs often have the value 0, too.
-    if is_close(solution.value, 0):
+    if agree(solution.value, 0):
       rejected['optimum 0'] += 1
       continue
     held_out = rng.randbelow(_HELD_OUT_DIVISOR) == 0
@@ -153,7 +153,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     solution = solve(problem, solver, _SECONDS)
     if solution.status != 'optimal':
       result.append(f'{solver}: {solution.status}')
-    elif not is_close(solution.value, row['value']):
+    elif not agree(solution.value, row['value']):
       result.append(f'{solver}: {solution.value}, not {row["value"]}')
   return result
 
@@ -210,6 +210,11 @@ def generate(flags: argparse.Namespace) -> None:
 
   rejected: collections.Counter = collections.Counter()
   scale = Scale(flags.entities, flags.largest, not flags.plain)
+  for name, low, high in (('rows', 1, _MAX_ROWS), ('seed', 0, 2**63 - 1)):
+    if not low <= getattr(flags, name) <= high:
+      raise ValueError(
+        f'--{name} is from {low} to {high:,}; got {getattr(flags, name)}'
+      )
   families = [name for name in flags.families.split(',') if name]
   if unknown := set(families) - FAMILIES.keys():
     raise ValueError(
@@ -241,8 +246,18 @@ def make_parser() -> argparse.ArgumentParser:
     allow_abbrev=False,
   )
   add = parser.add_argument
-  add('--rows', type=_integer(1, _MAX_ROWS), default=500, help='Rows to write.')
-  add('--seed', type=_integer(0, 2**63 - 1), default=0, help='The seed.')
+  add(
+    '--rows',
+    type=int,
+    default=500,
+    help='Rows to write.',
+  )
+  add(
+    '--seed',
+    type=int,
+    default=0,
+    help='The seed.',
+  )
   add('--output', default='', help='The .jsonl file of the rows.')
   add(
     '--training',
@@ -253,13 +268,13 @@ def make_parser() -> argparse.ArgumentParser:
   add('--families', default='', help='Names with commas; default: all.')
   add(
     '--entities',
-    type=_integer(2, 4),
+    type=int,
     default=4,
     help='The maximum number of products, sites, ... of a problem.',
   )
   add(
     '--largest',
-    type=_integer(9, 10_000),
+    type=int,
     default=40,
     help='The maximum of a coefficient.',
   )
@@ -270,21 +285,6 @@ def make_parser() -> argparse.ArgumentParser:
   )
   add('--check', default='', help='A file of rows to solve in two solvers.')
   return parser
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-  def parse(text: str) -> int:
-    try:
-      value = int(text)
-    except ValueError:
-      value = low - 1
-    if not low <= value <= high:
-      raise argparse.ArgumentTypeError(
-        f'expected an integer from {low} to {high}; got {text!r}'
-      )
-    return value
-
-  return parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:

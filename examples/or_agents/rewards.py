@@ -6,10 +6,10 @@ For reinforcement learning, for preference pairs and for measurements.
 
 import dataclasses
 
-from examples.or_agents.problem import Problem, solve
-
-# Two values agree up to this share of the larger one, or of 1.
-TOLERANCE = 1e-4
+from examples.or_agents import execution
+from examples.or_agents.execution import Execution
+from examples.or_agents.vote import TOLERANCE, agree
+from moepeft.agent.sandbox.bubblewrap import Sandbox
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +19,11 @@ class Verdict:
   Attributes:
     runs: whether a solver comes to a conclusion about it.
     is_right: whether its optimal value is the expected one.
-    value: its optimal value; None without one.
     fault: why it does not run; '' if it does.
   """
 
   runs: bool
   is_right: bool
-  value: float | None = None
   fault: str = ''
 
   @property
@@ -34,36 +32,36 @@ class Verdict:
     return 1.0 if self.is_right else 0.1 if self.runs else 0.0
 
 
-def judge_value(
-  status: str, value: float | None, expected: float, fault: str = ''
+def judge(
+  answer: str,
+  expected: float,
+  sandbox: Sandbox | None = None,
+  seconds: float = 5,
+  tolerance: float = TOLERANCE,
 ) -> Verdict:
-  """The verdict on a conclusion, of a program or of a formulation.
+  """The verdict on a reply of a model.
 
   Args:
-    status: 'optimal', 'infeasible' or 'unbounded'; any other is none.
+    answer: a formulation in compact JSON, or with a sandbox a program.
     expected: the right optimal value.
+    sandbox: runs a program.
+    seconds: the time limit of the solver of a formulation.
+    tolerance: of `vote.agree`.
   """
-  runs = status in ('optimal', 'infeasible', 'unbounded')
-  is_right = value is not None and is_close(value, expected)
-  return Verdict(runs, is_right, value, '' if runs else fault or status)
+  code = execution.extract_code(answer)
+  if sandbox is None:
+    outcome = execution.solve_formulation(code, seconds)
+  else:
+    outcome = execution.run_program(sandbox, code)
+  return judge_outcome(outcome, expected, tolerance)
 
 
-def judge(answer: str, expected: float, seconds: float = 5) -> Verdict:
-  """The verdict on a formulation in compact JSON, by HiGHS.
-
-  Args:
-    answer: the text of a model.
-    expected: the right optimal value.
-    seconds: the solver's time limit.
-  """
-  try:
-    problem = Problem.from_json(answer.strip())
-  except ValueError as e:
-    return Verdict(False, False, fault=str(e))
-  solution = solve(problem, seconds=seconds)
-  return judge_value(solution.status, solution.value, expected)
-
-
-def is_close(a: float, b: float) -> bool:
-  """Whether two optimal values are the same but for a solver's tolerance."""
-  return abs(a - b) <= TOLERANCE * max(1.0, abs(a), abs(b))
+def judge_outcome(
+  outcome: Execution, expected: float, tolerance: float = TOLERANCE
+) -> Verdict:
+  """The verdict on a conclusion, of a program or of a formulation."""
+  runs = outcome.status != 'error'
+  is_right = outcome.value is not None and agree(
+    outcome.value, expected, tolerance
+  )
+  return Verdict(runs, is_right, '' if runs else outcome.output)

@@ -29,7 +29,7 @@ from examples.or_agents.programs import (
   program,
   wrong_variants,
 )
-from examples.or_agents.rewards import judge_value
+from examples.or_agents.vote import agree
 from moepeft.tasks.stable_random import StableRandom
 
 _LATEX = {'<=': r'\le', '>=': r'\ge', '=': '='}
@@ -126,7 +126,7 @@ def judged_variants(
   variants = []
   for fault, variant in wrong_variants(problem):
     solution = solve(variant)
-    if not judge_value(solution.status, solution.value, value).is_right:
+    if solution.value is None or not agree(solution.value, value):
       variants.append((fault, variant, solution.status))
   return variants
 
