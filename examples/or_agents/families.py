@@ -81,9 +81,13 @@ def draw_production(
   whole = rng.random_bool()
   fields = {
     'items': [
-      {'name': item, 'profit': profits[i], 'uses': _named(uses[i], resources)}
-      | ({'lower': lower[i]} if lower[i] else {})
-      | ({'upper': upper[i]} if upper[i] else {})
+      {
+        'name': item,
+        'profit': profits[i],
+        'uses': _named(uses[i], resources),
+        'lower': lower[i] or None,
+        'upper': upper[i],
+      }
       for i, item in enumerate(items)
     ],
     'resources': _entries(resources, limit=limits),
@@ -117,8 +121,12 @@ def draw_covering(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
   whole = rng.random_bool()
   fields = {
     'items': [
-      {'name': site, 'cost': costs[i], 'holds': _named(amounts[i], contents)}
-      | ({'upper': upper[i]} if upper[i] else {})
+      {
+        'name': site,
+        'cost': costs[i],
+        'holds': _named(amounts[i], contents),
+        'upper': upper[i],
+      }
       for i, site in enumerate(sites)
     ],
     'contents': _entries(contents, need=needs),
