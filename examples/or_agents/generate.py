@@ -214,7 +214,7 @@ def generate(flags: argparse.Namespace) -> None:
   from examples.or_agents import training_rows
 
   rejected: collections.Counter = collections.Counter()
-  scale = Scale(flags.entities, flags.largest, not flags.plain)
+  scale = Scale(flags.entities, flags.resources, flags.largest, not flags.plain)
   for name, low, high in (('rows', 1, _MAX_ROWS), ('seed', 0, 2**63 - 1)):
     if not low <= getattr(flags, name) <= high:
       raise ValueError(
@@ -276,6 +276,12 @@ def make_parser() -> argparse.ArgumentParser:
     type=int,
     default=4,
     help='The maximum number of products, sites, ... of a problem.',
+  )
+  add(
+    '--resources',
+    type=int,
+    default=4,
+    help='The maximum number of resources of a problem.',
   )
   add(
     '--largest',

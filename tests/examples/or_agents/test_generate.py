@@ -149,7 +149,7 @@ def test_a_lost_number_is_an_error(drawn):
 
 
 def test_no_problem_is_in_two_rows():
-  rows = draw(300, scale=Scale(2, 9, False), families=('knapsack',))
+  rows = draw(300, scale=Scale(2, 1, 9, False), families=('knapsack',))
   assert len({sample.row['problem'] for sample in rows}) == 300
 
 
