@@ -46,10 +46,18 @@ def test_the_agents_send_the_text_alone_and_solve_the_reply():
   assert (request['temperature'], request['seed']) == (0.5, 3)
 
 
-@pytest.mark.parametrize('reply', ('{"s":', '', ReplyError('cut off')))
+@pytest.mark.parametrize(
+  'reply', ('{"s":', '', ReplyError('the reply was cut off'))
+)
 def test_a_reply_that_is_no_formulation_does_not_run(reply):
   outcome = closed_circle.solve_once(TEXT, ScriptedModel(reply), 0.0, 0)
   assert outcome.status == 'error'
+
+
+def test_a_server_without_reply_is_an_error():
+  model = ScriptedModel(ReplyError('no server'))
+  with pytest.raises(ReplyError, match='no server'):
+    closed_circle.solve_once(TEXT, model, 0.0, 0)
 
 
 def test_a_vote_outweighs_a_wrong_greedy_answer(tmp_path):
