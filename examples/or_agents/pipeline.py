@@ -216,6 +216,7 @@ class _Agents:
     """A program that is repaired until it has an optimal value."""
     question, executions, code = self._question(language, formulation), [], ''
     messages = [question]
+    max_repairs = 0 if self._settings.direct else self._settings.max_rounds
     while True:
       try:
         reply = self._ask(language.name, messages)
@@ -235,10 +236,8 @@ class _Agents:
         code=code,
         **dataclasses.asdict(executions[-1]),
       )
-      status, rounds = executions[-1].status, self._settings.max_rounds
-      if status == 'optimal' or len(executions) > rounds:
-        break
-      if self._settings.direct:
+      status = executions[-1].status
+      if status == 'optimal' or len(executions) > max_repairs:
         break
       name = 'repair_error' if status == 'error' else 'repair_no_optimum'
       output = executions[-1].output.strip()
