@@ -93,14 +93,14 @@ def test_an_infeasible_model_is_repaired(sandbox):
 
 
 def test_a_wrong_program_is_outvoted(sandbox):
-  for package in ('pyomo', 'cvxpy', 'pyscipopt', 'highspy'):
+  for package in ('pyomo', 'pyscipopt', 'highspy'):
     pytest.importorskip(package)
-  codes = (cases.WRONG_SCIP, cases.PYOMO, cases.CVXPY)
+  codes = (cases.WRONG_SCIP, cases.PYOMO, cases.FORMULATION)
   model = ScriptedModel(*ACCEPTED, *map(fenced, codes))
-  outcome = solve(model, ['pyscipopt', 'pyomo', 'cvxpy'], sandbox)
+  outcome = solve(model, ['pyscipopt', 'pyomo', 'json'], sandbox)
   assert outcome.programs[0].last.value == pytest.approx(cases.WRONG_VALUE)
   assert outcome.value == pytest.approx(cases.VALUE)
-  assert outcome.agreeing == ('pyomo', 'cvxpy')
+  assert outcome.agreeing == ('pyomo', 'json')
   assert 'outvoted: pyscipopt has 364' in report.summary(outcome)
 
 
