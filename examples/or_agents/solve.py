@@ -151,6 +151,8 @@ def print_progress(event: Event) -> None:
       line = f'{agent} ...'
     case {'event': 'replied', 'agent': agent, 'error': error}:
       line = f'{agent}: {error}'
+    case {'event': 'replied', 'agent': agent, 'reason': 'length'}:
+      line = f'{agent}: the reply was cut off; raise --max_tokens'
     case {'event': 'ran', 'language': name, 'status': status, 'value': value}:
       line = f'{name}: {status}' + ('' if value is None else f' {value:.10g}')
     case _:
