@@ -50,11 +50,11 @@ METHODS = {
 STAGES = ('sft', 'dpo')
 BASE = 'base'
 # Small problems, whose texts and formulations a small model can hold.
-SCALE = Scale(entities=2, largest=12, varied=False)
+SCALE = Scale(entities=2, resources=1, largest=9, varied=False)
 FAMILIES = ('production', 'covering', 'knapsack')
-BASE_FAMILIES = ('production',)
+BASE_FAMILIES = ('knapsack',)
 # Bytes; the longest text and formulation have fewer.
-INPUTS_LENGTH, TARGETS_LENGTH = 320, 96
+INPUTS_LENGTH, TARGETS_LENGTH = 192, 64
 CONFIG = 'configs/molora_t5.py'
 _STARTUP_SECONDS = 900
 _THREADS = 8
@@ -149,8 +149,12 @@ class Circle:
       return
     train: list[dict[str, Any]] = []
     test: list[dict[str, Any]] = []
-    for sample in samples(0, SCALE, FAMILIES):
+    for sample in samples(0, SCALE, FAMILIES, brief=True):
       row = sample.row
+      fits = len(row['text']) < INPUTS_LENGTH
+      fits = fits and len(row['problem']) < TARGETS_LENGTH
+      if not fits:
+        continue
       if row['split'] == 'train' and len(train) < self.sizes.rows:
         train.append(direct_row(row, len(train)) | {'value': row['value']})
       if row['split'] == 'held_out_template':
@@ -172,6 +176,7 @@ class Circle:
       workdir,
       f'--config.steps={self.sizes.base_steps}',
       '--config.method=full',
+      '--config.optimizer.learning_rate=1e-3',
       f'--config.data.path={self.path("base.jsonl")}',
     )
     self._command(
@@ -265,13 +270,15 @@ class Circle:
         path = self.path('outcomes', f'{name}.json')
         if not os.path.exists(path):
           model = ServerModel(client, name, stream=False)
-          _write_outcomes(path, self._solve_all(model, test))
+          _write_outcomes(path, self.solve_all(model, test))
         outcomes[name] = _read_outcomes(path)
     return outcomes
 
-  def _solve_all(
+  def solve_all(
     self, model: ChatModel, test: Sequence[Mapping[str, Any]]
   ) -> list[Outcome]:
+    """The agents' outcome for each problem, with one model."""
+
     def solve_row(row: Mapping[str, Any]) -> Outcome:
       greedy = solve_once(row['text'], model, temperature=0.0, seed=0)
       sampled = [
@@ -313,7 +320,6 @@ class Circle:
       '--config.data.tokenizer=bytes',
       f'--config.data.inputs_length={INPUTS_LENGTH}',
       f'--config.data.targets_length={TARGETS_LENGTH}',
-      '--config.optimizer.schedule=cosine',
       '--config.optimizer.warmup_steps=10',
       '--config.evaluation.before=False',
       '--config.evaluation.after=False',

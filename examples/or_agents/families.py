@@ -27,11 +27,13 @@ class Scale:
 
   Attributes:
     entities: the maximum number of products, sites, jobs, ...
+    resources: the maximum number of resources or needs.
     largest: the maximum of a coefficient.
     varied: whether there are decimals, bounds and zero coefficients.
   """
 
   entities: int = 4
+  resources: int = 4
   largest: int = 40
   varied: bool = True
 
@@ -40,6 +42,8 @@ class Scale:
       raise ValueError(
         f'a problem has 2 to 4 entities of a kind; got {self.entities}'
       )
+    if not 1 <= self.resources <= 4:
+      raise ValueError(f'a problem has 1 to 4 resources; got {self.resources}')
     if not 9 <= self.largest <= 10_000:
       raise ValueError(
         f'the largest coefficient is from 9 to 10,000; got {self.largest}'
@@ -72,7 +76,7 @@ def draw_production(
 ) -> Instance:
   """Product mix: profits, stocks of resources, bounds on sales."""
   items = rng.sample(domain.products, rng.randint(2, scale.entities))
-  resources = rng.sample(domain.resources, rng.randint(2, scale.entities))
+  resources = rng.sample(domain.resources, _resource_count(rng, scale))
   uses = _sparse(rng, len(items), len(resources), scale)
   profits = [_number(rng, scale) for _ in items]
   limits = [rng.randint(3, 9) * scale.largest // 2 for _ in resources]
@@ -81,9 +85,13 @@ def draw_production(
   whole = rng.random_bool()
   fields = {
     'items': [
-      {'name': item, 'profit': profits[i], 'uses': _named(uses[i], resources)}
-      | ({'lower': lower[i]} if lower[i] else {})
-      | ({'upper': upper[i]} if upper[i] else {})
+      {
+        'name': item,
+        'profit': profits[i],
+        'uses': _named(uses[i], resources),
+        'lower': lower[i] or None,
+        'upper': upper[i],
+      }
       for i, item in enumerate(items)
     ],
     'resources': _entries(resources, limit=limits),
@@ -109,7 +117,7 @@ def draw_production(
 def draw_covering(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
   """Packages of several contents that cover needs at the least cost."""
   sites = rng.sample(domain.sites, rng.randint(2, scale.entities))
-  contents = rng.sample(domain.resources, rng.randint(2, scale.entities))
+  contents = rng.sample(domain.resources, _resource_count(rng, scale))
   amounts = _sparse(rng, len(sites), len(contents), scale)
   costs = [_number(rng, scale) for _ in sites]
   needs = [rng.randint(3, 9) * scale.largest // 2 for _ in contents]
@@ -117,8 +125,12 @@ def draw_covering(rng: StableRandom, domain: Domain, scale: Scale) -> Instance:
   whole = rng.random_bool()
   fields = {
     'items': [
-      {'name': site, 'cost': costs[i], 'holds': _named(amounts[i], contents)}
-      | ({'upper': upper[i]} if upper[i] else {})
+      {
+        'name': site,
+        'cost': costs[i],
+        'holds': _named(amounts[i], contents),
+        'upper': upper[i],
+      }
       for i, site in enumerate(sites)
     ],
     'contents': _entries(contents, need=needs),
@@ -456,6 +468,10 @@ def _number(rng: StableRandom, scale: Scale) -> float:
   if scale.varied and rng.randbelow(8) == 0:
     return number + rng.randint(1, 9) / 10
   return number
+
+
+def _resource_count(rng: StableRandom, scale: Scale) -> int:
+  return rng.randint(min(2, scale.resources), scale.resources)
 
 
 def _rarely(rng: StableRandom, scale: Scale) -> bool:

@@ -63,6 +63,7 @@ def samples(
   scale: Scale,
   families: Sequence[str] = tuple(FAMILIES),
   rejected: collections.Counter | None = None,
+  brief: bool = False,
 ) -> Iterator[Sample]:
   """Yields solved problems without end, each once.
 
@@ -70,6 +71,7 @@ def samples(
     seed: rows of one seed and scale are always the same.
     families: the families, drawn evenly.
     rejected: counts the draws that are left out, by reason.
+    brief: whether templates have no opening; not all families have such.
 
   Raises:
     ValueError: a text lacks a number of its problem, which is a fault of the
@@ -98,7 +100,9 @@ def samples(
       rejected['optimum 0'] += 1
       continue
     held_out = rng.randbelow(_HELD_OUT_DIVISOR) == 0
-    template = rng.choice(wording.templates(family, held_out))
+    template = rng.choice(
+      [t for t in wording.templates(family, held_out) if t.is_brief >= brief]
+    )
     text = template.render(instance.fields, domain)
     check_numbers(instance, text)
     other_domain = domain.name in HELD_OUT_DOMAINS
@@ -160,6 +164,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 def write_rows(path: str, rows: Iterator[dict[str, Any]]) -> None:
   """Writes rows as JSON lines."""
+  os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
   lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
   files.write_text(path, ''.join(lines))
 
@@ -209,7 +214,7 @@ def generate(flags: argparse.Namespace) -> None:
   from examples.or_agents import training_rows
 
   rejected: collections.Counter = collections.Counter()
-  scale = Scale(flags.entities, flags.largest, not flags.plain)
+  scale = Scale(flags.entities, flags.resources, flags.largest, not flags.plain)
   for name, low, high in (('rows', 1, _MAX_ROWS), ('seed', 0, 2**63 - 1)):
     if not low <= getattr(flags, name) <= high:
       raise ValueError(
@@ -271,6 +276,12 @@ def make_parser() -> argparse.ArgumentParser:
     type=int,
     default=4,
     help='The maximum number of products, sites, ... of a problem.',
+  )
+  add(
+    '--resources',
+    type=int,
+    default=4,
+    help='The maximum number of resources of a problem.',
   )
   add(
     '--largest',

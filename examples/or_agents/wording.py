@@ -26,7 +26,7 @@ class Pieces:
   """Interchangeable parts of a family's templates.
 
   Attributes:
-    openings: who plans, and between which names.
+    openings: who plans, and between which names; '' where the body says it.
     bodies: all numbers, as sentences or as tables.
     questions: the aim, and whether fractions count.
   """
@@ -49,17 +49,22 @@ class Template:
   name: str
   pieces: tuple[str, ...]
 
+  @property
+  def is_brief(self) -> bool:
+    """Whether it has no opening."""
+    return '' in self.pieces
+
   def render(self, fields: dict[str, Any], domain: Domain) -> str:
     """Returns the text, without spaces at line ends."""
     parts = [
       _compiled(piece).render(actor=domain.actor, **fields).strip()
       for piece in self.pieces
+      if piece
     ]
-    text = ''
-    for part in parts:
+    text = parts[0]
+    for before, part in itertools.pairwise(parts):
       # Tables have lines of their own.
-      is_table = '\n' in part or '\n' in text.rpartition(' ')[2]
-      text += ('\n' if is_table else ' ') * bool(text) + part
+      text += ('\n' if '\n' in before + part else ' ') + part
     return text
 
 
@@ -132,6 +137,7 @@ WORDINGS: dict[str, tuple[Pieces, Pieces]] = {
         'The output of a {{ actor }} has to be planned: '
         '{{ items | names | words }}.',
         'A {{ actor }} decides on quantities of {{ items | names | words }}.',
+        '',
       ),
       (
         '{% for i in items %}'
@@ -195,6 +201,7 @@ WORDINGS: dict[str, tuple[Pieces, Pieces]] = {
       (
         'We run a {{ actor }} and can produce {{ items | names | words }}.',
         'Our {{ actor }} offers {{ items | names | words }}.',
+        '',
       ),
       (
         '{% for i in items %}'
@@ -229,6 +236,7 @@ WORDINGS: dict[str, tuple[Pieces, Pieces]] = {
         'A {{ actor }} buys packages from {{ items | names | words }}.',
         'Packages for a {{ actor }} come from {{ items | names | words }}.',
         'A {{ actor }} orders at {{ items | names | words }}.',
+        '',
       ),
       (
         '{% for i in items %}'
@@ -285,6 +293,7 @@ WORDINGS: dict[str, tuple[Pieces, Pieces]] = {
       (
         'We run a {{ actor }} that is supplied by {{ items | names | words }}.',
         'Our {{ actor }} can shop at {{ items | names | words }}.',
+        '',
       ),
       (
         '{% for i in items %}'
@@ -317,6 +326,7 @@ WORDINGS: dict[str, tuple[Pieces, Pieces]] = {
         'A {{ actor }} packs a load from {{ items | names | words }}.',
         'A load for a {{ actor }} is chosen from {{ items | names | words }}.',
         'A {{ actor }} selects among {{ items | names | words }}.',
+        '',
       ),
       (
         '{% for i in items %}'
@@ -348,6 +358,7 @@ WORDINGS: dict[str, tuple[Pieces, Pieces]] = {
       (
         'We fill one van of a {{ actor }}: {{ items | names | words }}.',
         'Our {{ actor }} has room for some of {{ items | names | words }}.',
+        '',
       ),
       (
         '{% for i in items %}'

@@ -149,14 +149,16 @@ def test_a_lost_number_is_an_error(drawn):
 
 
 def test_no_problem_is_in_two_rows():
-  rows = draw(300, scale=Scale(2, 9, False), families=('knapsack',))
+  rows = draw(300, scale=Scale(2, 1, 9, False), families=('knapsack',))
   assert len({sample.row['problem'] for sample in rows}) == 300
 
 
-def marked(value, names=()):
+def marked(value, names=None):
   """Yields (copy with one number marked, the names that it belongs to)."""
   if isinstance(value, dict):
-    names = (*names, *(v for v in value.values() if isinstance(v, str)))
+    # Texts of the outermost mapping belong to the whole problem.
+    texts = [v for v in value.values() if isinstance(v, str)]
+    names = () if names is None else (*names, *texts)
     for key, part in value.items():
       # Mappings by name, as uses by resource, have the name as the key.
       inner = names if isinstance(part, (list, dict)) else (*names, key)
@@ -211,14 +213,17 @@ def test_rewards():
 
 
 def test_wrong_variants_differ_in_their_outcome(drawn):
+  counts = []
   for sample in drawn[:30]:
     value = sample.row['value']
     variants = training_rows.judged_variants(sample.problem, value)
-    assert variants
     for _, variant, status in variants:
       verdict = rewards.judge(variant.to_json(), value)
       assert not verdict.is_right
       assert verdict.runs == (status != 'error')
+    counts.append(len(variants))
+  # Few problems have none, such as two jobs of one length.
+  assert sum(count > 0 for count in counts) > 25
 
 
 def test_training_rows_are_what_the_readers_take():
