@@ -38,7 +38,9 @@ class Language:
 
 
 def _language(name: str, title: str, *packages: str) -> Language:
-  text = (_PROMPTS / 'programs' / f'{name}.py').read_text(encoding='utf-8')
+  text = (_PROMPTS / 'programs' / f'workshop_{name}.py').read_text(
+    encoding='utf-8'
+  )
   _, _, example = text.partition('\n')  # without the line of the license
   return Language(name, title, packages, example.strip())
 
@@ -55,7 +57,7 @@ LANGUAGES = {
       'json',
       'JSON',
       ('highspy',),
-      (_PROMPTS / 'programs' / 'json.json').read_text('utf-8').strip(),
+      (_PROMPTS / 'programs' / 'workshop_json.json').read_text('utf-8').strip(),
       is_program=False,
     ),
   )

@@ -8,7 +8,7 @@ trace are JSON dicts with the key 'event':
   started  text, languages
   asked    agent, messages
   replied  agent, text, reason, tokens; or error
-  ran      language, repairs, code, status, value, output
+  ran      language, repairs, code, status, value, variables, output
   voted    value, status, agreeing
 """
 
@@ -21,10 +21,12 @@ from typing import Any
 from examples.or_agents import execution, languages, vote
 from examples.or_agents.execution import Execution
 from examples.or_agents.languages import Language
-from moepeft.agent.chat_model import ChatModel, Message, ReplyError
+from moepeft.agent.chat_model import ChatModel, ChatReply, Message, ReplyError
 from moepeft.agent.loop import EventSink, ignore_event
 from moepeft.agent.sandbox.bubblewrap import Sandbox
 
+# For the model, and for the user's report.
+_CUT_OFF = 'the reply was cut off at its maximum of tokens; write a shorter one'
 _ACCEPTED = re.compile(r'\W*OK\W*', re.IGNORECASE)
 
 
@@ -176,46 +178,44 @@ class _Agents:
     content = self._prompts[name].substitute(text=self._text, **parts)
     return {'role': 'user', 'content': content}
 
-  def _ask(self, agent: str, messages: Sequence[Message]) -> str:
-    """Returns the text of a reply.
+  def _ask(self, agent: str, messages: Sequence[Message]) -> ChatReply:
+    """Asks the model.
 
     Raises:
-      ReplyError: there is none, or it was cut off.
+      ReplyError: there is no reply.
     """
     self.emit('asked', agent=agent, messages=list(messages))
     request = {'messages': messages, **self._settings.options}
     try:
       reply = self._model(request, ignore_event, None)
-      if reply.reason == 'length':
-        raise ReplyError('the reply was cut off; raise --max_tokens')
     except ReplyError as e:
       self.emit('replied', agent=agent, error=str(e))
       raise
-    text = reply.message['content']
     self.emit(
       'replied',
       agent=agent,
-      text=text,
+      text=reply.message['content'],
       reason=reply.reason,
       tokens=reply.tokens,
     )
-    return text
+    return reply
 
   def write_verified(self, agent: str, **parts: str) -> str:
     """An agent's text, revised once if a verifier reports faults."""
     question = self._prompt(agent, **parts)
-    draft = self._ask(agent, [question])
-    verifier = f'verify_{agent}'
-    faults = self._ask(verifier, [self._prompt(verifier, draft=draft)])
+    draft = self._ask(agent, [question]).message
+    check = self._prompt(f'verify_{agent}', draft=draft['content'])
+    faults = self._ask(f'verify_{agent}', [check]).message['content']
     if _ACCEPTED.fullmatch(faults):
-      return draft
+      return draft['content']
     revise = self._prompt('revise', faults=faults)
-    return self._ask(agent, [question, _answer(draft), revise])
+    return self._ask(agent, [question, draft, revise]).message['content']
 
   def write_program(self, language: Language, formulation: str) -> Program:
     """A program that is repaired until it has an optimal value."""
     question, executions, code = self._question(language, formulation), [], ''
     messages = [question]
+    max_repairs = 0 if self._settings.direct else self._settings.max_rounds
     while True:
       try:
         reply = self._ask(language.name, messages)
@@ -223,11 +223,18 @@ class _Agents:
         if not executions:
           executions.append(Execution('error', output=f'no reply: {e}'))
         break
-      previous, code = code, execution.extract_code(reply)
+      previous, code = (
+        code,
+        execution.extract_code(reply.message['content']),
+      )
       if executions and executions[-1].status != 'error' and code == previous:
         # The model confirms that there is no optimum.
         break
-      executions.append(self._execute(language, code))
+      executions.append(
+        Execution('error', output=_CUT_OFF)
+        if reply.reason == 'length'
+        else self._execute(language, code)
+      )
       self.emit(
         'ran',
         language=language.name,
@@ -235,15 +242,13 @@ class _Agents:
         code=code,
         **dataclasses.asdict(executions[-1]),
       )
-      status, rounds = executions[-1].status, self._settings.max_rounds
-      if status == 'optimal' or len(executions) > rounds:
-        break
-      if self._settings.direct:
+      status = executions[-1].status
+      if status == 'optimal' or len(executions) > max_repairs:
         break
       name = 'repair_error' if status == 'error' else 'repair_no_optimum'
       output = executions[-1].output.strip()
       repair = self._prompt(name, status=status, output=output)
-      messages = [question, _answer(reply), repair]
+      messages = [question, reply.message, repair]
     return Program(language.name, code, tuple(executions))
 
   def _question(self, language: Language, formulation: str) -> Message:
@@ -261,7 +266,3 @@ class _Agents:
     if language.is_program:
       return execution.run_program(self._sandbox, code)
     return execution.solve_formulation(code, self._settings.seconds)
-
-
-def _answer(text: str) -> Message:
-  return {'role': 'assistant', 'content': text}

@@ -151,8 +151,10 @@ def print_progress(event: Event) -> None:
       line = f'{agent} ...'
     case {'event': 'replied', 'agent': agent, 'error': error}:
       line = f'{agent}: {error}'
+    case {'event': 'replied', 'agent': agent, 'reason': 'length'}:
+      line = f'{agent}: the reply was cut off; raise --max_tokens'
     case {'event': 'ran', 'language': name, 'status': status, 'value': value}:
-      line = f'{name}: {status}' + f' {value:.10g}' * (value is not None)
+      line = f'{name}: {status}' + ('' if value is None else f' {value:.10g}')
     case _:
       return
   terminal.show(line, file=sys.stderr)

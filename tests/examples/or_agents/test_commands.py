@@ -144,9 +144,9 @@ def test_evaluation_has_accuracy_with_intervals(tmp_path, capsys):
   saved = json.loads(output.read_text())
   vote, alone = saved['table']['vote'], saved['table']['json']
   # Two of four are right. Wilson's bounds for z = 1.959964, as z^2 = 3.841459:
-  # (2 + z^2/2 -+ z sqrt(2 * 2 / 4 + z^2/4)) / (4 + z^2) = 0.150036, 0.849964.
+  # (2 + z^2/2 -+ z sqrt(2 * 2 / 4 + z^2/4)) / (4 + z^2) = 0.150039, 0.849961.
   assert vote['accuracy'] == pytest.approx(
-    {'share': 0.5, 'low': 0.150036, 'high': 0.849964}, abs=1e-6
+    {'share': 0.5, 'low': 0.150039, 'high': 0.849961}, abs=1e-6
   )
   assert alone['accuracy'] == vote['accuracy']
   assert alone['ran at once']['share'] == alone['ran']['share'] == 0.5

@@ -45,6 +45,8 @@ def test_the_example_of_the_prompt_runs(language, sandbox):
   assert ran.variables == pytest.approx({'tables': 4, 'chairs': 12})
 
 
+# Importing CVXPY takes seconds.
+@pytest.mark.slow
 @pytest.mark.parametrize('language', HOURS)
 def test_the_example_finds_that_there_is_no_optimum(language, sandbox):
   require(language)

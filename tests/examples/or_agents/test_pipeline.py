@@ -93,14 +93,14 @@ def test_an_infeasible_model_is_repaired(sandbox):
 
 
 def test_a_wrong_program_is_outvoted(sandbox):
-  for package in ('pyomo', 'cvxpy', 'pyscipopt', 'highspy'):
+  for package in ('pyomo', 'pyscipopt', 'highspy'):
     pytest.importorskip(package)
-  codes = (cases.WRONG_SCIP, cases.PYOMO, cases.CVXPY)
+  codes = (cases.WRONG_SCIP, cases.PYOMO, cases.FORMULATION)
   model = ScriptedModel(*ACCEPTED, *map(fenced, codes))
-  outcome = solve(model, ['pyscipopt', 'pyomo', 'cvxpy'], sandbox)
+  outcome = solve(model, ['pyscipopt', 'pyomo', 'json'], sandbox)
   assert outcome.programs[0].last.value == pytest.approx(cases.WRONG_VALUE)
   assert outcome.value == pytest.approx(cases.VALUE)
-  assert outcome.agreeing == ('pyomo', 'cvxpy')
+  assert outcome.agreeing == ('pyomo', 'json')
   assert 'outvoted: pyscipopt has 364' in report.summary(outcome)
 
 
@@ -173,11 +173,21 @@ def test_a_model_can_confirm_that_there_is_no_optimum(highs):
 
 def test_a_program_without_a_reply_does_not_end_the_vote(highs, sandbox):
   pytest.importorskip('pyscipopt')
-  cut = ChatReply({'role': 'assistant', 'content': '```python\nx'}, 'length')
-  model = ScriptedModel(*ACCEPTED, cut, formulation(7))
+  model = ScriptedModel(*ACCEPTED, ReplyError('too long'), formulation(7))
   outcome = solve(model, ['pyscipopt', 'json'], sandbox)
   assert (outcome.value, outcome.agreeing) == (7, ('json',))
-  assert 'raise --max_tokens' in outcome.programs[0].last.output
+  assert outcome.programs[0].last.output == 'no reply: too long'
+
+
+def test_a_reply_that_is_cut_off_is_not_run_but_repaired(highs):
+  # Its text is a right formulation by chance.
+  message = {'role': 'assistant', 'content': formulation(8)}
+  cut = ChatReply(message, 'length')
+  model = ScriptedModel(*ACCEPTED, cut, formulation(7))
+  outcome = solve(model, ['json'])
+  assert statuses(outcome.programs[0]) == ['error', 'optimal']
+  assert outcome.value == 7
+  assert 'was cut off' in model.requests[-1]['messages'][-1]['content']
 
 
 def test_without_a_formulation_there_is_no_outcome():
