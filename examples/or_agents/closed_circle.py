@@ -38,7 +38,7 @@ from examples.or_agents.generate import samples, write_rows
 from examples.or_agents.training_rows import direct_row
 from moepeft.agent import chat_model
 from moepeft.agent.__main__ import number_in_range
-from moepeft.agent.chat_model import ChatModel, ReplyError, ServerModel
+from moepeft.agent.chat_model import ChatModel, ServerModel
 from moepeft.core import files
 from moepeft.core.untrusted import parse_json
 from moepeft.evaluation import bootstrap
@@ -380,13 +380,7 @@ def solve_once(
     },
   )
   chosen = languages.choose_languages(['json'])
-  try:
-    report = pipeline.solve_text(text, model, chosen, None, settings)
-  except ReplyError as e:
-    # A small model may write without end; any other error ends the command.
-    if 'cut off' not in str(e):
-      raise
-    return Execution('error', output=str(e))
+  report = pipeline.solve_text(text, model, chosen, None, settings)
   return report.programs[0].last
 
 

@@ -30,7 +30,8 @@ class ScriptedModel:
     reply = self.replies.pop(0)
     if isinstance(reply, Exception):
       raise reply
-    return ChatReply({'role': 'assistant', 'content': reply})
+    reason = 'length' if reply.endswith('...') else 'stop'
+    return ChatReply({'role': 'assistant', 'content': reply}, reason)
 
 
 def verdict(is_right, runs=True):
@@ -46,9 +47,7 @@ def test_the_agents_send_the_text_alone_and_solve_the_reply():
   assert (request['temperature'], request['seed']) == (0.5, 3)
 
 
-@pytest.mark.parametrize(
-  'reply', ('{"s":', '', ReplyError('the reply was cut off'))
-)
+@pytest.mark.parametrize('reply', ('{"s":', '', RIGHT + '...'))
 def test_a_reply_that_is_no_formulation_does_not_run(reply):
   outcome = closed_circle.solve_once(TEXT, ScriptedModel(reply), 0.0, 0)
   assert outcome.status == 'error'
