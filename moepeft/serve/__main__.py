@@ -9,7 +9,6 @@ After SIGTERM, running answers may finish. A chat page is at /.
 """
 
 import importlib.util
-import ipaddress
 import math
 import os
 import sys
@@ -25,6 +24,7 @@ from moepeft.serve import open_engine, page, terminal_output
 from moepeft.serve.embeddings.chooser import AdapterChooser, read_examples
 from moepeft.serve.embeddings.encoder import EmbeddingEncoder, SentenceEmbedder
 from moepeft.serve.http import keys as http_keys
+from moepeft.serve.http.access import accepted_hosts, is_loopback
 from moepeft.serve.http.chat_templates import ChatSettings
 from moepeft.serve.http.connection import (
   ConnectionLimits,
@@ -38,8 +38,6 @@ from moepeft.serve.http.server import Server, listen, serve
 from moepeft.serve.http.service import AUTO, Service
 from moepeft.serve.http.text import ServedTokenizer
 from moepeft.serve.http.tool_calls import ToolPlanner
-
-_LOOPBACK_HOSTS = ('localhost', '127.0.0.1', '[::1]')
 
 
 def adapter_paths() -> dict[str, str]:
@@ -70,14 +68,6 @@ def named_paths(
       )
     paths[name] = path
   return paths
-
-
-def is_loopback(host: str) -> bool:
-  """Whether an address is reachable only from this machine."""
-  try:
-    return host == 'localhost' or ipaddress.ip_address(host).is_loopback
-  except ValueError:
-    return False
 
 
 def read_api_keys() -> ApiKeys:
@@ -228,8 +218,6 @@ def make_service(
     reserved_names[embedder.name] = 'the model for embeddings'
   if chooser is not None:
     reserved_names[AUTO] = 'the model that chooses an adapter'
-  # Without keys, the Host header is checked against DNS rebinding.
-  hosts = (*_LOOPBACK_HOSTS, _HOST.value) if is_loopback(_HOST.value) else ()
   return Service(
     engine,
     ServedTokenizer(
@@ -242,7 +230,7 @@ def make_service(
     compiler,
     ToolPlanner(compiler),
     embedder,
-    () if api_keys.users else hosts,
+    accepted_hosts(_HOST.value, api_keys),
     tuple(_CORS.value or ()),
     page.read_page() if _PAGE.value else None,
     chooser=chooser,

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The board: a page that shows, starts, stops and compares runs."""

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may send requests to a server of this machine: hosts, origins, keys."""
+
+import ipaddress
+import re
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
+
+from moepeft.serve.http.errors import ApiError
+from moepeft.serve.http.keys import ApiKeys
+
+_LOOPBACK_HOSTS = ('localhost', '127.0.0.1', '[::1]')
+
+
+def is_loopback(host: str) -> bool:
+  """Whether an address is reachable only from this machine."""
+  try:
+    return host == 'localhost' or ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return False
+
+
+def accepted_hosts(host: str, keys: ApiKeys) -> tuple[str, ...]:
+  """The values of the header Host that a server accepts; () for any.
+
+  With keys, any: a page of another site does not know them.
+
+  Args:
+    host: the address that the server listens on.
+  """
+  if keys.users or not is_loopback(host):
+    return ()
+  return (*_LOOPBACK_HOSTS, host)
+
+
+def check_host(hosts: Sequence[str], headers: Mapping[bytes, bytes]) -> None:
+  """Refuses DNS rebinding: a foreign page whose name resolves to this machine.
+
+  Args:
+    hosts: from `accepted_hosts`.
+
+  Raises:
+    ApiError: the header Host names another host.
+  """
+  host = headers.get(b'host', b'').decode('latin-1')
+  if hosts and _without_port(host) not in hosts:
+    raise ApiError(
+      403,
+      f'the host {host!r} is not one of {", ".join(hosts)}; use one '
+      'of these, or start the server with an API key',
+      None,
+      'wrong_host',
+    )
+
+
+def check_origin(headers: Mapping[bytes, bytes]) -> None:
+  """Refuses requests that a page of another site makes a browser send.
+
+  Raises:
+    ApiError: the header Origin, which browsers add, is not that of the host.
+  """
+  origin = headers.get(b'origin', b'').decode('latin-1')
+  host = headers.get(b'host', b'').decode('latin-1')
+  if origin and urlsplit(origin).netloc.lower() != host.lower():
+    raise ApiError(
+      403,
+      f'the request comes from a page of {origin!r}; only those of this server '
+      'may send requests',
+      None,
+      'wrong_origin',
+    )
+
+
+def check_key(keys: ApiKeys, headers: Mapping[bytes, bytes]) -> None:
+  """
+  Raises:
+    ApiError: there are keys, and the header Authorization has none of them.
+  """
+  if not keys.is_authorized(headers.get(b'authorization')):
+    raise ApiError(
+      401,
+      'the API key is missing or wrong; send the header '
+      "'Authorization: Bearer KEY'",
+      None,
+      'invalid_api_key',
+      headers={'WWW-Authenticate': 'Bearer'},
+    )
+
+
+def _without_port(host: str) -> str:
+  """A Host header without its port: '[::1]:8000' -> '[::1]'."""
+  return re.sub(r':\d*$', '', host).lower()
