@@ -11,6 +11,7 @@ go on when it ends, and a board that is started again shows them.
 
 import logging
 import os
+import signal
 
 import jax
 import uvicorn
@@ -78,6 +79,8 @@ def main(argv) -> None:
     h11_max_incomplete_event_size=limits.max_head_bytes,
     timeout_graceful_shutdown=_CLOSE_SECONDS,
   )
+  # uvicorn raises the signal that ended it again, at its end.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
     uvicorn.Server(config).run([sock])
   finally:

@@ -3,6 +3,7 @@
 
 import functools
 import os
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,11 @@ def details(folders: Folders, jobs: Jobs, name: str) -> dict[str, Any]:
     'log': jobs.log(name, 'train'),
     'exports': _exports(run),
     'report': os.path.exists(report_file(run)),
-    'jobs': {kind: jobs.state(name, kind) for kind in ('export', 'routing')},
+    'jobs': {
+      kind: jobs.state(name, kind) | {'log': jobs.log(name, kind)[-2000:]}
+      for kind in ('export', 'routing')
+    },
+    'command': shlex.join(jobs.state(name, 'train').get('command', [])[1:]),
   }
 
 
