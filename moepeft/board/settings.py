@@ -19,7 +19,8 @@ from moepeft.core.untrusted import parse_literal
 _REFUSED = ('imports', 'callbacks', 'solved_from')
 # Sections whose keys the default config does not list.
 _OPEN_SECTIONS = ('model.shape', 'router_losses')
-_SWITCHES = {'true': True, 'false': False}
+# The spellings of absl.
+_TRUE = ('true', 't', '1')
 
 
 def make_config(settings: Mapping[str, str]) -> ConfigDict:
@@ -36,12 +37,12 @@ def make_config(settings: Mapping[str, str]) -> ConfigDict:
         f'config.{key} cannot be set on the board; start such a run in a '
         'terminal'
       )
-    if key not in known_keys and not key.startswith('model.shape.'):
-      raise ValueError(suggestions.no_such_key(key, known_keys))
-    if key.startswith(_OPEN_SECTIONS):
+    if key.startswith(tuple(f'{section}.' for section in _OPEN_SECTIONS)):
       _set_open(config, key, text)
-    else:
+    elif key in known_keys and key not in _OPEN_SECTIONS:
       config_path.set_value(key, config, _parse(key, text))
+    else:
+      raise ValueError(suggestions.no_such_key(key, known_keys))
   return config
 
 
@@ -54,7 +55,7 @@ def _parse(key: str, text: str) -> Any:
   if error := suggestions.wrong_type(f'--config.{key}={text}'):
     raise ValueError(error)
   if isinstance(usual, bool):
-    return _SWITCHES[text.lower()] if text.lower() in _SWITCHES else text == '1'
+    return text.lower() in _TRUE
   if isinstance(usual, int | float):
     return type(usual)(text)
   return parse_literal(text)
