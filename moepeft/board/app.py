@@ -158,7 +158,7 @@ class Board:
 
   def resume(self, name: str) -> None:
     run = self.folders.run(name)
-    config = run.load_config()
+    config = settings.stored_config(run)
     self.folders.check_paths(config)
     self._start(name, run, config)
 
@@ -237,7 +237,7 @@ class Board:
   def _trained(self, name: str) -> Run:
     """A run whose checkpoints and base may be read."""
     run = self.folders.run(name)
-    self.folders.check_paths(run.load_config())
+    self.folders.check_paths(settings.stored_config(run))
     return run
 
   def _check(self, texts: Mapping[str, str], workdir: str) -> ConfigDict:

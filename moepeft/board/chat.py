@@ -14,6 +14,9 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from moepeft.board import settings
 from moepeft.board.folders import Folders
 from moepeft.board.jobs import Jobs
 from moepeft.core import files, untrusted
@@ -37,12 +40,12 @@ def command(folders: Folders, run: Run) -> list[str]:
     ValueError: the run has no checkpoint yet, or a path of its config is
       outside of the board's folders.
   """
-  config = run.load_config()
+  config = settings.stored_config(run)
   folders.check_paths(config)
   if run.latest_step() is None:
     raise ValueError('the run has no checkpoint yet; wait for the first one')
   flags = {'quantise': config.model.quantize}
-  if READERS[config.data.source].uses_chat_template:
+  if _is_chat(config):
     flags |= {
       'chat_template': config.data.chat_template,
       'system': config.data.system_prompt,
@@ -54,6 +57,12 @@ def command(folders: Folders, run: Run) -> list[str]:
     f'--api_key_file={key_file(folders)}',
     *(f'--{name}={value}' for name, value in flags.items() if value),
   ]
+
+
+def _is_chat(config: ConfigDict) -> bool:
+  # A user's own reader is not registered here.
+  reader = READERS.get(config.data.source)
+  return reader is not None and reader.uses_chat_template
 
 
 def key_file(folders: Folders) -> str:
@@ -71,13 +80,13 @@ def key_file(folders: Folders) -> str:
 
 def state(jobs: Jobs, name: str, run: Run) -> dict[str, Any]:
   """The state of a run's server, its log, and whether it chats or completes."""
-  config = run.load_config()
+  config = settings.stored_config(run)
   result = jobs.state(name, 'chat')
   log = jobs.log(name, 'chat')
   return result | {
     'running': result.get('running', False),
     'ready': bool(result.get('running') and _ADDRESS.search(log)),
-    'chats': READERS[config.data.source].uses_chat_template,
+    'chats': _is_chat(config),
     'log': log[-2000:],
   }
 

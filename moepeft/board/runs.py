@@ -83,7 +83,7 @@ def details(folders: Folders, jobs: Jobs, name: str) -> dict[str, Any]:
   error = row['error']
   try:
     if _exists(run):
-      config = settings.differences(run.load_config())
+      config = settings.differences(settings.stored_config(run))
     lines = before_after.describe_changes(run.before(), run.after())
   except ValueError as e:
     error = error or str(e)

@@ -14,6 +14,7 @@ from ml_collections.config_flags import config_path
 from moepeft.config import command_line, default, suggestions
 from moepeft.core.ranges import short_repr
 from moepeft.core.untrusted import parse_literal
+from moepeft.runs.run import Run
 
 # They name code to run, or are written by a run.
 _REFUSED = ('imports', 'callbacks', 'solved_from')
@@ -74,6 +75,18 @@ def _set_open(config: ConfigDict, key: str, text: str) -> None:
     config = config[parent]
   with config.ignore_type():
     config[name] = value
+
+
+def stored_config(run: Run) -> ConfigDict:
+  """The config of a run, without importing the modules that it names.
+
+  Raises:
+    ValueError: as `Run.read_config`.
+  """
+  config = default()
+  with config.unlocked():
+    config.update(run.read_config())
+  return config
 
 
 def differences(config: ConfigDict) -> dict[str, Any]:
