@@ -59,7 +59,12 @@ def _parse(key: str, text: str) -> Any:
     return text.lower() in _TRUE
   if isinstance(usual, int | float):
     return type(usual)(text)
-  return parse_literal(text)
+  value = parse_literal(text)
+  if type(value) is not type(usual):
+    raise ValueError(
+      f'config.{key} is written like {usual!r}; got {short_repr(text)}'
+    )
+  return value
 
 
 def _set_open(config: ConfigDict, key: str, text: str) -> None:
@@ -73,6 +78,8 @@ def _set_open(config: ConfigDict, key: str, text: str) -> None:
     if parent not in config:
       config[parent] = ConfigDict()
     config = config[parent]
+    if not isinstance(config, ConfigDict):
+      raise ValueError(f'config.{key}: {parent} is set to a value; keep one')
   with config.ignore_type():
     config[name] = value
 
