@@ -41,15 +41,15 @@ def make_config(settings: Mapping[str, str]) -> ConfigDict:
     if key.startswith(tuple(f'{section}.' for section in _OPEN_SECTIONS)):
       _set_open(config, key, text)
     elif key in known_keys and key not in _OPEN_SECTIONS:
-      config_path.set_value(key, config, _parse(key, text))
+      usual = config_path.get_value(key, config)
+      config_path.set_value(key, config, _parse(key, text, usual))
     else:
       raise ValueError(suggestions.no_such_key(key, known_keys))
   return config
 
 
-def _parse(key: str, text: str) -> Any:
-  """The value of a key, of its type in the default config."""
-  usual = config_path.get_value(key, default())
+def _parse(key: str, text: str, usual: Any) -> Any:
+  """The value of a key, of the type of its usual value."""
   if isinstance(usual, str):
     return text
   text = text.strip()
@@ -101,11 +101,11 @@ def differences(config: ConfigDict) -> dict[str, Any]:
 
   An open section that differs is one value.
   """
-  usual = default()
+  usual = dict(_flatten(default()))
   return {
     key: value
     for key, value in _flatten(config)
-    if key not in (keys := dict(_flatten(usual))) or keys[key] != value
+    if key not in usual or usual[key] != value
   }
 
 

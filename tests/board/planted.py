@@ -39,6 +39,6 @@ def make_run(
   (folder / 'config.json').write_text(config.to_json())
   rows = [row(n, routing=routing(0.4 + n / 50)) for n in range(1, last + 1)]
   rows.append({'step': last, 'validation_loss': 1.25})
-  lines = [json.dumps(one) + '\n' for one in rows]
+  lines = [json.dumps(values) + '\n' for values in rows]
   (folder / 'metrics.jsonl').write_text(''.join(lines))
   return folder

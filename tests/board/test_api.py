@@ -367,7 +367,7 @@ def test_data_is_shown_with_what_is_trained(client):
   examples = client.post('/api/preview', json=body).json()['examples']
   (inputs, first), (targets, second) = examples[0]['spans']
   assert (first, second) == (False, True)
-  assert inputs and targets.endswith('</s>')
+  assert inputs and targets.endswith('<eos>')
   assert 0 < examples[0]['trained'] < examples[0]['tokens']
 
 

@@ -112,8 +112,11 @@ def test_a_run_is_started_stopped_resumed_asked_and_exported(browser, tmp_path):
     start(tab)
     watch_and_stop(tab, folder)
     # A board that is started again knows the run.
-    with serving(folder) as other, visiting(browser, f'{other}#/run/tiny') as t:
-      expect(badge(t)).to_have_text('stopped')
+    with (
+      serving(folder) as second_url,
+      visiting(browser, f'{second_url}#/run/tiny') as second_tab,
+    ):
+      expect(badge(second_tab)).to_have_text('stopped')
     resume(tab, folder)
     look_at_routers(tab)
     look_at_data(tab)
@@ -181,7 +184,7 @@ def look_at_routers(tab):
 
 def look_at_data(tab):
   tab.click('#tab-data')
-  expect(tab.locator('.example mark').first).to_contain_text('</s>')
+  expect(tab.locator('.example mark').first).to_contain_text('<eos>')
 
 
 def ask(tab):

@@ -58,12 +58,12 @@ def test_a_process_is_running_until_it_is_stopped(jobs):
 
 def test_another_board_knows_the_process_and_stops_it(jobs, tmp_path):
   started(jobs, waits())
-  other = Jobs(str(tmp_path / 'jobs'))
-  assert other.state('a/b', 'train')['running']
+  second = Jobs(str(tmp_path / 'jobs'))
+  assert second.state('a/b', 'train')['running']
   with pytest.raises(ValueError, match='is running; stop it first'):
-    other.start('a/b', 'train', waits())
-  other.stop('a/b', 'train')
-  until(lambda: not other.state('a/b', 'train')['running'])
+    second.start('a/b', 'train', waits())
+  second.stop('a/b', 'train')
+  until(lambda: not second.state('a/b', 'train')['running'])
 
 
 def test_a_process_that_ignores_sigterm_is_killed(jobs):

@@ -97,7 +97,7 @@ def test_a_config_that_ships_is_the_same_through_the_form(name, tmp_path):
   path = settings.preset_files()[name]
   config = runpy.run_path(path)['get_config']()
   texts = settings.texts(settings.preset(name))
-  assert settings.make_config(texts).to_json() == config.to_json()
+  assert settings.make_config(texts).to_dict() == config.to_dict()
   assert json.loads(json.dumps(texts)) == texts
 
 

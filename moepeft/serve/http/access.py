@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may send requests to a server of this machine: hosts, origins, keys."""
+"""Checks of the host, the origin and the key of a request."""
 
 import ipaddress
 import re
