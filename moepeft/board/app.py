@@ -149,8 +149,8 @@ class Board:
     """
     run = self.folders.new_run(body.name)
     text = settings.render(self._check(body.settings, run.path))
-    card = self.folders.relative(self.folders.card(body.name))
-    return {'config': text, 'command': shlex.join(self._train(card, run)[1:])}
+    command = self._train(body.name, run)
+    return {'config': text, 'command': shlex.join(command[1:])}
 
   def start(self, body: SettingsBody) -> None:
     run = self.folders.new_run(body.name)
@@ -264,10 +264,12 @@ class Board:
     os.makedirs(os.path.dirname(card), exist_ok=True)
     os.makedirs(run.path, exist_ok=True)
     files.write_text(card, text)
-    self.jobs.start(name, 'train', self._train(card, run))
+    self.jobs.start(name, 'train', self._train(name, run))
 
-  def _train(self, card: str, run: Run) -> list[str]:
-    workdir = self.folders.relative(run.path)
+  def _train(self, name: str, run: Run) -> list[str]:
+    card, workdir = map(
+      self.folders.relative, (self.folders.card(name), run.path)
+    )
     flags = [f'--config={card}', f'--workdir={workdir}']
     return [sys.executable, '-m', 'moepeft.train', *flags]
 

@@ -35,7 +35,7 @@ log.every_steps = 2
 log.plots = False
 log.trackers =
 """.strip()
-STEPS = 400
+STEPS = 300
 
 
 @contextlib.contextmanager
