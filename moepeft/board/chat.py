@@ -53,7 +53,7 @@ def command(folders: Folders, run: Run) -> list[str]:
   return [
     *(sys.executable, '-m', 'moepeft.serve', f'--model={config.model.path}'),
     *(f'--name={BASE}', f'--adapter={TRAINED}={run.path}'),
-    *('--host=127.0.0.1', '--port=0', '--nopage', '--slots=2'),
+    *('--host=127.0.0.1', '--port=0', '--nopage', '--norouting', '--slots=2'),
     f'--api_key_file={key_file(folders)}',
     *(f'--{name}={value}' for name, value in flags.items() if value),
   ]
