@@ -221,8 +221,8 @@ def test_runs_are_found_opened_and_compared_by_keyboard(browser, planted):
     tab.fill('#filter', 'sec')
     expect(tab.locator('tbody tr')).to_have_count(1)
     tab.fill('#filter', '')
-    for i in range(2):
-      tab.focus(f'#choose-{i}')
+    for name in ('second', 'first'):
+      tab.get_by_label(f'Compare {name}', exact=True).focus()
       tab.keyboard.press('Space')
     expect(tab.locator('#to-compare')).to_have_text('Compare (2)')
     tab.focus('#to-compare')
