@@ -17,6 +17,7 @@ COMMANDS = {
   'evaluate': 'measure a run on held-out data or on a file of rows',
   'generate': 'answer prompts with a run or a model, or talk to it',
   'serve': "serve a model and its adapters with OpenAI's API",
+  'board': 'show, start, stop and compare runs on a page',
   'agent': 'ask a served model that has tools and skills',
   'convert': 'convert models and adapters between formats, and merge them',
   'tables': 'compare measured runs in a table',

@@ -81,7 +81,8 @@ LAYERS = (
   ),
   ('library', 'count', 'ngrams', 'data.__main__', 'sweep'),
   ('train',),
-  ('train_trials',),
+  ('train_trials', 'board'),
+  ('board.__main__',),
 )
 # It knows a server's API alone.
 ALONE = {'agent': {'core', 'config'}, 'agent.__main__': {'core', 'config'}}

@@ -332,7 +332,7 @@ def serve(agent: Agent, host: str, port: int, keys: ApiKeys) -> None:
     raise ValueError(
       f'cannot listen on --host={host} --port={port} ({e}); name another'
     ) from None
-  hosts = () if keys.users else http_access.accepted_hosts(host)
+  hosts = http_access.accepted_hosts(host, keys)
   config = uvicorn.Config(
     AgentServer(agent).app(keys, hosts),
     ws='none',

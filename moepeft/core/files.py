@@ -20,6 +20,8 @@ from moepeft.core.ranges import suggestion
 # Models and data that ship with the package, by name.
 ASSETS = Path(__file__).parents[1] / 'assets'
 _PACKAGE = 'package:'
+# Read from the end of a file, for its last lines.
+_TAIL_BYTES = 1_000_000
 _KINDS = (
   (stat.S_ISFIFO, 'a named pipe'),
   (stat.S_ISSOCK, 'a socket'),
@@ -142,6 +144,19 @@ def read_bytes(path: str | os.PathLike) -> bytes:
   """The bytes of a file; raises as `open_file`."""
   with open_file(Path(path)) as file:
     return file.read()
+
+
+def read_tail(path: str | os.PathLike, start: int = 0) -> str:
+  """The last megabyte of a text file; '' if it does not exist.
+
+  Args:
+    start: an offset in bytes before which nothing is read.
+  """
+  if not os.path.exists(path):
+    return ''
+  with open_file(path) as file:
+    file.seek(max(start, os.path.getsize(path) - _TAIL_BYTES))
+    return file.read().decode('utf-8', errors='replace')
 
 
 @contextlib.contextmanager

@@ -91,16 +91,18 @@ def is_loopback(host: str) -> bool:
     return False
 
 
-def accepted_hosts(host: str) -> tuple[str, ...]:
+def accepted_hosts(host: str, keys: ApiKeys) -> tuple[str, ...]:
   """Accepted values of the header Host, without a port; () for any.
 
   A page of another site can reach this machine by a host name that resolves to
-  it (DNS rebinding). Requests with a key are of clients that know the key.
+  it (DNS rebinding). With keys any host is accepted: such a page knows none.
 
   Args:
-    host: the address that a server without keys listens on.
+    host: the address that the server listens on.
   """
-  return (*_LOOPBACK_HOSTS, host) if is_loopback(host) else ()
+  if keys.users or not is_loopback(host):
+    return ()
+  return (*_LOOPBACK_HOSTS, host)
 
 
 def without_port(host: str) -> str:

@@ -38,13 +38,13 @@ _BAR_LENGTH = 40
 _NO_LIMIT = 1 << 30
 
 
-def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
-  """Prints a summary of a config's data, and decoded rows.
+def open_training_data(
+  config: ConfigDict,
+) -> tuple[TrainingData, Collator, bool]:
+  """(data, collator, whether the model is a decoder only) of a config.
 
-  Args:
-    windows: the number of windows of `WINDOW_SIZE` examples to read.
-    rows: the number of rows of the first batch to decode.
-    only: whether to print the decoded rows only.
+  Raises:
+    ValueError: the data, the tokenizer or the model cannot be read.
   """
   data = config.data
   tokenizer = load_tokenizer(data.tokenizer, config.model.path)
@@ -57,6 +57,18 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   source = open_data(
     data, config.seed, vocab_size=shape.vocab, collator=collator
   )
+  return source, collator, decoder_only(shape)
+
+
+def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
+  """Prints a summary of a config's data, and decoded rows.
+
+  Args:
+    windows: the number of windows of `WINDOW_SIZE` examples to read.
+    rows: the number of rows of the first batch to decode.
+    only: whether to print the decoded rows only.
+  """
+  source, collator, is_decoder = open_training_data(config)
   names, items = first_items(source, windows * WINDOW_SIZE)
   batch = collator.rows(0, collator.encode(items[:WINDOW_SIZE]))
   if only:
@@ -68,12 +80,12 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
     for side, part in split_sides(batch, collator):
       name = heading(side, batch, row, collator.packed)
       lines = (
-        row_lines(part, row, tokenizer, colour)
-        if decoder_only(shape)
-        else example_lines(part, row, tokenizer)
+        row_lines(part, row, collator.tokenizer, colour)
+        if is_decoder
+        else example_lines(part, row, collator.tokenizer)
       )
       print('\n'.join([*([f'\n{name}'] if name else []), *lines]))
-  green = 'green' if colour and decoder_only(shape) else '[...]'
+  green = 'green' if colour and is_decoder else '[...]'
   print(f'\n{green} is trained: the loss is taken of these tokens')
   if 'label' in batch:
     print(
@@ -268,20 +280,28 @@ def padding(parts: Sequence[Batch], examples: int) -> str:
 def example_lines(batch: Batch, row: int, tokenizer: Tokenizer) -> list[str]:
   """The decoded examples of a row."""
   lines = []
-  segments = [
-    # A row that is not packed is one segment.
-    batch.get(f'{side}_segments', batch[f'{side}_mask'].astype(int))[row]
-    for side in ('inputs', 'targets')
-  ]
-  for segment in range(1, segments[0].max() + 1):
-    lines.append(f'\nrow {row}, example {segment}')
-    x, y = (
-      decode(tokenizer, batch[side][row][segment_ids == segment])
-      for side, segment_ids in zip(('inputs', 'targets'), segments, strict=True)
-    )
+  for i, (inputs, targets) in enumerate(row_examples(batch, row), 1):
+    lines.append(f'\nrow {row}, example {i}')
+    x, y = decode(tokenizer, inputs), decode(tokenizer, targets)
     example = [f'  inputs   {x}', f'  targets  [{y}]']
     lines += map(terminal.visible, example)
   return lines
+
+
+def row_examples(batch: Batch, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(ids of the inputs, ids of the targets) of each example of a row."""
+  inputs, targets = (
+    # A row that is not packed is one segment.
+    batch.get(f'{side}_segments', batch[f'{side}_mask'].astype(int))[row]
+    for side in ('inputs', 'targets')
+  )
+  return [
+    (
+      batch['inputs'][row][inputs == segment],
+      batch['targets'][row][targets == segment],
+    )
+    for segment in range(1, inputs.max() + 1)
+  ]
 
 
 def decode(tokenizer: Tokenizer, ids: np.ndarray) -> str:

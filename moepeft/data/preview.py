@@ -26,19 +26,27 @@ def row_segments(batch: Batch, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
   return segments
 
 
+def loss_spans(
+  ids: np.ndarray, loss_mask: np.ndarray, tokenizer: Tokenizer
+) -> list[tuple[str, bool]]:
+  """(text with special tokens, whether it has a loss) of runs of tokens."""
+  return [
+    (terminal.visible(tokenizer.show([token for token, _ in run])), has_loss)
+    for has_loss, run in itertools.groupby(
+      zip(ids.tolist(), loss_mask, strict=True), lambda pair: bool(pair[1])
+    )
+  ]
+
+
 def highlight(
   ids: np.ndarray, loss_mask: np.ndarray, tokenizer: Tokenizer, colour: bool
 ) -> str:
   """Text with special tokens; tokens with a loss are green or in brackets."""
-  parts = []
-  for has_loss, run in itertools.groupby(
-    zip(ids.tolist(), loss_mask, strict=True), lambda pair: bool(pair[1])
-  ):
-    text = terminal.visible(tokenizer.show([token for token, _ in run]))
-    if has_loss:
-      text = f'{_GREEN}{text}{_PLAIN}' if colour else f'[{text}]'
-    parts.append(text)
-  return ''.join(parts)
+  left, right = (_GREEN, _PLAIN) if colour else '[]'
+  return ''.join(
+    f'{left}{text}{right}' if has_loss else text
+    for text, has_loss in loss_spans(ids, loss_mask, tokenizer)
+  )
 
 
 def row_lines(

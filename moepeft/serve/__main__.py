@@ -225,7 +225,6 @@ def make_service(
     reserved_names[embedder.name] = 'the model for embeddings'
   if chooser is not None:
     reserved_names[AUTO] = 'the model that chooses an adapter'
-  hosts = http_access.accepted_hosts(_HOST.value)
   return Service(
     engine,
     ServedTokenizer(
@@ -238,7 +237,7 @@ def make_service(
     compiler,
     ToolPlanner(compiler),
     embedder,
-    () if api_keys.users else hosts,
+    http_access.accepted_hosts(_HOST.value, api_keys),
     tuple(_CORS.value or ()),
     page.read_page() if _PAGE.value else None,
     chooser=chooser,

@@ -3,7 +3,6 @@
 
 import contextlib
 import fcntl
-import os
 import signal
 import subprocess
 import time
@@ -13,9 +12,6 @@ from moepeft.core import files, untrusted
 from moepeft.runs.directory import is_locked
 from moepeft.sweeps.directory import TRAIN, SweepDirectory
 from moepeft.sweeps.trials import Trial
-
-# Read from the end of a file, for its last lines.
-_TAIL_BYTES = 1_000_000
 
 # (trials, module) -> the command line of that module.
 Command = Callable[[Sequence[Trial], str], Sequence[str]]
@@ -75,7 +71,7 @@ class Attempt:
       return f'{self._stage} ended without its last file'
     # The last error counts, and a trial's own is later than its process's.
     output = ''.join(
-      _tail(path, self._log_starts[path])
+      files.read_tail(path, self._log_starts[path])
       for path in dict.fromkeys(
         (self._process_log, self._directory.log_file(trial))
       )
@@ -160,7 +156,7 @@ def last_metrics(path: str) -> tuple[int, float | None]:
 
   Only the end of the file is read.
   """
-  for line in reversed(_tail(path).splitlines(keepends=True)):
+  for line in reversed(files.read_tail(path).splitlines(keepends=True)):
     if line.endswith('\n') and '"loss"' in line:
       try:
         row = untrusted.parse_json(line)
@@ -169,12 +165,3 @@ def last_metrics(path: str) -> tuple[int, float | None]:
         # The first line may be the end of one.
         break
   return 0, None
-
-
-def _tail(path: str, start: int = 0) -> str:
-  """The end of a file, from an offset on; '' if it does not exist."""
-  if not os.path.exists(path):
-    return ''
-  with files.open_file(path) as file:
-    file.seek(max(start, os.path.getsize(path) - _TAIL_BYTES))
-    return file.read().decode('utf-8', errors='replace')

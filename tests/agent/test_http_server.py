@@ -71,8 +71,9 @@ def served(script, keys=None, **fields):
   """A client of an agent whose model follows a script."""
   tools = [make_tool(weather)]
   agent = Agent(script.model(stream=True), tools, **fields)
-  hosts = () if keys else http_access.accepted_hosts('127.0.0.1')
-  app = http_server.AgentServer(agent).app(keys or ApiKeys(), hosts)
+  keys = keys or ApiKeys()
+  hosts = http_access.accepted_hosts('127.0.0.1', keys)
+  app = http_server.AgentServer(agent).app(keys, hosts)
   listener = socket.create_server(('127.0.0.1', 0))
   server = uvicorn.Server(uvicorn.Config(app, lifespan='off', log_config=None))
   thread = threading.Thread(

@@ -10,7 +10,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moepeft.core import http_access
+from moepeft.serve.http import access
 from moepeft.serve.http.body import ClientDisconnected
 from moepeft.serve.http.errors import ApiError, server_error, unavailable
 from moepeft.serve.http.request_stats import RequestStats
@@ -85,26 +85,9 @@ class RequestMiddleware:
       ApiError: a check failed.
     """
     service, path = self._service, scope['path']
-    host = headers.get(b'host', b'').decode('latin-1')
-    if service.hosts and http_access.without_port(host) not in service.hosts:
-      # DNS rebinding: a foreign page whose host name resolves to this machine.
-      raise ApiError(
-        403,
-        f'the host {host!r} is not one of {", ".join(service.hosts)}; use one '
-        'of these, or start the server with an API key',
-        None,
-        'wrong_host',
-      )
-    allowed = service.keys.is_authorized(headers.get(b'authorization'))
-    if path not in KEYLESS_PATHS and not allowed:
-      raise ApiError(
-        401,
-        'the API key is missing or wrong; send the header '
-        "'Authorization: Bearer KEY'",
-        None,
-        'invalid_api_key',
-        headers={'WWW-Authenticate': 'Bearer'},
-      )
+    access.check_host(service.hosts, headers)
+    if path not in KEYLESS_PATHS:
+      access.check_key(service.keys, headers)
     if path in _ALWAYS_ANSWERED:
       return
     if service.draining:
