@@ -109,7 +109,7 @@ def main(flags: argparse.Namespace) -> None:
   changed = sum(a != b for a, b in zip(drafts, improved, strict=True))
   terminal.show(
     f'{flags.source} to {flags.target}, {translator.model.name}, '
-    f'{len(rows)} rows, {flags.rounds} rounds\n'
+    f'{len(rows)} rows, --rounds={flags.rounds}\n'
     f'BLEU of the drafts:   {scores[0]:.2f}\n'
     f'BLEU of the improved: {scores[1]:.2f}\n'
     f'p of the difference:  {p_value}\n'
