@@ -73,6 +73,7 @@ _TEST = (
     'jsonschema',
     'langchain-openai>=1,<2',
     'langchain-tests>=1,<2',
+    'langchain-text-splitters>=1.1,<2',
     'nbclient',
     'nbformat',
     'networkx>=3.3',
@@ -80,6 +81,7 @@ _TEST = (
     'pytest-xdist>=3.5',
     'ruff>=0.8',
     'setuptools>=64',
+    'skills-ref>=0.1.1,<1',
     'tensorboard',
     'wheel',
   ]

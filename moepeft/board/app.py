@@ -36,7 +36,12 @@ from moepeft.peft.methods import METHODS
 from moepeft.runs.run import Run
 from moepeft.serve.http import access
 from moepeft.serve.http.body import ClientDisconnected, read_body
-from moepeft.serve.http.errors import ApiError, invalid_request, server_error
+from moepeft.serve.http.errors import (
+  ApiError,
+  invalid_request,
+  server_error,
+  unavailable,
+)
 
 _LOG = logging.getLogger('moepeft.board')
 _PAGE = os.path.join(os.path.dirname(__file__), 'index.html')
@@ -393,6 +398,12 @@ class Guard:
       pass
     except ApiError as e:
       await e.response()(scope, receive, send_with_headers)
+    except asyncio.CancelledError:
+      # uvicorn cancels the requests that are left when it ends.
+      if has_begun:
+        raise
+      error = unavailable('the board is shutting down', 10, 'draining')
+      await error.response()(scope, receive, send_with_headers)
     except Exception:
       _LOG.exception('a request to %r failed', scope['path'])
       if not has_begun:

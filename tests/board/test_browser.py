@@ -130,19 +130,21 @@ def start(tab):
   tab.select_option('#preset', '')
   tab.fill('#f-name', 'tiny')
   tab.fill('#f-method', 'molora(experts=3, rank=2')
-  expect(tab.locator('#check .wrong')).to_contain_text('molora(experts=3')
+  wrong = tab.locator('#check .wrong')
+  expect(wrong).to_contain_text('molora(experts=3', timeout=LONG)
   expect(tab.locator('#start')).to_be_disabled()
   tab.fill('#f-method', 'molora(experts=3, rank=2)')
   tab.fill('#f-steps', str(STEPS))
   tab.fill('#f-batch_size', '4')
   tab.fill('#more', MORE)
-  expect(tab.locator('#command')).to_contain_text('-m moepeft.train --config')
+  command = tab.locator('#command')
+  expect(command).to_contain_text('-m moepeft.train --config', timeout=LONG)
   expect(tab.locator('#card')).to_contain_text('c.batch_size = 4')
-  tab.click('#start')
+  tab.click('#start', timeout=LONG)
 
 
 def watch_and_stop(tab, folder):
-  expect(badge(tab)).to_have_text('running')
+  expect(badge(tab)).to_have_text('running', timeout=LONG)
   expect(tab.locator('#charts figure').first).to_be_visible(timeout=LONG)
   expect(fact(tab, 'Loss')).not_to_have_text('–')
   expect(fact(tab, 'Checkpoint at step')).not_to_have_text('–', timeout=LONG)
@@ -169,7 +171,7 @@ def resume(tab, folder):
 
 def look_at_routers(tab):
   tab.click('#tab-routers')
-  expect(tab.locator('#router canvas')).to_be_visible()
+  expect(tab.locator('#router canvas')).to_be_visible(timeout=LONG)
   expect(tab.locator('#router .heat tbody tr')).to_have_count(2)
   tab.click('#measure')
   table = tab.locator('#tasks .heat tbody tr')
@@ -184,7 +186,8 @@ def look_at_routers(tab):
 
 def look_at_data(tab):
   tab.click('#tab-data')
-  expect(tab.locator('.example mark').first).to_contain_text('<eos>')
+  mark = tab.locator('.example mark').first
+  expect(mark).to_contain_text('<eos>', timeout=LONG)
 
 
 def ask(tab):
