@@ -210,7 +210,7 @@ def _reason(error: BaseException) -> str:
   while isinstance(error, BaseExceptionGroup):
     error = error.exceptions[0]
   if isinstance(error, TimeoutError):
-    return f'no reply came within {_START_SECONDS:g} s'
+    return 'no reply came in time'
   text = ' '.join(str(error).split())[:300]
   return terminal.visible(text or type(error).__name__)
 

@@ -113,3 +113,14 @@ class TestChatOpenAI(ChatModelIntegrationTests):
   )
   def test_agent_loop(self, model):
     super().test_agent_loop(model)
+
+
+class TestChatOpenAIResponses(TestChatOpenAI):
+  """The same suite by /v1/responses."""
+
+  @property
+  def chat_model_params(self):
+    # Of responses, ChatOpenAI asks for the usage without being told.
+    params = super().chat_model_params | {'use_responses_api': True}
+    del params['stream_usage']
+    return params
