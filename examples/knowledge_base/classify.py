@@ -24,7 +24,7 @@ class ExampleClassifier:
 
   def __call__(self, text: str) -> tuple[str, float]:
     """(label, cosine of its nearest example)."""
-    cosines = self._vectors @ self._embed([text])[0]
+    cosines = self._vectors @ self._embed.cached([text])[0]
     votes: dict[str, float] = collections.defaultdict(float)
     nearest: dict[str, float] = {}
     for i in np.argsort(-cosines, kind='stable')[: self._k]:

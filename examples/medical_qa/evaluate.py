@@ -6,6 +6,7 @@ python -m examples.medical_qa.evaluate
 """
 
 import collections
+import itertools
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for label, texts in HELD_OUT.items()
   }
   questions['leaflet'] = [q.text for q in corpus.questions]
+  embed.cached(list(map(triage.mask, itertools.chain(*questions.values()))))
   rows = []
   for label, texts in questions.items():
     counts = collections.Counter(map(triage, texts))

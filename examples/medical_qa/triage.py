@@ -84,6 +84,8 @@ class Triage:
 
   def __call__(self, question: str) -> str:
     """A label of EXAMPLES."""
-    if self._names:
-      question = self._names.sub('it', question)
-    return self._classify(question)[0]
+    return self._classify(self.mask(question))[0]
+
+  def mask(self, question: str) -> str:
+    """The question with 'it' in place of a medicine's name."""
+    return self._names.sub('it', question) if self._names else question

@@ -62,10 +62,10 @@ def test_two_hops_need_the_ships_document(base, tmp_path):
   assert len(questions) == 16
   graph = PassageGraph(indexed)
   by_graph = sum(
-    evaluate.is_recalled(q, graph.local_search(q.text, 5)) for q in questions
+    evaluate.is_recalled(q, graph.local_search(q.text, 10)) for q in questions
   )
   by_words = sum(
-    evaluate.is_recalled(q, indexed.search(q.text, 5)) for q in questions
+    evaluate.is_recalled(q, indexed.search(q.text, 10)) for q in questions
   )
   assert by_graph > by_words
 
