@@ -21,7 +21,11 @@ PAGES = [
 ]
 TRANSLATED = [
   path.relative_to(ROOT).as_posix().replace('.zh.md', '.md')
-  for path in [ROOT / 'README.zh.md', *sorted((ROOT / 'docs').rglob('*.zh.md'))]
+  for path in [
+    ROOT / 'README.zh.md',
+    *sorted((ROOT / 'docs').rglob('*.zh.md')),
+    *sorted((ROOT / 'examples').rglob('*.zh.md')),
+  ]
 ]
 ALL = sorted({*PAGES, *(name.replace('.md', '.zh.md') for name in TRANSLATED)})
 
