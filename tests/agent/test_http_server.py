@@ -4,7 +4,10 @@
 import contextlib
 import http.client
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -19,7 +22,7 @@ from moepeft.agent.loop import Budget  # noqa: E402
 from moepeft.agent.tools import make_tool  # noqa: E402
 from moepeft.core import http_access  # noqa: E402
 from moepeft.core.http_access import ApiKeys  # noqa: E402
-from tests import commands  # noqa: E402
+from tests import ROOT, commands  # noqa: E402
 from tests.agent.scripted import refuses, serving, text_reply, wants  # noqa: E402
 
 
@@ -209,6 +212,28 @@ def test_a_key_is_needed_where_there_are_keys():
       assert client.send('POST', '/ask', {'question': '?'})[0] == 401
       client.key = 'secret'
       assert dict(client.ask())['answer']['text'] == 'a'
+
+
+def test_the_command_serves_and_ends_at_a_signal():
+  with serving(text_reply('It is 360.')) as script:
+    flags = (f'--base_url={script.url}', '--serve', '--port=0', '--skills=')
+    process = subprocess.Popen(
+      [sys.executable, '-m', 'moepeft.agent', *flags],
+      stdout=subprocess.PIPE,
+      text=True,
+      env=os.environ | {'PYTHONPATH': str(ROOT)},
+    )
+    try:
+      line = process.stdout.readline()
+      assert line.startswith('serving at http://127.0.0.1:'), line
+      client = Client(int(line.rpartition(':')[2]))
+      assert dict(client.ask('12 * 30?'))['answer']['text'] == 'It is 360.'
+      process.terminate()
+      process.wait(30)
+    finally:
+      process.kill()
+      process.wait(10)
+      process.stdout.close()
 
 
 @pytest.mark.parametrize(

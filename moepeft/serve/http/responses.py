@@ -31,8 +31,9 @@ async def responses(service: Service, request: Request) -> Response:
   """The answer to a conversation, as in OpenAI's Responses API."""
   body = await read_body(request, ResponsesBody, service.limits.body)
   name = f'resp_{secrets.token_hex(24)}'
+  chat_body = await asyncio.to_thread(body.to_chat)
   try:
-    started = await chat.start(service, request, body.to_chat(), name)
+    started = await chat.start(service, request, chat_body, name)
   except ApiError as e:
     raise rename_fields(e) from None
   builder = ResponseBuilder(body, started)

@@ -27,6 +27,7 @@ from moepeft.serve.http.schemas import (
 )
 
 _LOGPROBS = 'message.output_text.logprobs'
+_SYSTEM = ('system', 'developer')
 # The model has no reasoning items, so asking for them has no effect.
 _INCLUDABLE = (_LOGPROBS, 'reasoning.encrypted_content')
 
@@ -232,44 +233,29 @@ def _messages(body: ResponsesBody) -> list[Message]:
   items: Sequence = body.input
   if isinstance(items, str):
     items = [InputMessage(role='user', content=items)]
-  messages: list[Message] = []
+  turns: list[dict[str, Any]] = []
   if body.instructions:
-    messages.append(Message(role='system', content=body.instructions))
+    turns.append({'role': 'system', 'content': body.instructions})
   for item in items:
-    last = messages[-1] if messages else None
+    last = turns[-1] if turns else {'role': ''}
     if isinstance(item, CallItem):
+      # Text and calls of one answer are one turn.
+      if last['role'] != 'assistant':
+        last = {'role': 'assistant'}
+        turns.append(last)
       function = FunctionCall(name=item.name, arguments=item.arguments)
       call = ToolCall(id=item.call_id, function=function)
-      # Text and calls of one answer are one turn.
-      calls = (last.tool_calls or []) if _is_assistant(last) else []
-      if _is_assistant(last):
-        messages.pop()
-      messages.append(
-        Message(
-          role='assistant',
-          content=last.content if _is_assistant(last) else None,
-          tool_calls=[*calls, call],
-        )
-      )
+      last.setdefault('tool_calls', []).append(call)
     elif isinstance(item, CallOutputItem):
-      messages.append(
-        Message(role='tool', tool_call_id=item.call_id, content=item.text)
+      turns.append(
+        {'role': 'tool', 'tool_call_id': item.call_id, 'content': item.text}
       )
-    elif _is_system(item) and len(messages) == 1 and _is_system(last):
+    elif item.role in _SYSTEM and len(turns) == 1 and last['role'] in _SYSTEM:
       # Templates take one system turn, at the start.
-      text = f'{last.content}\n\n{item.text}'
-      messages[0] = Message(role='system', content=text)
+      last['content'] += f'\n\n{item.text}'
     else:
-      messages.append(Message(role=item.role, content=item.text))
-  return messages
-
-
-def _is_assistant(message: Message | None) -> bool:
-  return message is not None and message.role == 'assistant'
-
-
-def _is_system(message: Message | InputMessage | None) -> bool:
-  return message is not None and message.role in ('system', 'developer')
+      turns.append({'role': item.role, 'content': item.text})
+  return [Message(**turn) for turn in turns]
 
 
 # The fields of a chat that have another name here.

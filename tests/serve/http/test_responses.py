@@ -7,6 +7,7 @@ import json
 import pytest
 
 from moepeft.core.http_access import ApiKeys
+from moepeft.serve.http.responses_body import ResponsesBody
 from moepeft.serve.http.tool_calls import ToolPlanner
 from tests.serve.fake_engine import END, ids_of, text_of
 from tests.serve.small_server import byte_tokenizer, constrained, fake, running
@@ -131,6 +132,32 @@ def test_input_items_are_turns(server):
   assert prompts(server)[-1] == (
     's:Be brief.\n\nAnd kind.|u:hi|a:Hello.|u:bye|a:'
   )
+
+
+def test_text_and_calls_of_an_answer_are_one_turn():
+  call = {'type': 'function_call', 'name': 'f', 'arguments': '{}'}
+  items = [
+    {'role': 'user', 'content': 'a'},
+    {'role': 'assistant', 'content': 'b'},
+    {**call, 'call_id': 'x'},
+    {**call, 'call_id': 'y'},
+    {'type': 'function_call_output', 'call_id': 'x', 'output': 'c'},
+    {
+      'type': 'function_call_output',
+      'call_id': 'y',
+      'output': [{'type': 'input_text', 'text': 'd'}],
+    },
+    {**call, 'call_id': 'z'},
+  ]
+  body = ResponsesBody.model_validate({'model': 'base', 'input': items})
+  turns = body.to_chat().messages
+  assert [(turn.role, turn.text) for turn in turns] == [
+    *(('user', 'a'), ('assistant', 'b'), ('tool', 'c'), ('tool', 'd')),
+    ('assistant', ''),
+  ]
+  assert [call.id for call in turns[1].tool_calls] == ['x', 'y']
+  assert [turn.tool_call_id for turn in turns[2:4]] == ['x', 'y']
+  assert [call.id for call in turns[4].tool_calls] == ['z']
 
 
 def test_an_answer_that_is_cut_is_incomplete(server):
