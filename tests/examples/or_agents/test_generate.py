@@ -73,9 +73,9 @@ def test_domains_have_distinct_nouns():
 
 
 def test_the_same_seed_gives_the_same_rows():
-  first, second, other = draw(10, 3), draw(10, 3), draw(10, 4)
+  first, second, third = draw(10, 3), draw(10, 3), draw(10, 4)
   assert [s.row for s in first] == [s.row for s in second]
-  assert [s.row for s in first] != [s.row for s in other]
+  assert [s.row for s in first] != [s.row for s in third]
 
 
 def test_rows_re_solve_in_two_solvers(drawn):
@@ -231,13 +231,13 @@ def test_training_rows_are_what_the_readers_take():
   from moepeft.data.chat import formats
   from moepeft.data.preference import formats as preference_formats
 
-  made = training_rows.by_agent(draw(20))
-  assert made.keys() == {
+  by_agent = training_rows.by_agent(draw(20))
+  assert by_agent.keys() == {
     *('components', 'formulation', 'verify_components', 'verify_formulation'),
     *('json', 'pyomo', 'cvxpy', 'pyscipopt', 'repair_error'),
     *('repair_no_optimum', 'direct', 'pairs'),
   }
-  for name, rows in made.items():
+  for name, rows in by_agent.items():
     for row in rows:
       if name == 'direct':
         example.parse_example(row, name)
@@ -247,7 +247,7 @@ def test_training_rows_are_what_the_readers_take():
       else:
         formats.check_answered(formats.parse_conversation(row))
   verdicts = {
-    row['messages'][-1]['content'] for row in made['verify_formulation']
+    row['messages'][-1]['content'] for row in by_agent['verify_formulation']
   }
   assert 'OK' in verdicts and len(verdicts) > 1
 
