@@ -77,6 +77,7 @@ _TEST = (
     'nbclient',
     'nbformat',
     'networkx>=3.3',
+    'openapi-spec-validator>=0.9,<1',
     'pytest>=8',
     'pytest-xdist>=3.5',
     'ruff>=0.8',

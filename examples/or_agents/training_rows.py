@@ -17,6 +17,7 @@ is for config.data.source=jsonl, pairs for preference.
 """
 
 import collections
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -61,8 +62,8 @@ def by_agent(samples: Iterable[Any], seed: int = 0) -> Rows:
     instance, text = sample.instance, sample.row['text']
     wrong = judged_variants(instance.problem, sample.row['value'])
     drafts = {
-      'components': lambda problem, it=instance: components(it, problem),
-      'formulation': lambda problem, it=instance: formulation(it, problem),
+      'components': functools.partial(components, instance),
+      'formulation': functools.partial(formulation, instance),
     }
     right = {name: draft(instance.problem) for name, draft in drafts.items()}
 

@@ -162,10 +162,10 @@ def test_a_customer_who_is_understood_gets_to_the_end():
   def understand(message, slot):
     if message == customer.confirmation:
       return Understanding('yes', {})
-    known = {customer.opening: 'track'}
+    kinds = {customer.opening: 'track'}
     if customer.question:
-      known[customer.question[0]] = 'question'
-    return Understanding(known.get(message, ''), pattern_slots(message))
+      kinds[customer.question[0]] = 'question'
+    return Understanding(kinds.get(message, ''), pattern_slots(message))
 
   result = evaluate.play(Dialogue(understand, lambda q: TERMS), customer)
   assert result.right and result.state == 'done'

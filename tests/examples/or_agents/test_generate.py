@@ -231,13 +231,13 @@ def test_training_rows_are_what_the_readers_take():
   from moepeft.data.chat import formats
   from moepeft.data.preference import formats as preference_formats
 
-  agent_rows = training_rows.by_agent(draw(20))
-  assert agent_rows.keys() == {
+  by_agent = training_rows.by_agent(draw(20))
+  assert by_agent.keys() == {
     *('components', 'formulation', 'verify_components', 'verify_formulation'),
     *('json', 'pyomo', 'cvxpy', 'pyscipopt', 'repair_error'),
     *('repair_no_optimum', 'direct', 'pairs'),
   }
-  for name, rows in agent_rows.items():
+  for name, rows in by_agent.items():
     for row in rows:
       if name == 'direct':
         example.parse_example(row, name)
@@ -247,7 +247,7 @@ def test_training_rows_are_what_the_readers_take():
       else:
         formats.check_answered(formats.parse_conversation(row))
   verdicts = {
-    row['messages'][-1]['content'] for row in agent_rows['verify_formulation']
+    row['messages'][-1]['content'] for row in by_agent['verify_formulation']
   }
   assert 'OK' in verdicts and len(verdicts) > 1
 

@@ -15,12 +15,12 @@ from .. import hashing_server  # noqa: E402
 def test_tariffs_of_two_years_have_the_same_names_and_other_facts():
   training, current = data.tariffs('training'), data.tariffs('current')
   assert training.facts.keys() == current.facts.keys()
-  both = [
+  pairs = [
     (training.facts[name][key], current.facts[name][key])
     for name in training.facts
     for key in training.facts[name].keys() & current.facts[name].keys()
   ]
-  assert sum(a == b for a, b in both) < len(both) / 10
+  assert sum(a == b for a, b in pairs) < len(pairs) / 10
 
 
 def test_pairs_on_tariffs_have_the_answer_in_a_passage():
