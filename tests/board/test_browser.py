@@ -250,6 +250,21 @@ def test_runs_are_found_opened_and_compared_by_keyboard(browser, planted):
     expect(tab.locator('#router td.dead')).to_have_count(1)
 
 
+def test_a_field_fills_what_a_config_leaves_to_the_user(browser, planted):
+  with visiting(browser, f'{planted}#/new') as tab:
+    tab.select_option('#preset', 'sft')
+    expect(tab.locator('#more')).to_have_value(
+      re.compile('^model.path = $', re.M)
+    )
+    tab.fill('[id="f-model.path"]', '/etc/model')
+    wrong = tab.locator('#check .wrong')
+    expect(wrong).to_contain_text(
+      "config.model.path='/etc/model'", timeout=LONG
+    )
+    tab.fill('#more', 'model.path = smollm2')
+    expect(wrong).to_contain_text('model.path stands in a field and in a line')
+
+
 def test_the_page_speaks_chinese_and_has_a_dark_mode(browser, planted):
   color = 'getComputedStyle(document.body).backgroundColor'
   with visiting(browser, planted, 'zh-CN', color_scheme='dark') as tab:
