@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   dialogue = Dialogue(understand, answer)
   terminal.show('Good day! What can I do for you?')
   for line in filter(str.strip, sys.stdin):
-    terminal.show(dialogue.say(line.strip()))
+    terminal.show(dialogue.respond(line.strip()))
     if dialogue.state in ('done', 'handed_over'):
       break
   if dialogue.state == 'handed_over':

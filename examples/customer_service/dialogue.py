@@ -180,7 +180,7 @@ class Dialogue:
   transcript: list[tuple[str, str]] = dataclasses.field(default_factory=list)
   _failures: int = 0
 
-  def say(self, message: str) -> str:
+  def respond(self, message: str) -> str:
     """The reply to a message; moves to the next state.
 
     Raises:
@@ -194,7 +194,7 @@ class Dialogue:
     return reply
 
   def hand_over(self) -> dict:
-    """What the person who takes over reads."""
+    """The card for the person who takes over."""
     return {
       'reason': self.reason,
       'request': self.request,

@@ -115,7 +115,7 @@ def customers(count: int, seed: int) -> Iterator[Customer]:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """How a dialogue ended.
+  """The end of a dialogue.
 
   Attributes:
     right: whether the request was done with the customer's values, or a person
@@ -132,14 +132,14 @@ class Result:
 
 def play(dialogue: Dialogue, customer: Customer) -> Result:
   """Lets a customer talk until the dialogue is over."""
-  dialogue.say(customer.opening)
+  dialogue.respond(customer.opening)
   turns, answered = 1, None
   if customer.question and dialogue.state not in ('done', 'handed_over'):
     question, value = customer.question
-    answered = value in dialogue.say(question)
+    answered = value in dialogue.respond(question)
     turns += 1
   while dialogue.state not in ('done', 'handed_over') and turns < _MAX_TURNS:
-    dialogue.say(_next_message(dialogue, customer))
+    dialogue.respond(_next_message(dialogue, customer))
     turns += 1
   if customer.goal in REQUESTS:
     right = (

@@ -124,10 +124,10 @@ def generate(
       facts[name][key] = value
       lines.append(sentence)
       questions.append(Question(question, value, sentence, source, name))
-    others = [other for other in subjects if other != name] or [name]
+    neighbours = [n for n in subjects if n != name] or [name]
     for filler in rng.sample(kind.fillers, min(len(lines), len(kind.fillers))):
       subject = rng.choice(['It', f'The {kind.noun}'])
-      lines.append(filler.format(it=subject, other=rng.choice(others)))
+      lines.append(filler.format(it=subject, other=rng.choice(neighbours)))
     rng.shuffle(lines)
     texts[source] = _render(source, f'{kind.noun.capitalize()} {name}', lines)
   return Corpus(texts, facts, questions)

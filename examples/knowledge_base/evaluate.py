@@ -102,26 +102,26 @@ def score_answers(
   questions: Sequence[Question], answers: Sequence[Answer]
 ) -> AnswerScores:
   pairs = list(zip(questions, answers, strict=True))
-  known = [(q, a) for q, a in pairs if q.answer]
+  answerable = [(q, a) for q, a in pairs if q.answer]
   unknown = [a for q, a in pairs if not q.answer]
-  given = [(q, a) for q, a in pairs if a.citations]
+  replies = [(q, a) for q, a in pairs if a.citations]
   right = [
     (q, a)
-    for q, a in known
+    for q, a in answerable
     if a.citations and q.answer.lower() in a.text.lower()
   ]
   cited = [
     is_recalled(q, [Hit(0, p, 0) for p in a.citations]) for q, a in right
   ]
   supported = [
-    answer_lib.support(a.text, q.text, a.citations) == 1 for q, a in given
+    answer_lib.support(a.text, q.text, a.citations) == 1 for q, a in replies
   ]
   return AnswerScores(
-    len(right) / max(len(known), 1),
+    len(right) / max(len(answerable), 1),
     _mean(cited),
     _mean(supported),
     _mean([not a.citations for a in unknown]),
-    _mean([not a.citations for _, a in known]),
+    _mean([not a.citations for _, a in answerable]),
   )
 
 
@@ -238,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--questions', type=int, default=200, help='With an answer.')
   add('--sizes', type=int, nargs='+', default=[25, 50, 100, 150])
   add('--size', type=int, default=50, help='Of all tables but recall.')
+  add('--threshold', type=float, help='Of quotes; by default fitted.')
   add('--seed', type=int, default=0)
   add('--k', type=int, default=3, help='Passages that the model reads.')
   flags = parser.parse_args(argv)
@@ -246,8 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   rerank = search.by_sentences(embed)
 
   def questions(corpus: Corpus) -> list[Question]:
-    known = corpus.sample(True, flags.questions, flags.seed)
-    return known + corpus.sample(False, flags.questions // 2, flags.seed)
+    answerable = corpus.sample(True, flags.questions, flags.seed)
+    return answerable + corpus.sample(False, flags.questions // 2, flags.seed)
 
   corpora = [
     corpus_lib.stations(flags.documents, flags.seed + i) for i in (0, 1)
@@ -255,17 +256,17 @@ def main(argv: Sequence[str] | None = None) -> None:
   with tempfile.TemporaryDirectory() as path:
     folders = pathlib.Path(path, 'a'), pathlib.Path(path, 'b')
     if flags.table == 'recall':
-      known = corpora[0].sample(True, flags.questions, flags.seed)
+      answerable = corpora[0].sample(True, flags.questions, flags.seed)
       print_table(
         (
           *('size', 'passages', 'search'),
           *(f'recall@{k}' for k in DEPTHS),
           *(f'reranked, @{k}' for k in DEPTHS),
         ),
-        recall_rows(corpora[0], folders[0], embed, flags.sizes, known),
+        recall_rows(corpora[0], folders[0], embed, flags.sizes, answerable),
       )
       return
-    base, other = (
+    base, fitted = (
       index(corpus, folder, embed, flags.size, flags.size // 5)
       for corpus, folder in zip(corpora, folders, strict=True)
     )
@@ -273,8 +274,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     head = ('question', 'search', 'score')
     print_table(head, graph_rows(corpora[0], base))
     return
-  base.rerank = other.rerank = rerank
-  threshold = fit_threshold(other, questions(corpora[1]), flags.k)
+  base.rerank = fitted.rerank = rerank
+  threshold = flags.threshold
+  if threshold is None:
+    threshold = fit_threshold(fitted, questions(corpora[1]), flags.k)
   print(f'{flags.size} tokens a passage, threshold {threshold}\n')
   model = None
   if flags.table == 'answers':

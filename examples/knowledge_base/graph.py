@@ -96,8 +96,8 @@ class PassageGraph:
     by_likeness = [(hit.id, hit.score) for hit in best.values()]
     firsts = fuse([by_graph, by_likeness])
     rest = {hit.id for hit in hits} - {i for i, _ in firsts}
-    others = [(hit.id, 0.0) for hit in hits if hit.id in rest]
-    return self._read([*firsts, *others][:k])
+    remaining = [(hit.id, 0.0) for hit in hits if hit.id in rest]
+    return self._read([*firsts, *remaining][:k])
 
   def rank(self, question: str) -> Ranking:
     """Passages by PageRank from the question's entities; [] without any."""

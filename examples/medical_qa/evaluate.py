@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   client = client_lib.connect(flags)
   embed = Embedder(client, flags.embeddings)
   model = None if flags.quotes else client_lib.chat_model(flags, client)
-  corpus, other = (leaflets(flags.leaflets, seed) for seed in (0, 1))
+  corpus, fitting = (leaflets(flags.leaflets, seed) for seed in (0, 1))
   medicines = list(corpus.facts)
 
   triage = Triage(embed, medicines)
@@ -77,14 +77,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)
     bases = []
-    for name, leaves in (('a', corpus), ('b', other)):
+    for name, leaves in (('a', corpus), ('b', fitting)):
       base = evaluate.index(leaves, root / name, embed, 50, 10)
       base.rerank = search.by_sentences(embed)
       bases.append(base)
     mixed = [
       leaves.sample(True, flags.questions, 0)
       + leaves.sample(False, flags.questions // 2, 0)
-      for leaves in (corpus, other)
+      for leaves in (corpus, fitting)
     ]
     threshold = evaluate.fit_threshold(bases[1], mixed[1], 3)
     print(f'\nthreshold {threshold}\n')

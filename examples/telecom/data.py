@@ -4,9 +4,9 @@
   python -m examples.telecom.data --output=workdirs/telecom.jsonl
 
 Tariffs change every year, so they are in documents. An adapter learns to read
-an answer from passages, among them some that do not have it (RAFT, Zhang et
-al., 2024), with the tariffs of another year than the one that is asked for.
-The codes of routers do not change, and are in no document: it learns these.
+an answer from passages, one of which does not have it (RAFT, Zhang et al.,
+2024), with the tariffs of other years than the one that is asked for. The codes
+of routers do not change, and are in no document: it learns these.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from examples.knowledge_base.corpus import (
   generate,
   number,
 )
+from examples.knowledge_base.splitter import Passage
 
-YEARS = {'training': 1, 'current': 2}
+CURRENT_YEAR, TRAINING_YEARS = 0, range(1, 21)
 TARIFF = Kind(
   'tariff',
   {
@@ -73,18 +74,18 @@ TARIFF = Kind(
 )
 _FIRST = 'Sky Blue Giga Easy Home Pro Rapid Smart Ultra Way'.split()
 _SECOND = 'Talk Surf Flat Line Max Net Plus Start'.split()
-# What a code of a router means: in no document, the same every year.
+# The meaning of a router's code: in no document, the same every year.
 CODES = {
-  'A11': 'pull the plug for one minute',
-  'A27': 'replace the grey cable',
-  'B03': 'enter the PIN of the SIM card',
-  'B45': 'wait until the update ends',
-  'C18': 'move the router to a window',
-  'C62': 'press the reset button with a pin',
-  'D09': 'order a technician',
-  'D74': 'switch off the old router',
-  'E31': 'choose another WiFi channel',
-  'E56': 'let the router cool down',
+  'A11': 'pull the plug',
+  'A27': 'replace the cable',
+  'B03': 'enter the PIN',
+  'B45': 'wait an hour',
+  'C18': 'move the router',
+  'C62': 'press reset',
+  'D09': 'call a technician',
+  'D74': 'remove the old box',
+  'E31': 'change the channel',
+  'E56': 'let it cool down',
 }
 _CODE_QUESTIONS = (
   'My router shows the code {code}.',
@@ -95,50 +96,55 @@ _CODE_QUESTIONS = (
 HELD_OUT_CODE_QUESTION = 'There is a {code} on my box. What should I do?'
 
 
-def tariffs(year: str, count: int = 40) -> Corpus:
+def tariffs(year: int, count: int = 40) -> Corpus:
   """The tariffs of a year: the names are the same, the facts are not."""
   names = [f'{a}{b}' for a in _FIRST for b in _SECOND]
   random.Random(0).shuffle(names)
-  return generate(TARIFF, names[:count], YEARS[year])
+  return generate(TARIFF, names[:count], year)
 
 
-def prompt(question: str, passages: Sequence[str]) -> str:
-  """The user's turn, with passages or without any."""
-  if not passages:
-    return question
-  return '\n\n'.join([*passages, f'Question: {question}'])
+def prompt(question: str, passages: Sequence[Passage]) -> str:
+  """The question after passages, or alone."""
+  texts = [' '.join(passage.indexed.split()) for passage in passages]
+  return ' '.join([*texts, question])
 
 
-def reply(answer: str) -> str:
-  """The answer in the house's style."""
-  return f'Gladly: {answer}.'
-
-
-def code_questions(templates: Sequence[str]) -> Iterator[Question]:
-  for code, answer in CODES.items():
-    for template in templates:
-      yield Question(template.format(code=code), answer)
+def code_questions(templates: Sequence[str]) -> list[Question]:
+  return [
+    Question(template.format(code=code), answer)
+    for code, answer in CODES.items()
+    for template in templates
+  ]
 
 
 def pairs(count: int, seed: int) -> Iterator[tuple[str, str]]:
-  """Training pairs (prompt, answer): tariffs with passages, and codes."""
+  """Training pairs: three of four on tariffs, with passages, one on a code.
+
+  The passage that does not help is on another tariff or another attribute. A
+  question on a code has two such passages or none.
+  """
   rng = random.Random(seed)
-  corpus = tariffs('training')
-  known = [question for question in corpus.questions if question.answer]
-  codes = list(code_questions(_CODE_QUESTIONS))
+  codes = code_questions(_CODE_QUESTIONS)
+  years = [
+    [question for question in tariffs(year).questions if question.answer]
+    for year in TRAINING_YEARS
+  ]
   for i in range(count):
-    if i % 2:
+    questions = rng.choice(years)
+    question = rng.choice(questions)
+    same = [q for q in questions if q.subject == question.subject]
+    useless = rng.choice(rng.choice([questions, same]))
+    passages = [_passage(question), _passage(useless)]
+    rng.shuffle(passages)
+    if i % 4 == 0:
       question = rng.choice(codes)
-      passages = [_passage(rng.choice(known))] * rng.randint(0, 1)
-    else:
-      question = rng.choice(known)
-      passages = [_passage(question), _passage(rng.choice(known))]
-      rng.shuffle(passages)
-    yield prompt(question.text, passages), reply(question.answer)
+      passages = rng.choice([passages, []])
+    yield prompt(question.text, passages), question.answer
 
 
-def _passage(question: Question) -> str:
-  return f'Tariff {question.subject}\n{question.sentence}'
+def _passage(question: Question) -> Passage:
+  title = f'Tariff {question.subject}'
+  return Passage(question.source, title, question.sentence)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -149,17 +155,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     allow_abbrev=False,
   )
   parser.add_argument('--output', required=True, help='A file, .jsonl.')
-  parser.add_argument('--pairs', type=int, default=600)
+  parser.add_argument('--pairs', type=int, default=20_000)
   flags = parser.parse_args(argv)
   path = pathlib.Path(flags.output)
   path.parent.mkdir(parents=True, exist_ok=True)
   with open(path, 'w', encoding='utf-8') as file:
-    for text, answer in pairs(flags.pairs, seed=0):
-      messages = [
-        {'role': 'user', 'content': text},
-        {'role': 'assistant', 'content': answer},
-      ]
-      print(json.dumps({'messages': messages}), file=file)
+    for inputs, targets in pairs(flags.pairs, seed=0):
+      print(json.dumps({'inputs': inputs, 'targets': targets}), file=file)
   print(f'{flags.pairs} pairs in {path}')
 
 

@@ -41,24 +41,24 @@ def test_slots_are_filled_in_turn_and_confirmed():
     ('return', {}), ('', {'order': 'KX-12345'}), ('', {'reason': 'damaged'}),
     ('yes', {}),
   )  # fmt: skip
-  assert 'number of your order' in talk.say('I send it back')
-  assert 'Why do you return it' in talk.say('KX-12345')
-  reply = talk.say('broken')
+  assert 'number of your order' in talk.respond('I send it back')
+  assert 'Why do you return it' in talk.respond('KX-12345')
+  reply = talk.respond('broken')
   assert reply == (
     'I note a return of order KX-12345 (damaged). Is that right?'
   )
   assert talk.state == 'confirming'
-  talk.say('yes')
+  talk.respond('yes')
   assert talk.state == 'done'
   assert talk.slots == {'order': 'KX-12345', 'reason': 'damaged'}
   with pytest.raises(ValueError, match='begin another one'):
-    talk.say('hello')
+    talk.respond('hello')
 
 
 def test_a_question_in_between_keeps_the_slots():
   talk = dialogue(('track', {'order': 'KX-12345'}), ('question', {}))
-  talk.say('Where is KX-12345?')
-  assert talk.say('How long?') == (
+  talk.respond('Where is KX-12345?')
+  assert talk.respond('How long?') == (
     '30 days. [terms.md] What is your e-mail address?'
   )
   assert talk.slots == {'order': 'KX-12345'} and talk.state == 'filling'
@@ -69,8 +69,8 @@ def test_a_value_is_corrected_before_it_is_confirmed():
     ('track', {'order': 'KX-12345', 'email': 'a@b.test'}),
     ('', {'order': 'KX-54321'}),
   )
-  talk.say('...')
-  assert 'KX-54321' in talk.say('I mean KX-54321')
+  talk.respond('...')
+  assert 'KX-54321' in talk.respond('I mean KX-54321')
   assert talk.state == 'confirming'
 
 
@@ -78,8 +78,8 @@ def test_without_confirmation_all_is_asked_again():
   talk = dialogue(
     ('track', {'order': 'KX-12345', 'email': 'a@b.test'}), ('no', {})
   )
-  talk.say('...')
-  assert 'number of your order' in talk.say('no')
+  talk.respond('...')
+  assert 'number of your order' in talk.respond('no')
   assert talk.slots == {} and talk.state == 'filling'
 
 
@@ -101,7 +101,7 @@ def test_a_person_takes_over(contents, answer, reason):
   talk = dialogue(*contents, answer=answer)
   for i in range(len(contents)):
     assert talk.state != 'handed_over'
-    talk.say(f'message {i}')
+    talk.respond(f'message {i}')
   assert talk.state == 'handed_over' and reason in talk.reason
   card = talk.hand_over()
   assert card['transcript'][0] == ('customer', 'message 0')
@@ -162,10 +162,10 @@ def test_a_customer_who_is_understood_gets_to_the_end():
   def understand(message, slot):
     if message == customer.confirmation:
       return Understanding('yes', {})
-    kinds = {customer.opening: 'track'}
+    intents = {customer.opening: 'track'}
     if customer.question:
-      kinds[customer.question[0]] = 'question'
-    return Understanding(kinds.get(message, ''), pattern_slots(message))
+      intents[customer.question[0]] = 'question'
+    return Understanding(intents.get(message, ''), pattern_slots(message))
 
   result = evaluate.play(Dialogue(understand, lambda q: TERMS), customer)
   assert result.right and result.state == 'done'

@@ -90,8 +90,8 @@ def test_a_quote_is_the_nearest_sentence_or_none():
 
 
 def test_scores_of_answers_by_hand():
-  answered = Question('How high?', '40 m', 'It is 40 m high.', 'tower.md')
-  questions = [answered] * 4 + [Question('Who?'), Question('Why?')]
+  question = Question('How high?', '40 m', 'It is 40 m high.', 'tower.md')
+  questions = [*[question] * 4, Question('Who?'), Question('Why?')]
   answers = [
     Answer('It is 40 m high.', (TOWER,)),
     # Right, with a citation that does not have it.

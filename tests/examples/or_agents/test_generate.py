@@ -192,6 +192,7 @@ def test_a_number_stands_beside_the_names_it_belongs_to(family):
         assert not missing, (missing, text)
 
 
+@pytest.mark.slow
 def test_programs_of_all_languages_have_the_value(sandbox):
   for sample in draw(4, 5):
     for name in ('pyomo', 'cvxpy', 'pyscipopt'):

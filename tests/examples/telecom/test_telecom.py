@@ -13,53 +13,65 @@ from .. import hashing_server  # noqa: E402
 
 
 def test_tariffs_of_two_years_have_the_same_names_and_other_facts():
-  training, current = data.tariffs('training'), data.tariffs('current')
-  assert training.facts.keys() == current.facts.keys()
+  past, current = data.tariffs(1), data.tariffs(data.CURRENT_YEAR)
+  assert data.CURRENT_YEAR not in data.TRAINING_YEARS
+  assert past.facts.keys() == current.facts.keys()
   pairs = [
-    (training.facts[name][key], current.facts[name][key])
-    for name in training.facts
-    for key in training.facts[name].keys() & current.facts[name].keys()
+    (past.facts[name][key], current.facts[name][key])
+    for name in past.facts
+    for key in past.facts[name].keys() & current.facts[name].keys()
   ]
   assert sum(a == b for a, b in pairs) < len(pairs) / 10
 
 
-def test_pairs_on_tariffs_have_the_answer_in_a_passage():
-  for text, answer in data.pairs(100, seed=1):
-    value = answer.removeprefix('Gladly: ').removesuffix('.')
-    if value not in data.CODES.values():
-      *passages, _ = text.split('\n\n')
-      assert any(value in passage for passage in passages)
+def test_pairs_on_tariffs_have_the_answer_before_the_question():
+  pairs = list(data.pairs(200, seed=1))
+  reading = [(t, a) for t, a in pairs if a not in data.CODES.values()]
+  assert len(reading) == 150
+  assert all(answer in text for text, answer in reading)
+  assert all(text.count('Tariff ') == 2 for text, _ in reading)
+  codes = [text for text, a in pairs if a in data.CODES.values()]
+  assert {text.count('Tariff ') for text in codes} == {0, 2}
 
 
 def test_no_document_has_a_code_and_no_pair_its_held_out_wording():
-  documents = ' '.join(data.tariffs('current').files.values())
+  documents = ' '.join(data.tariffs(data.CURRENT_YEAR).files.values())
   assert not any(code in documents for code in data.CODES)
-  held_out = {
-    q.text for q in data.code_questions([data.HELD_OUT_CODE_QUESTION])
-  }
-  assert not any(q in text for text, _ in data.pairs(200, 0) for q in held_out)
+  held_out = data.code_questions([data.HELD_OUT_CODE_QUESTION])
+  texts = [text for text, _ in data.pairs(200, 0)]
+  assert not any(q.text in text for text in texts for q in held_out)
 
 
-def test_pairs_are_conversations_that_training_reads(tmp_path, capsys):
+def test_pairs_are_rows_that_training_reads(tmp_path, capsys):
   path = tmp_path / 'pairs.jsonl'
   data.main([f'--output={path}', '--pairs=7'])
   rows = [json.loads(line) for line in path.read_text().splitlines()]
-  assert len(rows) == 7
-  from moepeft.data.chat.formats import parse_conversation
-
-  for row in rows:
-    turns = parse_conversation(row).turns
-    assert [turn.role for turn in turns] == ['user', 'assistant']
+  assert [(r['inputs'], r['targets']) for r in rows] == [*data.pairs(7, seed=0)]
 
 
 def test_four_systems_are_measured(capsys):
+  tariffs = data.tariffs(data.CURRENT_YEAR)
+  by_text = {q.text: q for q in tariffs.questions if q.answer}
+
+  def complete(prompt, model):
+    for code, answer in data.CODES.items():
+      if model == 'telecom' and code in prompt:
+        return answer
+    for text, question in by_text.items():
+      if prompt.endswith(text) and question.sentence in prompt:
+        return question.answer
+    return 'I do not know'
+
   def chat(body):
-    text = body['messages'][-1]['content']
-    if body['model'] == 'telecom':
-      for code, answer in data.CODES.items():
-        if code in text:
-          return data.reply(answer)
-    return text.partition('\n\nQuestion')[0]
+    choices = [
+      {
+        'index': i,
+        'text': complete(prompt, body['model']),
+        'finish_reason': 'stop',
+      }
+      for i, prompt in enumerate(body['prompt'])
+    ]
+    return {'id': 'x', 'object': 'text_completion', 'choices': choices}
 
   with hashing_server.serving(chat) as server:
     flags = [*server.flags(), '--model=base', '--questions=6', '--k=3']
