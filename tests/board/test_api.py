@@ -9,6 +9,7 @@ import sys
 import pytest
 from fastapi.testclient import TestClient
 
+from moepeft.board.__main__ import read_api_keys
 from moepeft.board.app import EXPORTS, Board, make_app
 from moepeft.board.folders import Folders
 from moepeft.core.http_access import ApiKeys
@@ -375,3 +376,12 @@ def test_data_that_is_not_there_is_a_sentence(client, tmp_path):
   path = str(tmp_path / 'runs' / 'rows.jsonl')
   body = {'settings': {'data.source': 'jsonl', 'data.path': path}}
   assert 'rows.jsonl' in refusal(client.post('/api/preview', json=body))
+
+
+def test_other_machines_reach_no_board_without_keys(tmp_path):
+  with pytest.raises(ValueError, match='--api_key_file'):
+    read_api_keys('0.0.0.0', '')
+  assert read_api_keys('127.0.0.1', '') == ApiKeys()
+  (tmp_path / 'keys').write_text('secret\n')
+  keys = read_api_keys('0.0.0.0', str(tmp_path / 'keys'))
+  assert keys.users == (b'secret',)
