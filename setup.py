@@ -140,6 +140,7 @@ setup(
     'moepeft': [
       *('assets/*/*', 'evaluation/*.toml', 'evaluation/routing/*.html'),
       *('core/pages/*.css', 'core/pages/*.js', 'serve/page/*.html'),
+      'board/*.html',
     ],
     'moepeft.agent': ['skills/*/*', 'skills/*/*/*'],
   }
