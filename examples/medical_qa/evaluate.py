@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--leaflets', type=int, default=30)
   add('--questions', type=int, default=60, help='With an answer.')
   add('--extractions', type=int, default=10, help='Leaflets to extract.')
+  add('--threshold', type=float, help='Of quotes; by default fitted.')
   add('--quotes', action='store_true', help='Ask no chat model.')
   flags = parser.parse_args(argv)
   client = client_lib.connect(flags)
@@ -86,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
       + leaves.sample(False, flags.questions // 2, 0)
       for leaves in (corpus, fitting)
     ]
-    threshold = evaluate.fit_threshold(bases[1], mixed[1], 3)
+    threshold = flags.threshold
+    if threshold is None:
+      threshold = evaluate.fit_threshold(bases[1], mixed[1], 3)
     print(f'\nthreshold {threshold}\n')
     evaluate.print_answers(
       evaluate.answer_rows(bases[0], model, mixed[0], 3, threshold)
