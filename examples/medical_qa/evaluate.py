@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from examples.knowledge_base import client as client_lib
 from examples.knowledge_base import evaluate, loaders, search
 from examples.knowledge_base.search import Embedder
-from examples.medical_qa.leaflets import Leaflet, extract, leaflets
+from examples.medical_qa.leaflets import Leaflet, LeafletBase, extract, leaflets
 from examples.medical_qa.triage import EXAMPLES, Triage
 
 # Questions for a person, in other words than the examples of the triage.
@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     bases = []
     for name, leaves in (('a', corpus), ('b', fitting)):
       base = evaluate.index(leaves, root / name, embed, 50, 10)
-      base.rerank = search.by_sentences(embed)
-      bases.append(base)
+      rerank = search.by_sentences(embed)
+      bases.append(LeafletBase(base.store, embed, rerank=rerank))
     mixed = [
       leaves.sample(True, flags.questions, 0)
       + leaves.sample(False, flags.questions // 2, 0)

@@ -81,6 +81,16 @@ def test_the_command_refers_or_quotes(server, tmp_path, capsys):
   assert capsys.readouterr().out == 'not in the documents\n'
 
 
+def test_another_medicines_leaflet_gives_no_answer(server, tmp_path, capsys):
+  (tmp_path / 'alvidol.md').write_text('# Alvidol\n\nIt is a tablet.\n')
+  (tmp_path / 'coritan.md').write_text('# Coritan\n\nIt is stored dry.\n')
+  flags = [*server.flags(), f'--documents={tmp_path}', '--answer=quote']
+  ask.main([*flags, '--threshold=0.1', 'Where is Alvidol stored?'])
+  assert capsys.readouterr().out == 'It is a tablet. [alvidol.md]\n'
+  ask.main([*flags, '--threshold=0.1', 'Where is it stored?'])
+  assert capsys.readouterr().out == 'not in the documents\n'
+
+
 def test_the_evaluation_prints_its_tables(server, capsys):
   flags = ['--leaflets=5', '--questions=8', '--extractions=2']
   evaluate.main([*server.flags(), *flags])
