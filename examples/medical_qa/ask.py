@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers questions on package leaflets, or refers to a doctor.
 
-  python -m examples.medical_qa.ask 'How is Alvidol stored?'
+  python -m examples.medical_qa.ask 'How is Flulin stored?'
   python -m examples.medical_qa.ask --documents=DIR 'Should I stop taking it?'
 
 Without --documents, the leaflets of 20 invented medicines are generated. It is
