@@ -207,21 +207,25 @@ class Dialogue:
       return self._to_person('the customer asks for a person')
     if self.state == 'confirming' and content.intent in ('yes', 'no'):
       return self._confirmed(content.intent == 'yes')
-    message = self.transcript[-1][1]
-    if content.intent == 'question':
-      answer = self.answer(message)
-      if answer.citations:
-        self._failures = 0
-        return ' '.join(filter(None, [str(answer), self._prompt()]))
-      return self._failed('the documents do not answer it')
     started = not self.request and content.intent in REQUESTS
     if started:
       self.request = content.intent
-    new = self._fill(content.slots)
-    if not started and not new:
-      return self._failed('the messages are not understood')
+    progress = self._fill(content.slots) or started
+    if progress:
+      self.state = 'filling' if self._next_slot() else 'confirming'
+    is_question = content.intent == 'question'
+    # A message that does not advance a request may be a question, too.
+    if is_question or (self.request and not progress):
+      answer = self.answer(self.transcript[-1][1])
+      if answer.citations:
+        self._failures = 0
+        return f'{answer} {self._prompt()}'
+    if not progress:
+      problem = 'the documents do not answer it'
+      return self._failed(
+        problem if is_question else 'the messages are not understood'
+      )
     self._failures = 0
-    self.state = 'filling' if self._next_slot() else 'confirming'
     return self._prompt()
 
   def _fill(self, slots: Mapping[str, str]) -> bool:

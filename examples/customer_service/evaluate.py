@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
   def answer(question: str):
     hits = base.search(question, 5)
-    return answer_lib.quote(embed, question, hits, 0.3)
+    return answer_lib.quote(embed, question, hits, 0.4)
 
   readers = {'examples': ByExamples(embed)}
   if not flags.examples_only:

@@ -3,15 +3,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal
-
-import pydantic
 
 from examples.knowledge_base.search import Embedder, Hit, best_sentences
 from examples.knowledge_base.splitter import Passage, terms
 from moepeft.agent.chat_markers import escape_markers
 from moepeft.agent.chat_model import ChatModel, Message
-from moepeft.agent.structured_output import ask_structured
+from moepeft.agent.loop import ignore_event
 
 NOT_IN_DOCUMENTS = 'not in the documents'
 _STOP_WORDS = frozenset(
@@ -22,9 +19,9 @@ _STOP_WORDS = frozenset(
   )
 )
 _SYSTEM = (
-  'You answer questions from numbered passages alone. Name the passage that '
-  'has the answer, then answer in one short sentence with the words of the '
-  f'passage. If no passage has the answer, answer: {NOT_IN_DOCUMENTS}.'
+  'You answer questions from passages alone, in one short sentence with the '
+  'words of a passage. If no passage has the answer, answer: '
+  f'{NOT_IN_DOCUMENTS}.'
 )
 _REWRITE = (
   'Rewrite the last question of this conversation as one question that can be '
@@ -87,45 +84,53 @@ def quote(
   return Answer(sentence, (hits[index].passage,), score, sentence)
 
 
+def cite(
+  answer: str, question: str, passages: Sequence[Passage]
+) -> tuple[tuple[Passage, ...], float]:
+  """The fewest passages that support an answer best, and its support.
+
+  They are taken from the texts, as a model may name a wrong one.
+  """
+  chosen: list[Passage] = []
+  score = 0.0
+  for _ in passages:
+    shares = [support(answer, question, [*chosen, p]) for p in passages]
+    if max(shares) <= score:
+      break
+    score = max(shares)
+    chosen.append(passages[shares.index(score)])
+  return tuple(chosen), score
+
+
 def ask(
   model: ChatModel,
   question: str,
   hits: Sequence[Hit],
   min_support: float,
-  max_tokens: int = 120,
+  max_tokens: int = 60,
 ) -> Answer:
-  """The model's answer, if the passage that it names supports it.
-
-  The numbers of passages are part of the JSON schema, so that a model cannot
-  cite others.
+  """The model's answer, if passages support it.
 
   Args:
     min_support: the smallest `support` of an answer.
   """
   if not hits:
     return Answer(NOT_IN_DOCUMENTS)
-  numbers = tuple(range(1, len(hits) + 1))
-  draft_type = pydantic.create_model(
-    'Draft',
-    passage=(Literal[numbers], ...),
-    answer=(Annotated[str, pydantic.Field(max_length=200)], ...),
-  )
-  passages = '\n\n'.join(
-    f'[{number}] {escape_markers(hit.passage.indexed)}'
-    for number, hit in zip(numbers, hits, strict=True)
-  )
-  messages: list[Message] = [
-    {'role': 'system', 'content': _SYSTEM},
-    {'role': 'user', 'content': f'{passages}\n\nQuestion: {question}'},
-  ]
-  options = {'temperature': 0, 'max_tokens': max_tokens}
-  draft = ask_structured(model, draft_type, messages, 1, options)
-  cited = (hits[draft.passage - 1].passage,)
-  score = support(draft.answer, question, cited)
-  refused = NOT_IN_DOCUMENTS in draft.answer.lower()
-  if refused or score < min_support:
-    return Answer(NOT_IN_DOCUMENTS, support=score, draft=draft.answer)
-  return Answer(draft.answer.strip(), cited, score, draft.answer)
+  passages = [hit.passage for hit in hits]
+  texts = '\n\n'.join(escape_markers(p.indexed) for p in passages)
+  request = {
+    'messages': [
+      {'role': 'system', 'content': _SYSTEM},
+      {'role': 'user', 'content': f'{texts}\n\nQuestion: {question}'},
+    ],
+    'temperature': 0,
+    'max_tokens': max_tokens,
+  }
+  draft = model(request, ignore_event, None).message['content'].strip()
+  cited, score = cite(draft, question, passages)
+  if NOT_IN_DOCUMENTS in draft.lower() or score < min_support or not cited:
+    return Answer(NOT_IN_DOCUMENTS, support=score, draft=draft)
+  return Answer(draft, cited, score, draft)
 
 
 def rewrite(model: ChatModel, history: Sequence[Message]) -> list[str]:
@@ -140,6 +145,6 @@ def rewrite(model: ChatModel, history: Sequence[Message]) -> list[str]:
     'temperature': 0,
     'max_tokens': 60,
   }
-  reply = model(request, lambda text: None, None)
+  reply = model(request, ignore_event, None)
   rewritten = ' '.join(reply.message['content'].split())
   return [*dict.fromkeys([question, rewritten or question])]

@@ -108,7 +108,7 @@ def plot(
       box.set_facecolor(f'C{column}')
     axes.plot([], [], f'C{column}', lw=6, label=name)
   axes.set_xticks(range(len(times)), list(times))
-  axes.set_ylim(0)
+  axes.set_yscale('log')
   axes.set_ylabel('milliseconds a question')
   axes.set_title(f'{title}: quartiles, 5 % to 95 %', fontsize=10)
   axes.legend(frameon=False)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers questions on package leaflets, or refers to a doctor.
 
-  python -m examples.medical_qa.ask 'How is Alvidol stored?'
+  python -m examples.medical_qa.ask 'How is Flulin stored?'
   python -m examples.medical_qa.ask --documents=DIR 'Should I stop taking it?'
 
 Without --documents, the leaflets of 20 invented medicines are generated. It is
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from examples.knowledge_base import ask as knowledge_ask
 from examples.knowledge_base import client as client_lib
 from examples.knowledge_base import loaders
-from examples.medical_qa.leaflets import leaflets
+from examples.medical_qa.leaflets import LeafletBase, leaflets
 from examples.medical_qa.triage import REPLIES, Triage
 from moepeft.core import terminal
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   flags = parser.parse_args(argv)
   client = client_lib.connect(flags)
   base = client_lib.open_knowledge_base(flags, client)
+  base = LeafletBase(base.store, base.embed, base.mode, base.rerank)
   with tempfile.TemporaryDirectory() as folder:
     if not flags.documents:
       leaflets(20, seed=0).write(pathlib.Path(folder))

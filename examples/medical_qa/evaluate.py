@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from examples.knowledge_base import client as client_lib
 from examples.knowledge_base import evaluate, loaders, search
 from examples.knowledge_base.search import Embedder
-from examples.medical_qa.leaflets import Leaflet, extract, leaflets
+from examples.medical_qa.leaflets import Leaflet, LeafletBase, extract, leaflets
 from examples.medical_qa.triage import EXAMPLES, Triage
 
 # Questions for a person, in other words than the examples of the triage.
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--leaflets', type=int, default=30)
   add('--questions', type=int, default=60, help='With an answer.')
   add('--extractions', type=int, default=10, help='Leaflets to extract.')
+  add('--threshold', type=float, help='Of quotes; by default fitted.')
   add('--quotes', action='store_true', help='Ask no chat model.')
   flags = parser.parse_args(argv)
   client = client_lib.connect(flags)
@@ -79,14 +80,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     bases = []
     for name, leaves in (('a', corpus), ('b', fitting)):
       base = evaluate.index(leaves, root / name, embed, 50, 10)
-      base.rerank = search.by_sentences(embed)
-      bases.append(base)
+      rerank = search.by_sentences(embed)
+      bases.append(LeafletBase(base.store, embed, rerank=rerank))
     mixed = [
       leaves.sample(True, flags.questions, 0)
       + leaves.sample(False, flags.questions // 2, 0)
       for leaves in (corpus, fitting)
     ]
-    threshold = evaluate.fit_threshold(bases[1], mixed[1], 3)
+    threshold = flags.threshold
+    if threshold is None:
+      threshold = evaluate.fit_threshold(bases[1], mixed[1], 3)
     print(f'\nthreshold {threshold}\n')
     evaluate.print_answers(
       evaluate.answer_rows(bases[0], model, mixed[0], 3, threshold)

@@ -2,6 +2,7 @@
 """Generated package leaflets of invented medicines, and their extraction."""
 
 import random
+from collections.abc import Sequence
 from typing import Annotated
 
 import pydantic
@@ -14,6 +15,7 @@ from examples.knowledge_base.corpus import (
   generate,
   number,
 )
+from examples.knowledge_base.search import Hit, KnowledgeBase
 from examples.knowledge_base.splitter import Passage
 from moepeft.agent.chat_markers import escape_markers
 from moepeft.agent.chat_model import ChatModel
@@ -120,8 +122,27 @@ def leaflets(count: int, seed: int) -> Corpus:
   return generate(LEAFLET, pairs[:count], seed)
 
 
+# Passages among which those of a medicine are looked for.
+_CANDIDATES = 30
 # Bounded, so that the JSON comes to its end.
 _Text = Annotated[str, pydantic.Field(max_length=60)]
+
+
+class LeafletBase(KnowledgeBase):
+  """A knowledge base that returns leaflets of a question's medicines alone.
+
+  The nearest sentence may be of another medicine, above all where the right
+  leaflet does not say it.
+  """
+
+  def search(self, queries: str | Sequence[str], k: int) -> list[Hit]:
+    question = queries if isinstance(queries, str) else queries[0]
+    hits = super().search(queries, _CANDIDATES)
+    return [
+      hit
+      for hit in hits
+      if hit.passage.title.split()[-1].lower() in question.lower()
+    ][:k]
 
 
 class Leaflet(pydantic.BaseModel):

@@ -118,7 +118,7 @@ def code_questions(templates: Sequence[str]) -> list[Question]:
 
 
 def pairs(count: int, seed: int) -> Iterator[tuple[str, str]]:
-  """Training pairs: three of four on tariffs, with passages, one on a code.
+  """Training pairs: every other on a tariff, with passages, or on a code.
 
   The passage that does not help is on another tariff or another attribute. A
   question on a code has two such passages or none.
@@ -136,7 +136,7 @@ def pairs(count: int, seed: int) -> Iterator[tuple[str, str]]:
     useless = rng.choice(rng.choice([questions, same]))
     passages = [_passage(question), _passage(useless)]
     rng.shuffle(passages)
-    if i % 4 == 0:
+    if i % 2:
       question = rng.choice(codes)
       passages = rng.choice([passages, []])
     yield prompt(question.text, passages), question.answer

@@ -56,20 +56,23 @@ class PostgresStore:
 
   def add(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
     start = len(self)
+    words = [terms(passage.indexed) for passage in passages]
+    rows = (
+      (i, p.source, p.title, p.text, len(w), _vector(v))
+      for i, (p, w, v) in enumerate(
+        zip(passages, words, vectors, strict=True), start
+      )
+    )
+    counts = (
+      (word, i, count)
+      for i, w in enumerate(words, start)
+      for word, count in collections.Counter(w).items()
+    )
     with self._db.transaction(), self._db.cursor() as cursor:
-      for i, (passage, vector) in enumerate(
-        zip(passages, vectors, strict=True), start
-      ):
-        words = terms(passage.indexed)
-        row = (passage.source, passage.title, passage.text, len(words))
-        cursor.execute(
-          'INSERT INTO passages VALUES (%s, %s, %s, %s, %s, %s)',
-          (i, *row, _vector(vector)),
-        )
-        cursor.executemany(
-          'INSERT INTO terms VALUES (%s, %s, %s)',
-          [(w, i, n) for w, n in collections.Counter(words).items()],
-        )
+      for table, values in (('passages', rows), ('terms', counts)):
+        with cursor.copy(f'COPY {table} FROM STDIN') as copy:
+          for row in values:
+            copy.write_row(row)
 
   def nearest(self, vector: np.ndarray, k: int) -> Ranking:
     query = _vector(vector)

@@ -70,15 +70,16 @@ class SqliteStore:
     self._matrix = None
 
   def nearest(self, vector: np.ndarray, k: int) -> Ranking:
-    if not len(self):
-      return []
     if self._matrix is None:
       rows = self._db.execute('SELECT vector FROM passages ORDER BY id')
       data = b''.join(row[0] for row in rows)
       self._matrix = np.frombuffer(data, '<f4').reshape(-1, len(vector))
     scores = self._matrix @ np.asarray(vector, np.float32)
-    best = np.argsort(-scores, kind='stable')[:k]
-    return [(int(i), float(scores[i])) for i in best]
+    best = np.arange(len(scores))
+    if k < len(scores):
+      best = np.argpartition(-scores, k - 1)[:k]
+    best = best[np.lexsort((best, -scores[best]))]
+    return list(zip(best.tolist(), scores[best].tolist(), strict=True))
 
   def match(self, words: Sequence[str], k: int) -> Ranking:
     query = ' OR '.join(f'"{word}"' for word in dict.fromkeys(words))

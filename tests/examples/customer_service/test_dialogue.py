@@ -64,6 +64,14 @@ def test_a_question_in_between_keeps_the_slots():
   assert talk.slots == {'order': 'KX-12345'} and talk.state == 'filling'
 
 
+def test_a_value_in_a_question_is_taken_and_the_question_answered():
+  talk = dialogue(('track', {}), ('question', {'order': 'KX-12345'}))
+  talk.respond('Where is it?')
+  reply = talk.respond('KX-12345, and how long may it take?')
+  assert reply == '30 days. [terms.md] What is your e-mail address?'
+  assert talk.slots == {'order': 'KX-12345'}
+
+
 def test_a_value_is_corrected_before_it_is_confirmed():
   talk = dialogue(
     ('track', {'order': 'KX-12345', 'email': 'a@b.test'}),

@@ -22,8 +22,7 @@ from .. import hashing_server  # noqa: E402
 
 @pytest.fixture(scope='module')
 def server():
-  draft = {'passage': 1, 'answer': 'It is 40 m high.'}
-  with hashing_server.serving(lambda body: json.dumps(draft)) as server:
+  with hashing_server.serving(lambda body: 'It is 40 m high.') as server:
     yield server
 
 
@@ -125,7 +124,7 @@ def test_answers_are_printed_as_a_table(server, capsys):
   flags = [*server.flags(), '--documents=4', '--questions=8']
   evaluate.main([*flags, '--table=answers'])
   out = capsys.readouterr().out
-  assert 'threshold' in out and '| model, unchecked |' in out
+  assert 'threshold' in out and '| model, any support |' in out
 
 
 def test_the_graphs_table_has_local_and_global_questions(server, capsys):

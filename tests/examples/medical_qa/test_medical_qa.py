@@ -20,9 +20,7 @@ FIELDS = dict.fromkeys(leaflets.Leaflet.model_fields, '')
 @pytest.fixture(scope='module')
 def server():
   def chat(body):
-    name = body['response_format']['json_schema']['name']
-    draft = {'passage': 1, 'answer': 'Keep it dry.'}
-    return json.dumps(FIELDS if name == 'Leaflet' else draft)
+    return json.dumps(FIELDS) if 'response_format' in body else 'Keep it dry.'
 
   with hashing_server.serving(chat) as server:
     yield server
@@ -80,6 +78,16 @@ def test_the_command_refers_or_quotes(server, tmp_path, capsys):
     'It is stored where it is dry. [alvidol.md]\n'
   )
   ask.main([*flags, '--threshold=0.9', 'What is in Alvidol?'])
+  assert capsys.readouterr().out == 'not in the documents\n'
+
+
+def test_another_medicines_leaflet_gives_no_answer(server, tmp_path, capsys):
+  (tmp_path / 'alvidol.md').write_text('# Alvidol\n\nIt is a tablet.\n')
+  (tmp_path / 'coritan.md').write_text('# Coritan\n\nIt is stored dry.\n')
+  flags = [*server.flags(), f'--documents={tmp_path}', '--answer=quote']
+  ask.main([*flags, '--threshold=0.1', 'Where is Alvidol stored?'])
+  assert capsys.readouterr().out == 'It is a tablet. [alvidol.md]\n'
+  ask.main([*flags, '--threshold=0.1', 'Where is it stored?'])
   assert capsys.readouterr().out == 'not in the documents\n'
 
 
