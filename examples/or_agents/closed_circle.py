@@ -76,12 +76,12 @@ class Sizes:
 
   seeds: int = 2
   rows: int = 20_000
-  test_rows: int = 150
-  base_steps: int = 1500
-  sft_steps: int = 600
-  dpo_steps: int = 60
-  batch_size: int = 32
-  pair_rows: int = 300
+  test_rows: int = 100
+  base_steps: int = 3000
+  sft_steps: int = 500
+  dpo_steps: int = 40
+  batch_size: int = 16
+  pair_rows: int = 150
   votes: int = 5
 
 
