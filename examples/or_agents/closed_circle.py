@@ -76,12 +76,12 @@ class Sizes:
 
   seeds: int = 2
   rows: int = 20_000
-  test_rows: int = 150
-  base_steps: int = 1500
-  sft_steps: int = 600
-  dpo_steps: int = 60
-  batch_size: int = 32
-  pair_rows: int = 300
+  test_rows: int = 100
+  base_steps: int = 3000
+  sft_steps: int = 500
+  dpo_steps: int = 40
+  batch_size: int = 16
+  pair_rows: int = 150
   votes: int = 5
 
 
@@ -186,10 +186,7 @@ class Circle:
       '--overwrite',
       f'--output={self.path(BASE)}',
     )
-    # The ids of moepeft's byte tokenizer are those of ByT5.
-    from transformers import ByT5Tokenizer
-
-    ByT5Tokenizer().save_pretrained(self.path(BASE))
+    write_byte_tokenizer(self.path(BASE))
 
   def train_sft(self, method: str, seed: int) -> str:
     """Trains an adapter on all families; returns its work directory."""
@@ -361,6 +358,29 @@ class Circle:
       finally:
         process.terminate()
         process.wait()
+
+
+def write_byte_tokenizer(folder: str) -> None:
+  """Writes moepeft's tokenizer 'bytes' as a tokenizer.json for the server."""
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+  from transformers import PreTrainedTokenizerFast
+  from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+  special = {'<pad>': 0, '</s>': 1, '<unk>': 2}
+  letters = bytes_to_unicode().items()
+  vocab = special | {letter: byte + len(special) for byte, letter in letters}
+  tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False
+  )
+  tokenizer.decoder = decoders.ByteLevel()
+  PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    pad_token='<pad>',
+    eos_token='</s>',
+    unk_token='<unk>',
+    clean_up_tokenization_spaces=False,
+  ).save_pretrained(folder)
 
 
 def solve_once(

@@ -137,6 +137,19 @@ def test_training_and_test_share_no_template_and_no_problem(tmp_path):
     assert rewards.judge(problem.to_json(), row['value']).is_right
 
 
+def test_the_written_tokenizer_is_that_of_bytes(tmp_path):
+  pytest.importorskip('transformers')
+  from moepeft.data.tokenizers import tokenizer as tokenizers
+
+  closed_circle.write_byte_tokenizer(str(tmp_path))
+  written = tokenizers.load_tokenizer(str(tmp_path))
+  of_bytes = tokenizers.load_tokenizer('bytes')
+  for text in (TEXT, RIGHT, 'a  b\n\tc|', 'Käse 木 \u00a0'):
+    assert list(written.encode(text)) == of_bytes.encode(text)
+    assert written.decode(of_bytes.encode(text)) == text
+  assert (written.eos, written.size) == (of_bytes.eos, of_bytes.size)
+
+
 @pytest.mark.slow
 def test_the_circle_runs_from_end_to_end(tmp_path, capsys):
   sizes = dict(

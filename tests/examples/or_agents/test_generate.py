@@ -37,13 +37,13 @@ def draw(count, seed=0, scale=Scale(), families=tuple(FAMILIES)):  # noqa: B008
 
 @pytest.fixture(scope='module')
 def drawn():
-  return draw(200)
+  return draw(120)
 
 
 def masked_sentences(template, family):
   """Sentences of a template with numbers and nouns masked."""
   result = set()
-  for index, domain in enumerate(DOMAINS):
+  for index, domain in enumerate(DOMAINS[::5]):
     rng = StableRandom(0, 1, index)
     instance = FAMILIES[family](rng, domain, Scale(varied=index % 2 == 0))
     text = template.render(instance.fields, domain)
@@ -194,7 +194,7 @@ def test_a_number_stands_beside_the_names_it_belongs_to(family):
 
 @pytest.mark.slow
 def test_programs_of_all_languages_have_the_value(sandbox):
-  for sample in draw(4, 5):
+  for sample in draw(1, 5):
     for name in ('pyomo', 'cvxpy', 'pyscipopt'):
       for package in languages.LANGUAGES[name].packages:
         pytest.importorskip(package)
@@ -215,7 +215,7 @@ def test_rewards():
 
 def test_wrong_variants_differ_in_their_outcome(drawn):
   counts = []
-  for sample in drawn[:30]:
+  for sample in drawn[:15]:
     value = sample.row['value']
     variants = training_rows.judged_variants(sample.problem, value)
     for _, variant, status in variants:
@@ -224,7 +224,7 @@ def test_wrong_variants_differ_in_their_outcome(drawn):
       assert verdict.runs == (status != 'error')
     counts.append(len(variants))
   # Few problems have none, such as two jobs of one length.
-  assert sum(count > 0 for count in counts) > 25
+  assert sum(count > 0 for count in counts) > 11
 
 
 def test_training_rows_are_what_the_readers_take():
@@ -232,7 +232,7 @@ def test_training_rows_are_what_the_readers_take():
   from moepeft.data.chat import formats
   from moepeft.data.preference import formats as preference_formats
 
-  by_agent = training_rows.by_agent(draw(20))
+  by_agent = training_rows.by_agent(draw(8))
   assert by_agent.keys() == {
     *('components', 'formulation', 'verify_components', 'verify_formulation'),
     *('json', 'pyomo', 'cvxpy', 'pyscipopt', 'repair_error'),
