@@ -63,6 +63,7 @@ _RAG = [
 _DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5,<10']
 _TEST = (
   _EVAL
+  + _OR
   + _GGUF
   + _DATA
   + _SERVE
@@ -78,6 +79,7 @@ _TEST = (
     'nbformat',
     'networkx>=3.3',
     'openapi-spec-validator>=0.9,<1',
+    'pypdf>=5',
     'pytest>=8',
     'pytest-xdist>=3.5',
     'ruff>=0.8',
@@ -158,6 +160,6 @@ setup(
     'seqio': _SEQIO,
     'serve': _SERVE,
     'test': _TEST,
-    'all': _SEQIO + _TEST + _DOCS + _OR + _RAG,
+    'all': _SEQIO + _TEST + _DOCS + _RAG,
   },
 )

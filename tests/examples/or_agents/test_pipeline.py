@@ -3,7 +3,8 @@
 
 import pytest
 
-pytest.importorskip('openai')
+for name in ('openai', 'cvxpy', 'highspy', 'pyomo', 'pyscipopt'):
+  pytest.importorskip(name)
 
 from examples.or_agents import languages, pipeline, report  # noqa: E402
 from examples.or_agents.pipeline import Settings  # noqa: E402
@@ -68,7 +69,6 @@ def test_programs_of_three_languages_agree(sandbox):
 
 
 def test_an_injected_bug_is_repaired(sandbox):
-  pytest.importorskip('pyscipopt')
   model = ScriptedModel(*ACCEPTED, fenced(cases.BUGGY_SCIP), fenced(cases.SCIP))
   outcome = solve(model, ['pyscipopt'], sandbox)
   (program,) = outcome.programs
@@ -81,7 +81,6 @@ def test_an_injected_bug_is_repaired(sandbox):
 
 
 def test_an_infeasible_model_is_repaired(sandbox):
-  pytest.importorskip('pyscipopt')
   model = ScriptedModel(
     *ACCEPTED, fenced(cases.INFEASIBLE_SCIP), fenced(cases.SCIP)
   )
@@ -121,7 +120,6 @@ def formulation(value):
 
 @pytest.fixture
 def highs():
-  pytest.importorskip('highspy')
 
 
 def test_a_formulation_in_json_is_repaired_too(highs):
@@ -147,7 +145,6 @@ def test_every_agent_sees_the_original_text(highs):
 
 
 def test_a_verifier_s_faults_are_corrected_once():
-  pytest.importorskip('highspy')
   model = ScriptedModel(
     'draft', 'The wood is missing.', 'better', 'm', 'OK', formulation(7)
   )
@@ -172,7 +169,6 @@ def test_a_model_can_confirm_that_there_is_no_optimum(highs):
 
 
 def test_a_program_without_a_reply_does_not_end_the_vote(highs, sandbox):
-  pytest.importorskip('pyscipopt')
   model = ScriptedModel(*ACCEPTED, ReplyError('too long'), formulation(7))
   outcome = solve(model, ['pyscipopt', 'json'], sandbox)
   assert (outcome.value, outcome.agreeing) == (7, ('json',))
