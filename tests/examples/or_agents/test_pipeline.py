@@ -56,8 +56,6 @@ def statuses(program):
 
 
 def test_programs_of_three_languages_agree(sandbox):
-  for package in ('pyomo', 'cvxpy', 'pyscipopt', 'highspy'):
-    pytest.importorskip(package)
   codes = (cases.PYOMO, cases.CVXPY, cases.SCIP)
   model = ScriptedModel(*ACCEPTED, *map(fenced, codes))
   outcome = solve(model, ['pyomo', 'cvxpy', 'pyscipopt'], sandbox)
@@ -92,8 +90,6 @@ def test_an_infeasible_model_is_repaired(sandbox):
 
 
 def test_a_wrong_program_is_outvoted(sandbox):
-  for package in ('pyomo', 'pyscipopt', 'highspy'):
-    pytest.importorskip(package)
   codes = (cases.WRONG_SCIP, cases.PYOMO, cases.FORMULATION)
   model = ScriptedModel(*ACCEPTED, *map(fenced, codes))
   outcome = solve(model, ['pyscipopt', 'pyomo', 'json'], sandbox)
@@ -118,11 +114,7 @@ def formulation(value):
   return f'{{"s":"max","v":"c","o":[1],"c":[[1,"<=",{value}]]}}'
 
 
-@pytest.fixture
-def highs():
-
-
-def test_a_formulation_in_json_is_repaired_too(highs):
+def test_a_formulation_in_json_is_repaired_too():
   model = ScriptedModel(
     *ACCEPTED, '{"s": "max"}', fenced(formulation(7), 'json')
   )
@@ -131,7 +123,7 @@ def test_a_formulation_in_json_is_repaired_too(highs):
   assert outcome.value == 7
 
 
-def test_every_agent_sees_the_original_text(highs):
+def test_every_agent_sees_the_original_text():
   infeasible = '{"s":"max","v":"c","o":[1],"c":[[1,"<=",-1]]}'
   replies = ('draft', 'wrong', 'better', 'm', 'wrong', 'n', '{', infeasible)
   for prompts, word in (('en', 'Problem:'), ('zh', '问题：')):
@@ -157,7 +149,7 @@ def test_a_verifier_s_faults_are_corrected_once():
   assert 'better' in model.requests[3]['messages'][0]['content']
 
 
-def test_a_model_can_confirm_that_there_is_no_optimum(highs):
+def test_a_model_can_confirm_that_there_is_no_optimum():
   infeasible = '{"s":"max","v":"c","o":[1],"c":[[1,"<=",-1]]}'
   model = ScriptedModel(*ACCEPTED, infeasible, infeasible)
   outcome = solve(model, ['json'])
@@ -168,14 +160,14 @@ def test_a_model_can_confirm_that_there_is_no_optimum(highs):
   )
 
 
-def test_a_program_without_a_reply_does_not_end_the_vote(highs, sandbox):
+def test_a_program_without_a_reply_does_not_end_the_vote(sandbox):
   model = ScriptedModel(*ACCEPTED, ReplyError('too long'), formulation(7))
   outcome = solve(model, ['pyscipopt', 'json'], sandbox)
   assert (outcome.value, outcome.agreeing) == (7, ('json',))
   assert outcome.programs[0].last.output == 'no reply: too long'
 
 
-def test_a_reply_that_is_cut_off_is_not_run_but_repaired(highs):
+def test_a_reply_that_is_cut_off_is_not_run_but_repaired():
   # Its text is a right formulation by chance.
   message = {'role': 'assistant', 'content': formulation(8)}
   cut = ChatReply(message, 'length')
@@ -192,7 +184,7 @@ def test_without_a_formulation_there_is_no_outcome():
     solve(model, ['json'])
 
 
-def test_direct_asks_for_the_form_with_the_text_alone(highs):
+def test_direct_asks_for_the_form_with_the_text_alone():
   model = ScriptedModel(formulation(7))
   outcome = solve(model, ['json'], direct=True, options={'temperature': 0})
   assert model.requests == [
@@ -204,7 +196,7 @@ def test_direct_asks_for_the_form_with_the_text_alone(highs):
   assert (outcome.status, len(outcome.programs[0].executions)) == ('failed', 1)
 
 
-def test_the_trace_has_every_request_and_execution(highs):
+def test_the_trace_has_every_request_and_execution():
   events = []
   model = ScriptedModel(*ACCEPTED, '{', formulation(7))
   outcome = pipeline.solve_text(
