@@ -23,6 +23,7 @@ from examples.or_agents import benchmarks, report, solve
 from examples.or_agents.benchmarks import Row
 from examples.or_agents.pipeline import Report
 from examples.or_agents.vote import agree
+from moepeft.agent.__main__ import number_in_range
 from moepeft.agent.chat_model import ReplyError
 from moepeft.agent.loop import ignore_event
 from moepeft.core import files, terminal
@@ -97,8 +98,10 @@ def main(flags: argparse.Namespace) -> int:
   Raises:
     ValueError, OSError: an error with a message for the user.
   """
+  solve.check_output(flags.output)
   rows = benchmarks.read_rows(os.path.expanduser(flags.data))[: flags.limit]
   chosen, solve_text = solve.make_solver(flags, ignore_event)
+  names = ['vote', *(language.name for language in chosen)]
   scores, results, problem = [], [], ''
   for i, row in enumerate(rows, 1):
     outcome = None
@@ -115,15 +118,15 @@ def main(flags: argparse.Namespace) -> int:
     text = report.summary(outcome) if outcome else problem
     line = f'{i}/{len(rows)} {row.name}: {mark}, expected {row.value}. '
     terminal.show(line + text.partition('\n')[0], file=sys.stderr)
+    table = summarize(scores, names)
+    if flags.output:
+      # After each row, so that an interruption loses none.
+      content = {'rows': i, 'table': table, 'results': results}
+      text = json.dumps(content, indent=1, ensure_ascii=False)
+      files.write_text(os.path.expanduser(flags.output), text + '\n')
   silent = sum('error' in result for result in results)
   if silent == len(rows):
     raise ValueError(f'no row has a reply of the model: {problem}')
-  names = ['vote', *(language.name for language in chosen)]
-  table = summarize(scores, names)
-  if flags.output:
-    content = {'rows': len(rows), 'table': table, 'results': results}
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    files.write_text(os.path.expanduser(flags.output), text + '\n')
   terminal.show(f'{len(rows)} rows, {silent} of them without a reply')
   terminal.show(format_table(table))
   return 0
@@ -134,7 +137,10 @@ def make_parser() -> argparse.ArgumentParser:
   parser = solve.make_parser('evaluate', __doc__)
   parser.add_argument('--data', required=True, help='The benchmark.')
   parser.add_argument(
-    '--limit', type=int, default=None, help='The first rows only.'
+    '--limit',
+    type=number_in_range(int, 1, 1_000_000),
+    default=None,
+    help='The first rows only.',
   )
   parser.add_argument(
     '--output', default='', help='A JSON file for table and reports.'

@@ -160,12 +160,24 @@ def print_progress(event: Event) -> None:
   terminal.show(line, file=sys.stderr)
 
 
+def check_output(path: str) -> None:
+  """Checks that a file can be written, before the model is asked.
+
+  Raises:
+    ValueError: its folder cannot be written to.
+  """
+  folder = os.path.dirname(os.path.abspath(os.path.expanduser(path)))
+  if path and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+    raise ValueError(f'--output={path}: {folder} is no folder to write to')
+
+
 def main(flags: argparse.Namespace) -> int:
   """Runs the command; returns the exit status.
 
   Raises:
     ValueError, OSError: an error with a message for the user.
   """
+  check_output(flags.output)
   try:
     text = files.read_text(os.path.expanduser(flags.problem)).strip()
   except UnicodeDecodeError:

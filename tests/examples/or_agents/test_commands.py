@@ -95,6 +95,7 @@ def test_wrong_input_is_one_sentence(tmp_path, capsys, monkeypatch):
       (['--direct', '--languages=json,json'], 'name each once'),
       (['--languages=json', '--problem=/nowhere'], 'No such file'),
       (['--languages=json', f'--problem={tmp_path}/empty'], 'is empty'),
+      (['--languages=json', '--output=/nowhere/x'], 'is no folder to write to'),
       (['--languages=json'], r'HTTP 400\): too long'),
       (['--languages=json', '--api_key_file=/nowhere'], 'No such file'),
     ):
