@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenAI's API over an engine: text and JSON on one side, token ids on the
-other.
+"""OpenAI's API over an engine: text and JSON outside, token ids inside.
 
-`app.make(service)` is the application, `server.Server` runs it. A request
-comes through `gate` (its id, keys, limits, the log), is read by `body` into a
-model of `schemas`, becomes token ids in `words` and a question to the engine
-in `asking`; the engine's events come back through `underway`, become text in
-`answer` and JSON in `chat` or `completions`.
+`app.make_app(service)` is the application, and `server` runs it. `middleware`
+checks a request's host and key and logs it, `body` parses it into a model of
+`schemas`, and `requests` submits it to the engine. Events of the engine come
+back through `event_bridge`, become text in `generation`, and JSON in `chat`,
+`completions` and `responses`.
 """
 
 from moepeft.core.extras import require
