@@ -104,7 +104,11 @@ if __name__ == '__main__':
     'host', '127.0.0.1', 'The address to listen on; 0.0.0.0 for all, with keys.'
   )
   _PORT = flags.DEFINE_integer(
-    'port', 7860, 'The port to listen on; 0 for any.', 0, 65535
+    'port',
+    7860,
+    'The port to listen on; 0 for any.',
+    lower_bound=0,
+    upper_bound=65535,
   )
   _API_KEYS = flags.DEFINE_string(
     'api_key_file', '', 'A file of API keys, one a line.'
