@@ -182,6 +182,11 @@ def main(flags: argparse.Namespace) -> int:
     text = files.read_text(os.path.expanduser(flags.problem)).strip()
   except UnicodeDecodeError:
     raise ValueError(f'{flags.problem} is not UTF-8; save it as such') from None
+  except OSError as e:
+    raise ValueError(
+      f'--problem={flags.problem} cannot be read ({e.strerror}); name a file '
+      'with the problem in words'
+    ) from None
   if not text:
     raise ValueError(f'{flags.problem} is empty; write the problem into it')
   _, solve_text = make_solver(flags, print_progress)

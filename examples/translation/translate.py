@@ -210,10 +210,14 @@ def read_text(path: str) -> str:
   """The text of a UTF-8 file, with its line ends.
 
   Raises:
-    ValueError: it is not UTF-8.
+    ValueError: it cannot be read, or is not UTF-8.
   """
   try:
     return files.read_bytes(path).decode('utf-8-sig')
+  except OSError as e:
+    raise ValueError(
+      f'{path} cannot be read ({e.strerror}); name a text file'
+    ) from None
   except UnicodeDecodeError:
     raise ValueError(f'{path} is not UTF-8; save it as that') from None
 
