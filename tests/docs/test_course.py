@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notebooks of the course: two languages, one code, every cell runs."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from scripts import notebooks
+from tests import ROOT
+
+NAMES = notebooks.names()
+# Seconds each; the others are slow.
+QUICK = ()
+# {language: headings of every notebook}
+HEADINGS = {
+  'en': (
+    'What you will understand',
+    'Exercises',
+    'Interview questions',
+    'In the package',
+  ),
+  'zh': ('你将理解什么', '练习', '面试题', '在 moepeft 中'),
+}
+# {language: headings of every file of solutions}
+SOLUTIONS = {
+  'en': ('Exercise 1', 'Exercise 2', 'Exercise 3'),
+  'zh': ('练习 1', '练习 2', '练习 3'),
+}
+
+
+def _path(name: str, language: str, folder: str = '') -> Path:
+  return notebooks.FOLDER / folder / (name + notebooks.ENDINGS[language])
+
+
+def _headings(notebook) -> list[str]:
+  texts = [c.source for c in notebook.cells if c.cell_type == 'markdown']
+  return re.findall(r'^##+ (.*)$', '\n'.join(texts), re.M)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_files_are_those_that_the_source_makes(name):
+  pages = notebooks.pages(name, notebooks.outputs_of_files(name))
+  for path, notebook in pages.items():
+    nbformat.validate(notebook)
+    assert path.read_text('utf-8') == notebooks.write_text(notebook), (
+      f'run `python scripts/notebooks.py --text_only {name}`'
+    )
+
+
+@pytest.mark.parametrize('folder', ['', 'solutions'])
+@pytest.mark.parametrize('name', NAMES)
+def test_languages_have_the_same_code_and_outputs(name, folder):
+  english, chinese = (
+    nbformat.read(_path(name, language, folder), as_version=4)
+    for language in ('en', 'zh')
+  )
+  code = [
+    [(c.source, c.outputs) for c in notebook.cells if c.cell_type == 'code']
+    for notebook in (english, chinese)
+  ]
+  first, *rest = code[0]
+  assert rest == code[1][1:]
+  # The first cell of solutions runs the notebook of its own language.
+  assert first == code[1][0] or folder
+  texts = [
+    [c.cell_type for c in notebook.cells] for notebook in (english, chinese)
+  ]
+  assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize('language', ['en', 'zh'])
+@pytest.mark.parametrize('name', NAMES)
+def test_notebook_has_a_check_a_picture_and_questions(name, language):
+  notebook = nbformat.read(_path(name, language), as_version=4)
+  code = [c for c in notebook.cells if c.cell_type == 'code']
+  assert any('assert' in cell.source for cell in code)
+  assert any(
+    'image/png' in output.get('data', {})
+    for cell in code
+    for output in cell.outputs
+  )
+  assert not set(HEADINGS[language]) - set(_headings(notebook))
+  solutions = nbformat.read(_path(name, language, 'solutions'), as_version=4)
+  assert not set(SOLUTIONS[language]) - set(_headings(solutions))
+  assert [c.source for c in solutions.cells if c.cell_type == 'code'][1:]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_nothing_was_written_to_stderr(name):
+  outputs = notebooks.outputs_of_files(name)
+  streams = [o.get('name') for cell in outputs.values() for o in cell]
+  assert 'stderr' not in streams
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in NAMES
+  ],
+)
+def test_notebook_and_solutions_run(name, tmp_path, monkeypatch):
+  monkeypatch.setenv('PYTHONPATH', str(ROOT))
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  outputs = notebooks.execute(name, tmp_path)
+  # A cell that fails raises; those of the files had pictures.
+  assert any(
+    'image/png' in output.get('data', {})
+    for cell in outputs.values()
+    for output in cell
+  )
