@@ -17,8 +17,8 @@ DRAWS = 2000
 _PERCENTILES = (2.5, 97.5)
 # Entries of the array of resampling counts, 32 MB of float64.
 _MAX_COUNTS = 1 << 22
-# Entries of counts that are kept, 2 MB of int32.
-_MAX_CACHED = 1 << 19
+# Entries of counts that are kept, 4 MB of int32.
+_MAX_CACHED = 1 << 20
 
 
 def means(
@@ -63,7 +63,7 @@ def _resamples(
     yield rng.multinomial(n, np.full(n, 1 / n), size).astype(np.int32)
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=64)
 def _small_resamples(
   n: int, name: str, draws: int, seed: int
 ) -> tuple[np.ndarray, ...]:
