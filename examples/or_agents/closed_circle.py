@@ -31,10 +31,11 @@ from typing import Any
 import numpy as np
 
 import moepeft
-from examples.or_agents import languages, pipeline, rewards, vote
+from examples.or_agents import languages, pipeline, rewards, sentences, vote
 from examples.or_agents.execution import Execution
 from examples.or_agents.families import Scale
-from examples.or_agents.generate import samples, write_rows
+from examples.or_agents.generate import Sample, samples, write_rows
+from examples.or_agents.problem import Problem
 from examples.or_agents.training_rows import direct_row
 from moepeft.agent import chat_model
 from moepeft.agent.__main__ import number_in_range
@@ -51,10 +52,9 @@ STAGES = ('sft', 'dpo')
 BASE = 'base'
 # Small problems, whose texts and formulations a small model can hold.
 SCALE = Scale(entities=2, resources=1, largest=9, varied=False)
-FAMILIES = ('production', 'covering', 'knapsack')
 BASE_FAMILIES = ('knapsack',)
 # Bytes; the longest text and formulation have fewer.
-INPUTS_LENGTH, TARGETS_LENGTH = 192, 64
+INPUTS_LENGTH, TARGETS_LENGTH = 160, 96
 CONFIG = 'configs/molora_t5.py'
 _STARTUP_SECONDS = 900
 _THREADS = 8
@@ -149,13 +149,17 @@ class Circle:
       return
     train: list[dict[str, Any]] = []
     test: list[dict[str, Any]] = []
-    for sample in samples(0, SCALE, FAMILIES, brief=True):
+    for sample in samples(
+      0, SCALE, sentences.FAMILIES, draw_template=sentences.draw_template
+    ):
       row = sample.row
-      fits = len(row['text']) < INPUTS_LENGTH
-      fits = fits and len(row['problem']) < TARGETS_LENGTH
-      if not fits:
+      target = with_names(sample).to_json(by_variable=True)
+      if (
+        max(len(row['text']) - INPUTS_LENGTH, len(target) - TARGETS_LENGTH) >= 0
+      ):
         continue
       if row['split'] == 'train' and len(train) < self.sizes.rows:
+        row |= {'problem': target}
         train.append(direct_row(row, len(train)) | {'value': row['value']})
       if row['split'] == 'held_out_template':
         test.append(row)
@@ -381,6 +385,16 @@ def write_byte_tokenizer(folder: str) -> None:
     unk_token='<unk>',
     clean_up_tokenization_spaces=False,
   ).save_pretrained(folder)
+
+
+def with_names(sample: Sample) -> Problem:
+  """A sample's problem, whose variables have the names of the text."""
+  names = [item['name'] for item in sample.instance.fields['items']]
+  variables = tuple(
+    dataclasses.replace(variable, name=name)
+    for variable, name in zip(sample.problem.variables, names, strict=True)
+  )
+  return dataclasses.replace(sample.problem, variables=variables)
 
 
 def solve_once(

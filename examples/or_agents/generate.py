@@ -20,7 +20,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from examples.or_agents import wording
@@ -39,6 +39,7 @@ _HELD_OUT_DIVISOR = 5
 # Seconds of a solver; the problems take a few milliseconds.
 _SECONDS = 30
 _MAX_ROWS = 1_000_000
+DrawTemplate = Callable[[StableRandom, str, bool], wording.Template]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def samples(
   scale: Scale,
   families: Sequence[str] = tuple(FAMILIES),
   rejected: collections.Counter | None = None,
-  brief: bool = False,
+  draw_template: DrawTemplate = wording.draw_template,
 ) -> Iterator[Sample]:
   """Yields solved problems without end, each once.
 
@@ -71,7 +72,7 @@ def samples(
     seed: rows of one seed and scale are always the same.
     families: the families, drawn evenly.
     rejected: counts the draws that are left out, by reason.
-    brief: whether templates have no opening; not all families have such.
+    draw_template: draws the words of a problem; those of `wording` by default.
 
   Raises:
     ValueError: a text lacks a number of its problem, which is a fault of the
@@ -100,9 +101,7 @@ def samples(
       rejected['optimum 0'] += 1
       continue
     held_out = rng.randbelow(_HELD_OUT_DIVISOR) == 0
-    template = rng.choice(
-      [t for t in wording.templates(family, held_out) if t.is_brief >= brief]
-    )
+    template = draw_template(rng, family, held_out)
     text = template.render(instance.fields, domain)
     check_numbers(instance, text)
     other_domain = domain.name in HELD_OUT_DOMAINS

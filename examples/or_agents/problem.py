@@ -10,7 +10,13 @@ integer, binary), "o" the objective's coefficients, "c" the constraints, each
 its coefficients, relation and right-hand side. "l" and "u" are the bounds and
 are left out where all lower bounds are 0 and no upper bound is set; a binary
 variable is in [0, 1]. "n" are the variables' names, left out where they are
-x1, x2, ..., and "name" is the problem's.
+x1, x2, ..., and "name" is the problem's. The same by variable, where numbers
+stand beside the names that a text has beside them:
+
+  {"s":"max","x":{"scarf":[3,2],"vest":[5,1]},"v":"ic","c":[["<=",40]]}
+
+"x" has the name of each variable with its coefficients in the objective and in
+each constraint, in place of "o", "n" and the coefficients of "c".
 """
 
 import dataclasses
@@ -109,18 +115,22 @@ class Problem:
     for coefficient in coefficients:
       _check_number(f'a coefficient of {where}', coefficient)
 
-  def to_json(self) -> str:
+  def to_json(self, by_variable: bool = False) -> str:
     """Returns the compact form, in one line."""
     variables = self.variables
-    form: dict[str, Any] = {
-      's': self.sense,
-      'v': ''.join(variable.type[0] for variable in variables),
-      'o': [_short(c) for c in self.objective],
-      'c': [
-        [*map(_short, c.coefficients), c.relation, _short(c.right)]
-        for c in self.constraints
-      ],
-    }
+    names = [variable.name for variable in variables]
+    kinds = ''.join(variable.type[0] for variable in variables)
+    objective = [_short(c) for c in self.objective]
+    rows = [[*map(_short, c.coefficients)] for c in self.constraints]
+    ends = [[c.relation, _short(c.right)] for c in self.constraints]
+    form: dict[str, Any] = {'s': self.sense}
+    if by_variable:
+      columns = zip(objective, *rows, strict=True)
+      form['x'] = dict(zip(names, map(list, columns), strict=True))
+      form |= {'v': kinds, 'c': ends}
+    else:
+      form |= {'v': kinds, 'o': objective}
+      form['c'] = [row + end for row, end in zip(rows, ends, strict=True)]
     binary = [variable.type == 'binary' for variable in variables]
     lower = [_short(variable.lower) for variable in variables]
     upper = [_short(variable.upper) for variable in variables]
@@ -131,8 +141,7 @@ class Problem:
       for bound, is_binary in zip(upper, binary, strict=True)
     ):
       form['u'] = upper
-    names = [variable.name for variable in variables]
-    if names != default_names(len(names)):
+    if not by_variable and names != default_names(len(names)):
       form['n'] = names
     if self.name:
       form['name'] = self.name
@@ -381,15 +390,36 @@ def _read_object(text: str) -> dict[str, Any]:
     raise ValueError(
       f'the formulation is a JSON object; got {type(form).__name__}'
     )
-  missing = [key for key in 'svoc' if key not in form]
+  by_variable = 'x' in form
+  missing = [
+    key for key in ('sxvc' if by_variable else 'svoc') if key not in form
+  ]
   if missing:
     raise ValueError(f'the formulation has no {", ".join(missing)}')
-  unknown = sorted(form.keys() - {*'svoclun', 'name'})
+  keys = {*('sxvclu' if by_variable else 'svoclun'), 'name'}
+  unknown = sorted(form.keys() - keys)
   if unknown:
     raise ValueError(
       f'the formulation has a key that is not known: {unknown[0]!r}'
     )
-  return form
+  return _by_constraint(form) if by_variable else form
+
+
+def _by_constraint(form: dict[str, Any]) -> dict[str, Any]:
+  """The form with "o", "n" and whole rows of "c" in place of "x"."""
+  if not isinstance(form['x'], dict):
+    raise ValueError(f'"x" is an object; got {form["x"]!r:.40}')
+  ends = _list(form['c'], '"c"')
+  columns = [
+    _list(column, f'"x" of {name}', len(ends) + 1)
+    for name, column in form['x'].items()
+  ]
+  rows = [
+    [*(column[i] for column in columns), *_list(end, f'constraint {i}', 2)]
+    for i, end in enumerate(ends, 1)
+  ]
+  objective = [column[0] for column in columns]
+  return form | {'n': list(form['x']), 'o': objective, 'c': rows}
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

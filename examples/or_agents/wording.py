@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 
 from examples.or_agents.domains import Domain
+from moepeft.tasks.stable_random import StableRandom
 
 _NUMBER = re.compile(r'\d+(?:\.\d+)?')
 ORDERS = ('obq', 'qob')
@@ -26,7 +27,7 @@ class Pieces:
   """Interchangeable parts of a family's templates.
 
   Attributes:
-    openings: who plans, and between which names; '' where the body says it.
+    openings: who plans, and between which names.
     bodies: all numbers, as sentences or as tables.
     questions: the aim, and whether fractions count.
   """
@@ -49,17 +50,11 @@ class Template:
   name: str
   pieces: tuple[str, ...]
 
-  @property
-  def is_brief(self) -> bool:
-    """Whether it has no opening."""
-    return '' in self.pieces
-
   def render(self, fields: dict[str, Any], domain: Domain) -> str:
     """Returns the text, without spaces at line ends."""
     parts = [
       _compiled(piece).render(actor=domain.actor, **fields).strip()
       for piece in self.pieces
-      if piece
     ]
     text = parts[0]
     for before, part in itertools.pairwise(parts):
@@ -71,6 +66,11 @@ class Template:
 def templates(family: str, held_out: bool) -> tuple[Template, ...]:
   """All templates of a family that are trained on, or those held out."""
   return _templates(family, held_out)
+
+
+def draw_template(rng: StableRandom, family: str, held_out: bool) -> Template:
+  """One of `templates`."""
+  return rng.choice(templates(family, held_out))
 
 
 def numbers_in(text: str) -> list[float]:
@@ -137,7 +137,6 @@ WORDINGS: dict[str, tuple[Pieces, Pieces]] = {
         'The output of a {{ actor }} has to be planned: '
         '{{ items | names | words }}.',
         'A {{ actor }} decides on quantities of {{ items | names | words }}.',
-        '',
       ),
       (
         '{% for i in items %}'
@@ -201,7 +200,6 @@ WORDINGS: dict[str, tuple[Pieces, Pieces]] = {
       (
         'We run a {{ actor }} and can produce {{ items | names | words }}.',
         'Our {{ actor }} offers {{ items | names | words }}.',
-        '',
       ),
       (
         '{% for i in items %}'
@@ -236,7 +234,6 @@ WORDINGS: dict[str, tuple[Pieces, Pieces]] = {
         'A {{ actor }} buys packages from {{ items | names | words }}.',
         'Packages for a {{ actor }} come from {{ items | names | words }}.',
         'A {{ actor }} orders at {{ items | names | words }}.',
-        '',
       ),
       (
         '{% for i in items %}'
@@ -293,7 +290,6 @@ WORDINGS: dict[str, tuple[Pieces, Pieces]] = {
       (
         'We run a {{ actor }} that is supplied by {{ items | names | words }}.',
         'Our {{ actor }} can shop at {{ items | names | words }}.',
-        '',
       ),
       (
         '{% for i in items %}'
@@ -326,7 +322,6 @@ WORDINGS: dict[str, tuple[Pieces, Pieces]] = {
         'A {{ actor }} packs a load from {{ items | names | words }}.',
         'A load for a {{ actor }} is chosen from {{ items | names | words }}.',
         'A {{ actor }} selects among {{ items | names | words }}.',
-        '',
       ),
       (
         '{% for i in items %}'
@@ -358,7 +353,6 @@ WORDINGS: dict[str, tuple[Pieces, Pieces]] = {
       (
         'We fill one van of a {{ actor }}: {{ items | names | words }}.',
         'Our {{ actor }} has room for some of {{ items | names | words }}.',
-        '',
       ),
       (
         '{% for i in items %}'

@@ -2,16 +2,25 @@
 """The closed circle measures what the agents do, and runs from end to end."""
 
 import json
+import re
 
 import pytest
 
 pytest.importorskip('openai')
 pytest.importorskip('highspy')
 
-from examples.or_agents import closed_circle, rewards  # noqa: E402
-from examples.or_agents.closed_circle import Outcome, Sizes  # noqa: E402
+from examples.or_agents import closed_circle, rewards, sentences  # noqa: E402
+from examples.or_agents.closed_circle import (  # noqa: E402
+  SCALE,
+  Outcome,
+  Sizes,
+)
+from examples.or_agents.domains import DOMAINS  # noqa: E402
+from examples.or_agents.families import draw_knapsack  # noqa: E402
+from examples.or_agents.generate import check_numbers  # noqa: E402
 from examples.or_agents.problem import Problem  # noqa: E402
 from moepeft.agent.chat_model import ChatReply, ReplyError  # noqa: E402
+from moepeft.tasks.stable_random import StableRandom  # noqa: E402
 
 TEXT = 'bread: value 4, weight 2. cake: value 7, weight 3. Limit: 4.'
 # The cake alone fits, with the bread it weighs 5: the optimum is 7.
@@ -32,6 +41,12 @@ class ScriptedModel:
       raise reply
     reason = 'length' if reply.endswith('...') else 'stop'
     return ChatReply({'role': 'assistant', 'content': reply}, reason)
+
+
+def numbers(form):
+  """A problem without the names of its variables."""
+  problem = Problem.from_json(form)
+  return problem.sense, problem.objective, problem.constraints
 
 
 def verdict(is_right, runs=True):
@@ -130,11 +145,39 @@ def test_training_and_test_share_no_template_and_no_problem(tmp_path):
   assert {row['dataset'] for row in base} == set(closed_circle.BASE_FAMILIES)
   assert all(row['template'].startswith('held_out/') for row in test)
   assert not any(row['template'].startswith('held_out/') for row in train)
-  problems = {row['targets'] for row in train}
-  assert not problems & {row['problem'] for row in test}
+  problems = {numbers(row['targets']) for row in train}
+  assert not problems & {numbers(row['problem']) for row in test}
   for row in train:
     problem = Problem.from_json(row['targets'])
     assert rewards.judge(problem.to_json(), row['value']).is_right
+    names = [variable.name for variable in problem.variables]
+    assert all(name in row['inputs'] for name in names)
+
+
+@pytest.mark.parametrize('kind', ('items', 'limit', 'question'))
+@pytest.mark.parametrize('family', sentences.FAMILIES)
+def test_held_out_sentences_are_new_and_their_words_are_not(family, kind):
+  train, held_out = (
+    sentences.forms(family, kind, is_held_out) for is_held_out in (False, True)
+  )
+  assert held_out and not set(train) & set(held_out)
+  words = set(re.findall(r'\w+', ' '.join(train).lower()))
+  assert set(re.findall(r'\w+', ' '.join(held_out).lower())) <= words
+
+
+def test_a_text_has_its_sentences_in_any_order():
+  instance = draw_knapsack(StableRandom(0, 1, 2), DOMAINS[0], SCALE)
+  texts = set()
+  for index in range(200):
+    template = sentences.draw_template(
+      StableRandom(0, 0, index), 'knapsack', index % 2 == 0
+    )
+    assert template.name.startswith('held_out/') == (index % 2 == 0)
+    text = template.render(instance.fields, DOMAINS[0])
+    assert not re.search(r'[{}\[\]|]|[A-Z]{3}', text)
+    check_numbers(instance, text)
+    texts.add(text)
+  assert len(texts) > 150
 
 
 def test_the_written_tokenizer_is_that_of_bytes(tmp_path):

@@ -43,14 +43,44 @@ def solver(request):
   return request.param
 
 
+@pytest.mark.parametrize('by_variable', (False, True))
 @pytest.mark.parametrize('problem', (GLASS, MIXED))
-def test_json_and_back(problem):
-  assert Problem.from_json(problem.to_json()) == problem
+def test_json_and_back(problem, by_variable):
+  assert Problem.from_json(problem.to_json(by_variable)) == problem
 
 
 def test_json_is_short():
   plain = Problem('max', (Variable('x1'),), (2.0,), (Constraint((1,), '=', 3),))
   assert plain.to_json() == '{"s":"max","v":"c","o":[2],"c":[[1,"=",3]]}'
+  assert plain.to_json(by_variable=True) == (
+    '{"s":"max","x":{"x1":[2,1]},"v":"c","c":[["=",3]]}'
+  )
+
+
+@pytest.mark.parametrize(
+  ('edit', 'reason'),
+  (
+    ({'x': [[1, 2]]}, '"x" is an object'),
+    ({'x': {'a': 3, 'b': [1, 2]}}, '"x" of a is a list'),
+    ({'x': {'a': [3], 'b': [1, 2]}}, '"x" of a has'),
+    ({'x': {'a': [3, 4], 'b': [1, None]}}, 'is a number'),
+    ({'x': {}}, '"n" has 2 entries'),
+    ({'c': [[1, 2, '<=', 3]]}, 'constraint 1 has 2 entries'),
+    ({'o': [1, 2]}, "not known: 'o'"),
+    ({'v': 'c'}, '"n" has 1 entries'),
+  ),
+)
+def test_a_malformed_form_by_variable_has_one_reason(edit, reason):
+  plain = Problem(
+    'max',
+    (Variable('a'), Variable('b')),
+    (3, 5),
+    (Constraint((1, 2), '<=', 8),),
+  )
+  form = json.loads(plain.to_json(by_variable=True)) | edit
+  with pytest.raises(ValueError) as e:
+    Problem.from_json(json.dumps(form))
+  assert reason in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +106,7 @@ def test_json_is_short():
     ({'n': ['a', 'a']}, 'two variables have one name'),
     ({'n': [1, 'a']}, '"n" is a list of texts'),
     ({'name': 3}, '"name" is a text'),
-    ({'x': 3}, "not known: 'x'"),
+    ({'y': 3}, "not known: 'y'"),
     ({'v': 'cb', 'u': [None, 2]}, 'within 0 and 1'),
   ),
 )
