@@ -59,6 +59,9 @@ _RAG = [
   'pymilvus[milvus_lite]>=2.5',
   'pypdf>=5',
 ]
+# What the notebooks of the course need beside jax.
+_NOTEBOOKS = ['ipykernel', 'jupytext>=1.16', 'nbclient', 'scikit-learn>=1.5']
+_COURSE = _AGENT + _DATA + _GGUF + _OR + _SERVE + _NOTEBOOKS + ['jupyterlab>=4']
 # What builds docs/ as a site, `mkdocs build`.
 _DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5,<10']
 _TEST = (
@@ -68,14 +71,13 @@ _TEST = (
   + _DATA
   + _SERVE
   + _AGENT
+  + _NOTEBOOKS
   + [
     'build',
-    'ipykernel',
     'jsonschema',
     'langchain-openai>=1,<2',
     'langchain-tests>=1,<2',
     'langchain-text-splitters>=1.1,<2',
-    'nbclient',
     'nbformat',
     'networkx>=3.3',
     'openapi-spec-validator>=0.9,<1',
@@ -151,6 +153,7 @@ setup(
   install_requires=_REQUIRED,
   extras_require={
     'agent': _AGENT,
+    'course': _COURSE,
     'data': _DATA,
     'docs': _DOCS,
     'eval': _EVAL,
