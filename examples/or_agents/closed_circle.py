@@ -3,13 +3,13 @@
 
   python -m examples.or_agents.closed_circle --output=workdirs/circle
 
-A byte-level T5 learns text -> compact JSON on generated problems: all of its
-weights on one family of problems (the base), then MoLoRA, and LoRA with as many
-parameters, on all families (SFT), then on pairs of its own answers by the
-solver's verdict (DPO). One server has the base and all adapters; the agents
-solve problems whose templates were held out. table.md and table.json have the
-accuracy and the execution rate with 95 % intervals. A step whose result is in
---output is not done again.
+A byte-level T5 learns text -> compact JSON (by variable) on generated problems:
+all of its weights on one family of problems (the base), then MoLoRA, and LoRA
+with as many parameters, on all families (SFT), then on pairs of its own answers
+by the solver's verdict (DPO). One server has the base and all adapters; the
+agents solve problems whose sentences were held out. table.md and table.json
+have the accuracy and the execution rate with 95 % intervals. A step whose
+result is in --output is not done again.
 """
 
 import argparse
@@ -77,11 +77,11 @@ class Sizes:
   seeds: int = 2
   rows: int = 20_000
   test_rows: int = 100
-  base_steps: int = 3000
-  sft_steps: int = 500
-  dpo_steps: int = 40
-  batch_size: int = 16
-  pair_rows: int = 150
+  base_steps: int = 2000
+  sft_steps: int = 300
+  dpo_steps: int = 20
+  batch_size: int = 32
+  pair_rows: int = 250
   votes: int = 5
 
 
@@ -180,7 +180,7 @@ class Circle:
       workdir,
       f'--config.steps={self.sizes.base_steps}',
       '--config.method=full',
-      '--config.optimizer.learning_rate=1e-3',
+      '--config.optimizer.learning_rate=2e-3',
       f'--config.data.path={self.path("base.jsonl")}',
     )
     self._command(
@@ -214,9 +214,9 @@ class Circle:
       f'--config.data.path={self._pairs(method, seed)}',
       f'--config.model.adapter={sft}',
       f'--config.preference.reference={sft}',
-      '--config.preference.sft_weight=0.1',
+      '--config.preference.sft_weight=1.0',
       *self._adapter(method, seed),
-      '--config.optimizer.learning_rate=2e-4',
+      '--config.optimizer.learning_rate=5e-5',
     )
     return workdir
 
@@ -321,6 +321,7 @@ class Circle:
       '--config.data.tokenizer=bytes',
       f'--config.data.inputs_length={INPUTS_LENGTH}',
       f'--config.data.targets_length={TARGETS_LENGTH}',
+      '--config.optimizer.schedule=cosine',
       '--config.optimizer.warmup_steps=10',
       '--config.evaluation.before=False',
       '--config.evaluation.after=False',
