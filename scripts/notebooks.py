@@ -54,7 +54,8 @@ def read_cells(name: str) -> list[NotebookNode]:
   cells = [c for c in cells if not c.source.startswith('# SPDX-')]
   for i, cell in enumerate(cells):
     cell.id = f'cell-{i}'
-    if cell.cell_type == 'markdown' and cell.metadata.get('lang') not in ENDINGS:
+    is_text = cell.cell_type == 'markdown'
+    if is_text and cell.metadata.get('lang') not in ENDINGS:
       raise ValueError(
         f'{path}: give the text cell {cell.source[:40]!r} lang="en" or "zh"'
       )
@@ -126,8 +127,10 @@ def link(symbol: str, above: str) -> str:
     if path.is_file():
       line = _line(path, parts[i:])
       if line:
-        shown = path.relative_to(ROOT).as_posix()
-        return f'[`{".".join(parts[i:])}`, {shown}:{line}]({above}{shown}#L{line})'
+        place = path.relative_to(ROOT).as_posix()
+        name = '.'.join(parts[i:])
+        text = f'`{name}`, {place}:{line}' if name else f'`{place}`'
+        return f'[{text}]({above}{place}#L{line})'
   raise ValueError(f'{{{{{symbol}}}}}: nothing of this name is defined')
 
 
