@@ -19,7 +19,7 @@ from examples.knowledge_base.stores import open_store
 from moepeft.agent.chat_model import (
   ReplyError,
   ServerModel,
-  list_models,
+  choose_model,
   make_client,
 )
 from moepeft.core import secrets, terminal
@@ -66,10 +66,9 @@ def chat_model(flags: argparse.Namespace, client: openai.OpenAI) -> ServerModel:
   """The model of --model.
 
   Raises:
-    ValueError: the server does not answer.
+    ReplyError: the server does not answer, or has no model.
   """
-  names = [flags.model] if flags.model else list_models(client)
-  return ServerModel(client, names[0], stream=False)
+  return choose_model(client, flags.model)
 
 
 def open_knowledge_base(
@@ -96,9 +95,14 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
   try:
     main(None)
   except openai.APIStatusError as error:
-    _exit(f'the server refused the request: {error.message}')
-  except openai.OpenAIError as error:
-    _exit(f'no server answers ({error}); start python -m moepeft.serve')
+    detail = error.body if isinstance(error.body, dict) else {}
+    message = detail.get('message', error.message)
+    _exit(f'the server refused the request: {message}')
+  except openai.APIConnectionError as error:
+    _exit(
+      f'{error.request.url} gave no reply ({error}); is a server running '
+      'there, for example python -m moepeft.serve?'
+    )
   except (ReplyError, ValueError, OSError) as error:
     _exit(str(error))
 

@@ -20,6 +20,7 @@ from examples.knowledge_base import evaluate
 from examples.knowledge_base.corpus import Question
 from examples.knowledge_base.search import Embedder, KnowledgeBase, by_sentences
 from examples.telecom import data
+from moepeft.agent.chat_model import list_models
 
 
 def share_right(
@@ -56,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--k', type=int, default=2, help='Passages that the model reads.')
   flags = parser.parse_args(argv)
   client = client_lib.connect(flags)
+  served = list_models(client)
+  if flags.adapter not in served:
+    raise ValueError(
+      f'the server has no adapter {flags.adapter!r}, only {", ".join(served)}; '
+      f'start it with --adapter={flags.adapter}=WORKDIR, or name another with '
+      '--adapter'
+    )
   embed = Embedder(client, flags.embeddings)
   corpus = data.tariffs(data.CURRENT_YEAR)
   questions = {

@@ -205,6 +205,22 @@ class ServerModel:
       return _parse_reply(_merge_chunks(_events(data), on_text), request)
 
 
+def choose_model(
+  client: openai.OpenAI, name: str = '', stream: bool = False
+) -> ServerModel:
+  """The model of a name, or the server's first one.
+
+  Raises:
+    ReplyError: the server does not list its models, or has none.
+  """
+  if not name:
+    names = list_models(client)
+    if not names:
+      raise ReplyError(f'the server at {client.base_url} has no model')
+    name = names[0]
+  return ServerModel(client, name, stream)
+
+
 def _limit_bytes(pieces: Iterable[bytes], end: float) -> Iterator[bytes]:
   """Limits bytes and total time; the client only limits time between pieces."""
   remaining = _MAX_BYTES
