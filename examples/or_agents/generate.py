@@ -34,7 +34,7 @@ from examples.or_agents.domains import DOMAINS, HELD_OUT_DOMAINS
 from examples.or_agents.families import FAMILIES, Instance, Scale
 from examples.or_agents.problem import SOLVERS, Problem, solve
 from examples.or_agents.vote import agree
-from moepeft.agent.flags import read_input
+from moepeft.agent.flags import command_parser, read_input
 from moepeft.core import files
 from moepeft.tasks.stable_random import StableRandom
 
@@ -249,12 +249,7 @@ def generate(flags: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """Makes the argument parser of this command."""
-  parser = argparse.ArgumentParser(
-    'python -m examples.or_agents.generate',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = command_parser('examples.or_agents.generate', __doc__)
   add = parser.add_argument
   add(
     '--rows',

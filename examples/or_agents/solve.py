@@ -19,6 +19,7 @@ from examples.or_agents import execution, languages, pipeline, report
 from examples.or_agents.languages import Language
 from moepeft.agent import chat_model, traces
 from moepeft.agent.flags import (
+  command_parser,
   number_in_range,
   read_api_key,
   read_input,
@@ -72,12 +73,7 @@ _FLAGS = (
 
 def make_parser(module: str, description: str) -> argparse.ArgumentParser:
   """Makes an argument parser with the flags of the agents."""
-  parser = argparse.ArgumentParser(
-    f'python -m examples.or_agents.{module}',
-    description=description,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = command_parser(f'examples.or_agents.{module}', description)
   for name, kind, default, help_text in _FLAGS:
     parser.add_argument(f'--{name}', type=kind, default=default, help=help_text)
   parser.add_argument(

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from moepeft.agent.agent import FORMS, MODES
 from moepeft.core import files, secrets, terminal
 
 
@@ -67,6 +66,16 @@ def read_api_key(path: str) -> str:
   if len(words) != 1:
     raise ValueError(f'--api_key_file={path!r} must have exactly one key')
   return words[0]
+
+
+def command_parser(module: str, description: str) -> argparse.ArgumentParser:
+  """Makes a parser of a module's command that keeps the description's lines."""
+  return argparse.ArgumentParser(
+    f'python -m {module}',
+    description=description,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
 
 
 def run_command(
@@ -138,6 +147,9 @@ _FLAGS = (
 
 def make_parser(description: str) -> argparse.ArgumentParser:
   """Makes the argument parser of python -m moepeft.agent."""
+  # Here, as it imports the client, which other commands may not need.
+  from moepeft.agent.agent import FORMS, MODES
+
   arguments = argparse.ArgumentParser(
     'python -m moepeft.agent',
     '%(prog)s [--flag=value ...] ["question"]',
