@@ -5,7 +5,7 @@
   python -m examples.customer_service.chat
 
 Questions are answered from --documents, by default the shop's terms beside this
-file. A hand-over is printed as JSON, which a desk's software would take.
+file. A hand-over is printed as JSON, for the software of a service desk.
 """
 
 import json

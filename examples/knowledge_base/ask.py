@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _questions(question: str | None) -> Iterator[str]:
+  if question is not None and not question.strip():
+    raise ValueError('the question is empty; write one')
   lines = [question] if question is not None else sys.stdin
   return (line.strip() for line in lines if line.strip())
 

@@ -7,7 +7,6 @@ Vectors are random, as an exact search takes as long with any. A query is
 embedded beforehand: this is the time of the store alone.
 """
 
-import argparse
 import contextlib
 import os
 import pathlib
@@ -25,6 +24,7 @@ from examples.knowledge_base.evaluate import print_table
 from examples.knowledge_base.search import fuse
 from examples.knowledge_base.splitter import Passage, terms
 from examples.knowledge_base.stores import STORES, Store, open_store
+from moepeft.agent.flags import command_parser
 
 _DIMENSIONS, _DEPTH = 384, 30
 SEARCHES = ('vector', 'bm25', 'hybrid')
@@ -116,12 +116,7 @@ def plot(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    'python -m examples.knowledge_base.benchmark',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = command_parser('examples.knowledge_base.benchmark', __doc__)
   add = parser.add_argument
   add('--passages', type=int, default=10_000)
   add('--questions', type=int, default=200)

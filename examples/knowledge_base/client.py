@@ -17,11 +17,11 @@ from examples.knowledge_base.search import (
 )
 from examples.knowledge_base.stores import open_store
 from moepeft.agent.chat_model import (
-  ReplyError,
   ServerModel,
-  list_models,
+  choose_model,
   make_client,
 )
+from moepeft.agent.flags import command_parser
 from moepeft.core import secrets, terminal
 
 RERANKERS = ('none', 'sentences', 'likelihood')
@@ -29,12 +29,7 @@ RERANKERS = ('none', 'sentences', 'likelihood')
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
   """Makes a parser with the flags of the server."""
-  arguments = argparse.ArgumentParser(
-    f'python -m examples.{name}',
-    description=description,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  arguments = command_parser(f'examples.{name}', description)
   add = arguments.add_argument
   add('--base_url', default='http://127.0.0.1:8000/v1', help='The server.')
   add('--model', default='', help="Default: the server's first model.")
@@ -66,10 +61,9 @@ def chat_model(flags: argparse.Namespace, client: openai.OpenAI) -> ServerModel:
   """The model of --model.
 
   Raises:
-    ValueError: the server does not answer.
+    ReplyError: the server does not answer, or has no model.
   """
-  names = [flags.model] if flags.model else list_models(client)
-  return ServerModel(client, names[0], stream=False)
+  return choose_model(client, flags.model)
 
 
 def open_knowledge_base(
@@ -95,14 +89,6 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
   """Runs a command; prints errors of users and of the server as one line."""
   try:
     main(None)
-  except openai.APIStatusError as error:
-    _exit(f'the server refused the request: {error.message}')
-  except openai.OpenAIError as error:
-    _exit(f'no server answers ({error}); start python -m moepeft.serve')
-  except (ReplyError, ValueError, OSError) as error:
-    _exit(str(error))
-
-
-def _exit(message: str) -> None:
-  terminal.show(f'error: {secrets.redact(message)}', file=sys.stderr)
-  sys.exit(2)
+  except (ValueError, OSError) as error:
+    terminal.show(f'error: {secrets.redact(str(error))}', file=sys.stderr)
+    sys.exit(2)

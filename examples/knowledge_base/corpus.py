@@ -8,13 +8,14 @@ the attributes of its kind, so that there are questions without an answer, and
 most sentences speak of 'it', so that a passage needs its title.
 """
 
-import argparse
 import dataclasses
 import html
 import json
 import pathlib
 import random
 from collections.abc import Callable, Mapping, Sequence
+
+from moepeft.agent.flags import command_parser
 
 Values = Sequence[str] | Callable[[random.Random], str]
 
@@ -319,12 +320,7 @@ def two_hops(corpus: Corpus) -> list[Question]:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Writes a corpus, and its questions as JSON lines."""
-  parser = argparse.ArgumentParser(
-    'python -m examples.knowledge_base.corpus',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = command_parser('examples.knowledge_base.corpus', __doc__)
   parser.add_argument('--output', required=True, help='The folder to write.')
   parser.add_argument('--documents', type=int, default=60, help='Stations.')
   parser.add_argument('--seed', type=int, default=0)

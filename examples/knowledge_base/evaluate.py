@@ -31,7 +31,7 @@ DEPTHS = (1, 3, 5)
 
 
 def is_recalled(question: Question, hits: Sequence[Hit]) -> bool:
-  """Whether a passage has the sentence of the answer, or a rest of it."""
+  """Whether a passage has the whole sentence of the answer."""
   return any(
     hit.passage.source == question.source
     and question.sentence in ' '.join(hit.passage.text.split())

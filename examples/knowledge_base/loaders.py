@@ -6,6 +6,7 @@ A new format is a function from a file to its pages, and a line in LOADERS.
 
 import dataclasses
 import html.parser
+import logging
 import pathlib
 from collections.abc import Iterator
 
@@ -76,6 +77,9 @@ def _html(path: pathlib.Path) -> Iterator[tuple[str, str]]:
 def _pdf(path: pathlib.Path) -> Iterator[tuple[str, str]]:
   try:
     import pypdf
+
+    # It would print its warnings on a damaged file beside the error.
+    logging.getLogger('pypdf').setLevel(logging.CRITICAL)
   except ImportError:
     raise ValueError(f'{path} needs pypdf: pip install pypdf') from None
   files.check_file(path)

@@ -9,6 +9,7 @@ import openai
 
 from examples.knowledge_base.splitter import Passage, split, terms
 from examples.knowledge_base.stores import Ranking, Store
+from moepeft.agent.chat_model import send
 
 MODES = ('hybrid', 'vector', 'bm25')
 # Reciprocal rank fusion (Cormack, Clarke and Buettcher, 2009): its constant.
@@ -39,8 +40,12 @@ class Embedder:
     """float32 [n, d] of n texts."""
     vectors = []
     for start in range(0, len(texts), _TEXTS_PER_REQUEST):
-      answer = self.client.embeddings.create(
-        model=self.model, input=[*texts[start : start + _TEXTS_PER_REQUEST]]
+      batch = [*texts[start : start + _TEXTS_PER_REQUEST]]
+      answer = send(
+        self.client,
+        lambda batch=batch: self.client.embeddings.create(
+          model=self.model, input=batch
+        ),
       )
       vectors += [row.embedding for row in answer.data]
     vectors = np.asarray(vectors, np.float32)
@@ -174,12 +179,15 @@ def by_likelihood(client: openai.OpenAI, model: str) -> Reranker:
         f'Passage: {hit.passage.indexed}\n'
         'Write a question that this passage answers.\nQuestion:'
       )
-      answer = client.completions.create(
-        model=model,
-        prompt=f'{prompt} {query}',
-        max_tokens=0,
-        echo=True,
-        logprobs=0,
+      answer = send(
+        client,
+        lambda prompt=prompt: client.completions.create(
+          model=model,
+          prompt=f'{prompt} {query}',
+          max_tokens=0,
+          echo=True,
+          logprobs=0,
+        ),
       )
       logprobs = answer.choices[0].logprobs
       values = [

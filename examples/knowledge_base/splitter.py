@@ -36,8 +36,8 @@ class Passage:
 
   @property
   def indexed(self) -> str:
-    """The text that is embedded and searched: a passage alone has lost its
-    subject, which the title often has."""
+    """The text that is embedded and searched: a passage alone often lacks
+    its subject, which the title has."""
     return f'{self.title}\n{self.text}'
 
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moepeft.agent.flags import read_input
 from moepeft.core import files
 from moepeft.core.untrusted import Malformed, parse_json, read_json
 
@@ -54,8 +55,8 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
   """Reads a file of rows, or a folder in ComplexOR's form.
 
   Raises:
-    ValueError: a row has no known form; the message says where.
-    OSError: the file cannot be read.
+    ValueError: the file cannot be read, or a row has no known form.
+    OSError: a file of the folder cannot be read.
   """
   path = Path(path)
   rows = list(_folder_rows(path) if path.is_dir() else _file_rows(path))
@@ -65,7 +66,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-  text = files.read_text(path)
+  text = read_input(str(path), 'rows of a benchmark')
   if text.lstrip().startswith('['):
     sources = [
       (f'entry {i}', source) for i, source in enumerate(read_json(path), 1)

@@ -23,8 +23,8 @@ from examples.or_agents import benchmarks, report, solve
 from examples.or_agents.benchmarks import Row
 from examples.or_agents.pipeline import Report
 from examples.or_agents.vote import agree
-from moepeft.agent.__main__ import number_in_range
 from moepeft.agent.chat_model import ReplyError
+from moepeft.agent.flags import number_in_range, run_command
 from moepeft.agent.loop import ignore_event
 from moepeft.core import files, terminal
 
@@ -149,4 +149,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == '__main__':
-  solve.run(make_parser(), main)
+  run_command(make_parser(), main)

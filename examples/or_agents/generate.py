@@ -9,6 +9,12 @@ JSON, see examples/or_agents/problem.py), value, solver. The second command
 solves each row anew in two solvers and compares the values. The same seed and
 sizes give the same rows.
 
+Problems are LPs and MILPs of the families in families.py; only feasible and
+bounded ones with an optimum other than 0 are kept. Templates of wording.py put
+them into sentences or a table, in which every number of the problem stands
+exactly once; check_numbers checks this for each row. The idea of verifiable
+synthetic data is that of OptiTrust (arXiv:2508.03117).
+
 split is train, held_out_template (no sentence of it is in training),
 held_out_domain (no training row is of its domain) or held_out_both. No problem
 is in two rows.
@@ -28,6 +34,7 @@ from examples.or_agents.domains import DOMAINS, HELD_OUT_DOMAINS
 from examples.or_agents.families import FAMILIES, Instance, Scale
 from examples.or_agents.problem import SOLVERS, Problem, solve
 from examples.or_agents.vote import agree
+from moepeft.agent.flags import command_parser, read_input
 from moepeft.core import files
 from moepeft.tasks.stable_random import StableRandom
 
@@ -172,11 +179,11 @@ def read_rows(path: str) -> list[dict[str, Any]]:
   """Reads rows of this command.
 
   Raises:
-    ValueError: a line is not such a row; the message names it.
-    OSError: the file cannot be read.
+    ValueError: the file cannot be read, or a line is not such a row.
   """
   rows = []
-  for number, line in enumerate(files.read_text(path).splitlines(), 1):
+  text = read_input(path, 'rows, which --output=FILE writes')
+  for number, line in enumerate(text.splitlines(), 1):
     try:
       row = json.loads(line)
       Problem.from_json(row['problem'])
@@ -187,8 +194,6 @@ def read_rows(path: str) -> list[dict[str, Any]]:
         f'({type(e).__name__}: {e}); write the file with --output'
       ) from None
     rows.append(row)
-  if not rows:
-    raise ValueError(f'{path} has no rows')
   return rows
 
 
@@ -243,12 +248,7 @@ def generate(flags: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """Makes the argument parser of this command."""
-  parser = argparse.ArgumentParser(
-    'python -m examples.or_agents.generate',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = command_parser('examples.or_agents.generate', __doc__)
   add = parser.add_argument
   add(
     '--rows',

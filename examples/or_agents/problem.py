@@ -244,9 +244,15 @@ def solve(
 def _solve_highs(problem: Problem, seconds: float) -> Solution:
   highspy = _package('highspy')
   inf = highspy.kHighsInf
-  highs = highspy.Highs()
+
+  class SilentHighs(highspy.Highs):
+    def enableCallbacks(self):
+      # The constructor calls it, and it prints a banner unless output is off.
+      self.setOptionValue('output_flag', False)
+      super().enableCallbacks()
+
+  highs = SilentHighs()
   for option, value in (
-    ('output_flag', False),
     ('threads', 1),
     ('time_limit', float(seconds)),
     ('mip_rel_gap', 0.0),

@@ -13,15 +13,20 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from examples.or_agents import execution, languages, pipeline, report
 from examples.or_agents.languages import Language
 from moepeft.agent import chat_model, traces
-from moepeft.agent.__main__ import api_key, number_in_range
-from moepeft.agent.chat_model import ServerModel
+from moepeft.agent.flags import (
+  command_parser,
+  number_in_range,
+  read_api_key,
+  read_input,
+  run_command,
+)
 from moepeft.agent.loop import Event
-from moepeft.core import files, secrets, terminal
+from moepeft.core import files, terminal
 
 _COUNT = number_in_range(int, 1, 1_000_000)
 _FLAGS = (
@@ -68,12 +73,7 @@ _FLAGS = (
 
 def make_parser(module: str, description: str) -> argparse.ArgumentParser:
   """Makes an argument parser with the flags of the agents."""
-  parser = argparse.ArgumentParser(
-    f'python -m examples.or_agents.{module}',
-    description=description,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = command_parser(f'examples.or_agents.{module}', description)
   for name, kind, default, help_text in _FLAGS:
     parser.add_argument(f'--{name}', type=kind, default=default, help=help_text)
   parser.add_argument(
@@ -112,12 +112,9 @@ def make_solver(
   sandbox = None
   if has_programs:
     sandbox = execution.make_sandbox(flags.timeout, flags.memory)
-  key = api_key(flags.api_key_file)
+  key = read_api_key(flags.api_key_file)
   client = chat_model.make_client(flags.base_url, key)
-  served = [flags.model] if flags.model else chat_model.list_models(client)
-  if not served:
-    raise ValueError(f'the server at {flags.base_url} has no model')
-  model = ServerModel(client, served[0], stream=False)
+  model = chat_model.choose_model(client, flags.model)
   options = {
     name: value
     for name in ('max_tokens', 'temperature', 'seed')
@@ -178,17 +175,7 @@ def main(flags: argparse.Namespace) -> int:
     ValueError, OSError: an error with a message for the user.
   """
   check_output(flags.output)
-  try:
-    text = files.read_text(os.path.expanduser(flags.problem)).strip()
-  except UnicodeDecodeError:
-    raise ValueError(f'{flags.problem} is not UTF-8; save it as such') from None
-  except OSError as e:
-    raise ValueError(
-      f'--problem={flags.problem} cannot be read ({e.strerror}); name a file '
-      'with the problem in words'
-    ) from None
-  if not text:
-    raise ValueError(f'{flags.problem} is empty; write the problem into it')
+  text = read_input(flags.problem, 'the problem in words').strip()
   _, solve_text = make_solver(flags, print_progress)
   outcome = solve_text(text)
   if flags.output:
@@ -196,20 +183,6 @@ def main(flags: argparse.Namespace) -> int:
     files.write_text(os.path.expanduser(flags.output), content + '\n')
   terminal.show(report.summary(outcome))
   return int(outcome.value is None)
-
-
-def run(
-  parser: argparse.ArgumentParser,
-  command: Callable[[argparse.Namespace], int],
-  argv: Sequence[str] | None = None,
-) -> None:
-  """Runs a command; prints errors as one line."""
-  flags = parser.parse_args(argv)
-  try:
-    sys.exit(command(flags))
-  except (ValueError, OSError) as e:
-    message = terminal.visible(secrets.redact(str(e)))
-    parser.exit(2, f'error: {message}\n')
 
 
 def make_solve_parser() -> argparse.ArgumentParser:
@@ -225,4 +198,4 @@ def make_solve_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == '__main__':
-  run(make_solve_parser(), main)
+  run_command(make_solve_parser(), main)

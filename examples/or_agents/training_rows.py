@@ -13,7 +13,8 @@ Prompts are those of examples/or_agents/pipeline.py. Files by name:
   pairs                          a right and a wrong program, by the solver
 
 All but direct and pairs are OpenAI's messages (config.data.source=chat); direct
-is for config.data.source=jsonl, pairs for preference.
+is for config.data.source=jsonl, pairs for preference. python -m moepeft.data
+shows what a model would see of them.
 """
 
 import collections

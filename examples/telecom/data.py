@@ -9,7 +9,6 @@ an answer from passages, one of which does not have it (RAFT, Zhang et al.,
 of routers do not change, and are in no document: it learns these.
 """
 
-import argparse
 import json
 import pathlib
 import random
@@ -25,6 +24,7 @@ from examples.knowledge_base.corpus import (
   number,
 )
 from examples.knowledge_base.splitter import Passage
+from moepeft.agent.flags import command_parser
 
 CURRENT_YEAR, TRAINING_YEARS = 0, range(1, 21)
 TARIFF = Kind(
@@ -148,12 +148,7 @@ def _passage(question: Question) -> Passage:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    'python -m examples.telecom.data',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = command_parser('examples.telecom.data', __doc__)
   parser.add_argument('--output', required=True, help='A file, .jsonl.')
   parser.add_argument('--pairs', type=int, default=20_000)
   flags = parser.parse_args(argv)

@@ -20,6 +20,7 @@ from examples.knowledge_base import evaluate
 from examples.knowledge_base.corpus import Question
 from examples.knowledge_base.search import Embedder, KnowledgeBase, by_sentences
 from examples.telecom import data
+from moepeft.agent.chat_model import list_models, send
 
 
 def share_right(
@@ -38,8 +39,11 @@ def share_right(
   for question in questions:
     hits = base.search(question.text, k) if base else []
     prompts.append(data.prompt(question.text, [hit.passage for hit in hits]))
-  reply = client.completions.create(
-    model=model, prompt=prompts, temperature=0, max_tokens=32
+  reply = send(
+    client,
+    lambda: client.completions.create(
+      model=model, prompt=prompts, temperature=0, max_tokens=32
+    ),
   )
   answers = [choice.text.strip().lower() for choice in reply.choices]
   right = [
@@ -56,6 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--k', type=int, default=2, help='Passages that the model reads.')
   flags = parser.parse_args(argv)
   client = client_lib.connect(flags)
+  served = list_models(client)
+  if flags.adapter not in served:
+    raise ValueError(
+      f'the server has no adapter {flags.adapter!r}, only {", ".join(served)}; '
+      f'start it with --adapter={flags.adapter}=WORKDIR, or name another with '
+      '--adapter'
+    )
   embed = Embedder(client, flags.embeddings)
   corpus = data.tariffs(data.CURRENT_YEAR)
   questions = {

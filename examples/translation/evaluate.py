@@ -13,6 +13,7 @@ import json
 
 from examples.translation import chunks as text_chunks
 from examples.translation import translate
+from moepeft.agent.flags import read_input, run_command
 from moepeft.core import terminal
 from moepeft.metrics import bleu
 
@@ -35,10 +36,10 @@ def read_rows(path: str) -> list[dict[str, str]]:
   """Reads parallel rows.
 
   Raises:
-    ValueError: a line is no row, or there is none.
+    ValueError: the file cannot be read or is empty, or a line is no row.
   """
-  rows = []
-  for i, line in enumerate(translate.read_text(path).splitlines(), 1):
+  rows, text = [], read_input(path, 'rows of source and target')
+  for i, line in enumerate(text.splitlines(), 1):
     if not line.strip():
       continue
     try:
@@ -52,8 +53,6 @@ def read_rows(path: str) -> list[dict[str, str]]:
         f'{path}, line {i}: expected {{"source": TEXT, "target": TEXT}}'
       )
     rows.append({'source': pair[0], 'target': pair[1]})
-  if not rows:
-    raise ValueError(f'{path} has no rows')
   return rows
 
 
@@ -132,4 +131,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == '__main__':
-  translate.run(make_parser(), main)
+  run_command(make_parser(), main)

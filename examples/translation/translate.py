@@ -16,10 +16,11 @@ import os
 import pathlib
 import string
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from examples.translation import chunks as text_chunks
 from moepeft.agent import chat_model
+from moepeft.agent.flags import read_input, run_command
 from moepeft.core import files, terminal
 
 PROMPTS = pathlib.Path(__file__).parent / 'prompts'
@@ -173,12 +174,9 @@ def make_translator(flags: argparse.Namespace) -> Translator:
       raise ValueError(f'--{name} is at least {low}; got {value}')
   key = os.environ.get('OPENAI_API_KEY', '')
   client = chat_model.make_client(flags.base_url, key)
-  names = [flags.model] if flags.model else chat_model.list_models(client)
-  if not names:
-    raise ValueError(f'the server at {flags.base_url} has no model')
   options = {'temperature': flags.temperature, 'max_tokens': flags.max_tokens}
   return Translator(
-    chat_model.ServerModel(client, names[0], stream=False),
+    chat_model.choose_model(client, flags.model),
     flags.source,
     flags.target,
     flags.rounds,
@@ -206,29 +204,13 @@ def append_row(path: str | None, row: dict) -> None:
       file.write(json.dumps(row, ensure_ascii=False) + '\n')
 
 
-def read_text(path: str) -> str:
-  """The text of a UTF-8 file, with its line ends.
-
-  Raises:
-    ValueError: it cannot be read, or is not UTF-8.
-  """
-  try:
-    return files.read_bytes(path).decode('utf-8-sig')
-  except OSError as e:
-    raise ValueError(
-      f'{path} cannot be read ({e.strerror}); name a text file'
-    ) from None
-  except UnicodeDecodeError:
-    raise ValueError(f'{path} is not UTF-8; save it as that') from None
-
-
 def main(flags: argparse.Namespace) -> None:
   """Translates the file of the flags.
 
   Raises:
     ValueError, OSError: an error with a message for the user.
   """
-  text = read_text(flags.file)
+  text = read_input(flags.file, 'the text to translate')
   check_new('output', flags.output)
   check_new('log', flags.log)
   translator = make_translator(flags)
@@ -254,19 +236,6 @@ def main(flags: argparse.Namespace) -> None:
     )
 
 
-def run(
-  parser: argparse.ArgumentParser,
-  command: Callable[[argparse.Namespace], None],
-  argv: list[str] | None = None,
-) -> None:
-  """Runs a command; prints an error of the user as one line."""
-  flags = parser.parse_args(argv)
-  try:
-    command(flags)
-  except (ValueError, OSError) as e:
-    parser.exit(2, f'error: {terminal.visible(str(e))}\n')
-
-
 def make_parser() -> argparse.ArgumentParser:
   """Makes the parser of the command line."""
   parser = argparse.ArgumentParser(
@@ -281,4 +250,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == '__main__':
-  run(make_parser(), main)
+  run_command(make_parser(), main)

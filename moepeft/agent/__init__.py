@@ -12,6 +12,7 @@ skills              SKILL.md directories, loaded on demand
 config_file         config files that a model may write, as data
 chat_markers        escapes markers of chat templates in tool outputs
 commands            commands of moepeft as tools
+flags               flags and errors of commands that ask a server
 mcp_client          tools of MCP servers
 mcp_server          an MCP server of tools
 http_server         questions over HTTP, with server-sent events

@@ -20,16 +20,16 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from moepeft.agent import chat_model, skills, traces
-from moepeft.agent.agent import FORMS, MODES, Agent
-from moepeft.agent.chat_model import ReplyError, ServerModel
+from moepeft.agent.agent import Agent
+from moepeft.agent.flags import make_parser, read_api_key, run_command
 from moepeft.agent.loop import Budget, Event, EventSink, ignore_event
 from moepeft.agent.memory import Memory, TokenCounter
 from moepeft.agent.sandbox import bubblewrap
 from moepeft.agent.tools import Tool
-from moepeft.core import files, secrets, terminal
+from moepeft.core import terminal
 from moepeft.core.extras import require
 from moepeft.core.http_access import ApiKeys, read_keys
 from moepeft.core.untrusted import Malformed, check_encodable
@@ -37,117 +37,6 @@ from moepeft.core.untrusted import Malformed, check_encodable
 _LINE_WIDTH = 100
 # The time of a question over HTTP, without --max_seconds.
 _SERVED_SECONDS = 600.0
-
-
-def number_in_range(
-  kind: type, low: float, high: float
-) -> Callable[[str], float]:
-  """Makes an argparse type: a number in a range."""
-
-  def read(text: str) -> float:
-    try:
-      value = kind(text)
-    except ValueError:
-      value = None
-    # NaN is in no range.
-    if value is None or not low <= value <= high:
-      raise argparse.ArgumentTypeError(
-        f'{text[:80]!r} is not {"an integer" if kind is int else "a number"} '
-        f'from {low:,} to {high:,}'
-      )
-    return value
-
-  return read
-
-
-_COUNT = number_in_range(int, 1, 1_000_000_000)
-_SECONDS = number_in_range(float, 0.001, 1_000_000)
-_TEMPERATURE = number_in_range(float, 0, 1_000)
-_SEED = number_in_range(int, 0, 2**63 - 1)
-_FLAGS = (
-  ('base_url', str, 'http://127.0.0.1:8000/v1', "The server's address."),
-  ('model', str, '', "The model's name; default: the server's first model."),
-  ('api_key_file', str, '', 'A file with the key; default: OPENAI_API_KEY.'),
-  (
-    'system',
-    str,
-    'You are a careful assistant.',
-    'The start of the system prompt.',
-  ),
-  ('workspace', str, '.', 'Directory that scripts read; for config files.'),
-  ('max_steps', _COUNT, 10, 'Requests to the model per question.'),
-  (
-    'max_calls',
-    number_in_range(int, 0, 1_000_000_000),
-    30,
-    'Tool calls per question.',
-  ),
-  (
-    'max_all_tokens',
-    _COUNT,
-    None,
-    'Tokens of prompts and replies per question.',
-  ),
-  ('max_seconds', _SECONDS, None, 'Time per question.'),
-  ('memory_tokens', _COUNT, None, 'Maximum tokens of the conversation.'),
-  ('tool_output', _COUNT, 8000, 'Maximum characters of a tool output.'),
-  (
-    'tool_choice',
-    str,
-    None,
-    "required, or the name of a question's first tool.",
-  ),
-  ('max_tokens', _COUNT, None, 'Maximum tokens of a reply.'),
-  ('temperature', _TEMPERATURE, None, 'The sampling temperature.'),
-  ('seed', _SEED, None, 'The sampling seed.'),
-  ('host', str, '127.0.0.1', 'The address of --serve.'),
-  ('port', number_in_range(int, 0, 65535), 8001, 'The port of --serve.'),
-  (
-    'serve_key_file',
-    str,
-    '',
-    'Keys for --serve, one a line; needed by --host.',
-  ),
-  ('trace', str, '', 'A file to which all events are written.'),
-  ('replay', str, '', 'A trace to replay, without a server.'),
-)
-
-
-def parser() -> argparse.ArgumentParser:
-  """Makes the argument parser."""
-  arguments = argparse.ArgumentParser(
-    'python -m moepeft.agent',
-    '%(prog)s [--flag=value ...] ["question"]',
-    __doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
-  add, code = arguments.add_argument, ('python', 'shell')
-  add('question', nargs='?')
-  add('--list_skills', action='store_true', help='Print the skills and exit.')
-  add('--show_prompt', action='store_true', help='Print the prompt and exit.')
-  help_text = "A directory of skills, or a skill; repeatable, '' for none."
-  add('--skills', action='append', help=help_text)
-  help_text = 'Code that the model may run; repeatable.'
-  add('--tools', action='append', choices=code, default=[], help=help_text)
-  help_text = 'A command or URL of an MCP server with more tools; repeatable.'
-  add('--mcp', action='append', default=[], help=help_text)
-  help_text = (
-    'Serve moepeft commands on runs and configs in --workspace as MCP tools, '
-    'over standard input and output.'
-  )
-  add('--mcp_serve', action='store_true', help=help_text)
-  help_text = 'Answer questions over HTTP, with server-sent events.'
-  add('--serve', action='store_true', help=help_text)
-  help_text = 'Run code and scripts as your user, without bubblewrap.'
-  add('--unsafe_no_sandbox', action='store_true', help=help_text)
-  add(
-    '--form', choices=FORMS, default='native', help='react: tool calls as text.'
-  )
-  add('--mode', choices=MODES, default='act', help='plan: plan, act, reflect.')
-  for name, kind, default, help_text in _FLAGS:
-    add(f'--{name}', type=kind, default=default, help=help_text)
-  return arguments
 
 
 class TerminalPrinter:
@@ -190,21 +79,6 @@ class TerminalPrinter:
     text = ' '.join(text.split())
     text = text if len(text) <= max_length else f'{text[: max_length - 3]}...'
     terminal.show(text, file=sys.stderr)
-
-
-def api_key(path: str) -> str:
-  """The key in a file, or else in OPENAI_API_KEY; '' without a key.
-
-  Raises:
-    ValueError: the file does not have exactly one word.
-    OSError: the file cannot be read.
-  """
-  if not path:
-    return os.environ.get('OPENAI_API_KEY', '')
-  words = files.read_text(os.path.expanduser(path)).split()
-  if len(words) != 1:
-    raise ValueError(f'--api_key_file={path!r} must have exactly one key')
-  return words[0]
 
 
 def check_workspace(flags: argparse.Namespace) -> None:
@@ -331,19 +205,8 @@ def connect(agent: Agent, flags: argparse.Namespace, key: str, stream: bool):
     ValueError: the server does not answer, or has no model.
   """
   client = chat_model.make_client(flags.base_url, key)
-  try:
-    names = [flags.model] if flags.model else chat_model.list_models(client)
-  except ReplyError as e:
-    raise ValueError(
-      f'the server at {flags.base_url} does not list its models ({e}); start '
-      'it, for example with python -m moepeft.serve, or set --base_url'
-    ) from None
-  if not names:
-    raise ValueError(f'the server at {flags.base_url} has no model')
-  agent.model, count = (
-    ServerModel(client, names[0], stream),
-    TokenCounter(client, names[0]),
-  )
+  agent.model = chat_model.choose_model(client, flags.model, stream)
+  count = TokenCounter(client, agent.model.name)
   agent.memory = Memory(flags.memory_tokens, count)
   if flags.memory_tokens:
     count({'messages': [{'role': 'user', 'content': 'a'}]})
@@ -418,7 +281,7 @@ def serve_http(
   if agent.budget.seconds is None:
     budget = dataclasses.replace(agent.budget, seconds=_SERVED_SECONDS)
     agent = dataclasses.replace(agent, budget=budget)
-  connect(agent, flags, api_key(flags.api_key_file), stream=True)
+  connect(agent, flags, read_api_key(flags.api_key_file), stream=True)
   http_server.serve(agent, flags.host, flags.port, keys)
 
 
@@ -429,7 +292,7 @@ def answer_questions(
   stack: contextlib.ExitStack,
 ) -> int:
   """Answers the question, or those of the terminal; the exit status."""
-  key, on_event = api_key(flags.api_key_file), printer
+  key, on_event = read_api_key(flags.api_key_file), printer
   if flags.trace:
     trace = traces.TraceWriter(os.path.expanduser(flags.trace), [key])
 
@@ -455,17 +318,5 @@ def answer_questions(
   return 0
 
 
-def run(argv: Sequence[str] | None = None) -> None:
-  """Runs `main`; prints errors as one line."""
-  argument_parser = parser()
-  arguments = argument_parser.parse_args(argv)
-  try:
-    sys.exit(main(arguments))
-  except (ValueError, OSError) as e:
-    argument_parser.exit(
-      2, f'error: {terminal.visible(secrets.redact(str(e)))}\n'
-    )
-
-
 if __name__ == '__main__':
-  run()
+  run_command(make_parser(__doc__), main)

@@ -55,6 +55,7 @@ _MAX_BYTES, _MAX_SECONDS = 64 << 20, 3600.0
 _MAX_CALLS, _MAX_ERROR_LENGTH = 128, 500
 # A shorter time limit for the body of an error.
 _ERROR_SECONDS = 60.0
+_KEY_HINT = '; set OPENAI_API_KEY to a key of this server'
 
 
 class _BoundedStream(httpx.SyncByteStream):
@@ -120,7 +121,7 @@ def list_models(client: openai.OpenAI) -> list[str]:
   Raises:
     ReplyError: the server does not list them.
   """
-  answer = _send(client, lambda: client.get('/models', cast_to=httpx.Response))
+  answer = send(client, lambda: client.get('/models', cast_to=httpx.Response))
   try:
     rows = field(parse_json(answer.content), 'data', list)
     return [field(row, 'id', str) for row in rows]
@@ -128,8 +129,15 @@ def list_models(client: openai.OpenAI) -> list[str]:
     raise ReplyError(_malformed_reply(client, e)) from None
 
 
-def _send(client: openai.OpenAI, ask: Callable[[], Any]) -> Any:
-  """Sends a request; converts errors to ReplyErrors."""
+def send(client: openai.OpenAI, ask: Callable[[], Any]) -> Any:
+  """Sends a request.
+
+  Args:
+    ask: calls the client.
+
+  Raises:
+    ReplyError: there is no valid reply; the message is for the user.
+  """
   try:
     return ask()
   except (openai.APITimeoutError, httpx.TimeoutException):
@@ -140,7 +148,7 @@ def _send(client: openai.OpenAI, ask: Callable[[], Any]) -> Any:
     message = message if isinstance(message, str) and message else e.message
     raise ReplyError(
       f'the server refused the request (HTTP {e.status_code}): '
-      f'{_shorten(message)}'
+      f'{_shorten(message)}{_KEY_HINT * (e.status_code == 401)}'
     ) from None
   except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
     raise ReplyError(
@@ -180,7 +188,7 @@ class ServerModel:
   ) -> ChatReply:
     """Implements `ChatModel`."""
     try:
-      return _send(self.client, lambda: self._ask(request, on_text, seconds))
+      return send(self.client, lambda: self._ask(request, on_text, seconds))
     except ReplyTimeout:
       if seconds is None:
         raise ReplyError('the server took too long to reply') from None
@@ -203,6 +211,22 @@ class ServerModel:
       if not self.stream:
         return _parse_reply(parse_json(b''.join(data)), request)
       return _parse_reply(_merge_chunks(_events(data), on_text), request)
+
+
+def choose_model(
+  client: openai.OpenAI, name: str = '', stream: bool = False
+) -> ServerModel:
+  """The model of a name, or the server's first one.
+
+  Raises:
+    ReplyError: the server does not list its models, or has none.
+  """
+  if not name:
+    names = list_models(client)
+    if not names:
+      raise ReplyError(f'the server at {client.base_url} has no model')
+    name = names[0]
+  return ServerModel(client, name, stream)
 
 
 def _limit_bytes(pieces: Iterable[bytes], end: float) -> Iterator[bytes]:

@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import json
 import secrets
-import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -325,13 +324,7 @@ def serve(agent: Agent, host: str, port: int, keys: ApiKeys) -> None:
       f'--host={host} is reachable from other machines, and there are no keys; '
       'name a file of keys with --serve_key_file'
     )
-  family = socket.AF_INET6 if ':' in host else socket.AF_INET
-  try:
-    listener = socket.create_server((host, port), family=family)
-  except (OSError, OverflowError) as e:
-    raise ValueError(
-      f'cannot listen on --host={host} --port={port} ({e}); name another'
-    ) from None
+  listener = http_access.listen(host, port)
   hosts = http_access.accepted_hosts(host, keys)
   config = uvicorn.Config(
     AgentServer(agent).app(keys, hosts),
@@ -344,6 +337,6 @@ def serve(agent: Agent, host: str, port: int, keys: ApiKeys) -> None:
     h11_max_incomplete_event_size=_MAX_HEAD,
     timeout_graceful_shutdown=5,
   )
-  name = f'[{host}]' if family == socket.AF_INET6 else host
-  print(f'serving at http://{name}:{listener.getsockname()[1]}', flush=True)
+  url = http_access.base_url(host, listener.getsockname()[1])
+  print(f'serving at {url}', flush=True)
   uvicorn.Server(config).run(sockets=[listener])

@@ -26,7 +26,6 @@ from moepeft.serve import terminal_output
 from moepeft.serve.http import server
 from moepeft.serve.http.connection import (
   ConnectionLimits,
-  make_protocol,
   reserve_file_descriptors,
 )
 
@@ -62,23 +61,12 @@ def main(argv) -> None:
   board = Board(Folders(workdirs, _DATA.value or ()))
   app = make_app(board, keys, http_access.accepted_hosts(host, keys))
   limits = reserve_file_descriptors(ConnectionLimits())
-  sock = server.listen(host, _PORT.value)
+  sock = http_access.listen(host, _PORT.value)
   logging.getLogger('moepeft.board').addHandler(_log_handler())
-  url = terminal_output.base_url(host, sock.getsockname()[1])
+  url = http_access.base_url(host, sock.getsockname()[1])
   key = f'needed, one of {len(keys.users)}' if keys.users else 'none'
   print(f'board  {url}/\nruns   {workdirs}\nkey    {key}', flush=True)
-  config = uvicorn.Config(
-    app,
-    http=make_protocol(limits),
-    ws='none',
-    lifespan='off',
-    log_config=None,
-    access_log=False,
-    server_header=False,
-    timeout_keep_alive=2 * limits.idle_seconds,
-    h11_max_incomplete_event_size=limits.max_head_bytes,
-    timeout_graceful_shutdown=_CLOSE_SECONDS,
-  )
+  config = server.make_config(app, limits, _CLOSE_SECONDS)
   # uvicorn raises the signal that ended it again, at its end.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:

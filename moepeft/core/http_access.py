@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Access to an HTTP server: API keys, loopback addresses, the header Host.
+"""Access to an HTTP server: its socket, API keys, and the header Host.
 
 Keys are read from files and compared in constant time.
 """
@@ -9,6 +9,7 @@ import hmac
 import ipaddress
 import os
 import re
+import socket
 from collections.abc import Sequence
 
 from moepeft.core import files
@@ -81,6 +82,31 @@ def read_keys(path: str, flag: str) -> tuple[bytes, ...]:
         'ASCII, which a header cannot contain; use another key'
       )
   return tuple(key.encode() for key in keys)
+
+
+def listen(host: str, port: int) -> socket.socket:
+  """Opens the listening socket.
+
+  Raises:
+    ValueError: the address is in use, or not one of this machine.
+  """
+  family = socket.AF_INET6 if ':' in host else socket.AF_INET
+  listener = socket.socket(family, socket.SOCK_STREAM)
+  listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  try:
+    listener.bind((host, port))
+    listener.listen(1024)
+  except (OSError, OverflowError) as e:
+    listener.close()
+    reason = getattr(e, 'strerror', None) or str(e)
+    raise ValueError(
+      f'cannot listen on --host={host} --port={port} ({reason}); name another'
+    ) from None
+  return listener
+
+
+def base_url(host: str, port: int) -> str:
+  return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
 
 
 def is_loopback(host: str) -> bool:

@@ -33,7 +33,7 @@ from moepeft.serve.http.connection import (
 from moepeft.serve.http.limits import RequestLimits
 from moepeft.serve.http.metrics import Metrics
 from moepeft.serve.http.model_registry import ModelRegistry
-from moepeft.serve.http.server import Server, listen, serve
+from moepeft.serve.http.server import Server, serve
 from moepeft.serve.http.service import AUTO, Service
 from moepeft.serve.http.text import ServedTokenizer
 from moepeft.serve.http.tool_calls import ToolPlanner
@@ -267,7 +267,7 @@ def run() -> int:
     raise ValueError('--drain_seconds is at least 0; got nan')
   if math.isnan(_AUTO_THRESHOLD.value):
     raise ValueError('--auto_threshold is between -1 and 1; got nan')
-  sock = listen(_HOST.value, _PORT.value)
+  sock = http_access.listen(_HOST.value, _PORT.value)
   terminal_output.start_log(_ACCESS_LOG.value)
   progress = terminal_output.StartupProgress()
   service = make_service(open_from_flags(), api_keys, request_limits, examples)
@@ -277,7 +277,7 @@ def run() -> int:
     service.engine.start(progress)
     if service.embedder is not None:
       service.embedder.warm_up(progress)
-    url = terminal_output.base_url(_HOST.value, sock.getsockname()[1])
+    url = http_access.base_url(_HOST.value, sock.getsockname()[1])
     embeddings = service.embedder.name if service.embedder else ''
     loaded, base = service.engine.adapters(), service.models.base
     progress.done(

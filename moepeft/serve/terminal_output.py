@@ -72,10 +72,6 @@ class StartupProgress:
     print(f'{clear}{box}', file=self._out, flush=True)
 
 
-def base_url(host: str, port: int) -> str:
-  return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
-
-
 def banner_lines(
   url: str,
   model: str,

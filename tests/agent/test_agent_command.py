@@ -105,7 +105,8 @@ def test_what_is_no_answer_is_said_and_is_an_exit_code():
   [
     (('--skills=nowhere', '--list_skills'), "'nowhere' does not exist"),
     (('one', 'two'), 'unrecognized arguments: two'),
-    (('?', '--base_url=http://127.0.0.1:9/v1'), 'does not list its models'),
+    (('?', '--base_url=http://127.0.0.1:9/v1'), 'is a server running there'),
+    (('?', '--api_key_file=nowhere'), 'nowhere cannot be read'),
     (('--max_steps=0', '?'), "'0' is not an integer from 1"),
     (('--max_step=3', '?'), 'unrecognized arguments: --max_step=3'),
   ],

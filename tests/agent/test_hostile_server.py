@@ -14,8 +14,9 @@ from moepeft.agent import (
   chat_model,  # noqa: E402
   traces,
 )
-from moepeft.agent.__main__ import main, parser, run  # noqa: E402
+from moepeft.agent.__main__ import main  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
+from moepeft.agent.flags import make_parser, run_command  # noqa: E402
 from moepeft.agent.loop import Budget  # noqa: E402
 from moepeft.agent.memory import TokenCounter  # noqa: E402
 from moepeft.agent.tools import make_tool  # noqa: E402
@@ -208,7 +209,12 @@ def test_a_conversation_is_not_sent_on_to_another_server(client):
 
 def test_a_password_in_the_address_is_in_no_error(capsys):
   with pytest.raises(SystemExit):
-    run(['--base_url=http://me:hush-hush@127.0.0.1:1/v1', '--skills=', '?'])
+    arguments = [
+      '--base_url=http://me:hush-hush@127.0.0.1:1/v1',
+      '--skills=',
+      '?',
+    ]
+    run_command(make_parser(''), main, arguments)
   assert 'hush' not in capsys.readouterr().err
 
 
@@ -261,7 +267,7 @@ def test_no_escape_code_reaches_the_output(
 
   def run(*arguments):
     try:
-      main(parser().parse_args(arguments))
+      main(make_parser('').parse_args(arguments))
     except ValueError as e:
       print(e)
 
@@ -281,7 +287,7 @@ def test_no_escape_code_reaches_the_output(
 
 
 def test_a_question_that_is_no_text_is_refused():
-  request = parser().parse_args(['half \udce9'])
+  request = make_parser('').parse_args(['half \udce9'])
   with pytest.raises(ValueError, match='half a surrogate pair'):
     main(request)
 
@@ -303,7 +309,7 @@ def test_a_question_that_is_no_text_is_refused():
 )
 def test_numbers_out_of_range_are_refused(flag, capsys):
   with pytest.raises(SystemExit) as caught:
-    parser().parse_args([flag])
+    make_parser('').parse_args([flag])
   assert caught.value.code == 2
   assert flag.partition('=')[0] in capsys.readouterr().err
 
@@ -316,7 +322,9 @@ def test_an_address_that_is_none_is_one_sentence(monkeypatch):
   monkeypatch.setattr('socket.getaddrinfo', unknown)
   monkeypatch.setattr('time.sleep', lambda seconds: None)
   for url in ('x', 'http://[', 'http://x:99999/v1'):
-    request = parser().parse_args(['?', f'--base_url={url}', '--skills='])
+    request = make_parser('').parse_args(
+      ['?', f'--base_url={url}', '--skills=']
+    )
     with pytest.raises(ValueError) as caught:
       main(request)
     assert '\n' not in str(caught.value)

@@ -289,6 +289,14 @@ def test_a_servers_refusal_is_its_sentence():
   assert outcome.why == (
     'the server refused the request (HTTP 400): the prompt is too long'
   )
+  with serving(refuses(401, 'the key is wrong')) as script:
+    assert (
+      agent(script)
+      .ask('?')
+      .why.endswith(
+        'the key is wrong; set OPENAI_API_KEY to a key of this server'
+      )
+    )
   forgotten = agent(script).ask('?')
   assert forgotten.state == 'failed' and 'is a server running' in forgotten.why
   assert KEY not in forgotten.why

@@ -18,6 +18,7 @@ import moepeft  # noqa: E402
 from moepeft.agent import __main__ as agent_command  # noqa: E402
 from moepeft.agent import commands, skills  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
+from moepeft.agent.flags import make_parser  # noqa: E402
 from moepeft.agent.mcp_client import McpConnection  # noqa: E402
 from moepeft.agent.tools import InvalidArguments  # noqa: E402
 from tests import ROOT  # noqa: E402
@@ -276,5 +277,5 @@ def test_without_a_sandbox_commands_are_not_served(workspace, monkeypatch):
   monkeypatch.setattr(skills, 'unavailable_reason', lambda: reason)
   arguments = ['--mcp_serve', f'--workspace={workspace}']
   with pytest.raises(ValueError, match='--unsafe_no_sandbox') as e:
-    agent_command.main(agent_command.parser().parse_args(arguments))
+    agent_command.main(make_parser('').parse_args(arguments))
   assert reason in str(e.value)

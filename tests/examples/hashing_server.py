@@ -10,7 +10,7 @@ import http.server
 import json
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -40,16 +40,19 @@ class HashingServer:
 
 
 @contextlib.contextmanager
-def serving(chat: Callable[[dict], str | dict]) -> Iterator[HashingServer]:
+def serving(
+  chat: Callable[[dict], str | dict], models: Sequence[str] = (CHAT,)
+) -> Iterator[HashingServer]:
   """Serves on loopback.
 
   Args:
     chat: the body of a request -> its answer, as a text or a whole reply.
+    models: the names that it lists.
   """
 
   class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-      self._send(200, {'object': 'list', 'data': [{'id': CHAT}]})
+      self._send(200, {'object': 'list', 'data': [{'id': m} for m in models]})
 
     def do_POST(self):
       body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))

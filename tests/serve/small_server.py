@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from moepeft.core.http_access import listen
 from moepeft.data.tokenizers.tokenizer import (
   ByteTokenizer,
   HuggingFaceTokenizer,
@@ -20,7 +21,7 @@ from moepeft.serve.http.chat_templates import ChatSettings
 from moepeft.serve.http.connection import DEFAULT_LIMITS
 from moepeft.serve.http.metrics import Metrics
 from moepeft.serve.http.model_registry import ModelRegistry
-from moepeft.serve.http.server import Server, listen, serve
+from moepeft.serve.http.server import Server, serve
 from moepeft.serve.http.service import Service
 from moepeft.serve.http.text import ServedTokenizer
 from tests.serve.fake_engine import END, FakeEngine

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The script of all pages, before their own. A page defines
 //   WORDS: {language: {key: text}}, and `language`, the key of the shown one;
+//   STORAGE: the start of its names in the browser's storage, if it has any;
 //   expertName(e): the name of an expert;
 //   tipOf(span): the children of the tooltip of a token.
 
@@ -28,6 +29,34 @@ function make(tag, attributes = {}, ...children) {
   return made;
 }
 
+function button(key, act, attributes = {}) {
+  const made = make('button', {type: 'button', ...attributes}, t(key));
+  made.addEventListener('click', act);
+  return made;
+}
+
+// Sets the language of the elements that name their texts, and of the button
+// for the other language.
+function translatePage(chosen) {
+  language = chosen;
+  document.documentElement.lang = chosen === 'zh' ? 'zh-CN' : 'en';
+  for (const one of document.querySelectorAll('[data-i18n]')) {
+    one.textContent = t(one.dataset.i18n);
+  }
+  for (const one of document.querySelectorAll('[data-i18n-placeholder]')) {
+    one.placeholder = t(one.dataset.i18nPlaceholder);
+  }
+  for (const one of document.querySelectorAll('[data-label]')) {
+    one.setAttribute('aria-label', t(one.dataset.label));
+  }
+  const other = chosen === 'zh' ? 'en' : 'zh';
+  $('language').textContent = WORDS[other].language;
+  $('language').lang = other;
+}
+
+const languageOfBrowser = () =>
+  /^zh/i.test(navigator.language) ? 'zh' : 'en';
+
 function darkNow() {
   const chosen = document.documentElement.dataset.theme;
   return chosen ? chosen === 'dark'
@@ -37,6 +66,59 @@ function darkNow() {
 function setTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
   $('theme').setAttribute('aria-pressed', darkNow());
+}
+
+// ---- Storage of the browser: 'localStorage' or 'sessionStorage'
+
+function recall(store, name) {
+  try {
+    return JSON.parse(window[store].getItem(STORAGE + name));
+  } catch {
+    return null; // Storage may be forbidden.
+  }
+}
+
+// Whether a value is stored; null removes it.
+function remember(store, name, value) {
+  try {
+    if (value === null) window[store].removeItem(STORAGE + name);
+    else window[store].setItem(STORAGE + name, JSON.stringify(value));
+    return true;
+  } catch {
+    return false; // Storage may be forbidden, or full.
+  }
+}
+
+// ---- Answers of a server
+
+// Yields the data of server-sent events, independent of chunk boundaries.
+// `lost` makes the error of a lost connection.
+async function* eventsOf(body, lost) {
+  const reader = body.getReader();
+  const decoder = new TextDecoder();
+  let rest = '';
+  let data = [];
+  const onError = (error) => {
+    throw error.name === 'AbortError' ? error : lost();
+  };
+  try {
+    for (let done = false; !done;) {
+      const read = await reader.read().catch(onError);
+      done = read.done;
+      rest += decoder.decode(read.value, {stream: !done});
+      // A carriage return at the end may be the first half of a line end.
+      const lines = (rest + (done ? '\n\n' : '')).split(/\r\n|\n|\r(?!$)/);
+      rest = lines.pop();
+      for (const line of lines) {
+        if (line.startsWith('data:')) data.push(line.slice(5).trimStart());
+        if (line || !data.length) continue;
+        yield data.join('\n');
+        data = [];
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
 }
 
 // ---- Tokens and their experts

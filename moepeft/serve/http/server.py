@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from moepeft.serve.http import app
 from moepeft.serve.http.connection import (
@@ -27,25 +28,27 @@ _THREADS = 96
 _CLOSE_SECONDS = 5
 
 
-def listen(host: str, port: int) -> socket.socket:
-  """Opens the listening socket.
+def make_config(
+  asgi_app: ASGIApp, connections: ConnectionLimits, close_seconds: float
+) -> uvicorn.Config:
+  """The settings of uvicorn.
 
-  Raises:
-    ValueError: the address is in use, or not one of this machine.
+  Args:
+    close_seconds: seconds for open requests at the end.
   """
-  family = socket.AF_INET6 if ':' in host else socket.AF_INET
-  listener = socket.socket(family, socket.SOCK_STREAM)
-  listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-  try:
-    listener.bind((host, port))
-    listener.listen(1024)
-  except (OSError, OverflowError) as e:
-    listener.close()
-    reason = getattr(e, 'strerror', None) or str(e)
-    raise ValueError(
-      f'cannot listen on --host={host} --port={port} ({reason}); name another'
-    ) from None
-  return listener
+  return uvicorn.Config(
+    asgi_app,
+    http=make_protocol(connections),
+    ws='none',
+    lifespan='off',
+    log_config=None,
+    access_log=False,
+    server_header=False,
+    # The protocol has its own keep-alive timer, which must be the shorter.
+    timeout_keep_alive=2 * connections.idle_seconds,
+    h11_max_incomplete_event_size=connections.max_head_bytes,
+    timeout_graceful_shutdown=close_seconds,
+  )
 
 
 class Server(uvicorn.Server):
@@ -72,19 +75,7 @@ class Server(uvicorn.Server):
     Args:
       drain_seconds: seconds in which running requests may finish.
     """
-    config = uvicorn.Config(
-      app.make_app(service),
-      http=make_protocol(connections),
-      ws='none',
-      lifespan='off',
-      log_config=None,
-      access_log=False,
-      server_header=False,
-      # The protocol has its own keep-alive timer, which must be the shorter.
-      timeout_keep_alive=2 * connections.idle_seconds,
-      h11_max_incomplete_event_size=connections.max_head_bytes,
-      timeout_graceful_shutdown=_CLOSE_SECONDS,
-    )
+    config = make_config(app.make_app(service), connections, _CLOSE_SECONDS)
     super().__init__(config)
     self._service, self._drain_seconds = service, drain_seconds
     self.interrupted, self.stopped = False, False

@@ -92,7 +92,7 @@ def test_a_refusal_of_the_server_is_one_line(
   with pytest.raises(SystemExit):
     client.run(ask.main)
   error = capsys.readouterr().err
-  assert error.startswith('error: the server refused the request: ')
+  assert error.startswith('error: the server refused the request (HTTP ')
   assert error.count('\n') == 1
 
 

@@ -59,7 +59,8 @@ def test_folders_of_complexor_are_read(tmp_path):
 @pytest.mark.parametrize(
   'text, reason',
   [
-    ('', 'has no problem'),
+    ('', 'is empty; name a file with rows of a benchmark'),
+    ('[]', 'has no problem'),
     ('{"question": "x", "answer": 1}\n{', 'line 2 of .* is not JSON'),
     ('[{"document": "x"}]', 'entry 1 of .* no question and answer; expected'),
     ('{"question": "x", "answer": "many"}', "not a number: 'many'"),

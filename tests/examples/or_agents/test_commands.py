@@ -10,6 +10,7 @@ pytest.importorskip('openai')
 pytest.importorskip('highspy')
 
 from examples.or_agents import evaluate, execution, solve  # noqa: E402
+from moepeft.agent.flags import run_command  # noqa: E402
 from tests.agent.scripted import (  # noqa: E402
   KEY,
   refuses,
@@ -30,7 +31,7 @@ def run_solve(script, tmp_path, *argv):
   problem.write_text(cases.TEXT)
   flags = [f'--problem={problem}', f'--base_url={script.url}', *argv]
   with pytest.raises(SystemExit) as error:
-    solve.run(solve.make_solve_parser(), solve.main, flags)
+    run_command(solve.make_solve_parser(), solve.main, flags)
   return error.value.code
 
 
@@ -123,7 +124,7 @@ def test_programs_are_refused_without_bubblewrap(tmp_path, capsys, monkeypatch):
 def run_evaluate(script, data, *argv):
   flags = [f'--data={data}', f'--base_url={script.url}', *argv]
   with pytest.raises(SystemExit) as error:
-    solve.run(evaluate.make_parser(), evaluate.main, flags)
+    run_command(evaluate.make_parser(), evaluate.main, flags)
   return error.value.code
 
 

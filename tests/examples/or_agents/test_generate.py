@@ -277,6 +277,8 @@ def test_the_command_writes_and_checks(tmp_path):
     '--rows=12', '--seed=7', f'--output={rows}', f'--training={training}'
   )
   assert result.returncode == 0, result.stderr
+  # HiGHS would print its version.
+  assert result.stdout.startswith(f'12 rows in {rows}\n')
   lines = [json.loads(line) for line in rows.read_text().splitlines()]
   assert [line['value'] for line in lines] == [
     sample.row['value'] for sample in draw(12, 7)
@@ -298,7 +300,8 @@ def test_the_command_writes_and_checks(tmp_path):
     (('--output=x', '--rows=0'), '--rows is from 1'),
     (('--output=x', '--families=diet'), "got 'diet'"),
     (('--output=x', '--entities=9'), '2 to 4 entities'),
-    (('--check=/nowhere',), '/nowhere'),
+    (('--check=/nowhere',), 'name a file with rows, which --output=FILE'),
+    (('--check=/dev/null',), '/dev/null'),
   ),
 )
 def test_bad_input_is_one_sentence(args, reason, capsys):

@@ -73,7 +73,7 @@ def test_four_systems_are_measured(capsys):
     ]
     return {'id': 'x', 'object': 'text_completion', 'choices': choices}
 
-  with hashing_server.serving(chat) as server:
+  with hashing_server.serving(chat, ('base', 'telecom')) as server:
     flags = [*server.flags(), '--model=base', '--questions=6', '--k=3']
     evaluate.main(flags)
   rows = {}
@@ -85,3 +85,10 @@ def test_four_systems_are_measured(capsys):
   assert rows['base', 'no'] == [0, 0] and rows['base', 'yes'][1] == 0
   assert rows['telecom', 'no'] == [0, 1] and rows['telecom', 'yes'][1] == 1
   assert rows['telecom', 'yes'][0] == rows['base', 'yes'][0] > 0
+
+
+def test_a_server_without_the_adapter_is_refused_before_any_question():
+  with hashing_server.serving(lambda body: '') as server:
+    with pytest.raises(ValueError, match="no adapter 'telecom', only scripted"):
+      evaluate.main(server.flags())
+  assert server.requests == []
