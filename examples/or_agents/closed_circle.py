@@ -38,8 +38,8 @@ from examples.or_agents.generate import Sample, samples, write_rows
 from examples.or_agents.problem import Problem
 from examples.or_agents.training_rows import direct_row
 from moepeft.agent import chat_model
-from moepeft.agent.__main__ import number_in_range
 from moepeft.agent.chat_model import ChatModel, ServerModel
+from moepeft.agent.flags import number_in_range
 from moepeft.core import files
 from moepeft.core.untrusted import parse_json
 from moepeft.evaluation import bootstrap

@@ -110,7 +110,8 @@ def test_output_before_the_last_line_is_allowed(sandbox):
 
 def test_a_program_beyond_its_limits_is_ended(sandbox):
   del sandbox
-  limited = execution.make_sandbox(seconds=1, memory_mb=256)
+  # Memory that the kernel uses for other programs counts, too.
+  limited = execution.make_sandbox(seconds=1, memory_mb=8192)
   ran = execution.run_program(limited, 'import time\ntime.sleep(60)')
   assert ran.status == 'error' and 'killed after 1 s' in ran.output
   limited = execution.make_sandbox(seconds=60, memory_mb=256)
