@@ -765,7 +765,7 @@ assert (
   nucleus(logprobs, 1e-9).tolist()
   == (np.arange(5) == logprobs.argmax()).astype(float).tolist()
 )
-sizes = [np.count_nonzero(nucleus(logprobs, 0.9, t)) for t in (0.2, 1, 2, 50)]
+sizes = [int(np.sum(nucleus(logprobs, 0.9, t) > 0)) for t in (0.2, 1, 2, 50)]
 assert sizes == sorted(sizes) and sizes[-1] == 5, sizes
 print('tokens in the nucleus of 0.9 by temperature:', sizes)
 # %% [markdown] lang="en" tags=["solution"]
