@@ -46,6 +46,7 @@
 # %%
 import dataclasses
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +185,8 @@ def render(messages, add_generation_prompt=False):
   )
 
 
+# transformers imports tqdm, which asks for ipywidgets in a notebook.
+warnings.filterwarnings('ignore', message='IProgress not found')
 smollm2 = load_tokenizer('', 'smollm2').tokenizer
 for messages in conversations:
   for is_prompt in (False, True):
@@ -943,7 +946,7 @@ for name, template in (
 #
 # **微调后的模型回答得不错，但接着又自己提出一个新问题继续写。你检查什么？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
 # 回合结束 token。要么它没有被训练（损失掩码在它之前结束，或者它与 padding token
 # 相同而被当作 padding 掩掉），要么服务端没有把它当作停止 token（只在
@@ -955,7 +958,7 @@ for name, template in (
 #
 # **packing 能加速训练。它会改变结果吗？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
 # 只要注意力限制在 segment
 # 之内并且位置重新开始（对相对位置编码来说是否重置无所谓），

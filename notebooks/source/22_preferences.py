@@ -873,7 +873,7 @@ assert outcomes['biased, equal lengths'][0] < 0.8 * outcomes['biased judge'][0]
 #
 # **DPO 没有奖励模型。奖励去哪了？$Z$ 又去哪了？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
 # 带 KL 约束问题的最优策略与奖励互相决定，只差一个与 prompt 有关的常数：
 # $r = \beta \log(\pi / \pi_{ref}) + \beta \log Z$。DPO 用策略来参数化奖励。
@@ -887,7 +887,7 @@ assert outcomes['biased, equal lengths'][0] < 0.8 * outcomes['biased judge'][0]
 # **你的 DPO 训练在留出样本对上的准确率是 95%，但回答变差了。
 # 说出三种原因以及如何发现。**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
 # （1）似然位移（likelihood displacement）：chosen 的 log p 与 rejected
 # 一起下降；两者都要记录，不能只看 margin。（2）漂移：标签（几乎）

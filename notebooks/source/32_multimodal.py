@@ -642,7 +642,7 @@ assert curves['everything'][-50:].mean() < curves['text only'][-50:].mean() / 3
 # **一个视觉语言模型在视觉问答基准上得到 65%。在相信它“看得见”之前，
 # 你想看哪两个数字？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
 # 一是同一语言模型不给图像（或给错误图像）时的得分，因为问题和选项往往泄露答案：
 # 许多基准在“盲答”时也远高于随机。二是在训练中罕见或不存在的“问题、物体、
@@ -653,7 +653,7 @@ assert curves['everything'][-50:].mean() < curves['text only'][-50:].mean() / 3
 #
 # **投影、cross-attention、early fusion：图像怎样进入语言模型？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
 # 投影（LLaVA）：图像向量放进序列；简单，不需要新的层，直接用已有的注意力，
 # 但每个图像 token 在每一层和 KV cache 中的成本与文本 token 相同。
