@@ -166,7 +166,7 @@ def accuracies(values):
 
 
 METHODS = {'full': ('full', 1e-3), 'LoRA': ('lora(rank=4)', 5e-3)}
-STEPS, EVERY = 60, 20
+STEPS, EVERY = 45, 15
 histories, models, trained = {}, {}, {}
 
 
@@ -673,7 +673,7 @@ plt.show()
 #
 # **你在客户数据上微调，模型不再听从以前会听从的指令。有哪些办法？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
 # 先测量：固定一组旧任务，在每个 checkpoint 与新任务一起评测。办法从便宜到昂贵：
 # 减少步数或降低学习率，选两者都可接受的 checkpoint；用 adapter 代替全量微调，
@@ -685,7 +685,7 @@ plt.show()
 #
 # **有人说“我们的服务器每秒 2000 个 token”。你会问什么？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
 # 是单个请求还是总和，batch 或并发数多少，prompt 和回答多长；算不算 prompt 的
 # token；中位数还是均值，95 分位是多少；同样负载下的 TTFT，
