@@ -465,7 +465,7 @@ for advantage, ax in zip((1.0, -1.0), axes, strict=True):
   ax.plot(grid, grid * advantage, '--', lw=1, label='without clipping')
   ax.plot(grid, surrogate(grid, advantage), label='PPO')
   ax.set(xlabel='ratio', title=f'A = {advantage:+.0f}')
-axes[0].legend(fontsize=7)
+axes[0].legend(fontsize=6, loc='lower right')
 plt.tight_layout()
 plt.show()
 
@@ -724,7 +724,7 @@ for name, curve in curves.items():
 axes[0].set(xlabel='batch of 288 answers', ylabel='right answers')
 axes[0].legend(fontsize=6)
 axes[1].plot(np.convolve(silent, np.ones(9) / 9, mode='valid'), lw=1)
-axes[1].set(xlabel='batch', ylabel='groups without gradient', ylim=(0, 1))
+axes[1].set(xlabel='batch', ylabel='silent groups', ylim=(0, 1))
 plt.tight_layout()
 plt.show()
 chance = float(exact_objective(init))
@@ -738,9 +738,9 @@ for name in ('PPO', 'GRPO'):
 # All have found right answers from a reward of one bit. PPO and GRPO take four
 # steps per batch and therefore learn faster *per answer*; per gradient step the
 # comparison would be another one. On the right: as the policy improves, more
-# and more groups are all right and the batch gets effectively smaller. Programs
-# sample further prompts until enough groups have both outcomes (DAPO,
-# arXiv:2503.14476).
+# and more groups are all right (silent in the picture) and the batch gets
+# effectively smaller. Programs sample further prompts until enough groups have
+# both outcomes (DAPO, arXiv:2503.14476).
 #
 # One run of each with one rate is no ranking of algorithms.
 #
@@ -755,8 +755,9 @@ for name in ('PPO', 'GRPO'):
 # %% [markdown] lang="zh"
 # 只凭一个比特的奖励，所有算法都找到了正确答案。PPO 和 GRPO 每批做四步更新，
 # 所以**按回答数**算学得更快；按梯度步数比较则是另一回事。右图：随着策略变好，
-# 越来越多的组全对，batch 实际上变小了。实际系统会继续采样其他 prompt，
-# 直到有足够多的组同时包含两种结果（DAPO，arXiv:2503.14476）。
+# 越来越多的组全对（图中的 silent groups），batch 实际上变小了。
+# 实际系统会继续采样其他 prompt，直到有足够多的组同时包含两种结果（DAPO，
+# arXiv:2503.14476）。
 #
 # 每种算法只用一个学习率跑一次，不能据此给算法排名。
 #
