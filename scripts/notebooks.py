@@ -15,6 +15,7 @@ after a change of texts or of line numbers.
 
 import argparse
 import ast
+import os
 import re
 import sys
 import tempfile
@@ -39,6 +40,8 @@ _KERNEL = {
 }
 _SYMBOL = re.compile(r'\{\{([\w.]+)\}\}')
 _SECONDS_A_CELL = 900
+# XLA's remarks on slow compilation, which a busy machine has, are no output.
+_QUIET = {'TF_CPP_MIN_LOG_LEVEL': '3'}
 
 
 def names() -> list[str]:
@@ -70,8 +73,9 @@ def execute(name: str, folder: str | Path) -> dict[str, list[NotebookNode]]:
     notebook,
     timeout=_SECONDS_A_CELL,
     kernel_name='python3',
+    startup_timeout=_SECONDS_A_CELL,
     resources={'metadata': {'path': str(folder)}},
-  ).execute()
+  ).execute(env=os.environ | _QUIET)
   return {cell.id: cell.outputs for cell in notebook.cells}
 
 
