@@ -12,6 +12,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from transformers import DeepseekV3Config
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.count_flops import (
@@ -349,3 +350,39 @@ def test_compiled_decode_step_has_these_arguments_and_flops():
   many, _ = compile_decode(3, 1)
   added = many.memory_analysis().argument_size_in_bytes - less
   assert added == 2 * (shown['cache_bytes'] / shown['l'] + 8)
+
+
+@pages
+def test_deepseek_is_as_transformers_has_it(page):
+  c = DeepseekV3Config()
+  d, n, e = c.hidden_size, c.num_attention_heads, c.n_routed_experts
+  latents = c.q_lora_rank, c.kv_lora_rank
+  rotary, plain = c.qk_rope_head_dim, c.qk_nope_head_dim
+  attention = (
+    d * sum(latents)
+    + sum(latents)
+    + d * rotary
+    + latents[0] * n * (plain + rotary)
+    + latents[1] * n * (plain + c.v_head_dim)
+    + n * c.v_head_dim * d
+  )
+  dense = c.first_k_dense_replace
+
+  def parameters(experts):
+    expert = 3 * d * c.moe_intermediate_size
+    sparse = (experts + c.n_shared_experts) * expert + e * d + e
+    layers = c.num_hidden_layers * (attention + 2 * d)
+    layers += dense * 3 * d * c.intermediate_size
+    layers += (c.num_hidden_layers - dense) * sparse
+    return 2 * c.vocab_size * d + layers + d
+
+  options, sizes = (row for row in table_rows(page) if row[0] == 'DeepSeek-V3')
+  active = c.num_experts_per_tok
+  assert sizes[-1] == f'{parameters(active):,}/{parameters(e):,}'
+  positions = {int(n) for n in re.findall(r'\d+', options[2])}
+  assert {rotary, rotary + plain} <= positions
+  assert set(re.findall(r'\d+', options[3])) == {str(latents[1]), str(rotary)}
+  assert set(re.findall(r'\d+', options[5])) == {
+    str(c.n_shared_experts),
+    str(dense),
+  }
