@@ -602,10 +602,12 @@ print([f'{token}:{i}' for token, i in zip(tokens, strongest, strict=True)][:12])
 assert weights.shape == (len(ids), stacked.shape[1])
 assert np.abs(weights.sum(axis=1) - 1).max() < 1e-3
 # %% [markdown] lang="en"
-# After so few steps the routers are near uniform, and which expert is strongest
-# is close to chance; a run of `configs/molora_t5.py` takes minutes and shows
-# more. `python -m moepeft.routing RUN --output=DIR` writes all of these views
-# as a page, with ablations and tokens.
+# The entropy leaves $\ln e$ within a few steps: the routers prefer experts
+# early. Whether a preference means something is another question, and these few
+# steps do not answer it: ask with the tools from above (shares by task, removal
+# of an expert), on a run of `configs/molora_t5.py`, which takes minutes.
+# `python -m moepeft.routing RUN --output=DIR` writes all of these views as a
+# page, with ablations and tokens.
 #
 # ## Exercises
 #
@@ -667,8 +669,9 @@ assert np.abs(weights.sum(axis=1) - 1).max() < 1e-3
 #   [arXiv:2306.03745](https://arxiv.org/abs/2306.03745), expert choice
 #   [arXiv:2202.09368](https://arxiv.org/abs/2202.09368).
 # %% [markdown] lang="zh"
-# 只训练几步，路由器仍接近均匀，哪个专家最强几乎是偶然；完整的
-# `configs/molora_t5.py` 需要几分钟，能看到更多。
+# 几步之内熵就离开了 $\ln e$：路由器很早就有偏好。偏好是否有意义是另一个问题，
+# 这几步回答不了：请用前面的工具（按任务的占比、删除专家），在完整的
+# `configs/molora_t5.py` 运行上问，它需要几分钟。
 # `python -m moepeft.routing RUN --output=DIR` 把这些视图写成网页，
 # 包括删除专家的实验和逐 token 的颜色。
 #

@@ -47,6 +47,7 @@ import json
 import pathlib
 import re
 import tempfile
+import warnings
 
 import matplotlib.pyplot as plt
 import skills_ref
@@ -58,6 +59,8 @@ from moepeft.agent.loop import Budget
 from moepeft.agent.tool_calls import ToolResult, quote_output
 from moepeft.data.tokenizers.tokenizer import load_tokenizer
 
+# Of a progress bar that is not used here.
+warnings.filterwarnings('ignore', message='IProgress not found')
 folder = pathlib.Path(tempfile.mkdtemp())
 # %% [markdown] lang="en"
 # ## Writing a skill
