@@ -61,7 +61,15 @@ _RAG = [
 ]
 # What the notebooks of the course need beside jax.
 _NOTEBOOKS = ['ipykernel', 'jupytext>=1.16', 'nbclient', 'scikit-learn>=1.5']
-_COURSE = _AGENT + _DATA + _GGUF + _OR + _SERVE + _NOTEBOOKS + ['jupyterlab>=4']
+_COURSE = (
+  _AGENT
+  + _DATA
+  + _GGUF
+  + _OR
+  + _SERVE
+  + _NOTEBOOKS
+  + ['jupyterlab>=4', 'skills-ref>=0.1.1,<1']
+)
 # What builds docs/ as a site, `mkdocs build`.
 _DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5,<10']
 _TEST = (

@@ -28,7 +28,6 @@ _CARDS = sorted((ROOT / 'configs').rglob('*.py'))
 _DOCUMENTS = [
   *sorted(ROOT.glob('*.md')),
   *sorted((ROOT / 'docs').rglob('*.md')),
-  ROOT / 'notebooks' / 'router.ipynb',
   *_CARDS,
 ]
 # What a source distribution is made of, beside the files at the top.
