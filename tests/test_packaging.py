@@ -283,6 +283,8 @@ def test_commands_in_documents_exist_with_their_flags(document):
       if not (ROOT / f'{name}.py').exists():
         name += '/__main__'
       shared = ('moepeft/config/command_line.py', 'moepeft/config/gin/flags.py')
+      if name.startswith('moepeft/agent/'):
+        shared += ('moepeft/agent/flags.py',)
       source = ''.join(map(_read, (f'{name}.py', *shared)))
       for flag in re.findall(r'(?<=--)\w+(?=[=\s.]|$)', match[2]):
         known = (f"'{flag}'", f"'--{flag}", f"'{flag}.")
