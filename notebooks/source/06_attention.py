@@ -78,8 +78,8 @@ rng = np.random.default_rng(0)
 # overflowing.
 # %% [markdown] lang="zh"
 # 轴的字母与代码库一致：$b$ batch，$t$ query 的位置，$s$ key 的位置，$d$
-# 模型宽度， $n$ query 头数，$k$ key-value 头数，$h$ 每个头的维度，$r$
-# 秩（潜在向量的宽度）。 `btnh` 表示一个数组的轴依次是 batch、位置、头、
+# 模型宽度，$n$ query 头数，$k$ key-value 头数，$h$ 每个头的维度，$r$
+# 秩（潜在向量的宽度）。`btnh` 表示一个数组的轴依次是 batch、位置、头、
 # 头内特征。
 #
 # ## 1. 有梯度的查表
@@ -244,7 +244,8 @@ for axis, a, title in zip(
   axes, (free, weights), ('no mask', 'causal'), strict=True
 ):
   image = axis.imshow(a, vmin=0, vmax=1, cmap='viridis')
-  axis.set(xlabel='key position s', ylabel='query position t', title=title)
+  axis.set(xlabel='key position s', title=title)
+axes[0].set_ylabel('query position t')
 fig.colorbar(image, ax=axes)
 plt.show()
 
@@ -326,7 +327,7 @@ assert np.allclose(weights.sum(-1), 1)
 # 生成时，每产生一个新 token，都要重新读取之前所有 token 的 key 和 value。
 # 分组查询注意力（GQA，arXiv:2305.13245）只有 $k<n$ 个 key-value 头，
 # 每个服务相邻的 $n/k$ 个 query 头。$k=n$ 是多头注意力，$k=1$ 是 multi-query
-# attention（MQA， arXiv:1911.02150）。一个函数就能涵盖三者：把每个 key-value
+# attention（MQA，arXiv:1911.02150）。一个函数就能涵盖三者：把每个 key-value
 # 头重复 $n/k$ 次。
 # %%
 def attend(q, k, v, mask=None, scale=None):
@@ -524,8 +525,8 @@ for kv_heads_70b, name in ((64, 'MHA'), (8, 'GQA'), (1, 'MQA')):
 #
 # $W^{uk}$ 被*吸收*进了 query。value 一侧同理：
 # $\sum_s p_{nts}\,c_sW^{uv}_n = \big(\sum_s p_{nts}c_s\big)W^{uv}_n$。
-# 于是所有头看的是同一个“key” $c_s$ 和同一个“value” $c_s$：按吸收后的顺序计算，
-# MLA *就是*只有一个宽度为 $r$ 的 key-value 头的 multi-query attention。
+# 于是所有头看的是同一个“key”$c_s$ 和同一个“value”$c_s$：按吸收后的顺序计算，MLA
+# *就是*只有一个宽度为 $r$ 的 key-value 头的 multi-query attention。
 # %%
 d, n, h, r, h_rope = 24, 6, 4, 8, 2
 mla = {
@@ -574,7 +575,9 @@ assert np.allclose(expanded, absorbed), 'contract uk over h, uv over r'
 # The cache has $r+h_r$ numbers per token and layer. It is again multi-query
 # attention: query $[\tilde q_{tn}, q^R_{tn}]$, key $[c_s, k^R_s]$, value $c_s$.
 # Below, the value is padded with zeros so that the package's function, whose
-# values are as wide as its keys, computes it as well.
+# values are as wide as its keys, computes it as well. (The published layer also
+# norms $c_s$ and makes queries from a latent vector of their own; neither
+# changes the argument.)
 # %% [markdown] lang="zh"
 # 缩放仍是 $1/\sqrt h$，尽管吸收后的向量宽度是 $r$：因为 logit 还是同一个数。
 #
@@ -596,6 +599,8 @@ assert np.allclose(expanded, absorbed), 'contract uk over h, uv over r'
 # 每个 token、每层的缓存是 $r+h_r$ 个数。它仍是 multi-query attention：query 为
 # $[\tilde q_{tn}, q^R_{tn}]$，key 为 $[c_s, k^R_s]$，value 为 $c_s$。下面用零把
 # value 补宽，因为代码库的函数要求 value 与 key 等宽，这样它也能算出同样的结果。
+# （公开的 MLA 层还对 $c_s$ 做 norm，query 也由另一个潜在向量生成；
+# 这不影响上面的论证。）
 # %%
 positions = np.arange(9)[None]
 
@@ -643,12 +648,14 @@ def residual(q, k):
   return np.abs(c[0] @ solution - z.T).max()
 
 
-turned = [
+with_rope = [
   np.asarray(rotate(jnp.asarray(a, jnp.float32), positions, Rope()))
   for a in (q, k)
 ]
-print(f'without RoPE {residual(q, k):.0e}, with RoPE {residual(*turned):.0e}')
-assert residual(q, k) < 1e-9 and residual(*turned) > 1e-3
+print(
+  f'without RoPE {residual(q, k):.0e}, with RoPE {residual(*with_rope):.0e}'
+)
+assert residual(q, k) < 1e-9 and residual(*with_rope) > 1e-3
 
 
 # %% [markdown] lang="en"
@@ -731,9 +738,9 @@ axes[0].set(title='FLOPs of a layer, d = 4096', xlabel='tokens')
 for name, size in per_token.items():
   axes[1].plot(lengths, size * lengths / 2**30, label=name)
 axes[1].set(title='KV cache, GiB (60 layers)', xlabel='tokens')
-for axis in axes:
+for axis, corner in zip(axes, ('upper left', 'lower right'), strict=True):
   axis.set(xscale='log', yscale='log')
-  axis.legend(fontsize=8)
+  axis.legend(fontsize=7, loc=corner)
 fig.tight_layout()
 for name, size in per_token.items():
   print(f'{name:13} {size:>9,} bytes a token')
@@ -875,7 +882,7 @@ assert 3 < ratio < 4
 # 初始化时，query 和 key 的分量近似独立、方差为 1，点积的方差是 $h$，标准差是
 # $\sqrt h$；除以 $\sqrt h$ 后，无论头多大，logits 的方差都是 1，softmax
 # 既不饱和也不过平。若除以 $h$，logits 的标准差是 $1/\sqrt h$，
-# 大的头一开始就几乎是均匀权重。（muP， arXiv:2203.03466，用的正是 $1/h$：训练后
+# 大的头一开始就几乎是均匀权重。（muP，arXiv:2203.03466，用的正是 $1/h$：训练后
 # $q$ 与 $k$ 相关，点积按 $h$ 增长。）T5 完全不缩放，因为它的初始 $W_q$
 # 已包含这个因子。
 #
@@ -887,7 +894,7 @@ assert 3 < ratio < 4
 # <details><summary>答案</summary>
 #
 # 先数：每个 token 的字节数是 $2\,l\,k\,h$ 乘以每个数的字节数；80 层、8 个 128
-# 维的头、 bfloat16，每个 token 320 KiB，一段文本 10 GiB。可选项：减少 key-value
+# 维的头、bfloat16，每个 token 320 KiB，一段文本 10 GiB。可选项：减少 key-value
 # 头（GQA、MQA：需要训练或继续训练，只剩一个头时质量下降）；MLA（另一种结构，
 # 吸收时多做 FLOPs）；8 或 4 bit 缓存（舍入误差）；
 # 部分层用滑动窗口（不能直接看到远处的 token）；共享公共前缀的缓存（精确，但只有
@@ -906,7 +913,7 @@ assert 3 < ratio < 4
 #   RoPE、query 与 key 的 norm、缓存。{{moepeft.nn.attention.Attention}} 是 T5
 #   的，含 cross-attention。每个投影都是可以放适配器的挂载点（site）。
 # - {{moepeft.nn.chunked_attention.attend}} 是练习 3 的 online softmax，
-#   支持梯度； {{moepeft.nn.dot_product_attention.attend}} 调用 JAX 的函数，
+#   支持梯度；{{moepeft.nn.dot_product_attention.attend}} 调用 JAX 的函数，
 #   在合适的 GPU 上就是 cuDNN 的 flash attention。
 # - {{moepeft.inference.engine.kv_cache}} 同时保存许多请求的缓存。
 # - 代码库中没有 MLA：支持的模型家族都不用它。
