@@ -274,11 +274,11 @@ for name, (family, size) in IN_PACKAGE.items():
   assert total == sum(parts(CONFIGS[name][0]).values()), name
 print(len(IN_PACKAGE), 'models agree with the package')
 # %% [markdown] lang="en"
-# Where are the parameters? In large dense models 70 to 80 % are in the
-# feed-forward; in small ones the embedding takes a large part.
+# Where are the parameters? In large dense models two thirds to four fifths are
+# in the feed-forward; in small ones the embedding takes a large part.
 # %% [markdown] lang="zh"
-# 参数在哪里？大的 dense 模型有 70 % 到 80 % 在 feed-forward；小模型的 embedding
-# 占很大一部分。
+# 参数在哪里？大的 dense 模型有三分之二到五分之四在 feed-forward；小模型的
+# embedding 占很大一部分。
 # %%
 figure, axis = plt.subplots(figsize=(7, 3))
 left = np.zeros(len(CONFIGS))
@@ -558,7 +558,7 @@ assert (
 figure, axes = plt.subplots(1, 2, figsize=(7, 3))
 names = sorted(kilobytes, key=kilobytes.get)
 axes[0].barh(names, [kilobytes[name] for name in names])
-axes[0].set(xlabel='KiB a token', xscale='log')
+axes[0].set(xlabel='KiB a token')
 axes[0].tick_params(labelsize=7)
 tokens = np.array([1, 8, 32, 128]) * 1024
 for name in (
