@@ -435,17 +435,17 @@ figure.tight_layout()
 plt.show()
 # %% [markdown] lang="en"
 # Each point is one position of the text. Where the model is sure (left), top-p
-# and min-p keep one or two tokens, and top-k still keeps 8. Where it is not,
-# top-p keeps many, and min-p fewer, as its threshold is relative to the best
-# token.
+# and min-p keep few tokens, and top-k still keeps 8. In the middle top-p keeps
+# more than min-p. At the flat end the best token is improbable itself, min-p's
+# threshold falls with it, and it keeps as many as top-p or more.
 #
 # The order matters when they are combined: temperature first changes what top-p
 # sees. The package, like `transformers`, applies temperature, top-k, top-p,
 # min-p.
 # %% [markdown] lang="zh"
-# 每个点是文本中的一个位置。模型有把握时（左侧），top-p 和 min-p 只留一两个
-# token，而 top-k 仍留 8 个。没有把握时，top-p 留得多，min-p 留得少，
-# 因为它的阈值相对于最好的 token。
+# 每个点是文本中的一个位置。模型有把握时（左侧），top-p 和 min-p 只留少数
+# token，而 top-k 仍留 8 个。中间部分 top-p 比 min-p 留得多。在分布很平的一端，
+# 最好的 token 概率也很小，min-p 的阈值随之降低，留下的与 top-p 一样多甚至更多。
 #
 # 组合使用时顺序很重要：先用 temperature 会改变 top-p 看到的分布。moepeft 与
 # `transformers` 一样，依次应用 temperature、top-k、top-p、min-p。
@@ -668,26 +668,50 @@ for (answer, score), theirs_one in zip(mine, theirs, strict=True):
   assert answer == theirs_one.ids, decode(theirs_one.ids)
   # Sums of 30 float32 numbers of size 1.
   assert abs(score - theirs_one.score) < 1e-4
+
+
 # %% [markdown] lang="en"
-# Beam search gives more probable text than greedy, not better text: the most
-# probable line is a common and short one. For tasks with one right answer
-# (translation, recognition) it helps; for open text, sampling does. And the
-# length penalty, on one fixed set of finished answers: as $\alpha$ grows, the
-# winner never gets shorter.
+# Beam search looks for the most probable text, which need not be good text:
+# here it is a loop of frequent words. For tasks with one right answer
+# (translation, recognition) it helps; for open text, sampling does.
+#
+# The length penalty is best seen on one fixed set of finished answers: 40
+# sampled verses with their sums of log-probabilities. As $\alpha$ grows, the
+# winner never gets shorter. (For two answers with sums $S_1 > S_2$ and lengths
+# $n_1 < n_2$, the ratio of the scores $\frac{S_1}{S_2} (n_2 / n_1)^\alpha$
+# grows with $\alpha$; scores are negative, so the longer answer gains.)
 # %% [markdown] lang="zh"
-# Beam search 得到的文本概率更大，但不一定更好：概率最大的是常见而短的句子。
-# 对有唯一正确答案的任务（翻译、识别）有帮助；对开放式文本，采样更合适。再看
-# length penalty：对同一组已完成的答案，$\alpha$ 增大时，胜出的答案不会变短。
+# Beam search 寻找概率最大的文本，但它不一定是好文本：这里是常见词的循环。
+# 对有唯一正确答案的任务（翻译、识别）有帮助；对开放式文本，采样更合适。
+#
+# 在一组固定的已完成答案上最容易看清 length penalty：采样 40 行诗，
+# 记下各自的对数概率之和。$\alpha$ 增大时，胜出的答案不会变短。（设两个答案的和
+# $S_1 > S_2$，长度 $n_1 < n_2$，分数之比 $\frac{S_1}{S_2} (n_2 / n_1)^\alpha$
+# 随 $\alpha$ 增大；分数是负的，所以较长的答案占优。）
 # %%
-answers = beam_search(prompt, 8, 40, alpha=0.0)
-sums = np.array([score for _, score in answers])
-lengths = np.array([len(answer) for answer, _ in answers])
+def sample_verse(rng, longest=60):
+  """(a verse up to END, its sum of log-probabilities)."""
+  logits, caches = forward(prompt, empty_cache())
+  verse, total = [], 0.0
+  while len(verse) < longest and (not verse or verse[-1] != END):
+    token = int(draw(logits[-1], rng))
+    total += log_softmax(logits[-1])[token]
+    verse.append(token)
+    logits, caches = forward([token], caches)
+  return verse, total
+
+
+rng = np.random.default_rng(0)
+verses = [sample_verse(rng) for _ in range(40)]
+sums = np.array([total for _, total in verses])
+lengths = np.array([len(verse) for verse, _ in verses])
 chosen = []
 for alpha in (0.0, 0.5, 1.0, 1.5, 2.0):
   winner = (sums / lengths**alpha).argmax()
   chosen.append(lengths[winner])
-  print(alpha, lengths[winner], repr(decode(answers[winner][0])))
+  print(alpha, lengths[winner], repr(decode(verses[winner][0])))
 assert (np.diff(chosen) >= 0).all(), 'a greater alpha favours longer answers'
+assert chosen[-1] > chosen[0]
 # %% [markdown] lang="en"
 # ## Exercises
 #
