@@ -367,6 +367,8 @@ plt.figure(figsize=(6, 3))
 for name, values in moved.items():
   label = name if name == 'plain' else f'flash, {name} queries a tile'
   plt.loglog(lengths, values, 'o-', label=label)
+plt.xticks(lengths, lengths)
+plt.minorticks_off()
 plt.xlabel('tokens')
 plt.ylabel('numbers moved')
 plt.legend(fontsize=8)
