@@ -552,12 +552,14 @@ test_loss = {
 }
 assert test_loss['early'] < test_loss['last step']
 assert test_loss['decay'] < test_loss['last step']
+assert chosen == max(DECAYS), 'the choice is at the end of the list'
 
 
 # %% [markdown] lang="en"
 # Read the last column too. The loss improves much more than the accuracy:
 # overfitting here means false confidence first of all. If you only look at
-# accuracy, you may see nothing.
+# accuracy, you may see nothing. And where the largest decay of the list is
+# chosen, as here, the list should be longer.
 #
 # ## Exercises
 #
@@ -620,7 +622,8 @@ assert test_loss['decay'] < test_loss['last step']
 # Adafactor 1804.04235.
 # %% [markdown] lang="zh"
 # 也要看最后一列。损失的改善远大于准确率：这里的过拟合首先是错误的自信。
-# 只看准确率，可能什么也看不出来。
+# 只看准确率，可能什么也看不出来。另外，若选中的衰减是列表中最大的（如这里），
+# 就应该把列表加长。
 #
 # ## 练习
 #

@@ -330,10 +330,10 @@ assert worse > better, 'here it does not help'
 
 
 # %% [markdown] lang="en"
-# Read the table and not the name of the method: whether calibration helps
-# differs from wording to wording, and the last column often says that more is
-# lost by the threshold than by the order of the scores, which calls for a few
-# labelled examples to choose the threshold.
+# Read the table and not the name of the method: here calibration harms more
+# wordings than it helps, since "N/A" is no neutral list for this model. And the
+# last column often says that more is lost by the threshold than by the order of
+# the scores, which calls for a few labelled examples to choose the threshold.
 #
 # ## 6. Few-shot prompts
 #
@@ -341,8 +341,9 @@ assert worse > better, 'here it does not help'
 # that large language models then do better, without any change of weights. Our
 # T5 was never trained on several examples in a row:
 # %% [markdown] lang="zh"
-# 要看表格，而不是看方法的名字：校准是否有用因措辞而异；最后一列常常说明，
-# 损失更多来自阈值而不是分数的次序，这时需要少量有标签的样本来选择阈值。
+# 要看表格，而不是看方法的名字：在这里，校准使更多措辞变差，因为对这个模型来说
+# “N/A”不是中性的词表。最后一列常常说明，损失更多来自阈值而不是分数的次序，
+# 这时需要少量有标签的样本来选择阈值。
 #
 # ## 6. Few-shot 提示
 #
@@ -446,30 +447,32 @@ for wording, count in itertools.product(WORDINGS, (0, 4)):
   )
 # %% [markdown] lang="en"
 # Twelve reviews give an accuracy with an error of about 0.25, so only large
-# differences count. What can be said on every machine is checked below: with
-# examples the model is above chance, and the result depends on the wording or
-# on the examples.
+# differences count. Two are checked below. Without examples the worded question
+# does worse than the plain form, which means the same. With four examples it
+# catches up: they show what form an answer has. The plain form has nothing left
+# to gain on such easy reviews, and four examples may even cost it one.
 # %% [markdown] lang="zh"
-# 十二条评论的准确率误差约为 0.25，所以只有大的差别才算数。
-# 下面检查的是在任何机器上都成立的：有示例时模型高于随机水平，
-# 且结果取决于措辞或示例。
+# 十二条评论的准确率误差约为 0.25，所以只有大的差别才算数。下面检查其中两个。
+# 没有示例时，带问句的措辞不如意思相同的简单形式。有四个示例时它赶了上来：
+# 示例表明了答案的形式。简单形式在这么容易的评论上没有提升空间，
+# 四个示例甚至可能让它错一条。
 # %%
-assert max(smol.values()) >= 0.75, 'above chance in some form'
-assert len(set(smol.values())) > 1, 'the form of the prompt matters'
+assert smol['plain', 0] > smol['question', 0] + 0.1, 'the wording matters'
+assert smol['question', 4] > smol['question', 0] + 0.1, 'examples help here'
 # %% [markdown] lang="en"
 # ## 7. Where prompts end
 #
 # The task `stars` asks for the number of stars of a guest with two adjectives,
 # "one" or "five". T5 knows the adjectives from its pretraining, but never saw
-# the mapping to stars. No wording of ours brings it far above chance, which is
-# 0.5. Here training begins: a few thousand adapter parameters learn the mapping
-# (notebooks on LoRA and mixtures).
+# the mapping to stars. No wording of the task brings it to the accuracy of
+# always giving the same answer. Here training begins: a few thousand adapter
+# parameters learn the mapping (notebooks on LoRA and mixtures).
 # %% [markdown] lang="zh"
 # ## 7. 提示词的尽头
 #
 # 任务 `stars` 给出客人的两个形容词，问打几颗星：“one”或 “five”。T5
 # 在预训练中认识这些形容词，但从未见过到星级的映射。
-# 我们的任何措辞都不能使它远高于随机水平 0.5。训练从这里开始：
+# 任务的任何措辞都不能使它达到“总给同一答案”的准确率。训练从这里开始：
 # 几千个适配器参数就能学会这个映射（见关于 LoRA 和混合专家的笔记）。
 # %%
 stars = TASKS['stars']
@@ -483,7 +486,7 @@ for template in stars.templates:
   )
   right = (s.argmax(-1) == star_truth).mean()
   print(f'{template.text:55} {right:.2f} (always the same: {chance:.2f})')
-  assert right < accuracy[task.templates[0].name], template.name
+  assert right < chance + 0.05, template.name
 # %% [markdown] lang="en"
 # ## Exercises
 #
