@@ -27,8 +27,8 @@
 # - cost by length, and recall from a fixed state: where attention wins and what
 #   it pays.
 #
-# Time: 75 minutes to read, about one minute to run. Before this: notebooks 06,
-# 08 and 11.
+# Time: 75 minutes to read, one to two minutes to run. Before this: notebooks
+# 06, 08 and 11.
 # %% [markdown] lang="zh"
 # ## 你将理解什么
 #
@@ -38,7 +38,7 @@
 # - RWKV 的 time mixing：带衰减的加权平均，以及数值稳定的形式；
 # - 开销随长度的变化，以及从固定状态中回忆：attention 赢在哪里，付出什么。
 #
-# 用时：阅读约 75 分钟，运行约一分钟。前置：06、08、11。
+# 用时：阅读约 75 分钟，运行一到两分钟。前置：06、08、11。
 # %%
 import jax
 import jax.numpy as jnp
@@ -219,22 +219,23 @@ def normal(key, *shape):
 
 
 def init_mamba(key, d, inner, state):
-  keys = jax.random.split(key, 7)
+  keys = jax.random.split(key, 6)
   # Steps between 0.001 and 0.1 at the start, as in the paper.
   step = jnp.exp(
     jax.random.uniform(keys[0], (inner,)) * np.log(100) + np.log(0.001)
   )
   return {
     'inputs': normal(keys[1], d, 2 * inner),
-    'conv': normal(keys[2], 4, inner),
-    'delta': normal(keys[3], inner, inner) * 0.1,
+    # At the start the convolution passes the present input on.
+    'conv': jnp.zeros((4, inner)).at[-1].set(1.0),
+    'delta': normal(keys[2], inner, inner) * 0.1,
     # softplus(delta_bias) is the step.
     'delta_bias': step + jnp.log(-jnp.expm1(-step)),
-    'b': normal(keys[4], inner, state),
-    'c': normal(keys[5], inner, state),
+    'b': normal(keys[3], inner, state),
+    'c': normal(keys[4], inner, state),
     'log_a': jnp.log(jnp.tile(jnp.arange(1.0, state + 1), (inner, 1))),
     'd': jnp.ones(inner),
-    'out': normal(keys[6], inner, d),
+    'out': normal(keys[5], inner, d),
   }
 
 
@@ -265,6 +266,8 @@ def mamba(x, p, scan=scan_parallel):
 # %%
 d = 24
 p = init_mamba(jax.random.key(0), d, 2 * d, 8)
+# A random kernel, so that an error of the convolution shows.
+p['conv'] = jax.random.normal(jax.random.key(2), p['conv'].shape) / 2
 x = jax.random.normal(jax.random.key(1), (40, d))
 parallel = jax.jit(mamba)(x, p)
 loop = mamba(x, p, scan=lambda a, b: scan_loop(np.asarray(a), np.asarray(b)))
@@ -558,7 +561,8 @@ def init_attention(key, d):
 
 MIXERS = {
   'attention': (attention_mixer, lambda key: init_attention(key, D)),
-  'mamba': (mamba, lambda key: init_mamba(key, D, 2 * D, 16)),
+  'mamba, N = 8': (mamba, lambda key: init_mamba(key, D, 2 * D, 8)),
+  'mamba, N = 1': (mamba, lambda key: init_mamba(key, D, 2 * D, 1)),
   'rwkv': (rwkv, lambda key: init_rwkv(key, D, 2 * D)),
 }
 
@@ -585,7 +589,7 @@ def model_logits(params, mixer, keys, values):
   return (norm(x) @ params['head'])[:, keys.shape[1] // 2 :]
 
 
-def train(name, pairs, steps=400, rows=64, seed=0):
+def train(name, pairs, steps=300, rows=32, seed=0):
   """Returns the trained parameters and the accuracy on 512 new rows."""
   mixer = MIXERS[name][0]
   optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
@@ -611,11 +615,11 @@ def train(name, pairs, steps=400, rows=64, seed=0):
   return params, float((logits.argmax(-1) == answers).mean())
 
 
-PAIRS = (2, 8, 24)
+PAIRS = (2, 6, 12)
 accuracy = {name: [train(name, pairs)[1] for pairs in PAIRS] for name in MIXERS}
-print('pairs    ', PAIRS, ' chance', 1 / VALUES)
+print('pairs        ', PAIRS, ' chance', 1 / VALUES)
 for name, values in accuracy.items():
-  print(f'{name:9}', [round(value, 3) for value in values])
+  print(f'{name:13}', [round(value, 3) for value in values])
 # %%
 plt.figure(figsize=(5, 2.6))
 for name, values in accuracy.items():
@@ -627,12 +631,23 @@ plt.legend(fontsize=8)
 plt.tight_layout()
 plt.show()
 assert accuracy['attention'][-1] > 0.95, 'attention can look a key up'
+assert accuracy['mamba, N = 8'][-1] > 0.85, 'the state is large enough'
+assert accuracy['mamba, N = 1'][-1] < accuracy['mamba, N = 8'][-1] - 0.1
 assert accuracy['rwkv'][-1] < accuracy['attention'][-1] - 0.2
-assert accuracy['mamba'][0] > 0.8
 
 
 # %% [markdown] lang="en"
-# RESULT_EN
+# Attention answers everything: it looks the key up, and pays with a cache that
+# grows with the text. Mamba with $N = 8$ stores nearly all of 12 pairs in its
+# $64 \cdot 8$ numbers, the same model with $N = 1$ does not; nor does RWKV-4,
+# whose state is a vector and whose average has no query. So it is the size of
+# the state and the way it is addressed that decide, and not recurrence as such.
+# But every fixed state has such a limit, and a cache has none.
+#
+# Two cautions. This is one seed and 300 steps; RWKV-4 gets better with more of
+# them, so read the order and not the digits. And details decide: with a random
+# kernel of the convolution (`normal(key, 4, inner)`) instead of one that begins
+# as the identity, the same 300 steps are not enough for Mamba. Try it.
 #
 # What this does not show: language modelling quality. Published Mamba models
 # match transformers of their size in perplexity up to some billion parameters,
@@ -641,7 +656,16 @@ assert accuracy['mamba'][0] > 0.8
 # ones, get most of both (Jamba, arXiv:2403.19887). Later RWKV versions have a
 # matrix as state for each head (exercise 3).
 # %% [markdown] lang="zh"
-# RESULT_ZH
+# Attention 全部答对：它直接查找 key，代价是随文本增长的 cache。$N = 8$ 的 Mamba
+# 几乎把 12 对都存进 $64 \cdot 8$ 个数里，$N = 1$ 的同一模型做不到；RWKV-4
+# 也做不到，它的状态是向量，加权平均里没有 query。
+# 所以起决定作用的是状态的大小和寻址方式，而不是循环本身。
+# 但任何固定大小的状态都有这样的上限，cache 没有。
+#
+# 两点提醒。这里只有一个随机种子、300 步；RWKV-4 再多训练会更好，所以只看排序，
+# 不看具体数字。另外细节很关键：
+# 如果卷积核随机初始化（`normal(key, 4, inner)`），而不是从恒等开始，同样的 300
+# 步对 Mamba 就不够。可以试一试。
 #
 # 这里没有说明语言建模的质量。公开的 Mamba 模型在几十亿参数以内与同样大小的
 # transformer 困惑度相当，但在长 context 的复制和回忆上落后（Jelassi 等，
@@ -662,7 +686,7 @@ assert accuracy['mamba'][0] > 0.8
 #    $S_t = \gamma S_{t-1} + k_t^\top v_t$, $y_t = q_t S_t$. Write it
 #    recurrently and as $y = (q k^\top \odot M)\, v$ with
 #    $M_{ij} = \gamma^{i-j}$ for $j \le i$, and show that they agree. Then train
-#    it as a mixer ($\gamma = 1$) on 24 pairs. Is it better than RWKV-4 with its
+#    it as a mixer ($\gamma = 1$) on 12 pairs. Is it better than RWKV-4 with its
 #    vector state?
 # %% [markdown] lang="zh"
 # ## 练习
@@ -675,7 +699,7 @@ assert accuracy['mamba'][0] > 0.8
 # 3. （难）*带衰减的线性 attention* 的状态是矩阵：
 #    $S_t = \gamma S_{t-1} + k_t^\top v_t$，$y_t = q_t S_t$。写出递推形式，以及
 #    $y = (q k^\top \odot M)\, v$，其中 $j \le i$ 时 $M_{ij} = \gamma^{i-j}$，
-#    证明两者一致。再把它作为 mixer（$\gamma = 1$）在 24 对上训练。
+#    证明两者一致。再把它作为 mixer（$\gamma = 1$）在 12 对上训练。
 #    它比状态为向量的 RWKV-4 好吗？
 # %% [markdown] lang="en"
 # ## Interview questions
@@ -822,12 +846,12 @@ assert 63 < combinations < 2 * 64 and levels == 2 * 6 - 1
 # ## Exercise 3
 #
 # The state is a $16 \times 16$ matrix for each of two heads: a table from keys
-# to values, as large as Mamba's state for 32 channels.
+# to values, with as many numbers as the state of Mamba with $N = 8$.
 # %% [markdown] lang="zh" tags=["solution"]
 # ## 练习 3
 #
 # 两个 head，每个 head 的状态是 $16 \times 16$ 的矩阵：一张由 key 到 value
-# 的表，大小与 32 个通道的 Mamba 状态相当。
+# 的表，数的个数与 $N = 8$ 的 Mamba 状态相同。
 # %% tags=["solution"]
 def linear_recurrent(q, k, v, gamma):
   state, outputs = np.zeros((k.shape[1], v.shape[1])), []
@@ -859,6 +883,6 @@ def linear_mixer(x, p):
 
 
 MIXERS['linear'] = (linear_mixer, lambda key: init_attention(key, D))
-linear_accuracy = train('linear', 24)[1]
+linear_accuracy = train('linear', 12)[1]
 print('linear', linear_accuracy, 'rwkv', accuracy['rwkv'][-1])
 assert linear_accuracy > accuracy['rwkv'][-1]
