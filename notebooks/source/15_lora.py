@@ -246,13 +246,19 @@ assert accuracy < 0.3, 'the base must not know the new task yet'
 # y = x W + \frac{\alpha}{r} (x A) B
 # $$
 #
+# The rank $r$ is much smaller than $i$ and $o$, and $\alpha$ is a constant. The
+# rows of $x$ and $y$ are the tokens. The paper writes vectors as columns,
+# $h = W x + B A x$, so its $A$ is $r \times i$; the first factor is $A$ in
+# both.
+#
 # The brackets matter. $(xA)B$ takes $r(i + o)$ multiplications for a token;
 # forming $AB$ first takes $r\,i\,o$, once per step, and then $i\,o$ for a
 # token.
 #
 # $A$ starts as small random numbers and $B$ as zeros, so the function is the
 # base's at first. What the gradients are then follows from the chain rule. With
-# $G = \partial L / \partial y$ and $s = \alpha / r$:
+# $G = \partial L / \partial y$, which has the shape of $y$, and
+# $s = \alpha / r$:
 #
 # $$
 # \frac{\partial L}{\partial B} = s\, A^\top x^\top G, \qquad
@@ -274,11 +280,16 @@ assert accuracy < 0.3, 'the base must not know the new task yet'
 # y = x W + \frac{\alpha}{r} (x A) B
 # $$
 #
+# 秩 $r$ 远小于 $i$ 和 $o$，$\alpha$ 是常数。$x$ 和 $y$ 的每一行是一个 token。
+# 论文把向量写成列，$h = W x + B A x$，所以论文里的 $A$ 是 $r \times i$；
+# 两种写法中先乘的都是 $A$。
+#
 # 括号很重要。$(xA)B$ 每个 token 要 $r(i + o)$ 次乘法；如果先算 $AB$，
 # 每步要 $r\,i\,o$ 次，之后每个 token 还要 $i\,o$ 次。
 #
 # $A$ 从小随机数开始，$B$ 从零开始，所以一开始函数就是基座的函数。
-# 此时的梯度由链式法则得出。记 $G = \partial L / \partial y$，$s = \alpha / r$：
+# 此时的梯度由链式法则得出。记 $G = \partial L / \partial y$（形状与 $y$ 相同），
+# $s = \alpha / r$：
 #
 # $$
 # \frac{\partial L}{\partial B} = s\, A^\top x^\top G, \qquad
@@ -419,8 +430,8 @@ for rank in (4, 8):
 # %% [markdown] lang="zh"
 # ## 为什么低秩？测量稠密的改变量
 #
-# LoRA 论文的假设是：一个任务所需的改变量 $\Delta W = W_{\text{tuned}} - W$ 的*
-# 内在*秩很低。这里用两个测量看它成立到什么程度。
+# LoRA 论文的假设是：一个任务所需的改变量 $\Delta W = W_{\text{tuned}} - W$
+# 的*内在*秩很低。这里用两个测量看它成立到什么程度。
 #
 # 1. **奇异值。** $\Delta W = U \Sigma V^\top$，
 #    $\sigma_1 \ge \sigma_2 \ge \dots$；秩为 $r$ 的最佳近似保留前 $r$ 个，
@@ -484,28 +495,29 @@ fig.tight_layout()
 # the distinction that counts in practice. *Cutting* a dense change to rank $r$
 # asks whether this particular change is of low rank. *Training* at rank $r$
 # asks whether any change of that rank does the task. The second asks for less,
-# since training puts the $r$ directions where they help. Compare the two curves
-# at the small ranks before you believe a sentence such as "fine-tuning is
-# low-rank".
+# since training puts the $r$ directions where they help. At $r = 1$ the cut
+# change has an accuracy of about 0.1, which is guessing, and the trained LoRA
+# about 1. So "fine-tuning is low-rank" holds here in the second sense only.
 # %% [markdown] lang="zh"
 # 稠密改变量比随机噪声集中得多，但它的秩并不是 4：那一串小奇异值不为零。
 # 右图补充了实践中真正重要的区别。把稠密改变量*截断*到秩 $r$，
 # 问的是这一个特定的改变量是不是低秩的；在秩 $r$ 下*训练*，
 # 问的是有没有某个这样秩的改变量能完成任务。后者的要求更低，
-# 因为训练会把 $r$ 个方向放到有用的地方。在相信“微调是低秩的”这类说法之前，
-# 先比较两条曲线在小秩处的差别。
+# 因为训练会把 $r$ 个方向放到有用的地方。$r = 1$ 时，
+# 截断后的准确率约为 0.1，即随机猜测的水平，训练出的 LoRA 约为 1。所以“微调是低
+# 秩的”在这里只在第二种意义上成立。
 # %% [markdown] lang="en"
 # ## Merge: the same function, nothing left to compute
 #
 # $xW + s(xA)B = x(W + sAB)$. The change does not depend on $x$, so it can be
 # added to $W$ once. The merged model is a plain model of the old shape: no
-# further latency, no further memory, and `W - s A B` takes it out again.
+# further latency, no further memory. Subtracting $sAB$ takes it out again.
 # %% [markdown] lang="zh"
 # ## 合并：同一个函数，不再有额外计算
 #
 # $xW + s(xA)B = x(W + sAB)$。改变量不依赖于 $x$，所以可以一次性加到 $W$ 上。
 # 合并后的模型就是原来形状的普通模型：没有额外延迟，没有额外内存；
-# 用 `W - s A B` 又可以把它取出来。
+# 再减去 $sAB$ 就恢复成 $W$。
 # %%
 def merge_by_hand(kernels, lora, alpha=ALPHA):
   return {
@@ -531,15 +543,15 @@ assert float(jnp.abs(beside - base_logits).max()) > 1, 'LoRA changes nothing'
 #
 # A kernel $i \times o$ has $i\,o$ parameters, its LoRA $r(i + o)$. Adam keeps
 # two float32 numbers for each trained parameter, and there is one gradient. So
-# a trained parameter takes $4 + 4 + 8 = 16$ bytes in float32, a frozen one 4 (2
-# in bfloat16).
+# a trained parameter takes $4 + 4 + 8 = 16$ bytes in float32 (parameter,
+# gradient, Adam), a frozen one 4 (2 in bfloat16).
 # %% [markdown] lang="zh"
 # ## 计数：参数与优化器状态
 #
 # 一个 $i \times o$ 的 kernel 有 $i\,o$ 个参数，它的 LoRA 有 $r(i + o)$ 个。
 # Adam 为每个被训练的参数保存两个 float32 数，另有一个梯度。所以在 float32 下，
-# 一个被训练的参数占 $4 + 4 + 8 = 16$ 字节，一个冻结的占 4 字节（bfloat16 为 2
-# 字节）。
+# 一个被训练的参数占 $4 + 4 + 8 = 16$ 字节（参数、梯度、Adam），
+# 一个冻结的占 4 字节（bfloat16 为 2 字节）。
 # %%
 def lora_parameters(rank, sizes, layers):
   return layers * sum(rank * (i + o) for i, o in sizes)
@@ -646,7 +658,8 @@ print('logits, gradients, merged kernels and the count are equal')
 # ## Which scale: alpha / r or alpha / sqrt(r)?
 #
 # How far does the *first* step move the output, as a function of $r$? Only $B$
-# moves. Write $M = x^\top G$ for the gradient of the dense $W$.
+# moves. Write $M = x^\top G$ for the gradient of the dense $W$, $\eta$ for the
+# rate and $\sigma$ for the standard deviation of the entries of $A$.
 #
 # With SGD, $B_1 = -\eta\, s A^\top M$, and the change of the kernel is
 #
@@ -654,18 +667,20 @@ print('logits, gradients, merged kernels and the count are equal')
 # s A B_1 = -\eta\, s^2 A A^\top M, \qquad \mathbb E[A A^\top] = r \sigma^2 I
 # $$
 #
-# so it is, on average, a dense step times $\eta\, s^2 r \sigma^2$: of size
-# $1/r$ with $s = \alpha / r$, and independent of $r$ with
+# so it is, on average, the dense step $-\eta M$ times $s^2 r \sigma^2$:
+# proportional to $1/r$ with $s = \alpha / r$, and independent of $r$ with
 # $s = \alpha / \sqrt r$ (rsLoRA, arXiv:2312.03732). With Adam, the first step
 # is $B_1 = -\eta\, \mathrm{sign}(A^\top M)$, whatever the scale: the output
-# moves by $s\, (xA) B_1$, a sum of $r$ terms whose signs agree on average. That
-# is proportional to $s\,r$: independent of $r$ with $\alpha / r$, and $\sqrt r$
+# moves by $s\, (xA) B_1$, a sum of $r$ terms. Their signs agree on average, as
+# $M$ contains the product of $x$ and $G$ of the same token. So the sum is
+# proportional to $s\,r$: independent of $r$ with $\alpha / r$, and $\sqrt r$
 # with the other. The next cell measures all four.
 # %% [markdown] lang="zh"
 # ## 用哪种缩放：alpha / r 还是 alpha / sqrt(r)？
 #
 # *第一步*让输出移动多远？它怎样依赖于 $r$？此时只有 $B$ 在动。
-# 记 $M = x^\top G$，即稠密 $W$ 的梯度。
+# 记 $M = x^\top G$，即稠密 $W$ 的梯度；$\eta$ 是学习率，
+# $\sigma$ 是 $A$ 的元素的标准差。
 #
 # 用 SGD 时 $B_1 = -\eta\, s A^\top M$，kernel 的改变量是
 #
@@ -673,11 +688,12 @@ print('logits, gradients, merged kernels and the count are equal')
 # s A B_1 = -\eta\, s^2 A A^\top M, \qquad \mathbb E[A A^\top] = r \sigma^2 I
 # $$
 #
-# 所以平均来说，它是稠密的一步乘以 $\eta\, s^2 r \sigma^2$：
+# 所以平均来说，它是稠密的一步 $-\eta M$ 乘以 $s^2 r \sigma^2$：
 # $s = \alpha / r$ 时与 $1/r$ 成正比，$s = \alpha / \sqrt r$ 时与 $r$ 无关
 # （rsLoRA，arXiv:2312.03732）。用 Adam 时，第一步是
 # $B_1 = -\eta\, \mathrm{sign}(A^\top M)$，与缩放无关：输出移动 $s\, (xA) B_1$，
-# 它是 $r$ 项之和，各项的符号平均来说一致，因此与 $s\,r$ 成正比：
+# 它是 $r$ 项之和。$M$ 里含有同一个 token 的 $x$ 与 $G$ 的乘积，
+# 所以各项的符号平均来说一致，和与 $s\,r$ 成正比：
 # 用 $\alpha / r$ 时与 $r$ 无关，用另一种时与 $\sqrt r$ 成正比。
 # 下一个单元测量全部四种情况。
 # %%
@@ -709,10 +725,13 @@ for key, expected in zip(slopes, (-1, 0, 0, 0.5), strict=True):
 
 
 # %% [markdown] lang="en"
-# Both conventions are right for an optimizer. In practice the rate is chosen
-# again when the rank changes, and $\alpha$ is nothing but a factor of that rate
-# as long as only $B$ moves. This is also the answer to "which alpha": take the
-# value of the source whose rate you copy.
+# Each convention makes the first step independent of $r$ for one optimizer:
+# $\alpha / \sqrt r$ for SGD, $\alpha / r$ for Adam. The measurement says
+# nothing about later steps; the rsLoRA paper argues with the whole training,
+# and prefers $\alpha / \sqrt r$ at large ranks. In practice the learning rate
+# is chosen again when the rank changes, and $\alpha$ is nothing but a factor of
+# the learning rate as long as only $B$ moves. This is also the answer to "which
+# alpha": take the value of the source whose learning rate you copy.
 #
 # ## Exercises
 #
@@ -744,7 +763,8 @@ for key, expected in zip(slopes, (-1, 0, 0, 0.5), strict=True):
 # changed and quantized again.
 # </details>
 #
-# **Why does LoRA save memory in training, but hardly any time?**
+# **Why does LoRA save most of the optimizer's memory in training, but at most a
+# third of the time?**
 #
 # <details><summary>Answer</summary>
 #
@@ -761,9 +781,10 @@ for key, expected in zip(slopes, (-1, 0, 0, 0.5), strict=True):
 # - {{moepeft.peft.methods.lora.Lora}} is the module;
 #   {{moepeft.peft.methods.lora.merge}} folds it in, and
 #   {{moepeft.peft.merge.merge}} does so for every site. Unlike the notebook's
-#   version it has dropout, rsLoRA, initial factors from the base's singular
-#   values (PiSSA, arXiv:2404.02948, and OLoRA, arXiv:2406.01775), and the
-#   mixtures of MoLoRA (arXiv:2309.05444) in the same file.
+#   version it has dropout, rsLoRA, initial factors from a decomposition of the
+#   base's kernel (PiSSA: singular values, arXiv:2404.02948; OLoRA: QR,
+#   arXiv:2406.01775), and the mixtures of MoLoRA (arXiv:2309.05444) in the same
+#   file.
 # - {{moepeft.nn.low_rank_matmul.low_rank_matmul}} computes the two products
 #   with a gradient that is fast on CPU.
 # - {{moepeft.nn.adapter_hook.apply_adapters}} is what `linear` is here: the
@@ -774,7 +795,9 @@ for key, expected in zip(slopes, (-1, 0, 0, 0.5), strict=True):
 # - Papers: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, LoRA-FA
 #   arXiv:2308.03303.
 # %% [markdown] lang="zh"
-# 两种约定各自适合一种优化器。实践中，秩一变就要重新选学习率；
+# 两种约定各让一种优化器的第一步与 $r$ 无关：SGD 是 $\alpha / \sqrt r$，
+# Adam 是 $\alpha / r$。这个测量没有涉及后面的步；rsLoRA 论文分析的是整个训练，
+# 在秩大时主张 $\alpha / \sqrt r$。实践中，秩一变就要重新选学习率；
 # 只要还只有 $B$ 在动，$\alpha$ 就只是学习率的一个因子。
 # “alpha 取多少”的答案也在这里：学习率抄自哪里，alpha 就取那里的值。
 #
@@ -804,7 +827,7 @@ for key, expected in zip(slopes, (-1, 0, 0, 0.5), strict=True):
 # 另外要注意，合并到量化权重并不精确：必须先解码、修改、再量化。
 # </details>
 #
-# **为什么 LoRA 训练省内存，却几乎不省时间？**
+# **为什么 LoRA 训练能省下大部分优化器内存，时间却最多只省三分之一？**
 #
 # <details><summary>答案</summary>
 #
@@ -820,8 +843,9 @@ for key, expected in zip(slopes, (-1, 0, 0, 0.5), strict=True):
 # - {{moepeft.peft.methods.lora.Lora}} 是模块；
 #   {{moepeft.peft.methods.lora.merge}} 把它合并进去，
 #   {{moepeft.peft.merge.merge}} 对每个 site 这样做。与本 notebook 的版本相比，
-#   它还有 dropout、rsLoRA、来自基座奇异值的初始因子（PiSSA，arXiv:2404.02948；
-#   OLoRA，arXiv:2406.01775），以及在同一个文件里的 MoLoRA 混合
+#   它还有 dropout、rsLoRA、由基座 kernel 的分解得到的初始因子（PiSSA：奇异值分
+#   解，arXiv:2404.02948；OLoRA：QR 分解，arXiv:2406.01775），
+#   以及在同一个文件里的 MoLoRA 混合
 #   （arXiv:2309.05444）。
 # - {{moepeft.nn.low_rank_matmul.low_rank_matmul}} 计算这两个乘积，
 #   其梯度在 CPU 上很快。
@@ -859,16 +883,18 @@ for name in ('q', 'wi'):
 # %% [markdown] lang="en" tags=["solution"]
 # ## Exercise 2
 #
-# bfloat16 rounds each number by up to $2^{-9}$ of itself. The sum is about as
+# bfloat16 rounds each number by up to $2^{-8}$ of itself. The sum is about as
 # large as $W$, so its rounding error is as large as that of $W$ alone, and what
 # it destroys is a change that is smaller than it: components of $sAB$ below
-# $2^{-9} |W|$ vanish. Beside the base the change stays exact.
+# $2^{-8} |W|$ are rounded away, or up to a whole step of bfloat16. Beside the
+# base the change stays exact.
 # %% [markdown] lang="zh" tags=["solution"]
 # ## 练习 2
 #
-# bfloat16 对每个数的舍入误差最多是它自身的 $2^{-9}$。和与 $W$ 差不多大，
+# bfloat16 对每个数的舍入误差最多是它自身的 $2^{-8}$。$W + sAB$ 与 $W$ 差不多大，
 # 所以它的舍入误差也和 $W$ 自身的一样大；被毁掉的是比这个误差更小的改变量：
-# $sAB$ 中小于 $2^{-9} |W|$ 的分量会消失。放在基座旁边时，改变量保持精确。
+# $sAB$ 中小于 $2^{-8} |W|$ 的分量要么被舍掉，要么被舍入成 bfloat16 的一整步。
+# 放在基座旁边时，改变量保持精确。
 # %% tags=["solution"]
 def to_bf16(tree):
   return jax.tree.map(
