@@ -3,9 +3,10 @@
 # # Adapters, prefixes and prompts by hand
 #
 # A frozen model can be steered at many places: by scaling its activations, by
-# small networks after its sublayers, by keys and values that no token wrote, by
-# vectors before its text. This notebook writes (IA)³, bottleneck adapters,
-# prefix tuning, prompt tuning and P-tuning into one forward pass, shows each
+# small networks after its sublayers, by keys and values that belong to no
+# token, by vectors before its text. This notebook writes (IA)³, bottleneck
+# adapters, prefix tuning, prompt tuning and P-tuning into one forward pass, shows
+# each
 # equal to moepeft's, and trains all of them on one task with several seeds,
 # beside LoRA and full fine-tuning.
 #
@@ -92,14 +93,17 @@ def init_base(key):
 # | method | what it does | arrays of a layer |
 # | --- | --- | --- |
 # | (IA)³ | $k \odot l_k$, $v \odot l_v$, $a \odot l_f$ | $2 n h + f$ |
-# | bottleneck | $y + \rho(y D + c) U + b$, twice | $2 (2 d m + m + d)$ |
+# | bottleneck | $y + \rho(y P + c) U + b$, twice | $2 (2 d m + m + d)$ |
 # | prefix | $m$ more keys and values for every query | $2 m n h$ |
 # | prompt | $m$ vectors before the embedded text | $m d$, once |
 # | P-tuning | the same vectors, computed by an MLP | see below |
 #
 # Sizes: $d$ of the model, $n$ heads of $h$, $f$ of the feed-forward, $m$ of the
-# method; $a$ is the activation in the feed-forward, $\rho$ is ReLU. The
-# bottleneck stands after both sublayers.
+# method. $k$ and $v$ are keys and values, $a$ is the activation in the
+# feed-forward, and the vectors $l_k$, $l_v$, $l_f$ are trained. $y$ is the
+# output of a sublayer; the bottleneck stands after both sublayers, and its
+# trained arrays are $P$ ($d \times m$), $U$ ($m \times d$) and the biases $c$
+# and $b$. $\rho$ is ReLU.
 # %% [markdown] lang="zh"
 # ## 一个前向计算，五个位置
 #
@@ -109,13 +113,16 @@ def init_base(key):
 # | 方法 | 做什么 | 每层的数组 |
 # | --- | --- | --- |
 # | (IA)³ | $k \odot l_k$，$v \odot l_v$，$a \odot l_f$ | $2 n h + f$ |
-# | bottleneck | $y + \rho(y D + c) U + b$，两处 | $2 (2 d m + m + d)$ |
+# | bottleneck | $y + \rho(y P + c) U + b$，两处 | $2 (2 d m + m + d)$ |
 # | prefix | 每个 query 多看 $m$ 对 key 和 value | $2 m n h$ |
 # | prompt | 文本的 embedding 之前加 $m$ 个向量 | $m d$，只有一份 |
 # | P-tuning | 同样的向量，由一个 MLP 算出 | 见下文 |
 #
-# 记号：模型宽度 $d$，$n$ 个大小为 $h$ 的头，前馈层宽度 $f$，方法的大小 $m$；
-# $a$ 是前馈层里的激活，$\rho$ 是 ReLU。bottleneck 放在两个子层之后。
+# 记号：模型宽度 $d$，$n$ 个大小为 $h$ 的头，前馈层宽度 $f$，方法的大小 $m$。
+# $k$、$v$ 是 key 和 value，$a$ 是前馈层里的激活，
+# 向量 $l_k$、$l_v$、$l_f$ 是被训练的。$y$ 是子层的输出；
+# 两个子层之后各放一个 bottleneck，它训练的数组是 $P$（$d \times m$）、
+# $U$（$m \times d$）以及偏置 $c$ 和 $b$。$\rho$ 是 ReLU。
 # %%
 def rms_norm(x, scale):
   return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale
@@ -199,17 +206,17 @@ def forward(base, peft, ids):
 #
 # Three of the methods start as the base's function: (IA)³ with ones,
 # bottlenecks and LoRA with a zero matrix at their end. A prompt or a prefix
-# cannot: a vector that stands in the attention takes weight from the others,
-# whatever it is. So a prompt starts as the embeddings of real tokens
+# cannot: a vector that takes part in the attention takes weight from the
+# tokens, whatever it is. So a prompt starts as the embeddings of real tokens
 # (arXiv:2104.08691 found that better than random numbers), a prefix from a
 # normal distribution, and P-tuning's MLP from the usual initializers of linear
 # layers.
 # %% [markdown] lang="zh"
 # ## 各方法的起点
 #
-# 其中三种方法的起点就是基座的函数：(IA)³ 从一开始，
-# bottleneck 和 LoRA 末端的矩阵为零。prompt 和 prefix 做不到：
-# 一个站在 attention 里的向量，不管是什么，都会从别的 token 那里分走权重。
+# 其中三种方法的起点就是基座的函数：(IA)³ 的向量全部初始化为 1，
+# bottleneck 和 LoRA 末端的矩阵初始化为 0。prompt 和 prefix 做不到：
+# 参与 attention 的向量，不管取什么值，都会从 token 那里分走权重。
 # 所以 prompt 从真实 token 的 embedding 开始（arXiv:2104.08691 发现这比随机数
 # 好），prefix 从正态分布开始，P-tuning 的 MLP 用线性层常用的初始化。
 # %%
@@ -278,13 +285,15 @@ TEXTS = {  # method: the package's text
 #
 # The table above, as code, against the arrays. P-tuning's three layers have
 # $d m' + m'$, $m'^2 + m'$ and $m' d + d$ parameters with a hidden size $m'$,
-# besides its $m$ vectors.
+# besides its $m$ vectors. This MLP is the one of Hugging Face's peft; the paper
+# has a bidirectional LSTM before an MLP of two layers.
 # %% [markdown] lang="zh"
 # ## 用公式计数
 #
 # 把上面的表写成代码，与数组核对。P-tuning 隐藏层宽度记为 $m'$，
 # 三层分别有 $d m' + m'$、$m'^2 + m'$ 和 $m' d + d$ 个参数，
-# 另加它的 $m$ 个向量。
+# 另加它的 $m$ 个向量。这个 MLP 与 Hugging Face 的 peft 相同；
+# 论文里是双向 LSTM 后接两层 MLP。
 # %%
 def formula(method, d, width, f, layers, m):
   """Trained parameters; `width` is heads times their size, m the size."""
@@ -326,8 +335,8 @@ print(counts)
 # ## 逐个方法与 moepeft 相等
 #
 # 包把一种方法的数组按 site 的路径放在一棵树里。
-# `PATHS` 说明我们的哪个数组对应它的哪个。先用噪声把数组移离起点，
-# 使得没有零也没有一，再让两个模型看同样的 id。
+# `PATHS` 说明我们的哪个数组对应它的哪个。先给数组加上噪声，
+# 使其中不再有 0 和 1，再让两个模型处理同样的 id。
 # 包里的 soft prompt 由*占位符*组成：超出词表的 id，放在文本之前。
 # %%
 GROUP = {name: 'mlp' if name in ('wi', 'wo') else 'self' for name in SHAPES}
@@ -600,9 +609,10 @@ assert results['lora'][1].mean() > 0.8, 'LoRA should come near to it'
 # Read the table with its limits: a model of about 18,000 parameters, one task
 # that the base cannot do, 200 steps, and in the run shown every method took the
 # largest of its three rates, so the grid should go on upwards. It shows an
-# order of capacity, not a ranking for large models. Two regularities are worth
-# a thought. First, parameters are not the only axis: compare methods of similar
-# size. Second, the prompts and the prefix only add *inputs* to frozen
+# order of capacity, not a ranking for large models. Two observations. First,
+# the number of parameters does not decide alone: (IA)³ and the prompt have the
+# same, LoRA and P-tuning nearly the same, and their accuracies are far apart.
+# Second, the prompts and the prefix only add *inputs* to frozen
 # computations. They are better at choosing among abilities that a base has than
 # at adding one that it lacks (exercise 2, where the prefix does well and the
 # prompt still badly); with large bases, which have many abilities, the gap
@@ -610,13 +620,14 @@ assert results['lora'][1].mean() > 0.8, 'LoRA should come near to it'
 #
 # ## Which of them merge
 #
-# A change can be folded into the weights if it is a linear function of what a
-# kernel computes, with coefficients that do not depend on the input.
+# A change can be folded into a kernel if it is a linear function of the
+# kernel's input or of its output, with coefficients that do not depend on the
+# input.
 #
 # - LoRA: $x(W + sAB)$. Yes.
 # - (IA)³: $(xW) \odot l = x\,(W \mathrm{diag}(l))$, and
 #   $(\mathrm{act} \odot l)\,W_o = \mathrm{act}\,(\mathrm{diag}(l) W_o)$. Yes.
-# - Bottleneck: ReLU between $D$ and $U$. No: two more products for every token.
+# - Bottleneck: ReLU between $P$ and $U$. No: two more products for every token.
 # - Prefix and prompt: they are not weights. They cost $m$ more keys in every
 #   attention, and places in the cache.
 # - P-tuning: the MLP can be thrown away after training, and a prompt of $m$
@@ -625,19 +636,21 @@ assert results['lora'][1].mean() > 0.8, 'LoRA should come near to it'
 # 看这张表要记住它的局限：约一万八千参数的模型，一个基座不会的任务，200 步；
 # 而且在所示的运行中，每种方法都选了三个学习率中最大的，说明网格还应向上延伸。
 # 它显示的是容量的次序，不是大模型上的排名。有两条规律值得思考。第一，
-# 参数量不是唯一的维度：请比较参数量相近的方法。第二，
+# 参数量不是唯一的决定因素：(IA)³ 与 prompt 的参数量相同，LoRA 与 P-tuning 相近，
+# 准确率却相差很大。第二，
 # prompt 和 prefix 只是给冻结的计算增加*输入*。与添加基座没有的能力相比，
 # 它们更善于从基座已有的能力中选择（练习 2：prefix 做得好，prompt 仍然很差）；
 # 大的基座能力很多，差距就变小（arXiv:2104.08691，图 1）。
 #
 # ## 哪些能合并
 #
-# 如果改变量是 kernel 输出的线性函数，而且系数不依赖于输入，就能折进权重。
+# 如果改变量是 kernel 的输入或输出的线性函数，而且系数不依赖于输入，
+# 就能折进这个 kernel。
 #
 # - LoRA：$x(W + sAB)$。能。
 # - (IA)³：$(xW) \odot l = x\,(W \mathrm{diag}(l))$，
 #   $(\mathrm{act} \odot l)\,W_o = \mathrm{act}\,(\mathrm{diag}(l) W_o)$。能。
-# - Bottleneck：$D$ 和 $U$ 之间有 ReLU。不能：每个 token 多两次乘积。
+# - Bottleneck：$P$ 和 $U$ 之间有 ReLU。不能：每个 token 多两次矩阵乘法。
 # - Prefix 和 prompt：它们不是权重。每个 attention 多 $m$ 个 key，
 #   并占用 cache 的位置。
 # - P-tuning：训练后 MLP 可以扔掉，剩下 $m$ 个向量的 prompt。
@@ -658,20 +671,23 @@ assert {m: is_mergeable(b) for m, b in methods.items()} == expected
 # %% [markdown] lang="en"
 # ## Attention with a prefix is an interpolation
 #
-# Let one query have the attention logits $u \in \mathbb R^m$ for the prefix and
+# One head has keys and values of the prefix,
+# $P_k, P_v \in \mathbb R^{m \times h}$, and those of $s$ tokens,
+# $K, V \in \mathbb R^{s \times h}$. Let one query $q$
+# have the attention logits $u \in \mathbb R^m$ for the prefix and
 # $w \in \mathbb R^s$ for the tokens. The softmax over both divides by
 # $Z_u + Z_w$ with $Z_u = \sum e^{u_i}$, $Z_w = \sum e^{w_j}$, so
 #
 # $$
-# \mathrm{Attn}(q; [P, K], [P_v, V]) =
+# \mathrm{Attn}(q; [P_k, K], [P_v, V]) =
 # \lambda\, \mathrm{softmax}(u) P_v + (1 - \lambda)\, \mathrm{softmax}(w) V,
 # \qquad \lambda = \frac{Z_u}{Z_u + Z_w}
 # $$
 #
 # (He et al., arXiv:2110.04366). So a prefix adds, to what the base computes,
-# another function of the query, and scales the base's part down; unlike LoRA it
-# can never change how tokens attend to each other *relative* to one another.
-# Exercise 3 checks this on the trained prefix.
+# another function of the query, and scales the base's part down. Unlike LoRA it
+# cannot change, in the same layer, the ratios of a query's weights for tokens.
+# Exercise 3 checks the equation on the trained prefix.
 #
 # ## Exercises
 #
@@ -685,7 +701,8 @@ assert {m: is_mergeable(b) for m, b in methods.items()} == expected
 #    ability?
 # 3. Take layer 0 of a trained prefix and one row of test inputs. Compute both
 #    sides of the interpolation for head 0 and the last query, and show them
-#    equal. How large is $\lambda$?
+#    equal. How large is $\lambda$? (`results['prefix'][0]` has the arrays of
+#    three seeds, stacked on the first axis.)
 #
 # ## Interview questions
 #
@@ -699,9 +716,9 @@ assert {m: is_mergeable(b) for m, b in methods.items()} == expected
 # confined to what that model can produce from some input. A prefix has
 # $2 m n h$ parameters *in every layer*: it sets these keys and values freely
 # and has no queries, no outputs and no feed-forward at its places. It is
-# therefore more expressive, costs $L$ times as much storage, and needs no
-# computation for the places themselves. P-tuning v2 is the prefix without
-# reparametrization, for all layers.
+# therefore more expressive, costs $2 L$ times as much storage in $L$ layers
+# with $n h = d$, and needs no computation for the places themselves. P-tuning
+# v2 is prefix tuning of all layers, in which reparametrization is optional.
 # </details>
 #
 # **You add a bottleneck adapter of size 64 to each layer of a model that serves
@@ -739,19 +756,21 @@ assert {m: is_mergeable(b) for m, b in methods.items()} == expected
 # %% [markdown] lang="zh"
 # ## 带 prefix 的 attention 是插值
 #
-# 设某个 query 对 prefix 的 attention logits 是 $u \in \mathbb R^m$，
+# 在一个头里，prefix 的 key 和 value 是 $P_k, P_v \in \mathbb R^{m \times h}$，
+# $s$ 个 token 的是 $K, V \in \mathbb R^{s \times h}$。
+# 设某个 query $q$ 对 prefix 的 attention logits 是 $u \in \mathbb R^m$，
 # 对 token 的是 $w \in \mathbb R^s$。对两者一起做 softmax 时，
 # 分母是 $Z_u + Z_w$，其中 $Z_u = \sum e^{u_i}$，$Z_w = \sum e^{w_j}$，所以
 #
 # $$
-# \mathrm{Attn}(q; [P, K], [P_v, V]) =
+# \mathrm{Attn}(q; [P_k, K], [P_v, V]) =
 # \lambda\, \mathrm{softmax}(u) P_v + (1 - \lambda)\, \mathrm{softmax}(w) V,
 # \qquad \lambda = \frac{Z_u}{Z_u + Z_w}
 # $$
 #
 # （He 等，arXiv:2110.04366）。也就是说，prefix 在基座的结果上加了 query 的另一
-# 个函数，并把基座的部分缩小；与 LoRA 不同，它永远不能改变 token 之间*相对的*注
-# 意力。练习 3 在训练好的 prefix 上验证这一点。
+# 个函数，并把基座的部分缩小。与 LoRA 不同，它不能改变同一层中一个 query
+# 对各个 token 的注意力权重之比。练习 3 在训练好的 prefix 上验证这个等式。
 #
 # ## 练习
 #
@@ -763,7 +782,7 @@ assert {m: is_mergeable(b) for m, b in methods.items()} == expected
 #    与上面的表比较。哪些方法能选出已有的能力？
 # 3. 取训练好的 prefix 的第 0 层和一行测试输入。
 #    对第 0 个头和最后一个 query 计算插值公式的两边，证明相等。
-#    $\lambda$ 有多大？
+#    $\lambda$ 有多大？（`results['prefix'][0]` 是三个种子的数组，叠在第一个轴上。）
 #
 # ## 面试题
 #
@@ -775,8 +794,9 @@ assert {m: is_mergeable(b) for m, b in methods.items()} == expected
 # prompt 有 $m d$ 个参数，只在输入处一份。它所占位置在后面各层的 key 和 value 由
 # 冻结的模型计算，所以只限于模型能从某个输入产生的那些。
 # prefix 在*每一层*有 $2 m n h$ 个参数：它自由地设定这些 key 和 value，
-# 而它的位置没有 query、没有输出、没有前馈。因此表达能力更强，存储是 $L$ 倍，
-# 而位置本身不需要计算。P-tuning v2 就是各层都有、不做重参数化的 prefix。
+# 而它的位置没有 query、没有输出、没有前馈。因此表达能力更强；$n h = d$ 时，
+# $L$ 层的存储是 prompt 的 $2 L$ 倍，而这些位置本身不需要计算。
+# P-tuning v2 就是每一层都有的 prefix tuning，重参数化是可选的。
 # </details>
 #
 # **给一个逐个处理请求的模型每层加一个大小为 64 的 bottleneck adapter，
@@ -858,8 +878,14 @@ for method in ('prompt', 'prefix', 'ia3'):
   assert accuracies.mean() > new, 'choosing an ability should be easier'
 # %% [markdown] lang="en" tags=["solution"]
 # ## Exercise 3
+#
+# $\lambda$ belongs to one query and one head. In the run shown it is small:
+# this query hardly reads the prefix.
 # %% [markdown] lang="zh" tags=["solution"]
 # ## 练习 3
+#
+# $\lambda$ 属于某一个 query 和某一个头。在所示的运行中它很小：
+# 这个 query 几乎不读取 prefix。
 # %% tags=["solution"]
 prefix = jax.tree.map(lambda a: a[0], results['prefix'][0])
 x = base['embed'][test[0][:1]] + base['positions'][:13]

@@ -211,14 +211,17 @@ print('codes, scales and decoded weights equal the package')
 #
 # The relative error is $\lVert W - \hat W \rVert / \lVert W \rVert$ (root mean
 # square over all weights). All four-bit formats have the same blocks of 64
-# inputs; only the levels differ. The histogram is of weights divided by the
-# absmax of their block, which is what the levels see.
+# inputs; only the levels differ. The left figure is the density of weights
+# divided by the absmax of their block, which are the numbers that are rounded
+# to the levels, with the levels below it. The right one counts NF4's codes for
+# one kernel; the dashed line is equal use, 1/16.
 # %% [markdown] lang="zh"
 # ## 在训练好的权重上的误差
 #
 # 相对误差是 $\lVert W - \hat W \rVert / \lVert W \rVert$（对所有权重取均方
 # 根）。四比特的格式都用同样的块，64 个输入一块；不同的只有值的位置。
-# 直方图画的是除以本块 absmax 之后的权重，各个值面对的正是它。
+# 左图是权重除以本块 absmax 之后的密度，被舍入的正是这些数；下方标出各个值的位置。
+# 右图统计一个 kernel 中 NF4 各编码的占比，虚线表示均匀使用，即 1/16。
 # %%
 def relative_error(decode):
   squares = [np.sum((decode(w) - w) ** 2) for w in KERNELS.values()]
@@ -294,8 +297,8 @@ assert abs(normed).max() == 1
 #
 # ## 字节：4.5 比特与 4.127 比特
 #
-# 64 个权重一个 float32 的 scale，给每个权重加上 $32 / 64 = 0.5$
-# 比特。*双重量化 *再量化这些 scale：它们都是正数，彼此相近，所以先减去平均值，
+# 64 个权重一个 float32 的 scale，给每个权重加上 $32 / 64 = 0.5$ 比特。
+# *双重量化*再量化这些 scale：它们都是正数，彼此相近，所以先减去平均值，
 # 余下的用 8 比特存储，每 256 个共用一个 float32 的 scale。
 # （QLoRA 用 8 比特浮点；int8 大小相同。）
 #
@@ -527,8 +530,8 @@ assert results['ternary'][0] < results['float32'][0] - 0.02, 'ternary does not'
 # ternary base shows what LoRA does besides learning the task: it also learns
 # around the damage, as it is trained on the base that it will be used with. An
 # adapter that was trained beside the exact weights and then moved to the
-# quantized ones has not (exercise 3 of notebook 15 measured rounding; try it
-# here).
+# quantized ones has not. To see it, evaluate
+# `accuracy(bases['ternary'], results['float32'][2], turned)`.
 #
 # ## Equal to moepeft's layer
 #
@@ -541,7 +544,8 @@ assert results['ternary'][0] < results['float32'][0] - 0.02, 'ternary does not'
 # 而权重或激活中有离群值的大语言模型没有这么宽容。
 # ternary 的基座显示了 LoRA 在学习任务之外还做了什么：它同时学会绕过损伤，
 # 因为它就是在将来要用的基座上训练的。在精确权重旁训练、
-# 再搬到量化权重上的 adapter 没有学过这些（可以在这里试试）。
+# 再搬到量化权重上的 adapter 没有学过这些。可以计算
+# `accuracy(bases['ternary'], results['float32'][2], turned)` 来验证。
 #
 # ## 与 moepeft 的层相等
 #
@@ -569,15 +573,16 @@ print(
 # %% [markdown] lang="en"
 # ## Merging is not exact
 #
-# $\hat W + sAB$ is no longer a sum of a scale and 16 levels. To keep four bits
-# it has to be quantized again, with new scales and a new error, of the size of
-# the first one. If the change is smaller than a step, most of it is lost.
+# The numbers of $\hat W + \tfrac{\alpha}{r} AB$ are no longer products of a
+# scale and one of 16 levels. To keep four bits they have to be quantized again,
+# with new scales and a new error, of the size of the first one. If the change
+# is smaller than a step, most of it is lost.
 # %% [markdown] lang="zh"
 # ## 合并并不精确
 #
-# $\hat W + sAB$ 不再是 scale 乘以 16 个值之一。要保持四比特，就必须重新量化，
-# 得到新的 scale 和新的误差，大小与第一次相当。如果改变量小于一个步长，
-# 大部分就丢失了。
+# $\hat W + \tfrac{\alpha}{r} AB$ 的元素不再是 scale 乘以 16 个值之一。
+# 要保持四比特，就必须重新量化，得到新的 scale 和新的误差，误差大小与第一次相当。
+# 如果改变量小于一个步长，大部分就丢失了。
 # %%
 a, b = results['NF4'][2][1]
 change = np.asarray(2 * a @ b)
@@ -636,8 +641,9 @@ assert lost[0.01] > 0.5
 # <details><summary>Answer</summary>
 #
 # With absmax the step is proportional to the largest value of the group. The
-# larger the group, the larger its expected maximum (for normal numbers about
-# $\sigma \sqrt{2 \ln n}$), and a single outlier spoils all others of its group.
+# larger the group, the larger its expected maximum (for $n$ normal numbers with
+# standard deviation $\sigma$ about $\sigma \sqrt{2 \ln n}$), and a single
+# outlier spoils all others of its group.
 # Small groups bound the damage, but each costs a scale: $32/n$ bits a weight,
 # and $8/n$ after double quantization, which is why 64 became affordable. It is
 # a trade of scale bits against error; exercise 1 measures it.
@@ -689,8 +695,9 @@ assert lost[0.01] > 0.5
 #
 # <details><summary>答案</summary>
 #
-# absmax 的步长与组内最大值成正比。组越大，最大值的期望越大（正态随机数约为
-# $\sigma \sqrt{2 \ln n}$），而且一个离群值会毁掉同组的所有其他值。
+# absmax 的步长与组内最大值成正比。组越大，最大值的期望越大（$n$ 个标准差为
+# $\sigma$ 的正态随机数约为 $\sigma \sqrt{2 \ln n}$），
+# 而且一个离群值会毁掉同组的所有其他值。
 # 小组限制了损害的范围，但每组要一个 scale：每个权重 $32/n$ 比特，
 # 双重量化后是 $8/n$，64 因此才负担得起。这是 scale 的比特与误差之间的权衡；
 # 练习 1 测量它。
@@ -779,11 +786,16 @@ print('NF4  ', np.round(LEVELS[8:], 3))
 print('Lloyd', np.round(better[8:], 3))
 assert 0 < gain < 0.6
 # %% [markdown] lang="en" tags=["solution"]
-# The error that counts in a kernel is weighted by the squared scale of each
+# The levels move away from zero, except for the fixed ones: NF4 is dense where
+# the weights are, and the square error gives more weight to the wide gaps
+# further out. The error that counts in a kernel is weighted by the squared
+# scale of each
 # block, so the gain on the kernel is another number; and levels that are fitted
 # to one model's weights are no longer a format.
 # %% [markdown] lang="zh" tags=["solution"]
-# 在 kernel 上真正算数的误差要按每块 scale 的平方加权，
+# 除了固定的几个，各个值都远离零点移动：NF4 在权重多的地方很密，
+# 而平方误差更看重外侧的宽间隔。在 kernel 上真正算数的误差要按每块 scale
+# 的平方加权，
 # 所以 kernel 上的收益是另一个数字；而且拟合到某个模型权重的值，
 # 也就不再是一种通用格式了。
 # %% [markdown] lang="en" tags=["solution"]
