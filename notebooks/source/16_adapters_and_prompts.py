@@ -5,10 +5,9 @@
 # A frozen model can be steered at many places: by scaling its activations, by
 # small networks after its sublayers, by keys and values that belong to no
 # token, by vectors before its text. This notebook writes (IA)³, bottleneck
-# adapters, prefix tuning, prompt tuning and P-tuning into one forward pass, shows
-# each
-# equal to moepeft's, and trains all of them on one task with several seeds,
-# beside LoRA and full fine-tuning.
+# adapters, prefix tuning, prompt tuning and P-tuning into one forward pass,
+# shows each equal to moepeft's, and trains all of them on one task with several
+# seeds, beside LoRA and full fine-tuning.
 #
 # ## What you will understand
 #

@@ -789,9 +789,8 @@ assert 0 < gain < 0.6
 # The levels move away from zero, except for the fixed ones: NF4 is dense where
 # the weights are, and the square error gives more weight to the wide gaps
 # further out. The error that counts in a kernel is weighted by the squared
-# scale of each
-# block, so the gain on the kernel is another number; and levels that are fitted
-# to one model's weights are no longer a format.
+# scale of each block, so the gain on the kernel is another number; and levels
+# that are fitted to one model's weights are no longer a format.
 # %% [markdown] lang="zh" tags=["solution"]
 # 除了固定的几个，各个值都远离零点移动：NF4 在权重多的地方很密，
 # 而平方误差更看重外侧的宽间隔。在 kernel 上真正算数的误差要按每块 scale
