@@ -57,10 +57,12 @@ rng = np.random.default_rng(0)
 # %% [markdown] lang="en"
 # ## 1. The network
 #
-# Letters: $b$ examples of a batch, $i$ inputs, $h$ hidden units, $v$ classes. A
-# layer computes $z=xW+\beta$ and then $\max(z,0)$ (ReLU). Without the ReLU, any
-# number of layers would be one matrix: $xW_1W_2=x(W_1W_2)$. The last layer
-# gives logits $z\in\mathbb{R}^{b\times v}$; the loss is the mean cross-entropy
+# Letters: $b$ examples of a batch, $i$ inputs and $o$ outputs of a layer, $v$
+# classes. A layer with weights $W$ `[i, o]` and bias $\beta$ computes
+# $z=xW+\beta$ and then $\max(z,0)$ (ReLU). Without the ReLU, any number of
+# layers would be one matrix: $xW_1W_2=x(W_1W_2)$. The last layer gives logits
+# $z\in\mathbb{R}^{b\times v}$; $y_b$ is the class of example $b$, and the loss
+# is the mean cross-entropy
 #
 # $$L=-\frac1b\sum_{b}\log p_{b,y_b},\qquad p=\mathrm{softmax}(z).$$
 #
@@ -69,10 +71,11 @@ rng = np.random.default_rng(0)
 # %% [markdown] lang="zh"
 # ## 1. 网络
 #
-# 字母：$b$ 为 batch 中的样本数，$i$ 输入维度，$h$ 隐藏单元数，$v$ 类别数。
-# 一层先算 $z=xW+\beta$，再算 $\max(z,0)$（ReLU）。没有 ReLU，
-# 多少层都等于一个矩阵：$xW_1W_2=x(W_1W_2)$。最后一层给出 logits
-# $z\in\mathbb{R}^{b\times v}$；损失是平均交叉熵
+# 字母：$b$ 为 batch 中的样本数，$i$、$o$ 为一层的输入和输出维度，$v$ 为类别数。
+# 权重为 $W$ `[i, o]`、偏置为 $\beta$ 的一层先算 $z=xW+\beta$，再算 $\max(z,0)$
+# （ReLU）。没有 ReLU，多少层都等于一个矩阵：$xW_1W_2=x(W_1W_2)$。
+# 最后一层给出 logits $z\in\mathbb{R}^{b\times v}$；$y_b$ 是样本 $b$ 的类别，
+# 损失是平均交叉熵
 #
 # $$L=-\frac1b\sum_{b}\log p_{b,y_b},\qquad p=\mathrm{softmax}(z).$$
 #
@@ -122,7 +125,8 @@ print(f'loss {loss(params, x, y):.3f}; guessing: {np.log(3):.3f}')
 #
 # $$\bar z_j=\frac{e^{z_j}}{\sum_ke^{z_k}}-[j=y]=p_j-[j=y]$$
 #
-# (over $b$ for the mean): what the model believes minus what is true.
+# (divided by $b$ for the mean), where $[j=y]$ is 1 if $j=y$ and else 0: the
+# predicted probabilities minus the one-hot label.
 #
 # *Linear layer.* From $z_{bo}=\sum_ix_{bi}W_{io}+\beta_o$,
 #
@@ -147,7 +151,8 @@ print(f'loss {loss(params, x, y):.3f}; guessing: {np.log(3):.3f}')
 #
 # $$\bar z_j=\frac{e^{z_j}}{\sum_ke^{z_k}}-[j=y]=p_j-[j=y]$$
 #
-# （取平均时再除以 $b$）：模型相信的减去真实的。
+# （取平均时再除以 $b$），其中 $[j=y]$ 在 $j=y$ 时为 1，否则为 0：
+# 即预测概率减去 one-hot 标签。
 #
 # *线性层。* 由 $z_{bo}=\sum_ix_{bi}W_{io}+\beta_o$ 得
 #
@@ -188,9 +193,9 @@ assert np.isclose(value, loss(params, x, y))
 # *Finite differences.*
 # $\partial L/\partial w\approx(L(w+\epsilon)-L(w-\epsilon))/2\epsilon$. The
 # error of the formula is of order $\epsilon^2$, that of rounding of order
-# $10^{-16}/\epsilon$; with $\epsilon=10^{-5}$ both are about $10^{-10}$. This
-# needs two forward passes for *each* parameter, so it is a test and no way to
-# train.
+# $10^{-16}/\epsilon$; with $\epsilon=10^{-5}$ they are about $10^{-10}$ and
+# $10^{-11}$. This needs two forward passes for *each* parameter, so it is a
+# test and no way to train.
 #
 # *`jax.grad`.* JAX differentiates the forward pass as written in its own NumPy.
 # It computes in float32, so about six digits agree.
@@ -200,7 +205,7 @@ assert np.isclose(value, loss(params, x, y))
 # *有限差分。*
 # $\partial L/\partial w\approx(L(w+\epsilon)-L(w-\epsilon))/2\epsilon$。
 # 公式误差是 $\epsilon^2$ 量级，舍入误差是 $10^{-16}/\epsilon$ 量级；取
-# $\epsilon=10^{-5}$ 时两者都约为 $10^{-10}$。*每个*参数要做两次前向计算，
+# $\epsilon=10^{-5}$ 时分别约为 $10^{-10}$ 和 $10^{-11}$。*每个*参数要做两次前向计算，
 # 所以它只能用来测试，不能用来训练。
 #
 # *`jax.grad`。* JAX 对用它自己的 NumPy 写出的前向计算求导。它用 float32 计算，
@@ -245,13 +250,14 @@ assert difference < 1e-6, 'which layer differs first, seen from the loss?'
 # $2\,b\,i\,o$ FLOPs, i.e. 2 per weight and example; the backward pass has two
 # such products (the lowest layer only one: nobody needs the gradient of the
 # data). So training costs about 6 FLOPs per parameter and example, the "6ND" of
-# scaling laws (for a language model, D counts tokens). XLA's count of the
-# compiled program agrees:
+# scaling laws (N parameters, D examples; for a language model, D counts
+# tokens). XLA's count of the compiled program agrees:
 # %% [markdown] lang="zh"
 # 训练的代价是多少？$[b,i]$ 与 $[i,o]$ 的前向乘积是 $2\,b\,i\,o$ FLOPs，
 # 即每个权重、每个样本 2 次；反向有两个这样的乘积（最底层只有一个：
 # 没人需要数据的梯度）。所以训练约为每个参数、每个样本 6 FLOPs，即 scaling law
-# 里的 “6ND”（对语言模型，D 是 token 数）。XLA 对编译后程序的计数与此一致：
+# 里的“6ND”（N 是参数量，D 是样本数；对语言模型，D 是 token 数）。
+# XLA 对编译后程序的计数与此一致：
 # %%
 sizes, batch = (256, 256, 256, 256), 128
 shapes = jax.eval_shape(
@@ -268,14 +274,14 @@ assert 1 <= ratio < 1.05, 'three products a layer, less one at the bottom'
 # %% [markdown] lang="en"
 # ## 4. Initial weights
 #
-# With $W_{io}$ independent of variance $\sigma^2$, a layer multiplies the mean
-# square of its inputs by $i\,\sigma^2$, and the ReLU halves it. Over 20 layers
-# the factor is $(i\sigma^2/2)^{20}$. Only $\sigma^2=2/i$ (He et al.,
-# arXiv:1502.01852) keeps it near 1:
+# If the $W_{io}$ are independent, with mean 0 and variance $\sigma^2$, a layer
+# multiplies the mean square of its inputs by $i\,\sigma^2$, and the ReLU halves
+# it. Over 20 layers the factor is $(i\sigma^2/2)^{20}$. Only $\sigma^2=2/i$ (He
+# et al., arXiv:1502.01852) keeps it near 1:
 # %% [markdown] lang="zh"
 # ## 4. 初始权重
 #
-# 若 $W_{io}$ 相互独立、方差为 $\sigma^2$，一层会把输入的均方乘以
+# 若 $W_{io}$ 相互独立、均值为 0、方差为 $\sigma^2$，一层会把输入的均方乘以
 # $i\,\sigma^2$，ReLU 再减半。20 层后的因子是 $(i\sigma^2/2)^{20}$。只有
 # $\sigma^2=2/i$（He 等，arXiv:1502.01852）使它保持在 1 附近：
 # %%
@@ -297,8 +303,11 @@ for factor in (1.0, 2.0, 4.0):
 # %% [markdown] lang="en"
 # ## 5. Optimizers
 #
-# All of them take the gradient $g$ and give a step. With rate $\eta$ (and a
-# small $\epsilon$ added to $\sqrt{\hat v}$):
+# All of them take the gradient $g$ of a parameter $w$ and give a step, with the
+# learning rate $\eta$. $\mu$, $\beta_1$ and $\beta_2$ are constants below 1
+# (usually 0.9, 0.9 and 0.999), $\lambda$ is the weight decay, $\hat m$ and
+# $\hat v$ are defined below, and a small $\epsilon$ is added to
+# $\sqrt{\hat v}$:
 #
 # | name | state | step |
 # | --- | --- | --- |
@@ -318,8 +327,10 @@ for factor in (1.0, 2.0, 4.0):
 # %% [markdown] lang="zh"
 # ## 5. 优化器
 #
-# 它们都接收梯度 $g$，给出一步。学习率为 $\eta$（并给 $\sqrt{\hat v}$
-# 加上一个很小的 $\epsilon$）：
+# 它们都接收参数 $w$ 的梯度 $g$，给出一步，学习率为 $\eta$。
+# $\mu$、$\beta_1$、$\beta_2$ 是小于 1 的常数（通常为 0.9、0.9、0.999），
+# $\lambda$ 是权重衰减，$\hat m$ 和 $\hat v$ 在下面定义，另给 $\sqrt{\hat v}$
+# 加上一个很小的 $\epsilon$：
 #
 # | 名称 | 状态 | 步 |
 # | --- | --- | --- |
@@ -375,11 +386,13 @@ def empty_states(params):
 
 # %% [markdown] lang="en"
 # Each is compared with `optax` on 50 steps of the network above, AdamW also
-# with the function that moepeft trains with. The gradients are computed in both
-# at the same place, so any error of the state would add up over the steps.
+# with the function that moepeft trains with. Both start from the same
+# parameters and compute gradients with `backward`, each at its own parameters,
+# so any error of the state would add up over the steps.
 # %% [markdown] lang="zh"
 # 每个优化器都在上面的网络上与 `optax` 比较 50 步，AdamW 还与 moepeft
-# 训练时用的函数比较。状态中的任何错误都会在这些步中累积起来。
+# 训练时用的函数比较。两边从同样的参数出发，各在自己的参数处用 `backward`
+# 求梯度，所以状态中的任何错误都会在这些步中累积起来。
 # %%
 PAIRS = {
   'SGD': (sgd(0.1), optax.sgd(0.1)),
@@ -411,13 +424,15 @@ for name, (step, optimizer) in PAIRS.items():
   # Float32 against float64 over 50 steps; a wrong formula differs by > 1e-2.
   assert difference < 1e-3, name
 # %% [markdown] lang="en"
-# Why momentum and Adam help shows a valley that is 30 times steeper across than
-# along: $L=\frac12(w_1^2+30\,w_2^2)$. SGD diverges if $\eta>2/30$ (across), and
-# then creeps along $w_1$.
+# A valley that is 30 times steeper across than along shows why momentum and
+# Adam help: $L=\frac12(w_1^2+30\,w_2^2)$. SGD diverges across the valley if
+# $\eta>2/30$, and with a smaller $\eta$ it is slow along $w_1$. In the figure
+# $w_2$ is the vertical axis, each dot is a step, and the number beside the name
+# is $\eta$.
 # %% [markdown] lang="zh"
 # 一个横向比纵向陡 30 倍的山谷可以说明 momentum 和 Adam 为什么有用：
 # $L=\frac12(w_1^2+30\,w_2^2)$。$\eta>2/30$ 时 SGD（在横向）发散，而小于它时沿
-# $w_1$ 只能慢慢挪动。
+# $w_1$ 只能慢慢挪动。图中纵轴是 $w_2$，每个点是一步，名称旁的数字是 $\eta$。
 # %%
 curvature = np.array([1.0, 30.0])
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.2), sharey=True)
@@ -611,8 +626,8 @@ assert chosen == max(DECAYS), 'the choice is at the end of the list'
 # - {{moepeft.training.optimizers.adamw.adamw}} and
 #   {{moepeft.training.optimizers.adafactor}}: the optimizers, with rates and
 #   decay by parameter pattern in {{moepeft.training.optimizers.groups}}.
-# - {{moepeft.training.grad_accumulation}}: exercise 2 for sums of tokens, with
-#   routers' statistics.
+# - {{moepeft.training.grad_accumulation}}: exercise 2 with parts that are
+#   weighted by their tokens, and with the routers' statistics.
 # - {{moepeft.training.callbacks.early_stopping}}: early stopping on validation
 #   sets.
 # - {{moepeft.nn.mlp.Mlp}}: the feed-forward layer of transformers, mostly
@@ -668,8 +683,8 @@ assert chosen == max(DECAYS), 'the choice is at the end of the list'
 # - {{moepeft.training.optimizers.adamw.adamw}} 与
 #   {{moepeft.training.optimizers.adafactor}}：优化器；
 #   {{moepeft.training.optimizers.groups}} 按参数名模式设置学习率和衰减。
-# - {{moepeft.training.grad_accumulation}}：练习 2 的完整版，按 token 求和，
-#   并含路由器统计。
+# - {{moepeft.training.grad_accumulation}}：练习 2 的完整版，按各部分的 token
+#   数加权，并含路由器统计。
 # - {{moepeft.training.callbacks.early_stopping}}：按验证集早停。
 # - {{moepeft.nn.mlp.Mlp}}：transformer 的前馈层，多为门控形式。
 #
