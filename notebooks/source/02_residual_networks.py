@@ -65,13 +65,17 @@ print(x_train.shape, x_test.shape, 'pixels from', images.min(), images.max())
 #
 # A block has two layers of width $d=32$ with a norm before them:
 #
-# $$F(x)=W^{\downarrow}\,\mathrm{relu}(
-# W^{\uparrow}\,\mathrm{norm}(x)+\beta),\qquad
+# $$F(x)=\mathrm{relu}\big(\mathrm{norm}(x)\,W^{\uparrow}+\beta\big)\,
+# W^{\downarrow},\qquad
 # \text{plain: }x\leftarrow F(x),\qquad\text{residual: }x\leftarrow x+F(x).$$
 #
-# Both have the same parameters and the same initial values. The norm keeps the
-# size of activations near 1 in both (notebook 01, section 4), so whatever goes
-# wrong in the plain network is not an overflow or underflow. This is the order
+# $W^{\uparrow}$ and $W^{\downarrow}$ are `up` and `down` in the code, $\beta$
+# is `bias`, and $\mathrm{norm}(x)=x/\sqrt{\mathrm{mean}(x^2)}$ over the $d$
+# numbers of an example (RMSNorm).
+#
+# Both have the same parameters and the same initial values. The norm gives each
+# block an input of mean square 1 in both, so whatever goes wrong in the plain
+# network is not the growth or decay of notebook 01, section 4. This is the order
 # of today's transformers (pre-norm). The weights of all blocks are stacked, and
 # `jax.lax.scan` runs one block after the other: the program does not grow with
 # the depth.
@@ -80,13 +84,17 @@ print(x_train.shape, x_test.shape, 'pixels from', images.min(), images.max())
 #
 # 一个块有两层，宽度 $d=32$，之前有一个 norm：
 #
-# $$F(x)=W^{\downarrow}\,\mathrm{relu}(
-# W^{\uparrow}\,\mathrm{norm}(x)+\beta),\qquad
+# $$F(x)=\mathrm{relu}\big(\mathrm{norm}(x)\,W^{\uparrow}+\beta\big)\,
+# W^{\downarrow},\qquad
 # \text{plain: }x\leftarrow F(x),\qquad\text{residual: }x\leftarrow x+F(x).$$
 #
-# 两者参数相同，初始值也相同。norm 使两者的激活大小都保持在 1 附近（笔记 01 第 4
-# 节），所以普通网络若出问题，不会是上溢或下溢造成的。这也是当今 transformer
-# 的顺序（pre-norm）。所有块的权重叠放在一起，`jax.lax.scan` 依次运行各块：
+# $W^{\uparrow}$、$W^{\downarrow}$ 即代码中的 `up`、`down`，$\beta$ 即 `bias`；
+# $\mathrm{norm}(x)=x/\sqrt{\mathrm{mean}(x^2)}$，对每个样本的 $d$ 个数取平均
+# （RMSNorm）。
+#
+# 两者参数相同，初始值也相同。norm 使两者每个块的输入均方都是 1，
+# 所以普通网络若出问题，不会是笔记 01 第 4 节那样的增大或缩小造成的。这也是当今
+# transformer 的顺序（pre-norm）。所有块的权重叠放在一起，`jax.lax.scan` 依次运行各块：
 # 程序大小不随深度增长。
 # %%
 D = 32
@@ -267,14 +275,14 @@ assert ratio['plain'] < ratio['residual'] / 100
 # The middle plot is a warning: the gradient of the plain network does *not*
 # vanish here, because the norms keep sizes up. What is lost is direction. The
 # right plot shows it: after the few largest singular values of the plain
-# Jacobian the others are smaller by many powers of ten, so that differences
-# between inputs do not reach the loss, and the gradient that comes down says
-# the same for all of them.
+# Jacobian the others are smaller by many powers of ten. So differences between
+# inputs hardly reach the loss, and the gradient that comes down lies in the
+# same few directions for all of them.
 # %% [markdown] lang="zh"
 # 中间的图是个提醒：普通网络的梯度在这里*没有*消失，因为 norm 保持了大小。
 # 失去的是方向。右图显示了这一点：普通网络的 Jacobian 除最大的几个奇异值外，
-# 其余都小许多个数量级，所以输入之间的差别到不了损失，
-# 传下来的梯度对所有输入说的都是同一件事。
+# 其余都小许多个数量级，所以输入之间的差别几乎到不了损失，
+# 传下来的梯度对所有输入都落在同样的少数几个方向上。
 # %% [markdown] lang="en"
 # ## 4. Training
 #
@@ -404,9 +412,9 @@ assert best < test_accuracy['logistic regression'] + 2 * error
 # ## 6. Blocks as small corrections
 #
 # If a residual network adds small corrections, leaving one block out may do
-# little harm. In a plain network every block is a link of a chain. Leave out
-# each block of the trained networks of 4 and 16 blocks in turn, without
-# retraining:
+# little harm. In a plain network each block has nothing but the output of the
+# block before it. Leave out each block of the trained networks of 4 and 16
+# blocks in turn, without retraining:
 # %% [markdown] lang="zh"
 # 夸奖网络之前先看数字：它并不比支持向量机好，而后者不需要设计层数，
 # 也不需要选择步数；逻辑回归与它的差别也在误差之内。而且“best residual network”
@@ -416,7 +424,7 @@ assert best < test_accuracy['logistic regression'] + 2 * error
 # ## 6. 块是小的修正
 #
 # 如果残差网络是在叠加小的修正，那么去掉一个块可能影响不大。
-# 而普通网络的每个块都是链条的一环。对训练好的 4 块和 16 块网络，
+# 而普通网络的每个块只能得到前一块的输出。对训练好的 4 块和 16 块网络，
 # 依次去掉每一个块，不再训练：
 # %%
 def without_block(params, i):
@@ -457,8 +465,9 @@ assert after_removal['plain', 4] < 0.5
 # 2. *Post-norm.* The first transformer computed
 #    $x\leftarrow\mathrm{norm}(x+F'(x))$, with no norm inside of $F'$. Write it,
 #    and measure the cosine of two images after 32 blocks with random weights,
-#    beside plain and pre-norm. Which share of the final state is the first
-#    layer's output in each of the two?
+#    beside plain and pre-norm. Suppose that state and branch are orthogonal and
+#    that a branch has mean square 1. Which share of the norm of the final state
+#    is the first layer's output in post-norm, and which in pre-norm?
 # 3. *Scaled branches.* GPT-2 initializes the last matrix of each branch with a
 #    factor of $1/\sqrt{L}$ for $L$ branches. Measure the mean square of the
 #    last state at the start with and without it, for 1, 4 and 16 blocks, and
@@ -480,14 +489,15 @@ assert after_removal['plain', 4] < 0.5
 #
 # </details>
 #
-# **Where does a residual stream meet LoRA and adapters?**
+# **What do residual connections have in common with LoRA and adapters?**
 #
 # <details><summary>Answer</summary>
 #
-# All of them use the same trick: start as the identity. LoRA adds $xAB$ with
-# $B=0$, a bottleneck adapter is $x+U\,\mathrm{relu}(Dx)$ with $U=0$, so that
-# the first step of training computes exactly the base model, and the gradient
-# with respect to $B$ (or $U$) is not zero although the branch's output is.
+# All of them add a branch to something that already works, and the branch can
+# start at zero. LoRA adds $xAB$ with $B=0$, a bottleneck adapter is
+# $x+\mathrm{relu}(xP)\,U$ with $U=0$, so that the first step of training
+# computes exactly the base model, and the gradient with respect to $B$ (or $U$)
+# is not zero although the branch's output is.
 #
 # </details>
 #
@@ -510,8 +520,8 @@ assert after_removal['plain', 4] < 0.5
 #    是什么？此时哪些参数的梯度恰好为零？为什么它仍然可以训练？
 # 2. *Post-norm。* 最早的 transformer 计算 $x\leftarrow\mathrm{norm}(x+F'(x))$，
 #    $F'$ 内部没有 norm。实现它，测量随机权重下 32 块之后两张图像的余弦，与
-#    plain 和 pre-norm 比较。在这两种残差结构中，
-#    最终状态里第一层的输出各占多大比例？
+#    plain 和 pre-norm 比较。假设状态与分支正交，且分支的均方为 1，
+#    那么在 post-norm 和 pre-norm 中，第一层的输出各占最终状态范数的多大比例？
 # 3. *缩放分支。* GPT-2 初始化时给每个分支的最后一个矩阵乘以 $1/\sqrt{L}$（共
 #    $L$ 个分支）。对 1、4、16 块，测量有无该因子时最后状态的均方，并解释增长。
 #
@@ -533,8 +543,8 @@ assert after_removal['plain', 4] < 0.5
 #
 # <details><summary>答案</summary>
 #
-# 它们用的是同一个技巧：从恒等映射开始。LoRA 加上 $xAB$，其中 $B=0$；bottleneck
-# 适配器是 $x+U\,\mathrm{relu}(Dx)$，其中 $U=0$。
+# 它们都在已经可用的函数上加一个分支，而分支可以从零开始。LoRA 加上 $xAB$，
+# 其中 $B=0$；bottleneck 适配器是 $x+\mathrm{relu}(xP)\,U$，其中 $U=0$。
 # 因此训练的第一步计算的正是基座模型；虽然分支的输出为零，对 $B$（或 $U$）
 # 的梯度却不为零。
 #
