@@ -205,8 +205,8 @@ assert np.isclose(value, loss(params, x, y))
 # *有限差分。*
 # $\partial L/\partial w\approx(L(w+\epsilon)-L(w-\epsilon))/2\epsilon$。
 # 公式误差是 $\epsilon^2$ 量级，舍入误差是 $10^{-16}/\epsilon$ 量级；取
-# $\epsilon=10^{-5}$ 时分别约为 $10^{-10}$ 和 $10^{-11}$。*每个*参数要做两次前向计算，
-# 所以它只能用来测试，不能用来训练。
+# $\epsilon=10^{-5}$ 时分别约为 $10^{-10}$ 和 $10^{-11}$。
+# *每个*参数要做两次前向计算，所以它只能用来测试，不能用来训练。
 #
 # *`jax.grad`。* JAX 对用它自己的 NumPy 写出的前向计算求导。它用 float32 计算，
 # 所以约有六位数字一致。

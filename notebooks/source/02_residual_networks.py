@@ -75,10 +75,10 @@ print(x_train.shape, x_test.shape, 'pixels from', images.min(), images.max())
 #
 # Both have the same parameters and the same initial values. The norm gives each
 # block an input of mean square 1 in both, so whatever goes wrong in the plain
-# network is not the growth or decay of notebook 01, section 4. This is the order
-# of today's transformers (pre-norm). The weights of all blocks are stacked, and
-# `jax.lax.scan` runs one block after the other: the program does not grow with
-# the depth.
+# network is not the growth or decay of notebook 01, section 4. This is the
+# order of today's transformers (pre-norm). The weights of all blocks are
+# stacked, and `jax.lax.scan` runs one block after the other: the program does
+# not grow with the depth.
 # %% [markdown] lang="zh"
 # ## 1. 只差一个“+”的两个网络
 #
@@ -94,8 +94,8 @@ print(x_train.shape, x_test.shape, 'pixels from', images.min(), images.max())
 #
 # 两者参数相同，初始值也相同。norm 使两者每个块的输入均方都是 1，
 # 所以普通网络若出问题，不会是笔记 01 第 4 节那样的增大或缩小造成的。这也是当今
-# transformer 的顺序（pre-norm）。所有块的权重叠放在一起，`jax.lax.scan` 依次运行各块：
-# 程序大小不随深度增长。
+# transformer 的顺序（pre-norm）。所有块的权重叠放在一起，
+# `jax.lax.scan` 依次运行各块：程序大小不随深度增长。
 # %%
 D = 32
 

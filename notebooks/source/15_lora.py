@@ -288,8 +288,8 @@ assert accuracy < 0.3, 'the base must not know the new task yet'
 # 每步要 $r\,i\,o$ 次，之后每个 token 还要 $i\,o$ 次。
 #
 # $A$ 从小随机数开始，$B$ 从零开始，所以一开始函数就是基座的函数。
-# 此时的梯度由链式法则得出。记 $G = \partial L / \partial y$（形状与 $y$ 相同），
-# $s = \alpha / r$：
+# 此时的梯度由链式法则得出。记 $G = \partial L / \partial y$（形状与 $y$
+# 相同），$s = \alpha / r$：
 #
 # $$
 # \frac{\partial L}{\partial B} = s\, A^\top x^\top G, \qquad
@@ -891,10 +891,10 @@ for name in ('q', 'wi'):
 # %% [markdown] lang="zh" tags=["solution"]
 # ## 练习 2
 #
-# bfloat16 对每个数的舍入误差最多是它自身的 $2^{-8}$。$W + sAB$ 与 $W$ 差不多大，
-# 所以它的舍入误差也和 $W$ 自身的一样大；被毁掉的是比这个误差更小的改变量：
-# $sAB$ 中小于 $2^{-8} |W|$ 的分量要么被舍掉，要么被舍入成 bfloat16 的一整步。
-# 放在基座旁边时，改变量保持精确。
+# bfloat16 对每个数的舍入误差最多是它自身的 $2^{-8}$。
+# $W + sAB$ 与 $W$ 差不多大，所以它的舍入误差也和 $W$ 自身的一样大；
+# 被毁掉的是比这个误差更小的改变量：$sAB$ 中小于 $2^{-8} |W|$ 的分量要么被舍掉，
+# 要么被舍入成 bfloat16 的一整步。放在基座旁边时，改变量保持精确。
 # %% tags=["solution"]
 def to_bf16(tree):
   return jax.tree.map(

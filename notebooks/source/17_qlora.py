@@ -220,8 +220,9 @@ print('codes, scales and decoded weights equal the package')
 #
 # 相对误差是 $\lVert W - \hat W \rVert / \lVert W \rVert$（对所有权重取均方
 # 根）。四比特的格式都用同样的块，64 个输入一块；不同的只有值的位置。
-# 左图是权重除以本块 absmax 之后的密度，被舍入的正是这些数；下方标出各个值的位置。
-# 右图统计一个 kernel 中 NF4 各编码的占比，虚线表示均匀使用，即 1/16。
+# 左图是权重除以本块 absmax 之后的密度，被舍入的正是这些数；
+# 下方标出各个值的位置。右图统计一个 kernel 中 NF4 各编码的占比，
+# 虚线表示均匀使用，即 1/16。
 # %%
 def relative_error(decode):
   squares = [np.sum((decode(w) - w) ** 2) for w in KERNELS.values()]
@@ -581,8 +582,8 @@ print(
 # ## 合并并不精确
 #
 # $\hat W + \tfrac{\alpha}{r} AB$ 的元素不再是 scale 乘以 16 个值之一。
-# 要保持四比特，就必须重新量化，得到新的 scale 和新的误差，误差大小与第一次相当。
-# 如果改变量小于一个步长，大部分就丢失了。
+# 要保持四比特，就必须重新量化，得到新的 scale 和新的误差，
+# 误差大小与第一次相当。如果改变量小于一个步长，大部分就丢失了。
 # %%
 a, b = results['NF4'][2][1]
 change = np.asarray(2 * a @ b)
