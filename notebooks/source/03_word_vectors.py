@@ -7,8 +7,8 @@
 # token. This notebook shows where useful vectors come from: skip-gram with
 # negative sampling (word2vec), FastText's character n-grams and GloVe, each
 # with gradients by hand on a small generated corpus. Similarities and analogies
-# are measured, with the habit that makes published analogy scores look better
-# than they are.
+# are measured, also without the convention that makes published analogy scores
+# look better than they are.
 #
 # ## What you will understand
 #
@@ -153,18 +153,22 @@ print(sum(map(len, sentences)), 'words,', len(words), 'different')
 # %% [markdown] lang="en"
 # ## 2. One-hot vectors and embeddings
 #
-# A word as a vector with a single 1 has the same distance from every other
-# word. An embedding is a linear map of it, $E\in\mathbb{R}^{v\times d}$; since
-# $o_wE$ is row $w$ of $E$, no library computes the product: it reads the row.
-# Its gradient adds $\bar y$ to the rows that were read, $\bar E=O^\top\bar y$.
-# Here the package's layer does the same:
+# A word as a vector $o_w$ with a single 1, at the place of $w$ in the
+# vocabulary of $v$ words, has the same distance from every other word. An
+# embedding is a linear map of it, $E\in\mathbb{R}^{v\times d}$; since $o_wE$ is
+# row $w$ of $E$, no library computes the product: it reads the row. Let the
+# rows of $O$ be the one-hot vectors of a text, $y=OE$, and $\bar y$ the
+# gradient of $y$ (notebook 01). Then $\bar E=O^\top\bar y$: the gradient adds
+# $\bar y$ to the rows that were read. The package's layer does the same:
 # %% [markdown] lang="zh"
 # ## 2. One-hot 向量与 embedding
 #
-# 把词表示成只有一个 1 的向量，它到任何别的词的距离都一样。embedding
-# 是它的线性映射 $E\in\mathbb{R}^{v\times d}$；由于 $o_wE$ 就是 $E$ 的第 $w$
-# 行，没有库会真的做乘法，而是直接读那一行。它的梯度把 $\bar y$
-# 加到被读取的行上，$\bar E=O^\top\bar y$。代码库的层也是如此：
+# 词表有 $v$ 个词。把词 $w$ 表示成只在自己的位置为 1 的向量 $o_w$，
+# 它到任何别的词的距离都一样。embedding 是它的线性映射
+# $E\in\mathbb{R}^{v\times d}$；由于 $o_wE$ 就是 $E$ 的第 $w$ 行，
+# 没有库会真的做乘法，而是直接读那一行。设 $O$ 的各行是一段文本的 one-hot 向量，
+# $y=OE$，$\bar y$ 是 $y$ 的梯度（笔记 01），则 $\bar E=O^\top\bar y$：
+# 梯度把 $\bar y$ 加到被读取的行上。代码库的层也是如此：
 # %%
 ids = np.array([[index[word] for word in ('king', 'queen', 'king')]])
 one_hot = np.eye(len(words), dtype=np.float32)[ids]  # [b, t, v]
@@ -187,16 +191,19 @@ assert np.allclose(by_hand, pull(jnp.asarray(grad))[0], atol=1e-6)
 #
 # Take each word $w$ and each word $c$ within a window around it: a *positive*
 # pair. For each, draw $k$ *negative* words from a noise distribution
-# $P(c)\propto\mathrm{count}(c)^{3/4}$. Every word has two vectors, $w$ as a
-# center and $c$ as a context, and a logistic regression on $w\cdot c$ should
-# tell positive from negative pairs (Mikolov et al., arXiv:1310.4546):
+# $P_c\propto\mathrm{count}(c)^{3/4}$. Every word has two vectors, also written
+# $w$ as a center and $c$ as a context, and a logistic regression on $w\cdot c$,
+# with $\sigma(s)=1/(1+e^{-s})$, should tell positive from negative pairs
+# (Mikolov et al., arXiv:1310.4546):
 #
 # $$J=\sum_{(w,c)}\Big[\log\sigma(w\cdot c)
 # +k\,\mathbb{E}_{c'\sim P}\log\sigma(-w\cdot c')\Big].$$
 #
 # word2vec takes one pair at a time. Our vocabulary is so small that we can sum
-# all pairs first: with $X_{wc}$ the number of pairs, $X_w=\sum_cX_{wc}$ and
-# $S=WC^\top\in\mathbb{R}^{v\times v}$,
+# all pairs first. Let $X_{wc}$ be the number of positive pairs of $w$ and $c$,
+# and $X_w=\sum_cX_{wc}$; then $k\,X_wP_c$ negative ones are expected. With all
+# center vectors as the rows of $W$ `[v, d]`, all context vectors as those of
+# $C$, $S=WC^\top\in\mathbb{R}^{v\times v}$ and a bar for the gradient of $J$,
 #
 # $$J=\sum_{w,c}X_{wc}\log\sigma(S_{wc})+k\,X_wP_c\log\sigma(-S_{wc}),$$
 # $$\frac{\partial J}{\partial S_{wc}}=
@@ -206,15 +213,19 @@ assert np.allclose(by_hand, pull(jnp.asarray(grad))[0], atol=1e-6)
 # ## 3. 带负采样的 skip-gram
 #
 # 取每个词 $w$ 和它窗口内的每个词 $c$：这是一个*正*例对。对每个正例，
-# 再从噪声分布 $P(c)\propto\mathrm{count}(c)^{3/4}$ 抽 $k$ 个*负*例词。
-# 每个词有两个向量：作为中心词的 $w$ 和作为上下文的 $c$，用 $w\cdot c$ 的
-# logistic 回归来区分正例和负例（Mikolov 等，arXiv:1310.4546）：
+# 再从噪声分布 $P_c\propto\mathrm{count}(c)^{3/4}$ 抽 $k$ 个*负*例词。
+# 每个词有两个向量：作为中心词的向量（也记作 $w$）和作为上下文的向量（也记作
+# $c$），用 $w\cdot c$ 的 logistic 回归来区分正例和负例，其中
+# $\sigma(s)=1/(1+e^{-s})$（Mikolov 等，arXiv:1310.4546）：
 #
 # $$J=\sum_{(w,c)}\Big[\log\sigma(w\cdot c)
 # +k\,\mathbb{E}_{c'\sim P}\log\sigma(-w\cdot c')\Big].$$
 #
-# word2vec 一次取一对。我们的词表很小，可以先把所有对加起来：设 $X_{wc}$
-# 为对数，$X_w=\sum_cX_{wc}$，$S=WC^\top\in\mathbb{R}^{v\times v}$，则
+# word2vec 一次取一对。我们的词表很小，可以先把所有词对加起来：
+# 设 $X_{wc}$ 是 $w$ 与 $c$ 的正例个数，$X_w=\sum_cX_{wc}$，
+# 则负例个数的期望是 $k\,X_wP_c$。$W$ `[v, d]` 的各行是所有中心词向量，
+# $C$ 的各行是所有上下文向量，$S=WC^\top\in\mathbb{R}^{v\times v}$，
+# 上划线表示 $J$ 的梯度，则
 #
 # $$J=\sum_{w,c}X_{wc}\log\sigma(S_{wc})+k\,X_wP_c\log\sigma(-S_{wc}),$$
 # $$\frac{\partial J}{\partial S_{wc}}=
@@ -362,9 +373,10 @@ assert correlation > 0.85
 # $$J=\sum_{X_{wc}>0}f(X_{wc})\,\big(w\cdot c+a_w+b_c-\log X_{wc}\big)^2,\qquad
 # f(x)=\min\big((x/x_{\max})^{3/4},\,1\big).$$
 #
-# The weight $f$ keeps rare pairs from dominating with their noise, and frequent
-# ones from dominating by number. Pairs that never occur are left out; in
-# skip-gram they are the negatives. The gradient is that of a linear regression.
+# $a_w$ and $b_c$ are the biases, and $x_{\max}=100$. The weight $f$ keeps rare
+# pairs from dominating with their noise, and frequent ones from dominating by
+# number. Pairs that never occur are left out; in skip-gram they are the
+# negatives. The gradient is that of a linear regression.
 # %% [markdown] lang="zh"
 # ## 5. GloVe
 #
@@ -374,8 +386,9 @@ assert correlation > 0.85
 # $$J=\sum_{X_{wc}>0}f(X_{wc})\,\big(w\cdot c+a_w+b_c-\log X_{wc}\big)^2,\qquad
 # f(x)=\min\big((x/x_{\max})^{3/4},\,1\big).$$
 #
-# 权重 $f$ 使罕见的对不会因噪声而主导，高频的对不会因数量而主导。
-# 从不出现的对被略去；在 skip-gram 中它们就是负例。梯度就是线性回归的梯度。
+# $a_w$、$b_c$ 是偏置，$x_{\max}=100$。权重 $f$ 使罕见的对不会因噪声而主导，
+# 高频的对不会因数量而主导。从不出现的对被略去；在 skip-gram 中它们就是负例。
+# 梯度就是线性回归的梯度。
 # %%
 f = np.minimum((X / 100) ** 0.75, 1)
 log_x = np.log(np.maximum(X, 1))
@@ -412,13 +425,15 @@ svd_vectors = TruncatedSVD(D, random_state=0).fit_transform(ppmi)
 # "$a$ is to $b$ as $a'$ is to ?" is answered by the word nearest to $b-a+a'$.
 # The usual test removes $a$, $b$ and $a'$ from the candidates. That matters:
 # often the nearest word is $a'$ itself, since $b-a$ is short compared with it.
-# We measure both.
+# We measure both: the columns of the three kinds follow the usual test, and the
+# last one is their mean if the inputs may be answers.
 # %% [markdown] lang="zh"
 # ## 6. 类比：诚实地测量
 #
 # “$a$ 之于 $b$，如同 $a'$ 之于 ?”，答案取离 $b-a+a'$ 最近的词。惯常的测试会把
 # $a$、$b$、$a'$ 从候选中去掉。这很关键：最近的词往往就是 $a'$ 自己，因为 $b-a$
-# 相比之下很短。两种都测。
+# 相比之下很短。两种都测：三类各自的列按惯常的测试，
+# 最后一列是允许输入词作为答案时三类的平均。
 # %%
 PAIRS = {
   'gender': [pair for pair in PEOPLE],
@@ -456,18 +471,26 @@ assert all(lenient < strict for strict, lenient in accuracy.values())
 assert accuracy['GloVe'][0] < accuracy['skip-gram'][0]
 # %% [markdown] lang="en"
 # Skip-gram solves the analogies of gender and capitals, not those of languages
-# (exercise 2 asks why). GloVe has brought its objective almost to zero and is
-# the worst: a good fit of the counts is not yet a good geometry. It leaves out
-# the pairs that never occur, and in a corpus of templates these say most. With
-# large natural corpora the methods come closer together. The last column drops
-# everywhere: a good part of a published analogy score is the rule that the
-# inputs may not be answers.
+# (exercise 2 changes the window). GloVe has brought its objective almost to
+# zero and has the lowest mean: a good fit of the counts is not yet a good
+# geometry. It leaves out the pairs that never occur, and in a corpus of
+# templates these say most. With large natural corpora the methods come closer
+# together. The last column is below the mean of the others for every model: a
+# good part of a published analogy score is the rule that the inputs may not be
+# answers.
+#
+# The figure shows skip-gram vectors in the plane of their two principal axes.
+# Each line joins the words of a pair; an analogy works where the lines are
+# nearly parallel and of one length.
 # %% [markdown] lang="zh"
-# skip-gram 能解决性别和首都的类比，但解决不了语言的（练习 2 问原因）。GloVe
-# 的目标函数几乎降到了零，结果却最差：很好地拟合计数，还不等于好的几何结构。
+# skip-gram 能解决性别和首都的类比，但解决不了语言的（练习 2 改变窗口）。GloVe
+# 的目标函数几乎降到了零，平均分却最低：很好地拟合计数，还不等于好的几何结构。
 # 它略去从不出现的词对，而在模板语料中，这些词对恰恰信息最多。在大型自然语料上，
-# 各种方法更接近。最后一列全面下降：已发表的类比分数，
+# 各种方法更接近。每种模型的最后一列都低于前几列的平均：已发表的类比分数，
 # 有相当一部分来自“输入词不得作为答案”这条规则。
+#
+# 图中是 skip-gram 向量在两个主轴所张平面上的位置。每条线连接一对词；
+# 各条线近似平行且等长时，类比成立。
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(7, 3))
 for axis, kind in zip(axes, ('gender', 'capital'), strict=True):
@@ -489,16 +512,20 @@ fig.tight_layout()
 # A table has no row for "jumping" if it never occurred. FastText (Bojanowski et
 # al., arXiv:1607.04606) gives a vector $z_g$ to every character n-gram of 3 to
 # 6 letters and sums them: $w=\sum_{g\in w}z_g$, with `<` and `>` as marks of
-# the ends, and the whole word as one more n-gram. With a binary matrix $M$
-# `[v, g]`, $W=MZ$ and $\bar Z=M^\top\bar W$: one line more than skip-gram.
+# the ends, and the whole word as one more n-gram. Let $Z$ have the vectors of
+# all n-grams as rows, and let $M$ `[words, n-grams]` have a 1 where the word
+# contains the n-gram. Then $W=MZ$ and $\bar Z=M^\top\bar W$: one line more than
+# skip-gram. The code divides each row of $M$ by the root of its number of ones,
+# so that long words do not get longer vectors.
 # %% [markdown] lang="zh"
 # ## 7. FastText：词由 n-gram 组成
 #
 # 如果 “jumping”从未出现，表里就没有它的行。FastText（Bojanowski 等，
 # arXiv:1607.04606）给每个 3 到 6 个字母的字符 n-gram 一个向量 $z_g$，再求和：
-# $w=\sum_{g\in w}z_g$，用 `<` 和 `>` 标记词的首尾，整个词也算一个 n-gram。设
-# 0-1 矩阵 $M$ 形状为 `[v, g]`，则 $W=MZ$，$\bar Z=M^\top\bar W$：只比 skip-gram
-# 多一行。
+# $w=\sum_{g\in w}z_g$，用 `<` 和 `>` 标记词的首尾，整个词也算一个 n-gram。
+# 设 $Z$ 的各行是所有 n-gram 的向量，矩阵 $M$ `[词, n-gram]` 在词含有该 n-gram
+# 处为 1，则 $W=MZ$，$\bar Z=M^\top\bar W$：只比 skip-gram 多一行。
+# 代码把 $M$ 的每一行除以其中 1 的个数的平方根，使长的词不会得到更长的向量。
 # %%
 def ngrams(word):
   marked = f'<{word}>'
@@ -544,20 +571,21 @@ for word in LEFT_OUT:
 
 
 # %% [markdown] lang="en"
-# The letters give a vector, and it lies near the other forms of the verb. They
-# also mislead: words that look alike but mean different things start with
-# similar vectors, and only the whole-word n-gram can separate them. Language
-# models solve the problem of unseen words in another way, by subword tokens
-# (notebook 05), and that of several meanings by attention: in this notebook
-# "play" has one vector in a theater and in a garden.
+# The letters give a vector, and another form of the verb is among its nearest
+# words. They also mislead: words that look alike but mean different things
+# start with similar vectors, and only the whole-word n-gram can separate them.
+# Language models solve the problem of unseen words in another way, by subword
+# tokens (notebook 05), and that of several meanings by attention: in this
+# notebook "play" has one vector in a theater and in a garden.
 #
 # ## Exercises
 #
-# 1. *The largest cosine is not always wise.* Compute the mean cosine similarity
-#    of all pairs of different words for skip-gram, subtract the mean vector
-#    from all, and compute it again. How do the analogies change?
-# 2. *Window size.* Count with windows of 1 and of 8 and train skip-gram again.
-#    Compare the accuracy of the three kinds of analogies.
+# 1. *A common direction.* Compute the mean cosine similarity of all pairs of
+#    different words for skip-gram, subtract the mean vector from all, and
+#    compute it again. How do the analogies change?
+# 2. *Window size.* Count with windows of 1 and of 8 and train skip-gram again
+#    (`sgns` reads the globals `X` and `negatives`). Compare the accuracy of the
+#    three kinds of analogies.
 # 3. *Subsampling.* Frequent words ("the") fill the windows. Multiply $X_{wc}$
 #    by $\rho_w\rho_c$, $\rho_w=\min(1,\sqrt{\tau/p_w})$ with $p_w$ the share of
 #    $w$ in the corpus and $\tau=0.005$, which is word2vec's subsampling in
@@ -605,16 +633,17 @@ for word in LEFT_OUT:
 # Papers: word2vec 1301.3781 and 1310.4546, FastText 1607.04606. Not on arXiv:
 # GloVe (EMNLP 2014), Levy and Goldberg (NeurIPS 2014).
 # %% [markdown] lang="zh"
-# 字母给出了向量，而且落在该动词的其他形式附近。字母也会误导：形似而义异的词，
+# 字母给出了向量，它最近的词里有该动词的其他形式。字母也会误导：形似而义异的词，
 # 起点就相近，只能靠整词 n-gram 分开。语言模型用另一种办法解决未见词的问题：子词
 # token（笔记 05）；多义问题则靠注意力解决：在本笔记中，“play”
 # 无论在剧院还是花园里都只有一个向量。
 #
 # ## 练习
 #
-# 1. *余弦大不一定好。* 计算 skip-gram 所有不同词对的平均余弦相似度；
+# 1. *共有的方向。* 计算 skip-gram 所有不同词对的平均余弦相似度；
 #    再把所有向量减去平均向量后重算。类比结果怎样变化？
-# 2. *窗口大小。* 分别用窗口 1 和 8 计数，重新训练 skip-gram，
+# 2. *窗口大小。* 分别用窗口 1 和 8 计数，
+#    重新训练 skip-gram（`sgns` 读取全局变量 `X` 和 `negatives`），
 #    比较三类类比的准确率。
 # 3. *下采样。* 高频词（“the”）占满窗口。把 $X_{wc}$ 乘以 $\rho_w\rho_c$，其中
 #    $\rho_w=\min(1,\sqrt{\tau/p_w})$，$p_w$ 是 $w$ 在语料中的占比，
