@@ -8,7 +8,7 @@
 # a T5 of about 0.9 million parameters that was pretrained on generated tasks
 # with known wordings, and SmolLM2 with 135 million, a chat model. With the
 # first you know what the model has seen, so that "sensitivity to wording" can
-# be measured instead of told.
+# be measured.
 #
 # ## What you will understand
 #
@@ -19,14 +19,16 @@
 # - what contextual calibration corrects
 # - when few-shot examples help and when they only make the prompt longer
 #
-# Time: about 60 minutes. Before it: notebook 05 helps (tokens).
+# Time: about 60 minutes. Before it: notebook 01 (softmax). A *token* is a piece
+# of text with a number; how texts are cut into tokens is notebook 05, and how
+# the two models work inside are notebooks 09 and 10. Neither is needed here.
 # %% [markdown] lang="zh"
 # # 提示词（prompt）
 #
 # 提示词把任务变成一段文本，由语言模型续写。本笔记测量哪些结果取决于提示词，
 # 用两个除 pip 外无需下载的模型：一个约 90 万参数的 T5，
 # 在已知措辞的生成任务上预训练；以及 1.35 亿参数的对话模型 SmolLM2。对前者，
-# 你清楚模型见过什么，因此“对措辞的敏感性”可以测量，而不只是听说。
+# 你清楚模型见过什么，因此“对措辞的敏感性”可以测量。
 #
 # ## 你将理解什么
 #
@@ -36,7 +38,9 @@
 # - contextual calibration 修正了什么
 # - few-shot 示例何时有用，何时只是让提示词变长
 #
-# 时间：约 60 分钟。先看笔记 05（token）会有帮助。
+# 时间：约 60 分钟。先修：笔记 01（softmax）。*token* 是一段带编号的文本；
+# 文本怎样切成 token 见笔记 05，两个模型的内部结构见笔记 09 和 10，
+# 这里都不需要。
 # %%
 import itertools
 import warnings
@@ -70,7 +74,7 @@ print(t5, f'{t5.loaded.base_parameters:,} parameters')
 # *模板*是带空位的文本；*verbalizer* 规定哪个文本代表哪个类别。代码库的任务
 # `membership` 问：一列词中有没有属于某一类别的。它有六个模板：五个用于预训练，
 # 第六个从未用过。实例也分开了：十分之一留出不训练。
-# 因此我们可以用见过或没见过的措辞，问见过或没见过的词表。
+# 因此我们可以用见过或没见过的措辞，问见过或没见过的列表。
 # %%
 task = TASKS['membership']
 for template in task.templates:
@@ -96,26 +100,29 @@ print('share of Yes:', (truth == 0).mean())
 # %% [markdown] lang="en"
 # ## 2. An answer's log-likelihood
 #
-# The model gives a probability for each next token, so an answer $y_1\dots y_m$
-# (its end token included) has
+# The model gives a probability for each next token. So after the prompt $x$ an
+# answer with the tokens $y_1\dots y_m$ (the end token included) has
 #
 # $$\log P(y\mid x)=\sum_{i=1}^m\log P(y_i\mid x,y_{<i}).$$
 #
 # The class whose text is more likely wins (rank classification). This needs no
-# generation, and the result is always one of the classes. In an encoder-decoder
-# the prompt goes to the encoder, and the decoder reads the answer shifted by
-# one (*teacher forcing*), so one forward pass scores all its tokens. Prompts
-# and answers are padded, and the masks keep padding out.
+# generation, and the result is always one of the classes. T5 is an
+# encoder-decoder: its encoder reads the prompt, and its decoder reads the
+# answer shifted by one (*teacher forcing*) and predicts each token from those
+# before it, so one forward pass scores all its tokens. Prompts and answers are
+# padded, and the masks keep padding out.
 # %% [markdown] lang="zh"
 # ## 2. 答案的对数似然
 #
-# 模型给出每个下一个 token 的概率，所以答案 $y_1\dots y_m$（含结束 token）有
+# 模型给出每个下一个 token 的概率。所以在提示词 $x$ 之后，由 token
+# $y_1\dots y_m$（含结束 token）组成的答案有
 #
 # $$\log P(y\mid x)=\sum_{i=1}^m\log P(y_i\mid x,y_{<i}).$$
 #
 # 文本更可能的类别胜出（rank classification）。这不需要生成，结果总是类别之一。
-# 在 encoder-decoder 中，提示词进入 encoder，decoder
-# 读入右移一位的答案（*teacher forcing*），因此一次前向就给所有 token 打分。
+# T5 是 encoder-decoder：encoder 读提示词，decoder
+# 读入右移一位的答案（*teacher forcing*），由前面的 token 预测每个 token，
+# 因此一次前向就给所有 token 打分。
 # 提示词和答案都要填充，由掩码把填充排除在外。
 # %%
 encode_prompt = t5.loaded.prompt_encoder()
@@ -180,11 +187,14 @@ print(two_prompts[0], by_hand[0].round(2))
 # ## 3. Words the model knows, and words that mean the same
 #
 # Now the measurement: 48 new lists, the six templates of the task, and eight
-# further wordings that a person would answer in the same way.
+# further wordings that a person would answer in the same way. The dotted line
+# of the figure is a coin's accuracy; always saying No would be right in 0.58 of
+# these lists.
 # %% [markdown] lang="zh"
 # ## 3. 模型认识的措辞，与意思相同的措辞
 #
-# 现在测量：48 个新词表，任务的六个模板，再加八种人会给出同样回答的措辞。
+# 现在测量：48 个新列表，任务的六个模板，再加八种人会给出同样回答的措辞。
+# 图中虚线是抛硬币的准确率；若总答 No，在这些列表上的准确率是 0.58。
 # %%
 REWORDED = (
   Template('no "?"', 'List: {items}. Is there {a_kind} in the list'),
@@ -293,12 +303,12 @@ for answers in (('Yes', 'No'), ('True', 'False'), ('Yes', 'Not')):
 # ## 5. Contextual calibration
 #
 # 不论问什么，模型可能都偏爱某个答案。Zhao 等（arXiv:2102.09690）
-# 用*无内容*的提示词（这里词表为 “N/A”）测出这种偏好并减去：
+# 用*无内容*的提示词（这里列表为 “N/A”）测出这种偏好并减去：
 #
 # $$\hat y=\arg\max_y\ \log P(y\mid x)-\log P(y\mid x_{\text{N/A}}).$$
 #
 # 对两类来说，就是把阈值移动一个常数。只有当回答失衡、
-# 而分数仍能区分词表的次序时，它才可能有用。最佳阈值（用标签选出，
+# 而分数仍能区分列表的次序时，它才可能有用。最佳阈值（用标签选出，
 # 因此不是可用的方法）表明最多能提高多少。
 # %%
 nothing = {'items': 'N/A', 'kind': 'thing', 'a_kind': 'a thing'}
@@ -331,9 +341,10 @@ assert worse > better, 'here it does not help'
 
 # %% [markdown] lang="en"
 # Read the table and not the name of the method: here calibration harms more
-# wordings than it helps, since "N/A" is no neutral list for this model. And the
-# last column often says that more is lost by the threshold than by the order of
-# the scores, which calls for a few labelled examples to choose the threshold.
+# wordings than it helps, since "N/A" is no neutral list for this model. The
+# last column is above the first by 0.03 to 0.15: the scores order the lists
+# better than the threshold 0 separates them. With a few labelled examples a
+# better threshold could be chosen, for a part of this gain.
 #
 # ## 6. Few-shot prompts
 #
@@ -342,8 +353,9 @@ assert worse > better, 'here it does not help'
 # T5 was never trained on several examples in a row:
 # %% [markdown] lang="zh"
 # 要看表格，而不是看方法的名字：在这里，校准使更多措辞变差，因为对这个模型来说
-# “N/A”不是中性的词表。最后一列常常说明，损失更多来自阈值而不是分数的次序，
-# 这时需要少量有标签的样本来选择阈值。
+# “N/A”不是中性的列表。最后一列比第一列高 0.03 到 0.15：
+# 分数排出的次序比用阈值 0 分出的结果更好。
+# 用少量有标签的样本可以选择更好的阈值，取得其中一部分提高。
 #
 # ## 6. Few-shot 提示
 #
@@ -462,15 +474,16 @@ assert smol['question', 4] > smol['question', 0] + 0.1, 'examples help here'
 # %% [markdown] lang="en"
 # ## 7. Where prompts end
 #
-# The task `stars` asks for the number of stars of a guest with two adjectives,
-# "one" or "five". T5 knows the adjectives from its pretraining, but never saw
-# the mapping to stars. No wording of the task brings it to the accuracy of
-# always giving the same answer. Here training begins: a few thousand adapter
-# parameters learn the mapping (notebooks on LoRA and mixtures).
+# The task `stars` gives two adjectives from a guest's review and asks for the
+# number of stars, "one" or "five". T5 knows the adjectives from its
+# pretraining, but never saw the mapping to stars. No wording of the task brings
+# it to the accuracy of always giving the same answer. Here training begins: a
+# few thousand adapter parameters learn the mapping (notebooks on LoRA and
+# mixtures).
 # %% [markdown] lang="zh"
 # ## 7. 提示词的尽头
 #
-# 任务 `stars` 给出客人的两个形容词，问打几颗星：“one”或 “five”。T5
+# 任务 `stars` 给出客人评价中的两个形容词，问打几颗星：“one”或“five”。T5
 # 在预训练中认识这些形容词，但从未见过到星级的映射。
 # 任务的任何措辞都不能使它达到“总给同一答案”的准确率。训练从这里开始：
 # 几千个适配器参数就能学会这个映射（见关于 LoRA 和混合专家的笔记）。
@@ -490,16 +503,18 @@ for template in stars.templates:
 # %% [markdown] lang="en"
 # ## Exercises
 #
-# 1. *Ensemble of prompts.* Add the margins of the five pretraining templates
-#    (each as a log-odds) and measure the accuracy. Do the same with the
+# 1. *Ensemble of prompts.* Add the margins (section 5, from `scores`) of the
+#    five pretraining templates and measure the accuracy. Do the same with the
 #    reworded ones. When does averaging help?
 # 2. *Order of examples.* Measure SmolLM2 with the wording 'plain' and all
 #    orders of the first three examples (six prompts for a review; two reviews
 #    are enough). How far do the margins move?
-# 3. *Interval.* Write a bootstrap of the accuracy of one template (2000
-#    resamples of the 48 lists), and a *paired* bootstrap of the difference
-#    between two templates. Why is the paired interval of the difference
-#    narrower than what the two single intervals suggest?
+# 3. *Interval.* Write a bootstrap of the accuracy of one template: draw the 48
+#    lists 2000 times with replacement, and take the percentiles 2.5 and 97.5 of
+#    the accuracies. Then do a *paired* bootstrap of the difference between two
+#    templates, with the same lists for both in each draw. Why is the paired
+#    interval of the difference narrower than what the two single intervals
+#    suggest?
 #
 # ## Interview questions
 #
@@ -548,12 +563,14 @@ for template in stars.templates:
 # %% [markdown] lang="zh"
 # ## 练习
 #
-# 1. *提示词集成。* 把五个预训练模板的 margin（即 log-odds）相加，测量准确率。
+# 1. *提示词集成。* 把五个预训练模板的 margin（见第 5 节，由 `scores`
+#    得到）相加，测量准确率。
 #    对改写的措辞也这样做。平均何时有帮助？
 # 2. *示例的顺序。* 用措辞 'plain' 和前三个示例的所有排列测量
 #    SmolLM2（每条评论六个提示词，两条评论即可）。margin 变化多大？
-# 3. *区间。* 对一个模板的准确率做 bootstrap（从 48 个词表重抽 2000 次），
-#    再对两个模板之差做*配对* bootstrap。
+# 3. *区间。* 对一个模板的准确率做 bootstrap：从 48 个列表有放回地抽样 2000 次，
+#    取各次准确率的 2.5% 和 97.5% 分位数。
+#    再对两个模板之差做*配对* bootstrap，每次抽样两者用同样的列表。
 #    为什么差的配对区间比由两个单独区间推想的要窄？
 #
 # ## 面试题
@@ -648,7 +665,7 @@ assert margins[:, 0].min() < 0 < margins[:, 0].max(), 'the order decides'
 # %% [markdown] lang="zh" tags=["solution"]
 # ## 练习 3
 #
-# 两个模板回答同样的词表，容易的词表对两者都容易：错误是相关的，
+# 两个模板回答同样的列表，容易的列表对两者都容易：错误是相关的，
 # 公共部分在差中抵消。
 # %% tags=["solution"]
 rng = np.random.default_rng(0)
