@@ -85,11 +85,11 @@ rng = np.random.default_rng(0)
 # the *slot* of row $b$'s adapter in a pool of stacked arrays $A [s, i, e, r]$,
 # $B [s, e, r, o]$, with $s$ slots, $i$ inputs, $e$ experts, rank $r$ and $o$
 # outputs. The factor $\alpha / r$ is each adapter's own and can be multiplied
-# into its $B$; it is 1 in the code below. Shapes must be equal to be stacked, and
-# padding makes them so without changing a result: a smaller rank gets columns
-# of zeros (they add zero), a smaller number of experts gets logits of $-\infty$
-# (they get weight zero). A plain LoRA is a mixture of one expert. Slot 0 is all
-# zeros: the base.
+# into its $B$; it is 1 in the code below. Shapes must be equal to be stacked,
+# and padding makes them so without changing a result: a smaller rank gets
+# columns of zeros (they add zero), a smaller number of experts gets logits of
+# $-\infty$ (they get weight zero). A plain LoRA is a mixture of one expert.
+# Slot 0 is all zeros: the base.
 # %% [markdown] lang="zh"
 # ## 每行一个适配器的 batch
 #
@@ -641,8 +641,8 @@ print(f'hybrid minus the better single search, recall@3: {gain:+.2f}')
 #
 # 最简单、不会编造的回答是引用原文：给出最佳段落，以编号作为出处。
 # 更难的一半是拒绝。没有答案的问题也有最近的段落，常常是正确的港口、错误的事实。
-# 只有余弦超过阈值才回答；阈值在一半问题上选，使答对的比例与正确拒答的比例之和最大，
-# 在另一半上测。
+# 只有余弦超过阈值才回答；阈值在一半问题上选，
+# 使答对的比例与正确拒答的比例之和最大，在另一半上测。
 # %%
 best = searches['hybrid'].argmax(axis=1)
 similarity = cosine[np.arange(len(questions)), best]
