@@ -472,7 +472,7 @@ for wording, count in itertools.product(WORDINGS, (0, 4)):
 assert smol['plain', 0] > smol['question', 0] + 0.1, 'the wording matters'
 assert smol['question', 4] > smol['question', 0] + 0.1, 'examples help here'
 # %% [markdown] lang="en"
-# ## 7. Where prompts end
+# ## 7. What prompts cannot do
 #
 # The task `stars` gives two adjectives from a guest's review and asks for the
 # number of stars, "one" or "five". T5 knows the adjectives from its
@@ -481,7 +481,7 @@ assert smol['question', 4] > smol['question', 0] + 0.1, 'examples help here'
 # few thousand adapter parameters learn the mapping (notebooks on LoRA and
 # mixtures).
 # %% [markdown] lang="zh"
-# ## 7. 提示词的尽头
+# ## 7. 提示词做不到的事
 #
 # 任务 `stars` 给出客人评价中的两个形容词，问打几颗星：“one”或“five”。T5
 # 在预训练中认识这些形容词，但从未见过到星级的映射。

@@ -810,7 +810,7 @@ for key, expected in zip(slopes, (-1, 0, 0, 0.5), strict=True):
 #    把 `kernels` 舍入到 bfloat16，旁边用 float32 加上 LoRA。
 #    丢失的是改变量的哪一部分？以 float32 为基准测量两者 logits 的误差；
 #    再对小 100 倍的改变量做同样的测量。
-# 3. LoRA-FA（arXiv:2308.03303）只训练 $B$，$A$ 保持抽取时的样子。
+# 3. LoRA-FA（arXiv:2308.03303）只训练 $B$，$A$ 保持随机初始化时的值。
 #    用同样的步数训练秩 4 和秩 8 的 LoRA-FA，与秩 4 的 LoRA 比较。
 #    训练了多少参数？用包的 `lora(rank=4, train_a=False)` 核对。
 #

@@ -640,10 +640,10 @@ assert curves['everything'][-50:].mean() < curves['text only'][-50:].mean() / 3
 # layer and in the KV cache. Cross-attention (Flamingo, arXiv:2204.14198): new
 # layers read image features; the sequence stays short and the language model is
 # unchanged if the new gates are zero, at the price of many new parameters. A
-# resampler (BLIP-2, arXiv:2301.12597) compresses to few tokens and loses detail
-# (text in images). Early fusion: discrete image tokens in one vocabulary,
-# trained from the beginning; it can also generate images, but needs pretraining
-# on both.
+# resampler (the Q-Former of BLIP-2, arXiv:2301.12597) compresses to few tokens
+# and loses detail (text in images). Early fusion: discrete image tokens in one
+# vocabulary, trained from the beginning; it can also generate images, but needs
+# pretraining on both.
 #
 # </details>
 # %% [markdown] lang="zh"
@@ -668,8 +668,9 @@ assert curves['everything'][-50:].mean() < curves['text only'][-50:].mean() / 3
 # 投影（LLaVA）：图像向量放进序列；简单，不需要新的层，直接用已有的注意力，
 # 但每个图像 token 在每一层和 KV cache 中的成本与文本 token 相同。
 # cross-attention（Flamingo，arXiv:2204.14198）：新的层读取图像特征；
-# 序列仍然短，新门控为零时语言模型不变，代价是大量新参数。resampler（BLIP-2，
-# arXiv:2301.12597）压缩成少量 token，会丢失细节（图中文字）。early fusion：
+# 序列仍然短，新门控为零时语言模型不变，代价是大量新参数。
+# resampler（BLIP-2 的 Q-Former，arXiv:2301.12597）压缩成少量 token，
+# 会丢失细节（图中文字）。early fusion：
 # 图像离散成 token，与文本共用词表，从头训练；还能生成图像，
 # 但需要在两种数据上预训练。
 #
