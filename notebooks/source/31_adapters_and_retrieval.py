@@ -841,16 +841,19 @@ assert hits / 5 > share, 'more of the name than by chance'
 # %% [markdown] lang="en" tags=["solution"]
 # ## Exercise 2
 #
-# Only the question about depth has words of its passage besides the name. For
-# the other kinds the name alone decides, which all passages on the harbour
-# have, and BM25 prefers the shortest of them. That is the passage on cargo,
-# so the score there comes from its length, not from its words.
+# Only the question about depth has words of its passage besides the name. The
+# questions about founder and cargo share the name alone, which all passages on
+# the harbour have, and BM25 prefers the shortest of them. That is the passage
+# on cargo, so the score there comes from its length, not from its words. The
+# question about light shares *is* and *the* with the passage on depth.
 # %% [markdown] lang="zh" tags=["solution"]
 # ## 练习 2
 #
-# 只有问水深的问题除名字外还与对应段落有共同的词。其他几类只能靠名字，
-# 而关于该港口的所有段落都有这个名字，BM25 便偏向其中最短的一段。
-# 最短的是关于货物的段落，所以那一类的分数来自段落的长度，而不是用词。
+# 只有问水深的问题除名字外还与对应段落有共同的词。
+# 问创建者和货物的问题只有名字相同，而关于该港口的所有段落都有这个名字，
+# BM25 便偏向其中最短的一段。最短的是关于货物的段落，
+# 所以那一类的分数来自段落的长度，而不是用词。问灯的问题则与关于水深的段落共有
+# *is* 和 *the*。
 # %% tags=["solution"]
 kinds = np.array([k for _ in NAMES for k in FACTS])
 by_kind = {}
