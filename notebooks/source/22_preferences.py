@@ -620,7 +620,8 @@ assert abs(margins['IPO'][-1] - margins['IPO'][999]) < 0.01
 # %% [markdown] lang="zh"
 # 最后 DPO 的策略几乎只剩回答 1，它的 KL 是 $\log(1 / 0.35) = 1.05$。实践中让
 # DPO 停下来的是步数和学习率，而不是 beta。同样的 beta，多跑一个 epoch，KL
-# 散度就不同，所以必须记录它（包会记录 `kl`，即在样本对的文本上逐 token 的估计）。
+# 散度就不同，所以必须记录它（包会记录 `kl`，即在样本对的文本上逐 token
+# 的估计）。
 #
 # ### chosen 的概率下降
 #
@@ -692,8 +693,9 @@ assert chosen_change('similar, SFT 0.5') > chosen_change('similar')
 # The margin grows in all three, and the pair is ranked rightly after every
 # step. Only the log-probability of the chosen answer tells the first run from
 # the others, so log it beside the margin. The remedy in the third picture adds
-# $-\lambda \log \pi(y_c)$ (`sft_weight`; Pang et al., arXiv:2404.19733). Pairs
-# that differ clearly, as in the second, need no remedy.
+# $-\lambda \log \pi(y_c)$ (`sft_weight`, for which the package averages over
+# tokens; Pang et al., arXiv:2404.19733). Pairs that differ clearly, as in the
+# second, need no remedy.
 #
 # ### Length
 #
@@ -707,8 +709,9 @@ assert chosen_change('similar, SFT 0.5') > chosen_change('similar')
 # %% [markdown] lang="zh"
 # 三种情况下 margin 都在增大，每一步之后这一对都排得正确。只有 chosen
 # 的对数概率能把第一种与其他两种区分开，所以要和 margin 一起记录。
-# 第三幅图的补救办法是加上 $-\lambda \log \pi(y_c)$（`sft_weight`；Pang et al.，
-# arXiv:2404.19733）。像第二幅图那样差别明显的样本对不需要补救。
+# 第三幅图的补救办法是加上 $-\lambda \log \pi(y_c)$（`sft_weight`，包里对 token
+# 取平均；Pang et al.，arXiv:2404.19733）。
+# 像第二幅图那样差别明显的样本对不需要补救。
 #
 # ### 长度
 #
