@@ -877,8 +877,9 @@ assert runs['random weights'][1][-1] < 0.2
 # ### 推理时换了模板
 #
 # 再看最常见的不报错的错误：训练用一种模板，上线用另一种。两种情况：漏掉
-# generation prompt，prompt 在问题之后就结束；或者回答之前的标记用了预训练文档里
-# 的那个。与前面一样，prompt 之后的 5 个 token 必须正好是 4 个字母和结束标记。
+# generation prompt，prompt 在问题之后就结束；
+# 或者回答之前的标记用了预训练文档里的那个。与前面一样，prompt 之后的 5 个 token
+# 必须正好是 4 个字母和结束标记。
 # %%
 for name, template in (
   ('as trained', '<{} {} > '),
