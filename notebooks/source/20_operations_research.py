@@ -78,8 +78,8 @@ from examples.or_agents.vote import agree, vote  # noqa: E402
 # ## From words to a formulation
 #
 # The text is `TEXT` in the next cell. **Variables**: pots of noodles $x_1$ and
-# of rice $x_2$, whole numbers. **Objective**: the largest profit. **Constraints**:
-# hours of the stove, hours of the cooks, the order.
+# of rice $x_2$, whole numbers. **Objective**: the largest profit.
+# **Constraints**: hours of the stove, hours of the cooks, the order.
 #
 # $$
 # \max\ 90 x_1 + 120 x_2 \quad \text{s.t.} \quad
@@ -603,8 +603,8 @@ fig.tight_layout()
 # 2. A certificate that needs no solver: write the three constraints of the
 #    relaxed problem as $A x \le b$ (the order is $-x_2 \le -2$) and find prices
 #    $y \ge 0$ of them such that the cost of each pot at these prices is at
-#    least its profit: $A^\top y \ge (90, 120)$. Then $b \cdot y$ bounds *every* plan
-#    from above (weak duality). The dual problem is the smallest such bound.
+#    least its profit: $A^\top y \ge (90, 120)$. Then $b \cdot y$ bounds *every*
+#    plan from above (weak duality). The dual problem is the smallest such bound.
 #    Solve it with `solve`, check the prices by hand-written inequalities, and
 #    show that the bound equals the value of the relaxation.
 # 3. Answer only if at least $k$ of $n = 5$ programs agree. For $p = 0.6$ and
@@ -666,8 +666,8 @@ fig.tight_layout()
 #    $p = 0.2$ 时，$m$ 为多少三个程序投票才有用？
 # 2. 一个不需要求解器的证书：把松弛问题的三个约束写成 $A x \le b$（订单是
 #    $-x_2 \le -2$），为它们找价格 $y \ge 0$，
-#    使每锅按这些价格的成本不低于它的利润：$A^\top y \ge (90, 120)$。那么 $b \cdot y$ 是*每一个*方案的上界
-#    （弱对偶）。对偶问题就是求最小的这种上界。用 `solve` 求解它，
+#    使每锅按这些价格的成本不低于它的利润：$A^\top y \ge (90, 120)$。
+#    那么 $b \cdot y$ 是*每一个*方案的上界（弱对偶）。对偶问题就是求最小的这种上界。用 `solve` 求解它，
 #    用手写的不等式检查价格，并证明这个界等于松弛问题的值。
 # 3. 只有 $n = 5$ 个程序中至少 $k$ 个一致时才回答。设 $p = 0.6$，
 #    错误的程序都一致，对 $k = 3, 4, 5$ 用二项分布和模拟计算*覆盖率*
