@@ -604,8 +604,8 @@ fig.tight_layout()
 #    relaxed problem as $A x \le b$ (the order is $-x_2 \le -2$) and find prices
 #    $y \ge 0$ of them such that the cost of each pot at these prices is at
 #    least its profit: $A^\top y \ge (90, 120)$. Then $b \cdot y$ bounds *every*
-#    plan from above (weak duality). The dual problem is the smallest such bound.
-#    Solve it with `solve`, check the prices by hand-written inequalities, and
+#    plan from above (weak duality). The dual problem asks for the smallest such
+#    bound. Solve it with `solve`, check the prices by hand-written inequalities, and
 #    show that the bound equals the value of the relaxation.
 # 3. Answer only if at least $k$ of $n = 5$ programs agree. For $p = 0.6$ and
 #    wrong programs that all agree, compute for $k = 3, 4, 5$ the *coverage*
@@ -667,8 +667,9 @@ fig.tight_layout()
 # 2. 一个不需要求解器的证书：把松弛问题的三个约束写成 $A x \le b$（订单是
 #    $-x_2 \le -2$），为它们找价格 $y \ge 0$，
 #    使每锅按这些价格的成本不低于它的利润：$A^\top y \ge (90, 120)$。
-#    那么 $b \cdot y$ 是*每一个*方案的上界（弱对偶）。对偶问题就是求最小的这种上界。用 `solve` 求解它，
-#    用手写的不等式检查价格，并证明这个界等于松弛问题的值。
+#    那么 $b \cdot y$ 是*每一个*方案的上界（弱对偶）。
+#    对偶问题就是求最小的这种上界。用 `solve` 求解它，用手写的不等式检查价格，
+#    并证明这个界等于松弛问题的值。
 # 3. 只有 $n = 5$ 个程序中至少 $k$ 个一致时才回答。设 $p = 0.6$，
 #    错误的程序都一致，对 $k = 3, 4, 5$ 用二项分布和模拟计算*覆盖率*
 #    （多少情况下有回答）和*回答的准确率*。更高的准确率付出了什么代价？
