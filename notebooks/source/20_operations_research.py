@@ -168,13 +168,13 @@ print('relaxed ', solve(relaxed))
 # %% [markdown] lang="en"
 # ## Rounding is not integer programming
 #
-# With two variables one can draw it. The relaxed problem (without
-# $\mathbb Z$) has its optimum at a corner. Rounding that corner to the nearest
-# whole point leaves the feasible set, and rounding down gives a worse plan than
-# the best. The optimum of the relaxation is an upper *bound* of the integer
-# one, and a solver closes the gap between bound and best plan by branching
-# (split on a fractional variable, solve both halves, drop halves whose bound is
-# not better).
+# With two variables one can draw it. The relaxed problem (without $\mathbb Z$)
+# has its optimum at a corner. Rounding that corner to the nearest whole point
+# leaves the feasible set, and rounding down gives a worse plan than the best.
+# The optimum of the relaxation is an upper *bound* of the integer one, and a
+# solver closes the gap between bound and best plan by branching (split on a
+# fractional variable, solve both halves, drop halves whose bound is not
+# better).
 #
 # An enumeration of all whole points is an independent check of the solver.
 # %% [markdown] lang="zh"
@@ -605,8 +605,8 @@ fig.tight_layout()
 #    $y \ge 0$ of them such that the cost of each pot at these prices is at
 #    least its profit: $A^\top y \ge (90, 120)$. Then $b \cdot y$ bounds *every*
 #    plan from above (weak duality). The dual problem asks for the smallest such
-#    bound. Solve it with `solve`, check the prices by hand-written inequalities, and
-#    show that the bound equals the value of the relaxation.
+#    bound. Solve it with `solve`, check the prices by hand-written
+#    inequalities, and show that the bound equals the value of the relaxation.
 # 3. Answer only if at least $k$ of $n = 5$ programs agree. For $p = 0.6$ and
 #    wrong programs that all agree, compute for $k = 3, 4, 5$ the *coverage*
 #    (how often there is an answer) and the *accuracy of answers*, by the

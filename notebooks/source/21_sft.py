@@ -1092,7 +1092,7 @@ assert needed < packed_scores < padded_scores
 # ## 练习 3
 #
 # embedding 的行属于某个 token id，而不属于某个位置。让 segment 1 和 2
-# 使用不同的 id，只被 segment 1 读取的那些行的梯度就是它的输入的梯度。
+# 使用不同的 id，只被 segment 1 读取的那些行就反映了它的输入的梯度。
 # （如果输出层与 embedding 共享权重，每一行都会通过 softmax 得到梯度。）
 # %% tags=["solution"]
 two = [

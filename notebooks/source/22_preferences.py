@@ -79,8 +79,8 @@ def sigmoid(x):
 # = -(1 - \sigma(\Delta)) = -\sigma(-\Delta)
 # . $$
 #
-# For pairs that are rightly ordered with certainty it is near 0, for pairs that
-# are wrongly ordered with certainty near $-1$.
+# The derivative is near 0 for pairs that are rightly ordered with certainty,
+# and near $-1$ for pairs that are wrongly ordered with certainty.
 #
 # Let the score be linear in features, $r = w \cdot \phi(x, y)$; in a language
 # model $\phi$ is the last hidden state and $w$ a new output. Then the loss
@@ -273,9 +273,9 @@ for beta in (0.1, 0.5, 2.0):
 # $$ \nabla_\theta \ell_{DPO} = - \beta\, \sigma(-\beta h) \left[ \nabla_\theta
 # \log \pi_\theta(y_c) - \nabla_\theta \log \pi_\theta(y_r) \right] : $$
 #
-# raise the chosen answer, lower the rejected one. The weight
-# $\sigma(-\beta h)$ is large if the *implicit reward*
-# $\beta \log(\pi_\theta / \pi_{ref})$ orders the pair wrongly.
+# raise the chosen answer, lower the rejected one. The weight $\sigma(-\beta h)$
+# is large if the *implicit reward* $\beta \log(\pi_\theta / \pi_{ref})$ orders
+# the pair wrongly.
 #
 # We implement it for a small language model, a *bigram* model: the logits of
 # the next token are a row of a table `[v, v]`. An answer's log-likelihood is a
@@ -610,13 +610,13 @@ assert abs(margins['IPO'][-1] - margins['IPO'][999]) < 0.01
 #
 # The loss reads $h$ only, a difference. It also falls if both answers lose
 # probability and the rejected one loses more. With free logits this does not
-# happen, but
-# the answers of a language model share parameters: their logits are $E\, z$
-# with an output embedding $E$ `[k, d]` and a hidden state $z$. A gradient step
-# moves $z$ along $E_c - E_r$. If chosen and rejected are *similar*, that
-# direction has little to do with either, and a third answer whose embedding
-# lies in it takes the probability (Razin et al., arXiv:2410.08847). Their
-# example: chosen "No", rejected "Never", and "Yes" gains.
+# happen, but the answers of a language model share parameters: their logits are
+# $E\, z$ with an output embedding $E$ `[k, d]` and a hidden state $z$. A
+# gradient step moves $z$ along $E_c - E_r$. If chosen and rejected are
+# *similar*, that direction has little to do with either, and a third answer
+# whose embedding lies in it takes the probability (Razin et al.,
+# arXiv:2410.08847). Their example: chosen "No", rejected "Never", and "Yes"
+# gains.
 # %% [markdown] lang="zh"
 # 最后 DPO 的策略几乎只剩回答 1，它的 KL 是 $\log(1 / 0.35) = 1.05$。实践中让
 # DPO 停下来的是步数和学习率，而不是 beta。同样的 beta，多跑一个 epoch，KL

@@ -546,9 +546,9 @@ def state_values(critic, targets, answers):
 # ### The KL penalty
 #
 # RLHF also penalizes the KL divergence from the model at the start, $\pi_{ref}$
-# (section 2 of notebook 22). It has to be estimated from
-# sampled answers. With $q = \pi_{ref}(y) / \pi(y)$ and $y \sim \pi$, two
-# estimators are common: $k_1 = -\log q$ and $k_3 = q - 1 - \log q$. As
+# (section 2 of notebook 22). It has to be estimated from sampled answers. With
+# $q = \pi_{ref}(y) / \pi(y)$ and $y \sim \pi$, two estimators are common:
+# $k_1 = -\log q$ and $k_3 = q - 1 - \log q$. As
 # $E[q - 1] = \sum \pi_{ref} - \sum \pi = 0$, both have the mean
 # $KL(\pi \| \pi_{ref})$. $k_3$ is never negative, and where the policies are
 # close its variance is smaller, because $q - 1 \approx \log q$ cancels the
@@ -674,11 +674,11 @@ np.testing.assert_allclose(
 # for all tokens of answer $i$, with PPO's clipped loss. The KL penalty is a
 # term of the loss, $k_3$ of each token times a weight; it is 0 in this section
 # and is used in the next. Two consequences are visible in the formula. A group
-# whose answers are all right or all wrong has
-# $R_i = \mathrm{mean}$, so its advantages are zero: prompts that are too easy
-# or too hard teach nothing and cost as much as others. And the division by the
-# standard deviation gives prompts with rare success *or* rare failure more
-# weight than the policy gradient would.
+# whose answers are all right or all wrong has $R_i = \mathrm{mean}$, so its
+# advantages are zero: prompts that are too easy or too hard teach nothing and
+# cost as much as others. And the division by the standard deviation gives
+# prompts with rare success *or* rare failure more weight than the policy
+# gradient would.
 # %% [markdown] lang="zh"
 # ## 4. GRPO
 #
@@ -753,8 +753,8 @@ for name in ('PPO', 'GRPO'):
 # comparison would be another one. (The curves are means over 9 batches.) On the
 # right: as the policy improves, more and more groups are all right (silent in
 # the picture: all advantages are 0) and the batch gets effectively smaller.
-# Programs sample further prompts until enough groups have
-# both outcomes (DAPO, arXiv:2503.14476).
+# Programs sample further prompts until enough groups have both outcomes (DAPO,
+# arXiv:2503.14476).
 #
 # One run of each with one rate is no ranking of algorithms.
 #
