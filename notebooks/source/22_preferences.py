@@ -29,7 +29,7 @@
 # - Three pitfalls with numbers: no finite optimum, falling probability of
 #   chosen answers, length.
 #
-# About 70 minutes. Before it: the notebook about supervised fine-tuning.
+# About 70 minutes. Before it: notebook 21 (supervised fine-tuning).
 # %% [markdown] lang="zh"
 # ## 你将理解什么
 #
@@ -39,7 +39,7 @@
 # - beta 的含义，损失、奖励和 KL 散度怎样随它变化。
 # - 三个用数字测量的陷阱：没有有限的最优解、chosen 概率下降、长度。
 #
-# 大约 70 分钟。之前请先学习监督微调的 notebook。
+# 大约 70 分钟。之前请先学习 notebook 21（监督微调）。
 # %%
 import jax
 import jax.numpy as jnp
@@ -69,18 +69,18 @@ def sigmoid(x):
 # $$ p(y_1 \succ y_2 \mid x) = \sigma\big(r(x, y_1) - r(x, y_2)\big), \qquad
 # \sigma(z) = \frac{1}{1 + e^{-z}} . $$
 #
-# Only *differences* matter: adding any $c(x)$ to all scores of a prompt changes
+# Only *differences* matter: adding any $a(x)$ to all scores of a prompt changes
 # nothing. A reward therefore has no zero, and rewards of different prompts
-# cannot be compared. The negative log-likelihood of a labelled pair, with $c$
-# the chosen and $r$ the rejected answer, is
+# cannot be compared. The negative log-likelihood of a labelled pair, with the
+# chosen answer $y_c$ and the rejected answer $y_r$, is
 #
-# $$ \ell = -\log \sigma(\Delta), \quad \Delta = r_c - r_r, \qquad
+# $$ \ell = -\log \sigma(\Delta), \quad \Delta = r(x, y_c) - r(x, y_r), \qquad
 # \frac{\partial \ell}{\partial \Delta}
 # = -(1 - \sigma(\Delta)) = -\sigma(-\Delta)
 # . $$
 #
-# Pairs that are ordered with certainty have no gradient, wrongly ordered ones
-# have the gradient 1.
+# The derivative is near 0 for pairs that are rightly ordered with certainty,
+# and near $-1$ for pairs that are wrongly ordered with certainty.
 #
 # Let the score be linear in features, $r = w \cdot \phi(x, y)$; in a language
 # model $\phi$ is the last hidden state and $w$ a new output. Then the loss
@@ -95,16 +95,17 @@ def sigmoid(x):
 # $$ p(y_1 \succ y_2 \mid x) = \sigma\big(r(x, y_1) - r(x, y_2)\big), \qquad
 # \sigma(z) = \frac{1}{1 + e^{-z}} . $$
 #
-# 起作用的只有**差值**：给同一个 prompt 的所有分数加上任意 $c(x)$，什么都不变。
-# 所以奖励没有零点，不同 prompt 的奖励也不能相互比较。设 $c$ 为选中的（chosen）
-# 回答，$r$ 为被拒的（rejected）回答，一个带标签的样本对的负对数似然是
+# 起作用的只有**差值**：给同一个 prompt 的所有分数加上任意 $a(x)$，什么都不变。
+# 所以奖励没有零点，不同 prompt 的奖励也不能相互比较。设 $y_c$
+# 为选中的（chosen）回答，$y_r$
+# 为被拒的（rejected）回答，一个带标签的样本对的负对数似然是
 #
-# $$ \ell = -\log \sigma(\Delta), \quad \Delta = r_c - r_r, \qquad
+# $$ \ell = -\log \sigma(\Delta), \quad \Delta = r(x, y_c) - r(x, y_r), \qquad
 # \frac{\partial \ell}{\partial \Delta}
 # = -(1 - \sigma(\Delta)) = -\sigma(-\Delta)
 # . $$
 #
-# 已经很有把握地排对的样本对没有梯度，排错的样本对梯度接近 1。
+# 很有把握地排对的样本对，梯度接近 0；很有把握地排错的样本对，梯度接近 $-1$。
 #
 # 设分数是特征的线性函数 $r = w \cdot \phi(x, y)$；在语言模型里 $\phi$
 # 是最后的隐藏状态，$w$ 是一个新的输出。于是损失只通过
@@ -160,9 +161,9 @@ assert abs(accuracy - best) < 0.02 and best < 1
 # %% [markdown] lang="en"
 # ## 2. The objective of RLHF and its exact solution
 #
-# Given a reward, RLHF looks for a policy $\pi$ (a language model) with high
-# reward that stays close to a reference $\pi_{ref}$, the SFT model. For one
-# prompt
+# Given a reward, RLHF (reinforcement learning from human feedback) looks for a
+# policy $\pi$ (a language model) with high reward that stays close to a
+# reference $\pi_{ref}$, the SFT model. For one prompt, with $x$ left out,
 #
 # $$ \max_\pi \; J(\pi) = \sum_y \pi(y)\, r(y) - \beta \sum_y \pi(y) \log
 # \frac{\pi(y)}{\pi_{ref}(y)} . $$
@@ -188,8 +189,8 @@ assert abs(accuracy - best) < 0.02 and best < 1
 # %% [markdown] lang="zh"
 # ## 2. RLHF 的目标及其精确解
 #
-# 给定奖励，RLHF 寻找一个奖励高、同时不远离参考模型 $\pi_{ref}$（SFT 模型）
-# 的策略 $\pi$（语言模型）。对一个 prompt：
+# 给定奖励，RLHF（基于人类反馈的强化学习）寻找一个奖励高、同时不远离参考模型
+# $\pi_{ref}$（SFT 模型）的策略 $\pi$（语言模型）。对一个 prompt（省略 $x$）：
 #
 # $$ \max_\pi \; J(\pi) = \sum_y \pi(y)\, r(y) - \beta \sum_y \pi(y) \log
 # \frac{\pi(y)}{\pi_{ref}(y)} . $$
@@ -272,8 +273,9 @@ for beta in (0.1, 0.5, 2.0):
 # $$ \nabla_\theta \ell_{DPO} = - \beta\, \sigma(-\beta h) \left[ \nabla_\theta
 # \log \pi_\theta(y_c) - \nabla_\theta \log \pi_\theta(y_r) \right] : $$
 #
-# raise the chosen answer, lower the rejected one, weighted by how wrong the
-# implicit reward is.
+# raise the chosen answer, lower the rejected one. The weight $\sigma(-\beta h)$
+# is large if the *implicit reward* $\beta \log(\pi_\theta / \pi_{ref})$ orders
+# the pair wrongly.
 #
 # We implement it for a small language model, a *bigram* model: the logits of
 # the next token are a row of a table `[v, v]`. An answer's log-likelihood is a
@@ -308,7 +310,9 @@ for beta in (0.1, 0.5, 2.0):
 # $$ \nabla_\theta \ell_{DPO} = - \beta\, \sigma(-\beta h) \left[ \nabla_\theta
 # \log \pi_\theta(y_c) - \nabla_\theta \log \pi_\theta(y_r) \right] : $$
 #
-# 提高 chosen，降低 rejected，权重是隐式奖励错得有多厉害。
+# 提高 chosen，降低 rejected。如果**隐式奖励**
+# $\beta \log(\pi_\theta / \pi_{ref})$ 把这一对排错，权重 $\sigma(-\beta h)$
+# 就大。
 #
 # 我们在一个小语言模型上实现它：bigram 模型，下一个 token 的 logit 是表 `[v, v]`
 # 的一行。一个回答的对数似然是它各 token 之和，不包括 prompt。
@@ -361,8 +365,8 @@ print(f'loss {loss:.4f}')
 # %% [markdown] lang="en"
 # The package's objective takes a function `apply` and batches with the prefixes
 # `chosen_` and `rejected_`. A table is a model as well, so the real objective
-# runs on our numbers, with its own bookkeeping of masks and sums, and
-# `jax.grad` gives the gradient.
+# runs on our numbers, with its own code for masks and sums, and `jax.grad`
+# gives the gradient.
 # %% [markdown] lang="zh"
 # 包里的目标函数接收一个函数 `apply`，以及带前缀 `chosen_` 和 `rejected_` 的
 # batch。一张表也是一个模型，所以真正的目标函数可以在我们的数字上运行，
@@ -410,17 +414,20 @@ print({k: float(v[0] / v[1]) for k, v in metrics.items()})
 # With infinitely many labels the loss is an expectation, which we can write
 # down:
 #
-# $$ L(\theta) = - \frac{1}{30} \sum_{i \ne j} \sigma(r_i - r_j) \log
+# $$ L(\theta) = - \frac{1}{15} \sum_{i \ne j} \sigma(r_i - r_j) \log
 # \sigma(\beta h_{ij}) . $$
 #
-# It is a cross-entropy between the true and the implied probability of a label,
-# so its minimum is $\beta h_{ij} = r_i - r_j$ for all pairs, and then
+# There are 15 pairs, each with two terms: $i$ is preferred, with probability
+# $\sigma(r_i - r_j)$, or $j$. $h_{ij}$ is $h$ with answer $i$ as the chosen
+# one. This is a cross-entropy between the true and the implied probability of a
+# label, so its minimum is $\beta h_{ij} = r_i - r_j$ for all pairs, and then
 # $\pi_\theta = \pi^*$. If the derivation is right, training has to reach the
 # closed form, for any beta, without ever seeing a reward.
 #
 # For free logits
 # $h_{ij} = (\theta_i - \theta_j) - (\theta^{ref}_i - \theta^{ref}_j)$: the
-# normalization of the softmax cancels too, and the problem is convex.
+# normalization of the softmax cancels too. $h$ is linear in $\theta$ and
+# $-\log \sigma$ is convex, so the problem is convex.
 # %% [markdown] lang="zh"
 # ## 4. 在已知最优解的问题上训练
 #
@@ -428,16 +435,19 @@ print({k: float(v[0] / v[1]) for k, v in metrics.items()})
 # 标签按真实奖励的 Bradley-Terry 抽取。策略是六个自由 logit $\theta$ 的
 # softmax。标签无穷多时，损失是一个可以写出来的期望：
 #
-# $$ L(\theta) = - \frac{1}{30} \sum_{i \ne j} \sigma(r_i - r_j) \log
+# $$ L(\theta) = - \frac{1}{15} \sum_{i \ne j} \sigma(r_i - r_j) \log
 # \sigma(\beta h_{ij}) . $$
 #
+# 共有 15 对，每对两项：以概率 $\sigma(r_i - r_j)$ 选中 $i$，否则选中 $j$；
+# $h_{ij}$ 是以 $i$ 为 chosen 时的 $h$。
 # 它是标签的真实概率与策略所隐含概率之间的交叉熵，最小值在所有样本对都满足
 # $\beta h_{ij} = r_i - r_j$ 处，此时 $\pi_\theta = \pi^*$。如果推导正确，
 # 那么对任意 beta，训练都必须到达闭式解，尽管它从未见过奖励。
 #
 # 对自由 logit 有
 # $h_{ij} = (\theta_i - \theta_j) - (\theta^{ref}_i - \theta^{ref}_j)$：softmax
-# 的归一化项也被消去，问题是凸的。
+# 的归一化项也被消去。$h$ 是 $\theta$ 的线性函数，$-\log \sigma$
+# 是凸函数，所以问题是凸的。
 # %%
 theta_ref = jnp.log(reference)
 labels = sigmoid(reward[:, None] - reward[None, :])
@@ -481,12 +491,14 @@ for beta in BETAS:
 
 
 # %% [markdown] lang="en"
-# The trained policies are the optima. Now with a finite number of labels: the
-# policy is a maximum likelihood estimate, so its error shrinks like
-# $1 / \sqrt{n}$.
+# The trained policies are the optima. Now with a finite number $n$ of labels:
+# the policy is a maximum likelihood estimate, so its error shrinks like
+# $1 / \sqrt{n}$. The error is measured as *total variation*,
+# $\frac{1}{2} \sum_y |\pi(y) - \pi^*(y)|$.
 # %% [markdown] lang="zh"
-# 训练得到的策略就是最优解。再看标签有限的情形：策略是最大似然估计，误差按
-# $1 / \sqrt{n}$ 缩小。
+# 训练得到的策略就是最优解。再看只有 $n$
+# 个标签的情形：策略是最大似然估计，误差按 $1 / \sqrt{n}$ 缩小。误差用**总变差**
+# $\frac{1}{2} \sum_y |\pi(y) - \pi^*(y)|$ 衡量。
 # %%
 def draw_labels(rng, count):
   """Counts [k, k] of 'row preferred to column' in drawn pairs."""
@@ -536,8 +548,8 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown] lang="en"
-# The curve on the left is the best mean reward for each distance from the
-# reference; beta chooses the point. Note what the plot hides: the axis is the
+# The curve on the left, the *frontier*, is the best mean reward for each KL
+# from the reference; beta chooses the point. Note that the vertical axis is the
 # *true* reward. With a reward that was fitted to few labels, the right part of
 # the curve is where the fit is extrapolated.
 #
@@ -546,24 +558,30 @@ plt.show()
 # ### No finite optimum
 #
 # Assume that every pair of a data set has been labelled once, or that people
-# always agree. Then the labels are 0 or 1, and $-\log \sigma(\beta h)$ is
-# smallest at $h = \infty$. Beta does not help: it rescales $h$, but $\infty$
-# stays where it is, so the KL constraint that beta stands for is lost. IPO
-# (Azar et al., arXiv:2310.12036) has the loss $(h - \frac{1}{2 \beta})^2$ with
-# a finite target.
+# always agree, and that no labels contradict each other. Then the probability
+# of a label is 0 or 1, and $-\log \sigma(\beta h)$ is smallest at $h = \infty$.
+# Beta does not help: it rescales $h$, but $\infty$ stays where it is, so the KL
+# constraint that beta stands for is lost. IPO (Azar et al., arXiv:2310.12036)
+# has the loss $(h - \frac{1}{2 \beta})^2$ with a finite target, 1 for
+# $\beta = 0.5$. With the labels below, $h_{12}$, $h_{23}$ and
+# $h_{13} = h_{12} + h_{23}$ cannot all be 1; the least squares solution has
+# $h = 1/3$ between neighbours.
 # %% [markdown] lang="zh"
-# 左图的曲线是离参考模型每个距离上能达到的最高平均奖励；beta 选择其中一点。
-# 注意图里看不到的东西：纵轴是**真实**奖励。如果奖励是用很少的标签拟合出来的，
-# 曲线右段正是拟合外推的地方。
+# 左图的曲线是**前沿**（frontier）：与参考模型的 KL
+# 给定时能达到的最高平均奖励；beta 选择其中一点。注意纵轴是**真实**奖励。
+# 如果奖励是用很少的标签拟合出来的，曲线右段正是拟合外推的地方。
 #
 # ## 5. 三个陷阱，用数字测量
 #
 # ### 没有有限的最优解
 #
-# 假设数据集里每对只标注一次，或者所有人意见总是一致。那么标签只有 0 或 1，
-# $-\log \sigma(\beta h)$ 在 $h = \infty$ 处最小。beta 无济于事：它缩放 $h$，但
-# $\infty$ 仍是 $\infty$，beta 所代表的 KL 约束就丢失了。IPO（Azar et al.，
-# arXiv:2310.12036）的损失是 $(h - \frac{1}{2 \beta})^2$，目标是有限的。
+# 假设数据集里每对只标注一次，或者所有人意见总是一致，而且标签互不矛盾。
+# 那么标签的概率只有 0 或 1，$-\log \sigma(\beta h)$ 在 $h = \infty$ 处最小。
+# beta 无济于事：它缩放 $h$，但 $\infty$ 仍是 $\infty$，beta 所代表的 KL
+# 约束就丢失了。IPO（Azar et al.，arXiv:2310.12036）的损失是
+# $(h - \frac{1}{2 \beta})^2$，目标是有限的，$\beta = 0.5$ 时为 1。
+# 对下面的标签，$h_{12}$、$h_{23}$ 和 $h_{13} = h_{12} + h_{23}$ 不可能都等于
+# 1；最小二乘解在相邻回答之间是 $h = 1/3$。
 # %%
 certain = np.triu(np.ones((6, 6)), 1)  # a smaller index always wins
 margins = {}
@@ -582,27 +600,33 @@ assert margins['DPO'][-1] > margins['DPO'][999] + 1, 'h did not go on growing'
 assert abs(margins['IPO'][-1] - margins['IPO'][999]) < 0.01
 
 # %% [markdown] lang="en"
-# In practice the number of steps and the learning rate stop DPO, not beta. A
-# run over one more epoch has another KL divergence with the same beta, so it
-# has to be logged (the package logs `kl`).
+# In the end DPO's policy is on answer 1 almost alone, whose KL is
+# $\log(1 / 0.35) = 1.05$. In practice the number of steps and the learning rate
+# stop DPO, not beta. A run over one more epoch has another KL divergence with
+# the same beta, so it has to be logged (the package logs `kl`, an estimate per
+# token on the texts of the pairs).
 #
 # ### The probability of the chosen answer falls
 #
-# The loss reads $h$ only, a difference. It is happy if the rejected answer
-# falls faster than the chosen one. With free logits this does not happen, but
-# the answers of a language model share parameters: their logits are $E\, z$
-# with an output embedding $E$ `[k, d]` and a hidden state $z$. A gradient step
-# moves $z$ along $E_c - E_r$. If chosen and rejected are *similar*, that
-# direction has little to do with either, and a third answer whose embedding
-# lies in it takes the probability (Razin et al., arXiv:2410.08847). Their
-# example: chosen "No", rejected "Never", and "Yes" gains.
+# The loss reads $h$ only, a difference. It also falls if both answers lose
+# probability and the rejected one loses more. With free logits this does not
+# happen, but the answers of a language model share parameters: their logits are
+# $E\, z$ with an output embedding $E$ `[k, d]` and a hidden state $z$. A
+# gradient step moves $z$ along $E_c - E_r$. If chosen and rejected are
+# *similar*, that direction has little to do with either, and a third answer
+# whose embedding lies in it takes the probability (Razin et al.,
+# arXiv:2410.08847). Their example: chosen "No", rejected "Never", and "Yes"
+# gains.
 # %% [markdown] lang="zh"
-# 实践中让 DPO 停下来的是步数和学习率，而不是 beta。同样的 beta，多跑一个
-# epoch，KL 散度就不同，所以必须记录它（包会记录 `kl`）。
+# 最后 DPO 的策略几乎只剩回答 1，它的 KL 是 $\log(1 / 0.35) = 1.05$。实践中让
+# DPO 停下来的是步数和学习率，而不是 beta。同样的 beta，多跑一个 epoch，KL
+# 散度就不同，所以必须记录它（包会记录 `kl`，即在样本对的文本上逐 token
+# 的估计）。
 #
 # ### chosen 的概率下降
 #
-# 损失只看差值 $h$。只要 rejected 比 chosen 降得更快，损失就满意。自由 logit
+# 损失只看差值 $h$。即使两个回答的概率都下降，只要 rejected
+# 降得更多，损失也会变小。自由 logit
 # 不会发生这种事，但语言模型的各个回答共享参数：logit 是 $E\, z$，其中 $E$
 # `[k, d]` 是输出 embedding，$z$ 是隐藏状态。一步梯度让 $z$ 沿 $E_c - E_r$
 # 移动。如果 chosen 与 rejected **相似**，这个方向与两者关系都不大，而某个
@@ -669,28 +693,31 @@ assert chosen_change('similar, SFT 0.5') > chosen_change('similar')
 # The margin grows in all three, and the pair is ranked rightly after every
 # step. Only the log-probability of the chosen answer tells the first run from
 # the others, so log it beside the margin. The remedy in the third picture adds
-# $-\lambda \log \pi(y_c)$ (`sft_weight`; Pang et al., arXiv:2404.19733). Pairs
-# that differ clearly, as in the second, need no remedy.
+# $-\lambda \log \pi(y_c)$ (`sft_weight`, for which the package averages over
+# tokens; Pang et al., arXiv:2404.19733). Pairs that differ clearly, as in the
+# second, need no remedy.
 #
 # ### Length
 #
 # Judges, people and models alike, prefer longer answers. DPO learns whatever
-# distinguishes chosen from rejected. Here is a measurement in which the wish
-# and the bias are known. A bigram model writes tokens `g` (good) and `b` (bad)
-# until it ends. A fair judge prefers the larger *share* of good tokens. A
-# biased one adds a bonus for each token. A third data set has the biased judge,
-# but both answers of a pair are of equal length, so that the bonus cancels.
+# distinguishes chosen from rejected. Here is a measurement in which quality and
+# bias are known. A bigram model writes tokens `g` (good) and `b` (bad) until it
+# writes the stop token. A fair judge prefers the larger *share* of good tokens.
+# A biased one adds a bonus for each token. A third data set has the biased
+# judge, but both answers of a pair are of equal length, so that the bonus
+# cancels.
 # %% [markdown] lang="zh"
 # 三种情况下 margin 都在增大，每一步之后这一对都排得正确。只有 chosen
 # 的对数概率能把第一种与其他两种区分开，所以要和 margin 一起记录。
-# 第三幅图的补救办法是加上 $-\lambda \log \pi(y_c)$（`sft_weight`；Pang et al.，
-# arXiv:2404.19733）。像第二幅图那样差别明显的样本对不需要补救。
+# 第三幅图的补救办法是加上 $-\lambda \log \pi(y_c)$（`sft_weight`，包里对 token
+# 取平均；Pang et al.，arXiv:2404.19733）。
+# 像第二幅图那样差别明显的样本对不需要补救。
 #
 # ### 长度
 #
 # 评判者（人和模型都是）偏爱更长的回答。凡是能区分 chosen 和 rejected 的东西，
-# DPO 都会学。下面的测量中，意图与偏差都是已知的。bigram 模型写 token `g`（好）
-# 和 `b`（坏），直到结束。公正的评判者偏好好 token **占比**高的回答；
+# DPO 都会学。下面的测量中，质量与偏差都是已知的。bigram 模型写 token `g`（好）
+# 和 `b`（坏），直到写出停止 token。公正的评判者偏好 `g` **占比**高的回答；
 # 有偏的评判者对每个 token 额外加分；第三个数据集用有偏的评判者，
 # 但一对回答长度相同，加分被抵消。
 # %%
@@ -815,12 +842,13 @@ assert outcomes['biased, equal lengths'][0] < 0.8 * outcomes['biased judge'][0]
 # 2. *Medium.* Best-of-n: draw $n$ answers from the reference and take the one
 #    with the highest reward. Compute its distribution exactly for the six
 #    answers, its KL divergence and mean reward for $n = 1, 2, 4, 8$. Is it
-#    above or below the frontier? Check the bound $KL \le \log n - (n - 1) / n$.
+#    above or below the frontier of section 4? Check the bound
+#    $KL \le \log n - (n - 1) / n$.
 # 3. *Hard.* Rankings of three answers: under Plackett-Luce, the first is drawn
 #    with probability proportional to $e^{r}$, then the second among the rest.
 #    Write the DPO loss of a ranking, show that for two answers it is the loss
 #    above, and that the expected loss over all rankings of three of the six
-#    answers has the same optimum $\pi^*$.
+#    answers has the same optimum $\pi^*$ (with $\beta = 1$).
 # %% [markdown] lang="zh"
 # ## 练习
 #
@@ -829,11 +857,12 @@ assert outcomes['biased, equal lengths'][0] < 0.8 * outcomes['biased judge'][0]
 #    的最小值点，用数值检验，并与包的 `label_smoothing` 对比。
 # 2. *中等。* Best-of-n：从参考模型抽 $n$ 个回答，取奖励最高的一个。
 #    对六个回答精确计算 $n = 1, 2, 4, 8$ 时的分布、KL 散度和平均奖励。
-#    它在前沿曲线之上还是之下？检验上界 $KL \le \log n - (n - 1) / n$。
+#    它在第 4 节的前沿曲线之上还是之下？检验上界
+#    $KL \le \log n - (n - 1) / n$。
 # 3. *困难。* 三个回答的排序：在 Plackett-Luce 模型下，第一名按正比于 $e^{r}$
 #    的概率抽取，第二名从其余回答中抽取。写出一个排序的 DPO 损失，
 #    证明两个回答时就是上面的损失，并证明对六选三的所有排序取期望，最优解仍是
-#    $\pi^*$。
+#    $\pi^*$（取 $\beta = 1$）。
 # %% [markdown] lang="en"
 # ## Interview questions
 #
@@ -902,8 +931,9 @@ assert outcomes['biased, equal lengths'][0] < 0.8 * outcomes['biased judge'][0]
 #
 # - {{moepeft.objectives.dpo.loss_sums}} with
 #   {{moepeft.objectives.dpo.sigmoid_loss}},
-#   {{moepeft.objectives.dpo.ipo_loss}}, {{moepeft.objectives.dpo.hinge_loss}}
-#   and {{moepeft.objectives.dpo.robust_loss}} (arXiv:2403.00409).
+#   {{moepeft.objectives.dpo.ipo_loss}} (of log-ratios averaged over tokens),
+#   {{moepeft.objectives.dpo.hinge_loss}} and
+#   {{moepeft.objectives.dpo.robust_loss}} (arXiv:2403.00409).
 # - {{moepeft.objectives.paired_batch.answer_logps}} runs both answers in one
 #   pass, also packed, and takes the difference from the reference per token
 #   before it sums, as a difference of two large sums has a rounding error of
@@ -926,8 +956,9 @@ assert outcomes['biased, equal lengths'][0] < 0.8 * outcomes['biased judge'][0]
 #
 # - {{moepeft.objectives.dpo.loss_sums}}，以及
 #   {{moepeft.objectives.dpo.sigmoid_loss}}、
-#   {{moepeft.objectives.dpo.ipo_loss}}、{{moepeft.objectives.dpo.hinge_loss}}
-#   和 {{moepeft.objectives.dpo.robust_loss}}（arXiv:2403.00409）。
+#   {{moepeft.objectives.dpo.ipo_loss}}（对数比率按 token 取平均）、
+#   {{moepeft.objectives.dpo.hinge_loss}} 和
+#   {{moepeft.objectives.dpo.robust_loss}}（arXiv:2403.00409）。
 # - {{moepeft.objectives.paired_batch.answer_logps}} 用一次前向计算两个回答，
 #   也支持打包；它先逐 token 减去参考模型再求和，
 #   因为两个大和之差的舍入误差与第一次更新一样大。

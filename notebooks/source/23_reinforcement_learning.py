@@ -31,17 +31,17 @@
 # - Reward hacking: a proxy that rises while the true reward falls, and what the
 #   KL penalty does.
 #
-# About 80 minutes. Before it: the notebooks about SFT and preferences.
+# About 80 minutes. Before it: notebooks 21 (SFT) and 22 (preferences).
 # %% [markdown] lang="zh"
 # ## 你将理解什么
 #
 # - 策略梯度，它为什么不需要奖励的梯度，又为什么噪声大。
 # - 基线（baseline）：均值不变，方差改变，并与精确梯度对比测量。
 # - PPO：重要性比率、裁剪、带 GAE 的 critic，以及 KL 惩罚和它的估计量。
-# - GRPO：用一组回答代替 critic，以及哪些组什么也教不了。
+# - GRPO：用一组回答代替 critic，以及哪些组不提供任何学习信号。
 # - Reward hacking：代理奖励上升而真实奖励下降，以及 KL 惩罚的作用。
 #
-# 大约 80 分钟。之前请先学习 SFT 和偏好两个 notebook。
+# 大约 80 分钟。之前请先学习 notebook 21（SFT）和 22（偏好）。
 # %%
 import functools
 
@@ -62,8 +62,9 @@ from moepeft.objectives.paired_batch import token_logps
 #
 # The prompt is a number $s$ from 5 to 22, one token. The answer is three
 # digits, and it is right if they add up to $s$. There are 1000 answers per
-# prompt, many of them right, and no example of a right answer is ever shown.
-# The policy is a decoder of the package with one layer and random weights:
+# prompt, 21 to 75 of them right, and no example of a right answer is ever
+# shown. The policy is a decoder of the package with one layer and random
+# weights:
 #
 # $$ \pi_\theta(y \mid s) = \prod_{t=1}^{3} \pi_\theta(y_t \mid s, y_{<t}) . $$
 #
@@ -74,7 +75,7 @@ from moepeft.objectives.paired_batch import token_logps
 # ## 1. 任务与策略
 #
 # prompt 是一个 5 到 22 的数 $s$，占一个 token。回答是三个数字，和等于 $s$
-# 即为正确。每个 prompt 有 1000 个回答，其中许多是正确的，
+# 即为正确。每个 prompt 有 1000 个回答，其中 21 到 75 个是正确的，
 # 训练中从不展示任何正确答案。策略是包里的一个 decoder，一层，随机权重：
 #
 # $$ \pi_\theta(y \mid s) = \prod_{t=1}^{3} \pi_\theta(y_t \mid s, y_{<t}) . $$
@@ -331,7 +332,9 @@ print(f'squared length of the exact gradient: {exact @ exact:.2e}')
 # This is the mean reward only if the length of $g$ has nothing to do with the
 # reward. An answer that the policy thinks improbable has a long gradient, and
 # when most answers are right, the improbable ones are the wrong ones: $b^*$ is
-# then below the mean reward.
+# then below the mean reward. The next cell prints the first term,
+# $E[(R - b)^2\, \|g\|^2]$, for three values of $b$ (the same for all prompts),
+# and the mean of $\|g\|^2$ of wrong and of right answers.
 # %% [markdown] lang="zh"
 # 两者都是无偏的。但请看平方误差：它比梯度本身还大，“噪声大”就是这个意思，
 # 而基线不一定有帮助。教科书说基线会减小方差；我们来算一算什么时候成立。
@@ -342,6 +345,8 @@ print(f'squared length of the exact gradient: {exact @ exact:.2e}')
 # 它是 $b$ 的抛物线，最小值在 $b^* = E[R\, \|g\|^2] / E[\|g\|^2]$。只有当 $g$
 # 的长度与奖励无关时，它才等于平均奖励。策略认为不太可能的回答，梯度很长；
 # 当多数回答已经正确时，不太可能的正是错误的回答，于是 $b^*$ 低于平均奖励。
+# 下面的代码对三个 $b$（所有 prompt 相同）打印第一项
+# $E[(R - b)^2\, \|g\|^2]$，以及错误回答和正确回答的 $\|g\|^2$ 的均值。
 # %%
 @jax.jit
 def squared_norms(params, targets, answers):
@@ -390,7 +395,7 @@ assert 0.7 < predicted / scatter[no_baseline] < 1.4, (predicted, scatter)
 
 # %% [markdown] lang="en"
 # The last check ties the formula to the measured scatter of batches. The best
-# constant baseline always helps. The mean reward, which every program uses,
+# constant baseline always helps. The mean reward, which most programs use,
 # changes little at the start, when nearly all answers are wrong, and half-way
 # it makes the estimate *noisier* than no baseline in this task. Its merits are
 # practical: it needs no knowledge of gradients, it adapts to prompts of
@@ -418,11 +423,12 @@ assert 0.7 < predicted / scatter[no_baseline] < 1.4, (predicted, scatter)
 # If the advantage is positive, there is no gain beyond $1 + \epsilon$; if it is
 # negative, none below $1 - \epsilon$. The `min` leaves the other side alone: a
 # good token that has become *less* likely keeps its full gradient, so that
-# mistakes are repaired.
+# mistakes are repaired. The pictures below have this function on the vertical
+# axis, for $\epsilon = 0.2$.
 # %% [markdown] lang="zh"
 # 最后一个检查把公式与实测的 batch 误差联系起来。最优的常数基线总有帮助。
-# 所有程序都在用的平均奖励，在开始时（几乎所有回答都错）影响很小，
-# 而训练到一半时，在这个任务上它让估计比没有基线**更嘈杂**。它的优点是实用：
+# 多数程序使用的平均奖励，在开始时（几乎所有回答都错）影响很小，
+# 而训练到一半时，在这个任务上它让估计比没有基线**噪声更大**。它的优点是实用：
 # 不需要知道梯度，能适应不同难度的 prompt，而且给错误的回答负的优势，
 # 把它们压低。
 #
@@ -444,7 +450,8 @@ assert 0.7 < predicted / scatter[no_baseline] < 1.4, (predicted, scatter)
 #
 # 优势为正时，超过 $1 + \epsilon$ 不再有收益；为负时，低于 $1 - \epsilon$
 # 不再有收益。`min` 不影响另一侧：一个好 token 如果反而变得**更不可能**，
-# 它仍有完整的梯度，错误因此能被纠正。
+# 它仍有完整的梯度，错误因此能被纠正。下图的纵轴就是这个函数，
+# $\epsilon = 0.2$。
 # %%
 CLIP = 0.2
 
@@ -472,13 +479,14 @@ plt.show()
 # %% [markdown] lang="en"
 # ### The critic and GAE
 #
-# PPO gives each *token* an advantage. A critic $V(\text{state})$ estimates the
-# expected reward from a prefix on. Writing a digit is good if it raises that
-# expectation: $\delta_t = r_t + V_{t+1} - V_t$, with $r_t = 0$ except at the
-# end and $V = 0$ after it. The single $\delta_t$ has little variance but the
-# critic's bias; the sum to the end, $R - V_t$, has no bias of later values and
-# much variance. *Generalized advantage estimation* (arXiv:1506.02438) mixes
-# them:
+# PPO gives each *token* an advantage. A critic $V_t$ estimates the expected
+# reward from the prompt and the tokens before token $t$. Writing a digit is
+# good if it raises that expectation: $\delta_t = r_t + V_{t+1} - V_t$, with
+# $r_t = 0$ except at the end and $V = 0$ after it (rewards are not discounted
+# here). The single $\delta_t$ has little variance but the critic's bias; the
+# sum of all $\delta$ to the end, $R - V_t$, does not depend on later values of
+# the critic, but has much variance. *Generalized advantage estimation* (GAE,
+# arXiv:1506.02438) mixes them by $\lambda$ between 0 and 1:
 #
 # $$ A_t = \sum_{k \ge 0} \lambda^k \delta_{t+k} \qquad \Longleftrightarrow
 # \qquad A_t = \delta_t + \lambda A_{t+1} . $$
@@ -488,12 +496,13 @@ plt.show()
 # %% [markdown] lang="zh"
 # ### Critic 与 GAE
 #
-# PPO 给每个 **token** 一个优势。critic $V(\text{状态})$
-# 估计从某个前缀出发的期望奖励。写下一个数字如果提高了这个期望，就是好的：
-# $\delta_t = r_t + V_{t+1} - V_t$，其中 $r_t$ 只在最后非零，结束之后 $V = 0$。
-# 单独一个 $\delta_t$ 方差小，但带有 critic 的偏差；一直累加到末尾的 $R - V_t$
-# 没有后续价值估计的偏差，但方差大。**广义优势估计**（GAE，arXiv:1506.02438）
-# 把两者混合：
+# PPO 给每个 **token** 一个优势。critic $V_t$ 根据 prompt 和第 $t$ 个 token
+# 之前的 token 估计期望奖励。写下一个数字如果提高了这个期望，就是好的：
+# $\delta_t = r_t + V_{t+1} - V_t$，其中 $r_t$ 只在最后非零，结束之后
+# $V = 0$（这里奖励不打折扣）。单独一个 $\delta_t$ 方差小，但带有 critic
+# 的偏差；所有 $\delta$ 一直累加到末尾得 $R - V_t$，它不依赖 critic
+# 后面的估计，但方差大。**广义优势估计**（GAE，arXiv:1506.02438）用 0 到 1
+# 之间的 $\lambda$ 把两者混合：
 #
 # $$ A_t = \sum_{k \ge 0} \lambda^k \delta_{t+k} \qquad \Longleftrightarrow
 # \qquad A_t = \delta_t + \lambda A_{t+1} . $$
@@ -537,9 +546,9 @@ def state_values(critic, targets, answers):
 # ### The KL penalty
 #
 # RLHF also penalizes the KL divergence from the model at the start, $\pi_{ref}$
-# (section 2 of the notebook about preferences). It has to be estimated from
-# sampled answers. With $q = \pi_{ref}(y) / \pi(y)$ and $y \sim \pi$, two
-# estimators are common: $k_1 = -\log q$ and $k_3 = q - 1 - \log q$. As
+# (section 2 of notebook 22). It has to be estimated from sampled answers. With
+# $q = \pi_{ref}(y) / \pi(y)$ and $y \sim \pi$, two estimators are common:
+# $k_1 = -\log q$ and $k_3 = q - 1 - \log q$. As
 # $E[q - 1] = \sum \pi_{ref} - \sum \pi = 0$, both have the mean
 # $KL(\pi \| \pi_{ref})$. $k_3$ is never negative, and where the policies are
 # close its variance is smaller, because $q - 1 \approx \log q$ cancels the
@@ -547,7 +556,7 @@ def state_values(critic, targets, answers):
 # %% [markdown] lang="zh"
 # ### KL 惩罚
 #
-# RLHF 还惩罚与初始模型 $\pi_{ref}$ 的 KL 散度（见偏好 notebook 第 2 节）。
+# RLHF 还惩罚与初始模型 $\pi_{ref}$ 的 KL 散度（见 notebook 22 第 2 节）。
 # 它要用采样的回答来估计。令 $q = \pi_{ref}(y) / \pi(y)$，$y \sim \pi$，
 # 常用两个估计量：$k_1 = -\log q$ 和 $k_3 = q - 1 - \log q$。由于
 # $E[q - 1] = \sum \pi_{ref} - \sum \pi = 0$，两者的均值都是
@@ -662,12 +671,14 @@ np.testing.assert_allclose(
 # $$ A_i = \frac{R_i - \mathrm{mean}(R_1 \dots R_G)}{\mathrm{std}(R_1 \dots
 # R_G)} $$
 #
-# for all tokens of answer $i$, with PPO's clipped loss. Two consequences are
-# visible in the formula. A group whose answers are all right or all wrong has
-# $R_i = \mathrm{mean}$, so its advantages are zero: prompts that are too easy
-# or too hard teach nothing and cost as much as others. And the division by the
-# standard deviation gives prompts with rare success *or* rare failure more
-# weight than the policy gradient would.
+# for all tokens of answer $i$, with PPO's clipped loss. The KL penalty is a
+# term of the loss, $k_3$ of each token times a weight; it is 0 in this section
+# and is used in the next. Two consequences are visible in the formula. A group
+# whose answers are all right or all wrong has $R_i = \mathrm{mean}$, so its
+# advantages are zero: prompts that are too easy or too hard teach nothing and
+# cost as much as others. And the division by the standard deviation gives
+# prompts with rare success *or* rare failure more weight than the policy
+# gradient would.
 # %% [markdown] lang="zh"
 # ## 4. GRPO
 #
@@ -677,9 +688,11 @@ np.testing.assert_allclose(
 # $$ A_i = \frac{R_i - \mathrm{mean}(R_1 \dots R_G)}{\mathrm{std}(R_1 \dots
 # R_G)} $$
 #
-# 用于回答 $i$ 的所有 token，损失是 PPO 的裁剪损失。从公式可以看出两个后果。
-# 全对或全错的组有 $R_i = \mathrm{mean}$，优势为零：太容易或太难的 prompt
-# 什么也教不了，成本却与其他 prompt 相同。除以标准差，
+# 用于回答 $i$ 的所有 token，损失是 PPO 的裁剪损失。KL
+# 惩罚是损失中的一项，即每个 token 的 $k_3$ 乘以一个权重；本节中权重为
+# 0，下一节才用到。从公式可以看出两个后果。全对或全错的组有
+# $R_i = \mathrm{mean}$，优势为零：太容易或太难的 prompt
+# 不提供任何学习信号，成本却与其他 prompt 相同。除以标准差，
 # 会让成功罕见**或**失败罕见的 prompt 得到比策略梯度更大的权重。
 # %%
 def group_advantages(rewards):
@@ -737,10 +750,11 @@ for name in ('PPO', 'GRPO'):
 # %% [markdown] lang="en"
 # All have found right answers from a reward of one bit. PPO and GRPO take four
 # steps per batch and therefore learn faster *per answer*; per gradient step the
-# comparison would be another one. On the right: as the policy improves, more
-# and more groups are all right (silent in the picture) and the batch gets
-# effectively smaller. Programs sample further prompts until enough groups have
-# both outcomes (DAPO, arXiv:2503.14476).
+# comparison would be another one. (The curves are means over 9 batches.) On the
+# right: as the policy improves, more and more groups are all right (silent in
+# the picture: all advantages are 0) and the batch gets effectively smaller.
+# Programs sample further prompts until enough groups have both outcomes (DAPO,
+# arXiv:2503.14476).
 #
 # One run of each with one rate is no ranking of algorithms.
 #
@@ -750,12 +764,13 @@ for name in ('PPO', 'GRPO'):
 # $s$: the true reward is $-|{\textstyle\sum} y - s|$. They compare answers of
 # the untrained policy, whose digits are nearly uniform, so their sums are
 # mostly *below* the targets 15 to 21. A reward model with one feature, the sum,
-# is fitted to the comparisons by Bradley-Terry. On its data it is good: more is
-# closer. Then it is optimized.
+# is fitted to the comparisons by Bradley-Terry. On its data it is good: a
+# larger sum is mostly closer to the target. Then it is optimized.
 # %% [markdown] lang="zh"
 # 只凭一个比特的奖励，所有算法都找到了正确答案。PPO 和 GRPO 每批做四步更新，
-# 所以**按回答数**算学得更快；按梯度步数比较则是另一回事。右图：随着策略变好，
-# 越来越多的组全对（图中的 silent groups），batch 实际上变小了。
+# 所以**按回答数**算学得更快；按梯度步数比较则是另一回事。（曲线是 9 个 batch
+# 的滑动平均。）右图：随着策略变好，越来越多的组全对（图中的 silent
+# groups，优势全为 0），batch 实际上变小了。
 # 实际系统会继续采样其他 prompt，直到有足够多的组同时包含两种结果（DAPO，
 # arXiv:2503.14476）。
 #
@@ -767,7 +782,7 @@ for name in ('PPO', 'GRPO'):
 # $-|{\textstyle\sum} y - s|$。他们比较未训练策略的回答，数字近似均匀分布，
 # 所以对目标 15 到 21 来说，和大多**偏小**。用 Bradley-Terry
 # 在这些比较上拟合一个只有一个特征（和）的奖励模型。在它的数据上它是好的：
-# 和越大越接近目标。然后去优化它。
+# 多数情况下，和越大越接近目标。然后去优化它。
 # %%
 HIGH = jnp.repeat(jnp.arange(15, 22), 2 * GROUP)
 
@@ -852,7 +867,8 @@ assert held[-1] > hacked[-1] + 1, 'the KL penalty has no effect'
 # %% [markdown] lang="en"
 # The reward model rises throughout. The true reward first rises, then falls
 # below its value before training: the policy has left the answers on which the
-# reward model was fitted and writes nines. Nobody who looks at the training
+# reward model was fitted and writes mostly nines (three nines add up to 27,
+# which is 9 from the targets on average). Nobody who looks at the training
 # reward alone can see when that happens. The KL penalty keeps the policy where
 # the reward model has data; the price is a policy that also moves less when the
 # reward is right. Other measures: collect new comparisons from the current
@@ -860,7 +876,8 @@ assert held[-1] > hacked[-1] + 1, 'the KL penalty has no effect'
 # last are only as good as the program.
 # %% [markdown] lang="zh"
 # 奖励模型的分数一直上升。真实奖励先升后降，最后比训练之前还低：
-# 策略离开了奖励模型拟合过的那些回答，只写 9。
+# 策略离开了奖励模型拟合过的那些回答，几乎只写 9（三个 9 的和是
+# 27，平均与目标相差 9）。
 # 只看训练奖励的人看不出这是何时发生的。KL 惩罚把策略留在奖励模型有数据的地方；
 # 代价是奖励正确时策略也走得更少。其他办法：用当前策略收集新的比较、
 # 用第二个奖励决定何时停止，或者使用可由程序验证的奖励，
@@ -875,8 +892,10 @@ assert held[-1] > hacked[-1] + 1, 'the KL penalty has no effect'
 #    SFT step on them. Show that its gradient is that of REINFORCE without a
 #    baseline, up to a factor, and name the factor.
 # 3. *Hard.* Write GRPO as an objective of the package: an `ObjectiveSpec` with
-#    `prepare_batch` for the advantages and a `loss_fn` that returns sums. Show
-#    that its loss and its gradient equal those of this notebook.
+#    `prepare_batch` for the advantages and a `loss_fn` that returns sums,
+#    without the KL penalty. Show that its loss and its gradient equal those of
+#    this notebook. Read {{moepeft.objectives.objective.ObjectiveSpec}} for the
+#    arguments of the two functions.
 # %% [markdown] lang="zh"
 # ## 练习
 #
@@ -885,8 +904,9 @@ assert held[-1] > hacked[-1] + 1, 'the KL penalty has no effect'
 #    有什么区别？
 # 2. *中等。* 拒绝采样：保留一个 batch 中正确的回答，在它们上面做一步 SFT。
 #    证明其梯度等于不带基线的 REINFORCE 梯度乘以一个因子，并指出这个因子。
-# 3. *困难。* 把 GRPO 写成包的目标函数：一个 `ObjectiveSpec`，用 `prepare_batch`
-#    计算优势，`loss_fn` 返回和。证明它的损失和梯度与本 notebook 相同。
+# 3. *困难。* 把 GRPO（不带 KL 惩罚）写成包的目标函数：一个 `ObjectiveSpec`，用
+#    `prepare_batch` 计算优势，`loss_fn` 返回和。证明它的损失和梯度与本 notebook
+#    相同。两个函数的参数见 {{moepeft.objectives.objective.ObjectiveSpec}}。
 # %% [markdown] lang="en"
 # ## Interview questions
 #
@@ -899,8 +919,8 @@ assert held[-1] > hacked[-1] + 1, 'the KL penalty has no effect'
 # pays with samples ($G$ per prompt, at least some of which have to differ in
 # reward), and with credit assignment: all tokens of an answer have the same
 # advantage, whereas a critic with GAE can tell which token changed the
-# expectation. For one reward at the end of a text and a strong sampler this is
-# a good trade; memory for a second model is saved.
+# expectation. For one reward at the end of a text and a fast sampler this is a
+# good trade; memory for a second model is saved.
 #
 # </details>
 #
@@ -969,7 +989,7 @@ assert held[-1] > hacked[-1] + 1, 'the KL penalty has no effect'
 # %% [markdown] lang="zh"
 # ## 在 moepeft 中
 #
-# 包里还没有 PPO 和 GRPO，但有它们的零件：
+# 包里还没有 PPO 和 GRPO，但有它们的组成部分：
 #
 # - {{moepeft.objectives.objective.ObjectiveSpec}}：
 #   目标函数是一个返回和的损失函数，求梯度之前有 `prepare_rows` 和
@@ -1054,7 +1074,7 @@ np.testing.assert_allclose(
 #
 # The loss of a row is a sum over tokens, and the weight is the number of
 # tokens, so that microbatches add up. The advantages need whole groups and
-# therefore belong into `prepare_batch`, which sees the whole batch.
+# therefore belong in `prepare_batch`, which sees the whole batch.
 # %% [markdown] lang="zh" tags=["solution"]
 # ## 练习 3
 #

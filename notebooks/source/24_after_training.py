@@ -28,7 +28,8 @@
 # - Time to first token and tokens per second: what they depend on, and how to
 #   measure them.
 #
-# About 60 minutes. Before it: the notebooks about LoRA and SFT.
+# About 60 minutes. Before it: notebooks 11 (generation), 15 (LoRA) and 21
+# (SFT).
 # %% [markdown] lang="zh"
 # ## 你将理解什么
 #
@@ -37,7 +38,7 @@
 # - adapter 文件里有什么，怎样合并，为什么“重新加载等于训练结果”是一个测试。
 # - 首 token 时间（TTFT）和每秒 token 数：取决于什么，怎样测量。
 #
-# 大约 60 分钟。之前请先学习 LoRA 和 SFT 的 notebook。
+# 大约 60 分钟。之前请先学习 notebook 11（生成）、15（LoRA）和 21（SFT）。
 # %%
 import contextlib
 import io
@@ -79,14 +80,16 @@ from moepeft.objectives.seq2seq import SEQ2SEQ
 # The base `package:t5_tiny` reads bytes and was pretrained on generated tasks,
 # among them `opinion` (is a word good or bad?) and `kind` (what is a guitar?).
 # The new task `stars` asks for the same judgement under new labels: `five` or
-# `one`. Answers are ranked: the choice with the higher log-likelihood counts.
+# `one`. Answers are ranked: the choice with the highest log-likelihood counts,
+# so guessing is right in 50 % of `stars` and `opinion` and in 25 % of `kind`.
 # %% [markdown] lang="zh"
 # ## 1. 两类任务，两种方法
 #
 # 基座 `package:t5_tiny` 以字节为输入，在生成的任务上预训练过，其中有
 # `opinion`（这个词是褒是贬？）和 `kind`（guitar 是哪一类东西？）。新任务
 # `stars` 要求同样的判断，但用新的标签：`five` 或 `one`。评测方式是排序：
-# 对数似然更高的选项为答案。
+# 对数似然最高的选项为答案，所以随机猜测在 `stars` 和 `opinion` 上的正确率是
+# 50%，在 `kind` 上是 25%。
 # %%
 tokenizer = ByteTokenizer()
 config = config_lib.default()
@@ -233,28 +236,31 @@ for name, history in histories.items():
 # could do before. Nothing in the loss asks to keep the old tasks. `opinion` is
 # the same skill with other words; `kind` is another skill altogether and
 # suffers too, because the decoder has learned to write one of two words
-# whatever it is asked (section 4 shows answers).
+# whatever it is asked (section 4 shows answers). All other words have become
+# very improbable, `good` and `bad` as well, and nothing preserves their order:
+# `opinion` can fall below the 50 % of guessing.
 #
 # It is often said that LoRA forgets less (Biderman et al., arXiv:2405.09673,
 # find so at equal settings of a large model). Compare the two pictures: here,
-# with the rates above, that is no rule. Few trained parameters do not protect;
-# a low-rank change at every layer can redirect all outputs, and LoRA is usually
-# trained with a higher rate. What decides is how far the *function* has moved.
-# One difference is not a matter of degree, though: LoRA's base is *unchanged*.
-# Without the adapter the old model is back, bit by bit; after full fine-tuning
-# it exists only if somebody kept the file.
+# with the rates above, LoRA forgets more. Few trained parameters do not
+# protect; a low-rank change at every layer can redirect all outputs, and LoRA
+# is usually trained with a higher rate. What decides is how far the *function*
+# has moved. One difference is not a matter of degree, though: LoRA's base is
+# *unchanged*. Without the adapter it is the old model, bit by bit; after full
+# fine-tuning the old model exists only if somebody kept the file.
 # %% [markdown] lang="zh"
 # 两种方法都学会了新标签，也都丢掉了许多原有的能力。
 # 损失里没有任何东西要求保住旧任务。`opinion` 是同一种能力、不同的词；`kind`
 # 是完全不同的能力，却也受损，因为 decoder 学会了无论问什么都写那两个词之一（第
-# 4 节有例子）。
+# 4 节有例子）。其他词的概率都变得很小，包括 `good` 和 `bad`，
+# 而没有什么保证它们之间的次序，所以 `opinion` 可能低于随机猜测的 50%。
 #
 # 常有人说 LoRA 遗忘更少（Biderman et al.，arXiv:2405.09673，
-# 在大模型的相同设置下如此）。请比较两幅图：在这里，用上面的学习率，这并不成立。
-# 可训练参数少并不等于受保护；每一层的低秩改动足以改变所有输出的方向，而且 LoRA
-# 通常用更高的学习率。起决定作用的是**函数**移动了多远。但有一点不是程度问题：
-# LoRA 的基座**没有改变**。拿掉 adapter，旧模型逐比特地回来；全量微调之后，
-# 只有保存过旧文件的人才有旧模型。
+# 在大模型的相同设置下如此）。请比较两幅图：在这里，用上面的学习率，LoRA
+# 反而忘得更多。可训练参数少并不等于受保护；每一层的低秩改动足以改变所有输出，
+# 而且 LoRA 通常用更高的学习率。起决定作用的是**函数**改变了多少。
+# 但有一点不是程度问题：LoRA 的基座**没有改变**。拿掉 adapter，
+# 得到的就是逐比特相同的旧模型；全量微调之后，只有保存过旧文件的人才有旧模型。
 # %%
 def largest_change(tree, reference):
   pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True)
@@ -336,16 +342,21 @@ assert error.mean() < rough.mean() < nf4_error.mean()
 # NF4 (QLoRA, arXiv:2305.14314) has 4 bits: 16 levels at quantiles of a normal
 # distribution, scaled by the absolute maximum of 64 consecutive inputs. Its
 # error per weight is much larger than that of int8. What matters is the model's
-# output, so the whole model is quantized and measured. In moepeft a quantized
-# kernel is two arrays in place of one; the module reads the names and
-# dequantizes. Embeddings and head stay as they are, which in a tiny model is a
-# large part of the bytes.
+# output, so the whole base is quantized, the LoRA adapter stays float32, and
+# the outputs are compared. In moepeft a quantized kernel is two arrays in place
+# of one; the module reads the names and dequantizes. Embeddings and head stay
+# as they are, which in a tiny model is a large part of the bytes. (The column
+# `nll` is the mean over the right answers of all three tasks. It is large
+# because the answers of the forgotten tasks are among them.)
 # %% [markdown] lang="zh"
 # NF4（QLoRA，arXiv:2305.14314）用 4 比特：16 个取值位于正态分布的分位点，按 64
 # 个连续输入的最大绝对值缩放。它对单个权重的误差比 int8 大得多。
-# 但重要的是模型的输出，所以我们量化整个模型再测量。在 moepeft 里，量化的 kernel
+# 但重要的是模型的输出，所以我们量化整个基座，LoRA adapter 保持
+# float32，再比较输出。在 moepeft 里，量化的 kernel
 # 是两个数组而不是一个；模块根据名字识别并反量化。embedding 和 head 保持原样，
-# 在小模型里它们占字节数的很大一部分。
+# 在小模型里它们占字节数的很大一部分。（`nll`
+# 一列是三个任务全部正确答案的平均值；它很大，
+# 因为其中有被遗忘的任务的答案。）
 # %%
 model, built, score = models['LoRA']
 rows = {}
@@ -460,11 +471,11 @@ assert largest > 1e-2, 'an adapter that changes nothing tests nothing'
 
 # %% [markdown] lang="en"
 # Now the function: the log-probabilities of the trained model in memory against
-# those of each file, loaded as a stranger would load it. Equal files are not
-# the claim, equal *outputs* are.
+# those of each file, loaded from the file alone, as its receiver would. Equal
+# files are not the claim, equal *outputs* are.
 # %% [markdown] lang="zh"
-# 再看函数：把内存中训练好的模型的对数概率，
-# 与按陌生人的方式重新加载的每个文件比较。要求的不是文件相等，而是**输出**相等。
+# 再看函数：每个文件都只凭文件本身重新加载，
+# 再把对数概率与内存中训练好的模型比较。要求的不是文件相等，而是**输出**相等。
 # %%
 in_memory = score(trained['LoRA'], PAIRS)
 without_adapter = make_scorer(build('full')[0])
@@ -564,13 +575,19 @@ for count in (1, 8):
 
 
 # %% [markdown] lang="en"
-# The figures depend on your machine and on what else it does, so nothing is
-# asserted about them. What can be asserted is that the engine, with its cache,
-# batches and padding, gives the tokens of the model: greedy decoding by hand,
-# where the whole answer is computed anew for every token, is slow and has to
-# agree.
+# The numbers depend on your machine and on what else it does, so nothing is
+# asserted about them. The model is so small that a step spends most of its time
+# on other things than reading weights, so a request among 8 is hardly slower
+# than a single one here. The first token of 8 requests includes waiting for the
+# prefill of the others. What can be asserted is that the engine, with its
+# cache, batches and padding, gives the tokens of the model: greedy decoding by
+# hand, where the whole answer is computed anew for every token, is slow and has
+# to agree.
 # %% [markdown] lang="zh"
-# 这些数字取决于你的机器和它正在做的其他事，所以不对它们做断言。可以断言的是：
+# 这些数字取决于你的机器和它正在做的其他事，所以不对它们做断言。模型太小，
+# 一步的时间大多不花在读取权重上，所以在这里，
+# 8 个请求中的单个请求几乎不比单独一个请求慢。8 个请求的首 token
+# 时间包含等待其他请求的 prefill。可以断言的是：
 # 带缓存、batch 和 padding 的引擎给出的正是模型的 token。手写的贪心解码对每个
 # token 都重新计算整个回答，很慢，但结果必须一致。
 # %%
@@ -620,18 +637,21 @@ plt.show()
 #    every weight once. What is the largest number of tokens per second of a
 #    single request on a machine that reads 50 GB/s, and on one that reads 1
 #    TB/s? And with int8? Why does a batch not change the bound per step?
-# 2. *Medium.* Replay: train LoRA with half of each batch from `opinion`. Show
-#    what it does to both tasks.
+# 2. *Medium.* Replay: train LoRA with half of each batch from `opinion`
+#    (`tasks.examples` alternates between the tasks that it is given). Show what
+#    it does to both tasks.
 # 3. *Hard.* int4 by hand: symmetric, 15 levels from -7 to 7, one scale for each
-#    block of 64 inputs and output. Compare its error with NF4's on `kernel`, in
-#    which both have 4 bits and the same blocks, and explain the difference.
+#    output and each block of 64 inputs. Compare its error with NF4's on
+#    `kernel`, where both have 4 bits and the same blocks, and explain the
+#    difference.
 # %% [markdown] lang="zh"
 # ## 练习
 #
 # 1. *容易。* 一个 70 亿参数的 bfloat16 模型，每个 decode 步读取所有权重一次。
 #    在读取速度为 50 GB/s 和 1 TB/s 的机器上，单个请求每秒最多多少 token？用
 #    int8 呢？为什么 batch 不改变每步的这个上界？
-# 2. *中等。* 回放：训练 LoRA 时每个 batch 有一半来自 `opinion`。
+# 2. *中等。* 回放：训练 LoRA 时每个 batch 有一半来自
+#    `opinion`（`tasks.examples` 会交替给出多个任务的样本）。
 #    展示它对两个任务的影响。
 # 3. *困难。* 手写 int4：对称，-7 到 7 共 15 个取值，每个输出每 64
 #    个输入为一块，各用一个缩放因子。在 `kernel` 上与 NF4 比较误差（两者都是 4
@@ -664,8 +684,8 @@ plt.show()
 # and answer lengths; prompt tokens counted or not; median or mean, and the 95th
 # percentile; TTFT at the same load, as throughput can be raised at its expense;
 # with or without prefix cache, speculative decoding and quantization, and at
-# which quality; warm or cold. Throughput without latency at a stated load is
-# not a figure.
+# which quality; warm or cold. A throughput without the latency at a stated load
+# says little.
 #
 # </details>
 # %% [markdown] lang="zh"
