@@ -12,6 +12,7 @@ _REQUIRED = [
   'chex',
   'datasets',
   'flax>=0.12',
+  'gguf>=0.17',
   'gin-config>=0.5',
   'grain>=0.2.10',
   'huggingface_hub',
@@ -35,8 +36,6 @@ _REQUIRED = [
 _SEQIO = ['seqio>=0.0.20']
 # What measures generated texts; imported where it is used.
 _EVAL = ['rouge-score>=0.1.2', 'sacrebleu>=2.4']
-# What reads GGUF files; imported where it is used.
-_GGUF = ['gguf>=0.17']
 # What data steps need; imported where it is used.
 _DATA = ['datasketch>=1.6', 'sentencepiece>=0.2']
 # What the server needs, and the agent; imported where they are used. Pinned to
@@ -64,7 +63,6 @@ _NOTEBOOKS = ['ipykernel', 'jupytext>=1.16', 'nbclient', 'scikit-learn>=1.5']
 _COURSE = (
   _AGENT
   + _DATA
-  + _GGUF
   + _OR
   + _SERVE
   + _NOTEBOOKS
@@ -75,7 +73,6 @@ _DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5,<10']
 _TEST = (
   _EVAL
   + _OR
-  + _GGUF
   + _DATA
   + _SERVE
   + _AGENT
@@ -165,7 +162,6 @@ setup(
     'data': _DATA,
     'docs': _DOCS,
     'eval': _EVAL,
-    'gguf': _GGUF,
     'or': _OR,
     'rag': _RAG,
     'seqio': _SEQIO,

@@ -145,7 +145,7 @@ def test_wheel_names_its_licence_and_never_asks_for_torch(wheel):
   assert re.search(r'^License(-Expression)?: Apache-2.0$', metadata, re.M)
   assert re.search(r'^Requires-Python: >=3.11$', metadata, re.M)
   extras = re.findall(r'^Provides-Extra: (.*)$', metadata, re.M)
-  wanted = 'agent all course data docs eval gguf or rag seqio serve test'
+  wanted = 'agent all course data docs eval or rag seqio serve test'
   assert sorted(extras) == wanted.split()
   assert not re.search(r'^Requires-Dist: torch', metadata, re.M | re.I)
   licences = [path.name for path in folder.rglob('*LICENSE*')]

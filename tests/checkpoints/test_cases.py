@@ -41,8 +41,6 @@ here = pytest.mark.skipif(not SHARED.exists(), reason='the cases are not here')
   ],
 )
 def test_a_gguf_files_linear_scaling_is_kept(tmp_path, pairs, expected):
-  pytest.importorskip('gguf')
-
   def more(writer):
     for key, value in pairs.items():
       add = writer.add_string if isinstance(value, str) else writer.add_float32
@@ -57,7 +55,6 @@ def test_a_gguf_files_linear_scaling_is_kept(tmp_path, pairs, expected):
 
 @here
 def test_030_the_old_key_of_llama_cpp_reaches_config_json(tmp_path):
-  pytest.importorskip('gguf')
   flags = [f'--input={SHARED}/030/old_key.gguf', '--to=hf']
   assert convert.main(['convert', *flags, f'--output={tmp_path}/o']) == 0
   fields = json.loads((tmp_path / 'o' / 'config.json').read_text())
@@ -79,7 +76,6 @@ ODD_METADATA = {
 def test_odd_metadata_of_a_gguf_file_are_one_sentence(
   tmp_path, key, monkeypatch
 ):
-  pytest.importorskip('gguf')
   path = str(tmp_path / 'm.gguf')
   params = gguf_files.random_params(gguf_files.CONFIGS['llama'])
   gguf_files.write(path, 'llama', params)

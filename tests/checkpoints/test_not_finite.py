@@ -60,7 +60,6 @@ def test_whole_numbers_and_empty_arrays_pass():
 
 
 def test_the_scale_of_a_quantised_block_is_looked_at(tmp_path):
-  pytest.importorskip('gguf')
   path = str(tmp_path / 'm.gguf')
   params = gguf_files.random_params(gguf_files.CONFIGS['llama'])
   gguf_files.write(path, 'llama', params, kind='Q8_0')

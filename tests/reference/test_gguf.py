@@ -33,7 +33,6 @@ def prompts():
 
 @pytest.fixture(scope='module')
 def path():
-  pytest.importorskip('gguf')
   try:
     return pip_models.resolve('smollm2')
   except CheckpointError as error:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads and dequantizes models in GGUF files, llama.cpp's format.
 
-The `gguf` package reads and dequantizes the files; it is an extra (`pip install
-'moepeft[gguf]'`).
+The `gguf` package reads and dequantizes the files.
 """
 
 import functools
@@ -10,7 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -67,22 +66,6 @@ def metadata(path: str) -> Mapping[str, Any]:
   return open_file(path).metadata
 
 
-def package() -> ModuleType:
-  """The `gguf` package.
-
-  Raises:
-    CheckpointError: it is not installed.
-  """
-  try:
-    import gguf
-  except ImportError:
-    raise CheckpointError(
-      'GGUF files are read with the package gguf, which is not installed: '
-      "pip install 'moepeft[gguf]', or pip install gguf"
-    ) from None
-  return gguf
-
-
 def open_file(path: str) -> 'GgufFile':
   """Opens a file; tensors are read on demand.
 
@@ -102,9 +85,8 @@ def open_file(path: str) -> 'GgufFile':
 def _open_cached(path: str, size: int, mtime_ns: int) -> 'GgufFile':
   """`open_file`, cached by the file's size and time of change."""
   del size, mtime_ns
-  gguf = package()
   try:
-    reader = _open_reader(gguf, path)
+    reader = _open_reader(path)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
   # A truncated file raises different exception types.
   except Exception as error:
@@ -121,12 +103,13 @@ def _open_cached(path: str, size: int, mtime_ns: int) -> 'GgufFile':
   return GgufFile(path, metadata, {t.name: t for t in reader.tensors})
 
 
-def _open_reader(gguf: ModuleType, path: str) -> Any:
+def _open_reader(path: str) -> Any:
   """Opens a file with a reader that takes slices of a plain array.
 
   A vocabulary is some 100,000 of them, and numpy makes a slice of a memory map
   three times as slowly as one of an array.
   """
+  import gguf
 
   class Reader(gguf.GGUFReader):
     @property
@@ -195,9 +178,11 @@ class GgufFile:
 
   def fetch(self, name: str) -> np.ndarray:
     """Reads and dequantizes a tensor to float32."""
+    import gguf
+
     tensor = self._tensors[name]
     try:
-      array = package().dequantize(tensor.data, tensor.tensor_type)
+      array = gguf.dequantize(tensor.data, tensor.tensor_type)
     except (ValueError, TypeError, IndexError) as error:
       reason = ' '.join(str(error).split())[:200]
       raise CheckpointError(

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 
 from moepeft import convert
@@ -21,8 +22,6 @@ from moepeft.nn.rope import Rope
 from ..cases import DECODERS, GPT2, adapter_tree, random_params
 from ..gguf_files import CONFIGS, write
 from ..gguf_files import random_params as gguf_params
-
-gguf = pytest.importorskip('gguf')
 
 MISTRAL = dataclasses.replace(
   DECODERS['llama'],

@@ -27,7 +27,6 @@ from . import test_sentencepiece as test_pieces
 from . import test_tokenizer as test_gguf_tokenizer
 from .test_tokenizer import TEMPLATE, TEXT, TRICKY
 
-gguf = pytest.importorskip('gguf')
 pytest.importorskip('sentencepiece')
 
 AT = ['decoder/self/q', 'decoder/mlp/wo']

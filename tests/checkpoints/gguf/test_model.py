@@ -4,6 +4,7 @@
 import dataclasses
 import tracemalloc
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from .. import gguf_files
 from ..cases import assert_equal_trees
 from ..gguf_files import CONFIGS, random_params, write
 
-gguf = pytest.importorskip('gguf')
 KINDS = ('F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0')
 
 

@@ -4,6 +4,7 @@
 import io
 import random
 
+import gguf
 import pytest
 
 from moepeft.checkpoints.gguf import sentencepiece as gguf_sentencepiece
@@ -22,7 +23,6 @@ from moepeft.models.weight_mapping import CheckpointError
 from ..gguf_files import CONFIGS, random_params
 from .test_tokenizer import TEMPLATE, TEXT, TRICKY
 
-gguf = pytest.importorskip('gguf')
 sentencepiece = pytest.importorskip('sentencepiece')
 
 TURN = '<turn>'

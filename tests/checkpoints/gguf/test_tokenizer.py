@@ -3,6 +3,7 @@
 
 import json
 
+import gguf
 import pytest
 
 from moepeft.checkpoints.gguf import tokenizer as gguf_tokenizer
@@ -11,7 +12,6 @@ from moepeft.models.weight_mapping import CheckpointError
 
 from ..gguf_files import CONFIGS, random_params
 
-gguf = pytest.importorskip('gguf')
 tokenizers = pytest.importorskip('tokenizers')
 
 SPECIAL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
