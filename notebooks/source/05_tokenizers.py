@@ -21,7 +21,8 @@
 #   probabilities (EM)
 # - why numbers and Chinese cost more tokens, and what is done about it
 #
-# Time: about 75 minutes. Before it: nothing but Python.
+# Time: about 75 minutes. Before it: Python and, for section 8, probabilities
+# and their logarithms.
 # %% [markdown] lang="zh"
 # # 分词器
 #
@@ -33,12 +34,12 @@
 # ## 你将理解什么
 #
 # - 为什么先把文本变成 UTF-8 字节，为什么字节级分词器不需要 unknown token
-# - BPE 训练怎样选择合并（包括平局），编码时怎样重放这些合并
+# - BPE 训练怎样选择合并（包括频次相同时的规则），编码时怎样重放这些合并
 # - WordPiece 怎样编码，它的训练准则与 BPE 有何不同
 # - Unigram 怎样找出概率最大的切分（Viterbi），又怎样学到概率（EM）
 # - 为什么数字和中文要花更多 token，有哪些应对办法
 #
-# 时间：约 75 分钟。先修：会 Python 即可。
+# 时间：约 75 分钟。先修：会 Python；第 8 节要用到概率及其对数。
 # %%
 import json
 import math
@@ -71,14 +72,17 @@ print(next(line for line in text.split('\n') if is_chinese(line))[:50], '...')
 # would be large, mostly untrained, and out of date with the next version of
 # Unicode. UTF-8 writes any character as 1 to 4 bytes, so 256 symbols are enough
 # for every text, and no text is "unknown". The price is length: an English
-# letter is one byte, a Chinese character three, most emoji four.
+# letter is one byte, a common Chinese character three, most emoji four. ByT5's
+# tokenizer is just that: a token is a byte, and its id is the byte plus 3,
+# because ids 0 to 2 are padding, end and unknown.
 # %% [markdown] lang="zh"
 # ## 1. 字节
 #
 # Unicode 约有 15 万个字符。给每个字符一个词表项，词表会很大、多数项得不到训练，
 # 而且 Unicode 一更新就过时。UTF-8 把任何字符写成 1 到 4 个字节，所以 256
 # 个符号足以表示任何文本，不存在“未知”文本。代价是长度：英文字母一个字节，
-# 汉字三个字节，多数 emoji 四个字节。
+# 常用汉字三个字节，多数 emoji 四个字节。ByT5 的分词器就是这样：一个 token
+# 就是一个字节，id 是字节值加 3，因为 id 0 到 2 用作 padding、结束符和 unknown。
 # %%
 for letter in 'aé汉🙂':
   data = letter.encode()
@@ -88,10 +92,11 @@ assert byte_tokenizer.encode('汉a') == [b + 3 for b in '汉a'.encode()]
 # A part of a character is no valid text: U+FFFD stands for what is missing.
 assert byte_tokenizer.decode(byte_tokenizer.encode('汉')[:2]) == '\ufffd'
 # %% [markdown] lang="en"
-# GPT-2's tokenizer writes each byte as a printable letter, so that merges can
-# be stored as text: bytes that are printable Latin-1 letters stand for
-# themselves, the other 68 become the letters from U+0100 on. A space becomes
-# `Ġ`. This is a notation, not an encoding of its own.
+# GPT-2's tokenizer writes each byte as one printable character (a "letter" in
+# the code below), so that merges can be stored as text: the 188 bytes that are
+# printable characters in Latin-1 stand for themselves, the other 68 become the
+# characters from U+0100 on. A space becomes `Ġ`. This is a notation, not an
+# encoding of its own.
 #
 # ## 2. Pre-tokenization
 #
@@ -99,19 +104,21 @@ assert byte_tokenizer.decode(byte_tokenizer.encode('汉')[:2]) == '\ufffd'
 # beside "dog". So a regular expression first cuts the text into pieces (a word
 # with the space before it, a run of digits, a run of punctuation) and merges
 # stay inside a piece. Note that the space belongs to the *following* word:
-# `" town"` and `"town"` are different tokens. Chinese has no spaces, so that a
-# whole run of characters is one piece.
+# `" town"` and `"town"` are different tokens. Chinese has no spaces, so a whole
+# run of characters is one piece: in the output below, `Ġèĭ¹æŀľ` is " 苹果", a
+# space and six bytes.
 # %% [markdown] lang="zh"
-# GPT-2 的分词器把每个字节写成一个可打印字母，使 merges 能以文本形式保存：
-# 可打印的 Latin-1 字母代表自己，其余 68 个字节用 U+0100 起的字母代表。空格变成
-# `Ġ`。这只是一种记法，不是新的编码。
+# GPT-2 的分词器把每个字节写成一个可打印字符（下面代码中叫 letter），使 merges
+# 能以文本形式保存：在 Latin-1 中可打印的 188 个字节就写成该字符，其余 68
+# 个字节用 U+0100 起的字符表示。空格变成 `Ġ`。这只是一种记法，不是新的编码。
 #
-# ## 2. 预切分（pre-tokenization）
+# ## 2. 预分词（pre-tokenization）
 #
-# 如果合并可以跨词，就会出现 “of the”这样的 token，或者 “dog”之外还有 “dog.”和
-# “dog,”。所以先用正则表达式把文本切成片段（带前导空格的词、一串数字、
+# 如果合并可以跨词，就会出现 “of the” 这样的 token，或者在 “dog” 之外还有 “dog.”
+# 和 “dog,”。所以先用正则表达式把文本切成片段（带前导空格的词、一串数字、
 # 一串标点），合并只在片段内部进行。注意空格属于*后面*的词：`" town"` 与
-# `"town"` 是不同的 token。中文没有空格，一整串汉字就是一个片段。
+# `"town"` 是不同的 token。中文没有空格，一整串汉字就是一个片段：下面输出中的
+# `Ġèĭ¹æŀľ` 就是“ 苹果”，一个空格加六个字节。
 # %%
 printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
 hidden = [byte for byte in range(256) if byte not in printable]
@@ -148,15 +155,17 @@ assert pieces(text) == expected, 'compare the first difference of the lists'
 # bytes and repeats: count all adjacent pairs, weighted by how often their piece
 # occurs; merge the most frequent pair into a new token, everywhere. The
 # sequence of merges *is* the tokenizer. To be reproducible, ties need a rule;
-# `tokenizers` takes the pair with the smallest ids. Ids are given in order: the
-# 256 letters sorted, then one id for each merge.
+# `tokenizers` takes the pair whose first id is smallest, then the one whose
+# second id is. Ids are given in order: the 256 letters sorted, then one id for
+# each merge.
 # %% [markdown] lang="zh"
 # ## 3. 训练 BPE
 #
 # Byte-pair encoding（Sennrich 等，arXiv:1508.07909）从单个字节开始，不断重复：
 # 统计所有相邻符号对，按片段出现次数加权；把最频繁的一对在所有地方合并成一个新
-# token。合并的序列 *就是*分词器。为了可复现，平局需要规则：`tokenizers` 取 id
-# 最小的那一对。id 按顺序分配：先是排好序的 256 个字母，然后每次合并一个 id。
+# token。合并的序列*就是*分词器。为了可复现，频次相同时需要规则：`tokenizers`
+# 取第一个 id 最小的一对，再相同则取第二个 id 最小的。id 按顺序分配：
+# 先是排好序的 256 个字符，然后每次合并得到一个新 id。
 # %%
 def merge_pair(symbols, pair):
   """Replaces each occurrence of the pair, from the left."""
@@ -201,7 +210,7 @@ history = []
 
 
 def count_tokens(splits):
-  """Bytes a token so far, of the pieces in English and in Chinese."""
+  """Appends the bytes per token so far, of English and of Chinese pieces."""
   row = []
   for group in (words.keys() - chinese, chinese):
     tokens = sum(words[word] * len(splits[word]) for word in group)
@@ -243,16 +252,19 @@ print(len(merges), 'merges and', len(vocabulary), 'ids are equal')
 # %% [markdown] lang="en"
 # Bytes per token measure compression. The text of this notebook is small and
 # repetitive, so the numbers are better than those of real tokenizers on real
-# text; the shape of the curve is typical: early merges gain most.
+# text. The shape of the English curve is typical: early merges gain most. The
+# Chinese pieces are only about 6 % of the bytes, so few of their pairs are
+# among the most frequent ones, and their curve rises late and in steps.
 # %% [markdown] lang="zh"
 # 每个 token 的字节数衡量压缩率。本笔记的文本很小且重复，
-# 所以数值比真实分词器在真实文本上的更好看；但曲线的形状是典型的：
-# 早期的合并收益最大。
+# 所以数值比真实分词器在真实文本上的更好看。英文曲线的形状是典型的：
+# 早期的合并收益最大。中文片段只占约 6 % 的字节，
+# 它们的符号对很少成为最频繁的一对，所以中文曲线上升得晚，而且呈阶梯状。
 # %%
 history = np.array(history)
 fig, axis = plt.subplots(figsize=(6, 2.6))
 axis.plot(256 + np.arange(1, len(history) + 1), history)
-axis.set(xlabel='size of the vocabulary', ylabel='bytes a token')
+axis.set(xlabel='size of the vocabulary', ylabel='bytes per token')
 axis.legend(['English pieces', 'Chinese pieces'])
 fig.tight_layout()
 assert (np.diff(history, axis=0) >= 0).all(), 'a merge cannot add tokens'
@@ -312,31 +324,36 @@ print(library.encode('the gardener 龘').tokens)
 
 
 # %% [markdown] lang="en"
-# The rare character 龘 has become three tokens of one byte each: no unknown
-# token, but the model sees three symbols that mean nothing alone. A server that
-# streams tokens must wait for the third before it can show anything.
+# The first word became `t` and `he`: `Ġthe` was learned with its space, and
+# there is none at the start of a text. The rare character 龘 has become three
+# tokens of one byte each: no unknown token, but the model sees three symbols
+# that mean nothing alone. A server that streams tokens must wait for the third
+# before it can show the character.
 #
 # ## 5. Numbers
 #
 # BPE merges digits by frequency, so a number is cut where the *training text*
-# happened to have frequent pairs. Two neighbours can be cut differently, and
-# the digit with the value of tens is now the first and now the second part of a
-# token. That makes column-wise addition hard to learn. Llama 2 and SmolLM2 cut
-# all numbers into single digits; GPT-4 and Llama 3 into groups of at most
-# three. The stories have few numbers, so a second BPE is trained here on 3000
-# prices.
+# happened to have frequent pairs. Two numbers of the same length can be cut
+# differently, and the tens digit is sometimes the first and sometimes the
+# second digit of its token. That makes column-wise addition hard to learn.
+# Llama 2 and SmolLM2 cut all numbers into single digits; GPT-4 and Llama 3 into
+# groups of at most three, from the left: "1234567" is "123", "456", "7". The
+# stories have few numbers, so a second BPE is trained here on 3000 prices. The
+# last line of the output shows the library's pre-tokenizer for single digits.
 # %% [markdown] lang="zh"
+# 第一个词变成了 `t` 和 `he`：学到的是带空格的 `Ġthe`，而文本开头没有空格。
 # 生僻字“龘”变成了三个单字节 token：没有 unknown token，
 # 但模型看到的是三个单独无意义的符号。流式输出的服务器必须等到第三个 token
-# 才能显示。
+# 才能显示这个字。
 #
 # ## 5. 数字
 #
 # BPE 按频率合并数字，所以数在哪里被切开，取决于*训练文本*中碰巧常见的数字对。
-# 相邻的两个数可能切法不同，十位上的数字有时在 token 的前一半，有时在后一半。
-# 这让模型难以学会竖式加法。Llama 2 和 SmolLM2 把数全部切成单个数字；GPT-4 和
-# Llama 3 切成最多三位一组。故事里的数字很少，所以这里另用 3000 个价格训练第二个
-# BPE。
+# 位数相同的两个数可能切法不同，十位上的数字有时是 token 的第一位，
+# 有时是第二位。这让模型难以学会竖式加法。Llama 2 和 SmolLM2
+# 把数全部切成单个数字；GPT-4 和 Llama 3 从左起切成最多三位一组：
+# “1234567”切成“123”“456”“7”。故事里的数字很少，所以这里另用 3000
+# 个价格训练第二个 BPE。输出的最后一行是该库按单个数字切分的预分词器的结果。
 # %%
 rng = np.random.default_rng(0)
 prices = Counter(str(int(10**x)) for x in rng.uniform(0, 5, 3000))
@@ -365,16 +382,16 @@ print([piece for piece, _ in digits.pre_tokenize_str('1249 + 1250')])
 #
 # How many tokens does the same content need? Below, the same sentences in two
 # languages, with the tokenizer of a real model: SmolLM2's has 49,152 tokens and
-# was trained mostly on English. The number that matters to a user is tokens per
-# *content*: they determine the cost, the speed and how much fits into the
-# context.
+# was trained mostly on English. The number that matters to a user is that of
+# tokens for the same *content*: it determines the cost, the speed and how much
+# fits into the context.
 # %% [markdown] lang="zh"
 # ## 6. 中文
 #
 # 同样的内容需要多少 token？下面用一个真实模型的分词器处理两种语言的同一组句子：
 # SmolLM2 的词表有 49,152 个 token，训练语料以英文为主。
-# 对用户重要的是每份*内容*的 token 数：它决定费用、速度，
-# 以及上下文里能放下多少。
+# 对用户重要的是表达同样*内容*所需的 token 数：它决定费用、速度，
+# 以及上下文里能放下多少内容。
 # %%
 smollm2 = load_tokenizer('', 'smollm2')
 pairs = (
@@ -382,12 +399,12 @@ pairs = (
   ('Artificial intelligence is changing the world.', '人工智能正在改变世界。'),
   ('Please translate this sentence into English.', '请把这句话翻译成英文。'),
 )
-print('        characters      bytes     tokens   of our BPE (600)')
+print('         characters  bytes  tokens of SmolLM2  of our BPE (600)')
 for pair in pairs:
-  for sentence in pair:
+  for language, sentence in zip(('English', 'Chinese'), pair, strict=True):
     print(
-      f'{len(sentence):18}{len(sentence.encode()):11}'
-      f'{len(smollm2.encode(sentence)):11}{len(encode(sentence)):11}'
+      f'{language}{len(sentence):12}{len(sentence.encode()):7}'
+      f'{len(smollm2.encode(sentence)):19}{len(encode(sentence)):18}'
     )
 tokens = np.array([[len(smollm2.encode(s)) for s in pair] for pair in pairs])
 letters = np.array([[len(s) for s in pair] for pair in pairs])
@@ -398,24 +415,26 @@ assert smollm2.decode(smollm2.encode(pairs[0][1])) == pairs[0][1]
 assert len(smollm2.encode('1249')) == 4, 'SmolLM2 cuts numbers into digits'
 # %% [markdown] lang="en"
 # The Chinese sentences have less than half as many characters, yet need more
-# tokens. A vocabulary that was trained on Chinese text turns this round; that
-# is why Qwen and DeepSeek have more than 100,000 tokens. Extending the
-# vocabulary of a trained model needs new embedding rows that must be trained.
+# tokens. A vocabulary that was trained on Chinese text reverses this; it is one
+# reason why Qwen and DeepSeek have more than 100,000 tokens. To extend the
+# vocabulary of a trained model, you add rows to its embedding, and these must
+# be trained.
 #
 # ## 7. WordPiece
 #
-# BERT's tokenizer marks pieces inside a word by `##`. Encoding is greedy: take
-# the longest token that matches at the current position; if none does, the
-# whole word is `[UNK]`.
+# BERT's tokenizer marks every token of a word but the first by `##`. Encoding
+# is greedy: take the longest token that matches at the current position; if
+# none does, the whole word is `[UNK]`.
 # %% [markdown] lang="zh"
 # 中文句子的字符数不到英文的一半，token 却更多。
-# 用中文语料训练的词表会扭转这一点；这就是 Qwen 和 DeepSeek 的词表超过 10
-# 万的原因。给训练好的模型扩充词表，需要新增并训练 embedding 的行。
+# 用中文语料训练的词表会扭转这一点；这是 Qwen 和 DeepSeek 的词表超过 10
+# 万的原因之一。给训练好的模型扩充词表，需要在 embedding
+# 中新增若干行并训练它们。
 #
 # ## 7. WordPiece
 #
-# BERT 的分词器用 `##` 标记词内的片段。编码是贪心的：在当前位置取能匹配的最长
-# token；如果一个都不匹配，整个词就是 `[UNK]`。
+# BERT 的分词器用 `##` 标记一个词中除第一个以外的 token。编码是贪心的：
+# 在当前位置取能匹配的最长 token；如果一个都不匹配，整个词就是 `[UNK]`。
 # %%
 wordpiece = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
 wordpiece.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -447,24 +466,29 @@ for word in [*plain_words, 'gardening', 'unmarketable', '龘']:
   assert encode_wordpiece(word) == wordpiece.encode(word).tokens, word
 print(encode_wordpiece('unmarketable'), encode_wordpiece('龘'))
 # %% [markdown] lang="en"
-# In training, WordPiece as published scores a pair by how much it raises the
-# likelihood of the text under a unigram model:
+# In training, WordPiece as published (Schuster and Nakajima, 2012) merges the
+# pair that raises the likelihood of the text under a language model most. The
+# usual simplified form of this criterion is a score of the pair alone:
 #
 # $$\text{score}(a,b)=
 # \frac{\mathrm{count}(ab)}{\mathrm{count}(a)\,\mathrm{count}(b)},$$
 #
 # the pair's frequency relative to chance (its logarithm is the pointwise mutual
 # information up to a constant). BPE takes $\mathrm{count}(ab)$ alone. The first
-# choices differ completely:
+# choices differ completely: the score prefers rare letters that occur almost
+# only together, as in a name.
 # %% [markdown] lang="zh"
-# 训练时，论文中的 WordPiece 按一对符号使文本在 unigram
-# 模型下的似然提高多少来打分：
+# 训练时，论文中的 WordPiece（Schuster 与 Nakajima，2012）
+# 合并使文本在语言模型下的似然提高最多的一对。
+# 这个准则常用的简化形式是给每一对打分：
 #
 # $$\text{score}(a,b)=
 # \frac{\mathrm{count}(ab)}{\mathrm{count}(a)\,\mathrm{count}(b)},$$
 #
-# 即相对于随机的频率（其对数与点互信息只差一个常数）。BPE 只看
-# $\mathrm{count}(ab)$。两者最先选择的完全不同：
+# 即这一对的频次与两个符号独立出现时的期望频次之比，
+# 其对数与点互信息只差一个常数。BPE 只看 $\mathrm{count}(ab)$。
+# 两者最先选择的完全不同：这个分数偏爱几乎只一起出现的罕见字母，
+# 例如人名中的字母。
 # %%
 pair_counts, letter_counts = Counter(), Counter()
 for word, count in Counter(re.findall('[a-zA-Z]+', text)).items():
@@ -481,39 +505,45 @@ print('BPE:      ', [''.join(pair) for pair in by_count])
 print('WordPiece:', [''.join(pair) for pair in by_score])
 assert by_count[0] != by_score[0]
 # %% [markdown] lang="en"
-# (The trainer of `tokenizers` counts like BPE also for WordPiece; the original
-# trainer was never released.)
+# (The library's trainer for WordPiece counts as BPE does; the original trainer
+# was never released.)
 #
 # ## 8. Unigram
 #
 # Unigram (Kudo, arXiv:1804.10959) goes the other way round: start from many
 # candidate pieces with probabilities $p(u)$ and remove those that matter least.
-# The probability of a segmentation is the product of its pieces'; a word $w$
-# has the probability
+# The probability of a segmentation is the product of its pieces'; the
+# probability of a word $w$ is the sum over all segmentations, that is, over all
+# ways to write it as pieces $u_1,\dots,u_m$ one after the other:
 #
 # $$P(w)=\sum_{u_1\cdots u_m=w}\ \prod_{i} p(u_i).$$
 #
 # Encoding takes the most probable segmentation. There are $2^{n-1}$
-# segmentations of $n$ letters, but the best one up to position $j$ ends with
-# some piece that starts at $i$, and the part before $i$ must be the best one up
-# to $i$. So dynamic programming (Viterbi) needs $O(n^2)$ steps:
+# segmentations of $n$ letters (between any two letters there is a cut or none),
+# but the best one up to position $j$ ends with some piece that starts at $i$,
+# and the part before $i$ must be the best one up to $i$. So dynamic programming
+# (Viterbi) needs $O(n^2)$ steps. With $w_{i:j}$ for the letters from $i$ to
+# $j-1$, as in Python, and $\mathrm{best}(0)=0$:
 #
 # $$\mathrm{best}(j)=\max_{i<j}\ \big[\mathrm{best}(i)+\log p(w_{i:j})\big].$$
 # %% [markdown] lang="zh"
-# （`tokenizers` 的训练器对 WordPiece 也像 BPE 那样计数；
+# （`tokenizers` 的 WordPiece 训练器也像 BPE 那样只看频次；
 # 原始的训练器从未公开。）
 #
 # ## 8. Unigram
 #
 # Unigram（Kudo，arXiv:1804.10959）反其道而行：从大量带概率 $p(u)$
 # 的候选片段出发，删去最不重要的。一种切分的概率是各片段概率之积；词 $w$
-# 的概率是
+# 的概率是对所有切分求和，即对所有把 $w$ 写成片段 $u_1,\dots,u_m$
+# 依次相连的方式求和：
 #
 # $$P(w)=\sum_{u_1\cdots u_m=w}\ \prod_{i} p(u_i).$$
 #
-# 编码取概率最大的切分。$n$ 个字母有 $2^{n-1}$ 种切分，但到位置 $j$
-# 为止的最优切分必以某个从 $i$ 开始的片段结尾，而 $i$ 之前的部分必是到 $i$
-# 为止的最优切分。因此动态规划（Viterbi）只需 $O(n^2)$ 步：
+# 编码取概率最大的切分。$n$ 个字母有 $2^{n-1}$
+# 种切分（每两个字母之间可切可不切），但到位置 $j$ 为止的最优切分必以某个从 $i$
+# 开始的片段结尾，而 $i$ 之前的部分必是到 $i$ 为止的最优切分。
+# 因此动态规划（Viterbi）只需 $O(n^2)$ 步。记 $w_{i:j}$ 为第 $i$ 到 $j-1$
+# 个字母（与 Python 的切片相同），$\mathrm{best}(0)=0$：
 #
 # $$\mathrm{best}(j)=\max_{i<j}\ \big[\mathrm{best}(i)+\log p(w_{i:j})\big].$$
 # %%
@@ -560,19 +590,22 @@ print(viterbi('gardener', log_p), viterbi('marketed', log_p))
 # %% [markdown] lang="en"
 # Where do the probabilities come from? The segmentation is hidden, so
 # expectation maximization (EM) is used. *E step*: the expected count of a piece
-# over all segmentations of all words, weighted by their probability. With the
-# forward sum $\alpha_j=\sum_{i<j}\alpha_i\,p(w_{i:j})$ and the backward sum
-# $\beta_i=\sum_{j>i}p(w_{i:j})\,\beta_j$ (with $\alpha_0=\beta_n=1$ and
-# $P(w)=\alpha_n$), a piece at $i..j$ has the posterior probability
+# over all segmentations of all words, weighted by their probability. Let the
+# forward sum $\alpha_j=\sum_{i<j}\alpha_i\,p(w_{i:j})$ be the probability of
+# the first $j$ letters, summed over their segmentations, and the backward sum
+# $\beta_i=\sum_{j>i}p(w_{i:j})\,\beta_j$ that of the letters from $i$ on (with
+# $\alpha_0=\beta_n=1$ and $P(w)=\alpha_n$). Then the segmentation has the piece
+# $w_{i:j}$ at this place with the posterior probability
 # $\alpha_i\,p(w_{i:j})\,\beta_j/\alpha_n$. *M step*: $p(u)$ is the expected
 # count of $u$ over the sum of all. EM guarantees that the likelihood of the
 # text does not fall.
 # %% [markdown] lang="zh"
 # 概率从哪里来？切分是隐变量，所以用 EM 算法。*E 步*：对所有词的所有切分，
 # 按其概率加权，求每个片段的期望次数。设前向和
-# $\alpha_j=\sum_{i<j}\alpha_i\,p(w_{i:j})$，后向和
-# $\beta_i=\sum_{j>i}p(w_{i:j})\,\beta_j$（$\alpha_0=\beta_n=1$，
-# $P(w)=\alpha_n$），则位于 $i..j$ 的片段的后验概率是
+# $\alpha_j=\sum_{i<j}\alpha_i\,p(w_{i:j})$ 为前 $j$
+# 个字母在所有切分下的总概率，后向和 $\beta_i=\sum_{j>i}p(w_{i:j})\,\beta_j$
+# 为从 $i$ 起其余字母的总概率（$\alpha_0=\beta_n=1$，$P(w)=\alpha_n$），
+# 则切分在此处恰有片段 $w_{i:j}$ 的后验概率是
 # $\alpha_i\,p(w_{i:j})\,\beta_j/\alpha_n$。*M 步*：$p(u)$ 等于 $u$
 # 的期望次数除以总和。EM 保证文本的似然不会下降。
 # %%
@@ -654,16 +687,17 @@ assert math.isclose(sum(p.values()), 1)
 #
 # 1. *UTF-8 by hand.* Write `utf8(code_point)` with shifts and masks: up to 7
 #    bits one byte `0xxxxxxx`, up to 11 bits `110xxxxx 10xxxxxx`, up to 16 bits
-#    three bytes, up to 21 bits four. Compare with `str.encode` for all code
-#    points (U+D800 to U+DFFF are not characters).
+#    `1110xxxx` and two more bytes, up to 21 bits `11110xxx` and three. Compare
+#    with `str.encode` for all code points (U+D800 to U+DFFF are not
+#    characters).
 # 2. *Groups of three.* Cut digits into groups of three from the *right*, so
 #    that '1234567' is '1', '234', '567'. Count in how many ways numbers of four
 #    digits are cut now.
 # 3. *Subword regularization.* Draw a segmentation at random with its posterior
-#    probability: go backwards from the end, and choose the last piece $i..j$
-#    with probability $\alpha_i\,p(w_{i:j})/\alpha_j$. Check with 4000 samples
-#    that the mean count of a piece is near the expected count of
-#    `forward_backward`.
+#    probability: go backwards from the end, and of the first $j$ letters choose
+#    the last piece $w_{i:j}$ with probability $\alpha_i\,p(w_{i:j})/\alpha_j$.
+#    Check with 4000 samples that the mean count of a piece is near the expected
+#    count of `forward_backward`.
 #
 # ## Interview questions
 #
@@ -680,17 +714,17 @@ assert math.isclose(sum(p.values()), 1)
 #
 # </details>
 #
-# **What are the costs of a larger vocabulary?**
+# **What are the gains and the costs of a larger vocabulary?**
 #
 # <details><summary>Answer</summary>
 #
-# For it: shorter sequences, so less attention, a smaller KV cache and fewer
-# decoding steps per text. Against it: the embedding and the head grow by $v\,d$
+# Gains: shorter sequences, so less attention, a smaller KV cache and fewer
+# decoding steps per text. Costs: the embedding and the head grow by $v\,d$
 # parameters each (untied), the head's product and the softmax over $v$ take
 # time and memory at each position (logits $b\,t\,v$ are often the largest array
-# of training), and rare tokens are seen too seldom to be trained. For small
-# models the head dominates: at $d=576$, 49,152 tokens are 28M parameters of
-# SmolLM2's 135M.
+# of training), and rare tokens are seen too seldom to be trained. In small
+# models the table is a large share: at $d=576$, 49,152 tokens are 28M of
+# SmolLM2's 135M parameters (embedding and head are one table).
 #
 # </details>
 #
@@ -699,8 +733,8 @@ assert math.isclose(sum(p.values()), 1)
 # - {{moepeft.data.tokenizers.train_tokenizer}} trains all four kinds (bytes,
 #   BPE, WordPiece, Unigram), `python -m moepeft.tokenizer` is its command. It
 #   adds the special tokens, sentinels and chat template of a model.
-# - {{moepeft.data.tokenizers.tokenizer.ByteTokenizer}} is ByT5's and the one of
-#   the embedded model;
+# - {{moepeft.data.tokenizers.tokenizer.ByteTokenizer}} is ByT5's, and also that
+#   of the small T5 that ships with the package;
 #   {{moepeft.data.tokenizers.tokenizer.HuggingFaceTokenizer}} wraps the
 #   library's.
 # - {{moepeft.checkpoints.gguf.tokenizer}} rebuilds a tokenizer from the arrays
@@ -712,7 +746,8 @@ assert math.isclose(sum(p.values()), 1)
 #   rows of new tokens only.
 #
 # Papers: BPE 1508.07909, SentencePiece 1808.06226, Unigram 1804.10959, ByT5
-# 2105.13626.
+# 2105.13626; WordPiece: Schuster and Nakajima, *Japanese and Korean voice
+# search*, ICASSP 2012.
 # %% [markdown] lang="zh"
 # 训练时 EM 与剪枝交替进行：计算去掉每个片段会使似然下降多少，
 # 删去最不重要的五分之一左右，直到词表达到目标大小。（该库还用 digamma 公式代替
@@ -721,18 +756,18 @@ assert math.isclose(sum(p.values()), 1)
 # ## 练习
 #
 # 1. *手写 UTF-8。* 用移位和掩码写 `utf8(code_point)`：7 位以内一个字节
-#    `0xxxxxxx`，11 位以内 `110xxxxx 10xxxxxx`，16 位以内三个字节，21
-#    位以内四个字节。对所有码位与 `str.encode` 比较（U+D800 到 U+DFFF
-#    不是字符）。
+#    `0xxxxxxx`，11 位以内 `110xxxxx 10xxxxxx`，16 位以内 `1110xxxx`
+#    再加两个字节，21 位以内 `11110xxx` 再加三个字节。对所有码位与 `str.encode`
+#    比较（U+D800 到 U+DFFF 不是字符）。
 # 2. *三位一组。* 从*右边*起把数字三位一组切开，使 '1234567' 成为 '1'、'234'、
 #    '567'。数一数四位数现在有几种切法。
-# 3. *子词正则化。* 按后验概率随机抽取一种切分：从末尾往前，以概率
-#    $\alpha_i\,p(w_{i:j})/\alpha_j$ 选择最后一个片段 $i..j$。用 4000
-#    个样本检验：片段的平均次数接近 `forward_backward` 的期望次数。
+# 3. *子词正则化。* 按后验概率随机抽取一种切分：从末尾往前，对前 $j$
+#    个字母以概率 $\alpha_i\,p(w_{i:j})/\alpha_j$ 选择最后一个片段 $w_{i:j}$。用
+#    4000 个样本检验：片段的平均次数接近 `forward_backward` 的期望次数。
 #
 # ## 面试题
 #
-# **为什么语言模型可能数不对 “strawberry”里有几个 r？**
+# **为什么语言模型可能数不对 “strawberry” 里有几个 r？**
 #
 # <details><summary>答案</summary>
 #
@@ -744,7 +779,7 @@ assert math.isclose(sum(p.values()), 1)
 #
 # </details>
 #
-# **更大的词表有哪些代价？**
+# **更大的词表有哪些好处和代价？**
 #
 # <details><summary>答案</summary>
 #
@@ -752,8 +787,8 @@ assert math.isclose(sum(p.values()), 1)
 # 代价：embedding 和输出头各增加 $v\,d$ 个参数（不共享时）；
 # 每个位置都要计算输出头的乘积和 $v$ 上的 softmax，既花时间又占内存（logits
 # $b\,t\,v$ 常是训练中最大的数组）；罕见 token 出现太少，训练不足。
-# 小模型中输出头占比很大：$d=576$ 时，49,152 个 token 就是 SmolLM2 的 1.35
-# 亿参数中的 2800 万。
+# 小模型中这张表占比很大：$d=576$ 时，49,152 个 token 就占 SmolLM2 的 1.35
+# 亿参数中的 2800 万（embedding 与输出头共用一张表）。
 #
 # </details>
 #
@@ -762,8 +797,8 @@ assert math.isclose(sum(p.values()), 1)
 # - {{moepeft.data.tokenizers.train_tokenizer}} 训练全部四种（bytes、BPE、
 #   WordPiece、Unigram），命令是 `python -m moepeft.tokenizer`。
 #   它会加上模型所需的特殊 token、sentinel 和对话模板。
-# - {{moepeft.data.tokenizers.tokenizer.ByteTokenizer}} 是 ByT5 的分词器，
-#   也是自带模型所用的；
+# - {{moepeft.data.tokenizers.tokenizer.ByteTokenizer}} 是 ByT5 的分词器，也是
+#   moepeft 自带的小 T5 所用的；
 #   {{moepeft.data.tokenizers.tokenizer.HuggingFaceTokenizer}}
 #   封装了该库的分词器。
 # - {{moepeft.checkpoints.gguf.tokenizer}} 从 GGUF 文件的数组重建分词器，上面的
@@ -775,7 +810,8 @@ assert math.isclose(sum(p.values()), 1)
 #   embedding 行。
 #
 # 论文：BPE 1508.07909，SentencePiece 1808.06226，Unigram 1804.10959，ByT5
-# 2105.13626。
+# 2105.13626；WordPiece：Schuster 与 Nakajima，*Japanese and Korean voice
+# search*，ICASSP 2012。
 # %% [markdown] lang="en" tags=["solution"]
 # # Tokenizers: solutions
 #

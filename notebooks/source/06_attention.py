@@ -60,7 +60,11 @@ rng = np.random.default_rng(0)
 # Letters of axes, the same as in the package: $b$ batch, $t$ query position,
 # $s$ key position, $d$ model width, $n$ query heads, $k$ key-value heads, $h$
 # size of a head, $r$ rank (width of a latent vector). `btnh` is an array with
-# the axes batch, position, head, feature of the head.
+# the axes batch, position, head, feature of the head. In the text, $q$, $k$ and
+# $v$ are also the names of queries, keys and values.
+# `np.einsum('btnh,bsnh->bnts', q, k)` multiplies its arrays along equal letters
+# and sums over the letters that are missing to the right of the arrow, here
+# $h$.
 #
 # ## 1. A lookup that has a gradient
 #
@@ -80,7 +84,9 @@ rng = np.random.default_rng(0)
 # 轴的字母与代码库一致：$b$ batch，$t$ query 的位置，$s$ key 的位置，$d$
 # 模型宽度，$n$ query 头数，$k$ key-value 头数，$h$ 每个头的维度，$r$
 # 秩（潜在向量的宽度）。`btnh` 表示一个数组的轴依次是 batch、位置、头、
-# 头内特征。
+# 头内特征。正文中 $q$、$k$、$v$ 也是 query、key、value 的名字。
+# `np.einsum('btnh,bsnh->bnts', q, k)` 把相同字母的轴对齐相乘，
+# 再对箭头右边没有出现的字母（这里是 $h$）求和。
 #
 # ## 1. 有梯度的查表
 #
@@ -109,9 +115,9 @@ assert np.allclose(softmax(np.array([1e4, 1e4])), 0.5), 'subtract the maximum'
 
 
 # %% [markdown] lang="en"
-# With a long query the result is the dictionary's (30); with a query of length
-# 0 it is the mean of all values (25). Between them lies a smooth function, so
-# that gradients can teach the model what to look up.
+# With a query of large norm the result is the dictionary's (30); with the query
+# 0 it is the mean of all values (25). In between, the result is a smooth
+# function of the query, so gradients can teach the model what to look up.
 #
 # ## 2. Why divide by $\sqrt{h}$
 #
@@ -120,7 +126,8 @@ assert np.allclose(softmax(np.array([1e4, 1e4])), 0.5), 'subtract the maximum'
 #
 # $$\mathrm{Var}(q\cdot k)=\sum_{i=1}^{h}\mathrm{Var}(q_i k_i)=h ,$$
 #
-# so logits have a standard deviation of $\sqrt{h}$: 8 for $h=64$, 16 for
+# because the terms are uncorrelated and $E[q_i^2k_i^2]=E[q_i^2]\,E[k_i^2]=1$.
+# So logits have a standard deviation of $\sqrt{h}$: 8 for $h=64$, 16 for
 # $h=256$. A difference of 16 between two logits is a ratio of
 # $e^{16}\approx 9\cdot10^6$ between their weights. The softmax is then close to
 # one-hot, and its Jacobian
@@ -131,8 +138,9 @@ assert np.allclose(softmax(np.array([1e4, 1e4])), 0.5), 'subtract the maximum'
 # not learn to look elsewhere. Division by $\sqrt{h}$ makes the variance 1 for
 # every $h$. Measure both:
 # %% [markdown] lang="zh"
-# query 很长时，结果就是字典的结果（30）；query 长度为 0 时，
-# 结果是所有值的平均（25）。二者之间是光滑函数，因此梯度可以教会模型该查什么。
+# query 的模很大时，结果就是字典的结果（30）；query 为 0 时，
+# 结果是所有值的平均（25）。二者之间，结果是 query 的光滑函数，
+# 因此模型可以靠梯度学会该查什么。
 #
 # ## 2. 为什么除以 $\sqrt{h}$
 #
@@ -140,9 +148,10 @@ assert np.allclose(softmax(np.array([1e4, 1e4])), 0.5), 'subtract the maximum'
 #
 # $$\mathrm{Var}(q\cdot k)=\sum_{i=1}^{h}\mathrm{Var}(q_i k_i)=h ,$$
 #
-# 即 logits 的标准差是 $\sqrt{h}$：$h=64$ 时为 8，$h=256$ 时为 16。两个 logits
-# 相差 16，权重之比就是 $e^{16}\approx 9\cdot10^6$。此时 softmax 接近 one-hot，
-# 而它的 Jacobian
+# 因为各项互不相关，且 $E[q_i^2k_i^2]=E[q_i^2]\,E[k_i^2]=1$。所以 logits
+# 的标准差是 $\sqrt{h}$：$h=64$ 时为 8，$h=256$ 时为 16。两个 logits 相差 16，
+# 权重之比就是 $e^{16}\approx 9\cdot10^6$。此时 softmax 接近 one-hot，而它的
+# Jacobian
 #
 # $$\frac{\partial p_i}{\partial z_j}=p_i(\delta_{ij}-p_j)$$
 #
@@ -193,17 +202,17 @@ assert abs(change) < 0.2, 'the scaled one does not'
 #
 # $$Y=\mathrm{softmax}\Big(\frac{(xW_q)(xW_k)^\top}{\sqrt h}\Big)\,xW_v .$$
 #
-# Three matrices and not one, because "what I look for", "what I am found by"
-# and "what I hand over" differ. With $W_q=W_k$ the logits would be a symmetric
-# matrix: if token 5 looks at token 2, token 2 would look at token 5 just as
-# strongly.
+# There are three matrices and not one, because what a token looks for (query),
+# what it is found by (key) and what it passes on (value) differ. With $W_q=W_k$
+# the logits would be a symmetric matrix: token 2 would give token 5 the same
+# logit that token 5 gives token 2.
 #
 # ## 4. The causal mask
 #
 # A language model is trained on all next-token predictions of a text in one
-# pass. Position $t$ must then not see positions $s>t$: the answer stands there.
-# Logits of those pairs are set to $-\infty$, so that their weights are exactly
-# 0 and the other weights sum to 1.
+# pass. Position $t$ must then not see positions $s>t$, because they contain the
+# token that it has to predict. Logits of those pairs are set to $-\infty$, so
+# that their weights are exactly 0 and the other weights sum to 1.
 # %% [markdown] lang="zh"
 # ## 3. 单头自注意力
 #
@@ -212,15 +221,16 @@ assert abs(change) < 0.2, 'the scaled one does not'
 #
 # $$Y=\mathrm{softmax}\Big(\frac{(xW_q)(xW_k)^\top}{\sqrt h}\Big)\,xW_v .$$
 #
-# 需要三个矩阵而不是一个，因为“我要找什么”“别人凭什么找到我”“我交出什么”
-# 是三件事。若 $W_q=W_k$，logits 就是对称矩阵：token 5 关注 token 2
-# 的程度必然等于 token 2 关注 token 5 的程度。
+# 需要三个矩阵而不是一个，因为一个 token 要找什么（query）、
+# 凭什么被找到（key）、传递什么内容（value）是三件事。若 $W_q=W_k$，logits
+# 就是对称矩阵：token 5 对 token 2 的 logit 必然等于 token 2 对 token 5 的
+# logit。
 #
 # ## 4. 因果掩码
 #
 # 训练语言模型时，一次前向就计算一段文本中所有位置的 next-token 预测。位置 $t$
-# 不能看到 $s>t$ 的位置，因为答案就在那里。这些位置对的 logits 置为 $-\infty$，
-# 权重就恰好为 0，其余权重之和为 1。
+# 不能看到 $s>t$ 的位置，因为要预测的 token 就在那里。这些位置对的 logits 置为
+# $-\infty$，权重就恰好为 0，其余权重之和为 1。
 # %%
 def one_head(x, w_q, w_k, w_v, mask=None):
   """x [t, d] -> (y [t, h], weights [t, s])."""
@@ -252,8 +262,8 @@ plt.show()
 
 # %% [markdown] lang="en"
 # A test for leaks needs no theory: change a token, and look at which outputs
-# change. Below, a tempting mistake is tested too: computing the softmax over
-# all keys and multiplying the weights by the mask *afterwards*.
+# change. Below, a common mistake is tested too: computing the softmax over all
+# keys and multiplying the weights by the mask *afterwards*.
 # %% [markdown] lang="zh"
 # 检验泄漏不需要理论：改动一个 token，看哪些输出变了。下面同时检验一个常见错误：
 # 先对所有 key 做 softmax，*之后*再把权重乘以掩码。
@@ -291,13 +301,15 @@ assert np.allclose(weights.sum(-1), 1)
 # $nh=d$) side by side and mixes their outputs by
 # $W_o\in\mathbb{R}^{n\times h\times d}$:
 #
-# $$q_{tn}=\sum_d x_{td}W^q_{dn},\quad
+# $$q_{tnh}=\sum_d x_{td}W^q_{dnh},\quad
 # z_{nts}=\frac{1}{\sqrt h}\sum_h q_{tnh}k_{snh},\quad
 # o_{tnh}=\sum_s p_{nts}v_{snh},\quad
-# y_{td}=\sum_{n,h}o_{tnh}W^o_{nhd}.$$
+# y_{td}=\sum_{n,h}o_{tnh}W^o_{nhd},$$
 #
-# The einsum letters are the formula. Axis $n$ stands on both sides of every
-# product, so heads never mix before $W_o$.
+# where $k_{snh}$ and $v_{snh}$ are projections like $q_{tnh}$, and $p_{nts}$ is
+# the softmax of $z_{nts}$ over $s$. The indices of each sum are the letters of
+# its einsum in the code. No sum before the last runs over $n$, so heads do not
+# mix before $W_o$.
 #
 # ## 6. Fewer key-value heads: MQA and GQA
 #
@@ -315,12 +327,14 @@ assert np.allclose(weights.sum(-1), 1)
 # $h$ 的头并行（通常 $nh=d$），再由 $W_o\in\mathbb{R}^{n\times h\times d}$
 # 混合各头的输出：
 #
-# $$q_{tn}=\sum_d x_{td}W^q_{dn},\quad
+# $$q_{tnh}=\sum_d x_{td}W^q_{dnh},\quad
 # z_{nts}=\frac{1}{\sqrt h}\sum_h q_{tnh}k_{snh},\quad
 # o_{tnh}=\sum_s p_{nts}v_{snh},\quad
-# y_{td}=\sum_{n,h}o_{tnh}W^o_{nhd}.$$
+# y_{td}=\sum_{n,h}o_{tnh}W^o_{nhd},$$
 #
-# einsum 的字母就是公式。每个乘积两边都有轴 $n$，所以在 $W_o$ 之前各头互不混合。
+# 其中 $k_{snh}$、$v_{snh}$ 与 $q_{tnh}$ 一样由投影得到，$p_{nts}$ 是 $z_{nts}$
+# 对 $s$ 的 softmax。每个求和式的下标就是代码中 einsum 的字母。
+# 最后一个式子之前没有对 $n$ 的求和，所以在 $W_o$ 之前各头互不混合。
 #
 # ## 6. 更少的 key-value 头：MQA 与 GQA
 #
@@ -359,18 +373,22 @@ for kv_heads in (6, 3, 1):
 # have the right shape; a checkpoint loaded with the wrong one produces
 # nonsense.
 #
-# Now the same numbers through the package and through JAX. moepeft's function
-# takes a `Heads` object, and its `scale` is an argument, since T5 uses 1 (it
-# has $1/\sqrt h$ in the initial weights). They compute in float32, which has a
-# relative precision of $6\cdot 10^{-8}$; sums of a few dozen terms of size 1
-# stay well within $10^{-5}$.
+# Now the same numbers through the package and through JAX. moepeft has three
+# implementations: `naive` is the formula, `chunked` never builds all logits at
+# once (exercise 3), `fused` calls JAX's function. Each takes a `Heads` object,
+# and `scale` is an argument, since T5 uses 1 (it has $1/\sqrt h$ in the initial
+# weights). They compute in float32, which has a relative precision of
+# $6\cdot 10^{-8}$; sums of a few dozen terms of size 1 stay well within
+# $10^{-5}$.
 # %% [markdown] lang="zh"
 # `np.repeat` 得到头 0 0 1 1 2 2，`np.tile` 会得到 0 1 2 0 1 2。两者形状都对；
 # 但用错一个去加载 checkpoint，模型就会输出乱码。
 #
-# 现在让同样的数值经过代码库和 JAX。moepeft 的函数接收一个 `Heads` 对象，`scale`
-# 是参数，因为 T5 用 1（它把 $1/\sqrt h$ 放进了初始权重）。它们用 float32 计算，
-# 相对精度 $6\cdot 10^{-8}$；几十个量级为 1 的数相加，误差远小于 $10^{-5}$。
+# 现在让同样的数值经过代码库和 JAX。moepeft 有三种实现：`naive` 就是公式，
+# `chunked` 从不一次生成全部 logits（练习 3），`fused` 调用 JAX 的函数。
+# 它们都接收一个 `Heads` 对象，`scale` 是参数，因为 T5 用 1（它把 $1/\sqrt h$
+# 放进了初始权重）。它们用 float32 计算，相对精度 $6\cdot 10^{-8}$；几十个量级为
+# 1 的数相加，误差远小于 $10^{-5}$。
 # %%
 def package_attend(q, k, v, mask=None, scale=None, implementation='naive'):
   heads = moepeft_attention.Heads(
@@ -401,16 +419,16 @@ assert np.array_equal(np.broadcast_to(causal, (b, 1, t, t)), mask)
 # ## 7. The KV cache
 #
 # Generation adds one token at a time. In a causal model the keys and values of
-# old tokens do not depend on new ones (that was the leak test), so they are
-# computed once and kept. A step then projects one token and attends from one
-# query to all cached keys. No mask is needed: everything in the cache is in the
-# past.
+# old tokens do not depend on new ones (as the leak test of section 4 shows), so
+# they are computed once and kept. A step then projects one token and attends
+# from one query to all cached keys. No mask is needed: everything in the cache
+# is in the past.
 # %% [markdown] lang="zh"
 # ## 7. KV cache
 #
 # 生成时一次加一个 token。在因果模型中，旧 token 的 key 和 value 不依赖新
-# token（泄漏检验说的就是这个），所以算一次存下来即可。每一步只投影一个 token，
-# 用一个 query 去看缓存中所有 key。不需要掩码：缓存里的一切都在过去。
+# token（第 4 节的泄漏检验已说明这一点），所以算一次存下来即可。每一步只投影一个
+# token，用一个 query 去看缓存中所有 key。不需要掩码：缓存里只有过去的 token。
 # %%
 d, n, kv_heads, h = 24, 6, 2, 4
 w = {
@@ -485,10 +503,10 @@ for kv_heads_70b, name in ((64, 'MHA'), (8, 'GQA'), (1, 'MQA')):
 # $$c_s = x_s W^{dkv}\in\mathbb{R}^{r},\qquad
 # k_{sn} = c_s W^{uk}_n,\quad v_{sn} = c_s W^{uv}_n\in\mathbb{R}^{h},$$
 #
-# with $W^{dkv}\in\mathbb{R}^{d\times r}$ and
-# $W^{uk},W^{uv}\in\mathbb{R}^{r\times n\times h}$. This is a factorization of
-# rank $r$ of the key and value projections, the same idea as LoRA's $AB$, but
-# in the base model itself.
+# with $W^{dkv}\in\mathbb{R}^{d\times r}$ ("down" to $r$ numbers) and
+# $W^{uk},W^{uv}\in\mathbb{R}^{r\times n\times h}$ ("up" to keys and values).
+# This is a factorization of rank $r$ of the key and value projections, the same
+# idea as LoRA's $AB$ (notebook 15), but in the base model itself.
 #
 # Recomputing $k_{sn}$ for all cached tokens at each step would be slow. It is
 # not needed, because the product is associative:
@@ -512,9 +530,10 @@ for kv_heads_70b, name in ((64, 'MHA'), (8, 'GQA'), (1, 'MQA')):
 # $$c_s = x_s W^{dkv}\in\mathbb{R}^{r},\qquad
 # k_{sn} = c_s W^{uk}_n,\quad v_{sn} = c_s W^{uv}_n\in\mathbb{R}^{h},$$
 #
-# 其中 $W^{dkv}\in\mathbb{R}^{d\times r}$，
-# $W^{uk},W^{uv}\in\mathbb{R}^{r\times n\times h}$。这是对 key、value 投影的秩
-# $r$ 分解，与 LoRA 的 $AB$ 思路相同，只是发生在基座模型内部。
+# 其中 $W^{dkv}\in\mathbb{R}^{d\times r}$（down，降到 $r$ 维），
+# $W^{uk},W^{uv}\in\mathbb{R}^{r\times n\times h}$（up，升到 key 和 value）。
+# 这是对 key、value 投影的秩 $r$ 分解，与 LoRA 的 $AB$（笔记 15）思路相同，
+# 只是发生在基座模型内部。
 #
 # 如果每一步都为所有缓存的 token 重算 $k_{sn}$，会很慢。其实不必，
 # 因为矩阵乘法满足结合律：
@@ -566,7 +585,8 @@ assert np.allclose(expanded, absorbed), 'contract uk over h, uv over r'
 # $R_tR_s^\top$ stands between $q$ and $W^{uk}$, and it is different for every
 # pair. So no absorbed query exists that serves all $s$. MLA therefore splits
 # the head: a *content* part of width $h$ without position, as above, and a
-# *position* part of width $h_r$ whose key is shared by all heads, rotated and
+# *position* part of width $h_r$ whose query $q^R_{tn}$ and key $k^R_s$ are two
+# further projections of $x$, rotated; this key is shared by all heads and
 # cached as it is:
 #
 # $$z_{nts}=
@@ -590,7 +610,8 @@ assert np.allclose(expanded, absorbed), 'contract uk over h, uv over r'
 #
 # $R_tR_s^\top$ 夹在 $q$ 和 $W^{uk}$ 之间，而且每对位置都不同，
 # 因此不存在一个对所有 $s$ 都适用的吸收 query。MLA 于是把头拆开：*内容*部分宽
-# $h$，不含位置，如上所述；*位置*部分宽 $h_r$，它的 key 由所有头共享，
+# $h$，不含位置，如上所述；*位置*部分宽 $h_r$，它的 query $q^R_{tn}$ 和 key
+# $k^R_s$ 是 $x$ 的另外两个投影，经过旋转；这个 key 由所有头共享，
 # 旋转后直接缓存：
 #
 # $$z_{nts}=
@@ -631,15 +652,15 @@ assert cache[0, 0].size == r + h_rope < 2 * n * h
 
 # %% [markdown] lang="en"
 # Is RoPE on the content part really impossible to absorb? Test the claim:
-# rotate $q$ and $k$ of width $h$, then solve for the one vector per query that
-# would give the right logits with all $c_s$ (least squares over 9 keys and
-# $r=8$ unknowns). Without RoPE the residual is zero up to rounding; with RoPE
-# it is not.
+# rotate $q$ and $k$ of width $h$, then solve for the one vector per query whose
+# inner products with all $c_s$ would be the right logits (least squares: 9
+# equations, one for each key, and $r=8$ unknowns). Without RoPE the residual is
+# zero up to rounding; with RoPE it is not.
 # %% [markdown] lang="zh"
 # 内容部分加了 RoPE 就真的无法吸收吗？检验一下：旋转宽度为 $h$ 的 $q$ 和 $k$，
-# 然后对每个 query 求一个向量，使它与所有 $c_s$ 的内积都给出正确的 logits（9 个
-# key、$r=8$ 个未知数的最小二乘）。不加 RoPE 时残差只有舍入误差；加了 RoPE
-# 就不是。
+# 然后对每个 query 求一个向量，使它与所有 $c_s$ 的内积都给出正确的
+# logits（最小二乘：每个 key 一个方程，共 9 个，$r=8$ 个未知数）。不加 RoPE
+# 时残差只有舍入误差；加了 RoPE 就不是。
 # %%
 def residual(q, k):
   """How far the logits of head 0 are from any q' with q' . c_s for all s."""
@@ -709,17 +730,20 @@ def xla_flops(t, d, n, k, h):
 for t, k in ((64, 8), (512, 8), (512, 2)):
   ratio = xla_flops(t, 512, 8, k, 64) / layer_flops(t, 512, 8, k, 64)
   print(f't={t}, {k} key-value heads: XLA / formula = {ratio:.3f}')
-  # XLA also counts the softmax: a few operations for each of 2 x 2 x 64.
+  # XLA also counts the softmax: a few operations for each logit, beside the
+  # 2 x 2 x 64 of its two products.
   assert 1 <= ratio < 1.05, 'count two operations for each product'
 # %% [markdown] lang="en"
 # Now the sizes of published models. DeepSeek-V2 has 60 layers, 128 heads of
-# 128, $r=512$, $h_r=64$ (numbers of its paper). The plot shows FLOPs of one
-# layer, split as above, and the cache of one text for that model with four
-# kinds of attention.
+# 128, $r=512$, $h_r=64$ (numbers of its paper). The left plot shows FLOPs of
+# one layer with $nh=kh=d=4096$, split as above, with a dotted line at $t=2d$.
+# The right one shows the cache of one text for DeepSeek-V2's layers and heads
+# with four kinds of attention.
 # %% [markdown] lang="zh"
 # 现在看已发布模型的规模。DeepSeek-V2 有 60 层、128 个维度为 128 的头，$r=512$，
-# $h_r=64$（论文中的数值）。图中左边是一层的 FLOPs，按上表拆开；
-# 右边是该模型在四种注意力下一段文本的缓存。
+# $h_r=64$（论文中的数值）。左图是 $nh=kh=d=4096$ 时一层的 FLOPs，按上表拆开，
+# 虚线在 $t=2d$ 处；右图按 DeepSeek-V2 的层数和头数，
+# 画出四种注意力下一段文本的缓存。
 # %%
 lengths = 2 ** np.arange(8, 18)
 layers, n, h, r, h_rope = 60, 128, 128, 512, 64
@@ -748,16 +772,18 @@ heads = per_token['MLA'] / kv_bytes_per_token(layers, 1, h)
 print(f'MLA caches as much as GQA with {heads:.2f} key-value heads')
 assert per_token['MHA'] / per_token['MLA'] > 50 and heads == 2.25
 # %% [markdown] lang="en"
-# MLA does not have the smallest cache: MQA's is smaller. Its argument is
-# quality at that size (the paper compares them; nothing here measures it). And
-# the absorbed order is not free: its logits cost $2t^2n(r+h_r)$ and its values
-# $2t^2nr$ FLOPs instead of $2t^2n(h+h_r)$ and $2t^2nh$. So implementations
-# expand keys and values for long prompts, where arithmetic is the limit, and
-# absorb in generation, where reading the cache is.
+# MLA does not have the smallest cache: MQA's is smaller. The reason for MLA is
+# the quality of a model with a cache of that size (the paper compares them;
+# nothing here measures it). And the absorbed order is not free: its logits cost
+# $2t^2n(r+h_r)$ and its values $2t^2nr$ FLOPs instead of $2t^2n(h+h_r)$ and
+# $2t^2nh$. So implementations expand keys and values for long prompts, where
+# arithmetic takes the time, and absorb in generation, where reading the cache
+# does.
 # %% [markdown] lang="zh"
-# MLA 的缓存并不是最小的：MQA 更小。它的理由是在这个大小下的质量（论文有比较；
-# 这里没有测）。吸收后的顺序也不是免费的：logits 需要 $2t^2n(r+h_r)$、value 需要
-# $2t^2nr$ FLOPs，而不是 $2t^2n(h+h_r)$ 和 $2t^2nh$。因此实现上，处理长 prompt
+# MLA 的缓存并不是最小的：MQA 更小。MLA
+# 的优势在于缓存这样小时模型的质量（论文有比较；这里没有测量）。
+# 吸收后的顺序也不是免费的：logits 需要 $2t^2n(r+h_r)$、value 需要 $2t^2nr$
+# FLOPs，而不是 $2t^2n(h+h_r)$ 和 $2t^2nh$。因此实现上，处理长 prompt
 # 时瓶颈是计算，就展开 key 和 value；生成时瓶颈是读缓存，就用吸收的顺序。
 # %%
 pair_flops = {
@@ -777,10 +803,10 @@ assert 3 < ratio < 4
 
 
 # %% [markdown] lang="en"
-# One decoding step of multi-head attention does 1 FLOP per byte that it reads.
-# A GPU can do a few hundred FLOPs in the time that it reads a byte, so it waits
-# for memory. GQA and MLA raise the ratio: that is why they make generation
-# faster, and not only smaller.
+# One decoding step of multi-head attention does 1 FLOP for each byte of the
+# cache that it reads. A GPU can do a few hundred FLOPs in the time in which it
+# reads a byte, so it waits for memory. GQA and MLA raise the ratio: they make
+# the cache smaller, and generation faster as well.
 #
 # ## Exercises
 #
@@ -789,10 +815,10 @@ assert 3 < ratio < 4
 #    `moepeft_attention.attention_mask(..., causal=True, window=window)`. How
 #    many tokens back can information travel through $l$ layers of it?
 # 2. *Padding.* Two texts of 5 and 9 tokens stand in one batch, the first padded
-#    on the right to 9. Show with `attend` that a key mask makes its five
-#    outputs equal to those of the text alone, and that without the causal mask
-#    *and* without a key mask they differ. Is the key mask needed if the mask is
-#    causal?
+#    on the right to 9. A *key mask* (bool, `[b, 1, 1, s]`) hides padding from
+#    all queries. Show with `attend` that it makes the five outputs equal to
+#    those of the text alone, and that without the causal mask *and* without a
+#    key mask they differ. Is the key mask needed if the mask is causal?
 # 3. *Online softmax.* Write attention that reads keys and values in blocks of 4
 #    and never holds more than `[t, 4]` logits: keep a running maximum, a
 #    running denominator and a running numerator, and rescale them when the
@@ -828,8 +854,8 @@ assert 3 < ratio < 4
 # absorbed); 8- or 4-bit caches (rounding error); sliding windows in some layers
 # (no direct access to far tokens); sharing the cache of common prefixes (exact,
 # helps only where prompts share them); paged memory (exact, removes
-# fragmentation). A causal mask, FlashAttention or a faster GPU change nothing
-# of the cache's size.
+# fragmentation). A causal mask, FlashAttention or a faster GPU does not change
+# the size of the cache.
 #
 # </details>
 #
@@ -854,8 +880,8 @@ assert 3 < ratio < 4
 # online softmax 1805.02867, memory-efficient attention 2112.05682,
 # FlashAttention 2205.14135.
 # %% [markdown] lang="zh"
-# 多头注意力解码一步时，每读一个字节只做 1 次 FLOP。GPU
-# 读一个字节的时间里可以做几百次 FLOPs，所以它在等内存。GQA 和 MLA
+# 多头注意力解码一步时，每读缓存的一个字节只做 1 次浮点运算。GPU
+# 读一个字节的时间里可以做几百次浮点运算，所以它在等内存。GQA 和 MLA
 # 提高了这个比值：这就是为什么它们不仅让缓存变小，也让生成变快。
 #
 # ## 练习
@@ -864,8 +890,9 @@ assert 3 < ratio < 4
 #    能看到自己和之前的 `window - 1` 个 token。与
 #    `moepeft_attention.attention_mask(..., causal=True, window=window)` 比较。
 #    经过 $l$ 层，信息最多能传多远？
-# 2. *填充。* 长度为 5 和 9 的两段文本放在一个 batch 里，第一段右侧填充到 9。用
-#    `attend` 证明：加上 key 掩码后，它的五个输出与单独计算时相等；
+# 2. *填充。* 长度为 5 和 9 的两段文本放在一个 batch 里，第一段右侧填充到
+#    9。*key 掩码*（bool，`[b, 1, 1, s]`）使所有 query 都看不到填充。用 `attend`
+#    验证：加上 key 掩码后，五个输出与单独计算这段文本时相等；
 #    既没有因果掩码*也*没有 key 掩码时则不相等。如果掩码是因果的，还需要 key
 #    掩码吗？
 # 3. *Online softmax。* 写一个注意力，每次读 4 个 key 和 value，任何时候都只保存
@@ -893,10 +920,10 @@ assert 3 < ratio < 4
 #
 # <details><summary>答案</summary>
 #
-# 先数：每个 token 的字节数是 $2\,l\,k\,h$ 乘以每个数的字节数；80 层、8 个 128
+# 先算：每个 token 的字节数是 $2\,l\,k\,h$ 乘以每个数的字节数；80 层、8 个 128
 # 维的头、bfloat16，每个 token 320 KiB，一段文本 10 GiB。可选项：减少 key-value
 # 头（GQA、MQA：需要训练或继续训练，只剩一个头时质量下降）；MLA（另一种结构，
-# 吸收时多做 FLOPs）；8 或 4 bit 缓存（舍入误差）；
+# 吸收形式的计算量更大）；8 或 4 bit 缓存（舍入误差）；
 # 部分层用滑动窗口（不能直接看到远处的 token）；共享公共前缀的缓存（精确，但只有
 # prompt 有公共前缀时才有用）；分页内存（精确，消除碎片）。因果掩码、
 # FlashAttention 或更快的 GPU 都不会改变缓存的大小。
@@ -927,16 +954,18 @@ assert 3 < ratio < 4
 # ## Exercise 1
 #
 # A token sees `window - 1` tokens back; each layer adds as many, so that $l$
-# layers reach $l\,(\text{window}-1)$ tokens back. The code checks this with the
-# identity of who depends on whom: the boolean product of masks.
+# layers reach $l\,(\text{window}-1)$ tokens back. The code checks this for four
+# layers: an entry of the product of their masks is positive exactly where an
+# output token depends on an input token.
 # %% [markdown] lang="zh" tags=["solution"]
 # # 手写注意力：答案
 #
 # ## 练习 1
 #
 # 一层中，token 能看到之前的 `window - 1` 个 token；每一层再加这么多，所以 $l$
-# 层最远到 $l\,(\text{window}-1)$ 个 token 之前。代码用“谁依赖谁”来验证：
-# 掩码的布尔乘积。
+# 层最远到 $l\,(\text{window}-1)$ 个 token 之前。代码对四层验证这一点：
+# 把各层的掩码矩阵相乘，乘积中为正的元素恰好表示哪个输出 token 依赖哪个输入
+# token。
 # %% tags=["solution"]
 def window_mask(t, window):
   distance = np.arange(t)[:, None] - np.arange(t)[None, :]
@@ -989,7 +1018,7 @@ assert np.allclose(
 def attend_in_blocks(q, k, v, size=4):
   """q [t, h]; k, v [s, h] -> [t, h]."""
   largest = np.full((len(q), 1), -np.inf)
-  denominator, numerator = np.zeros((len(q), 1)), np.zeros(v.shape[1:])
+  denominator, numerator = np.zeros((len(q), 1)), np.zeros(q.shape)
   for i in range(0, len(k), size):
     z = q @ k[i : i + size].T / np.sqrt(q.shape[-1])  # [t, size]
     now = np.maximum(largest, z.max(-1, keepdims=True))

@@ -26,18 +26,19 @@
 # - what happens to gradients and to tokens in 24 layers without residual
 #   connections.
 #
-# Time: 60 minutes to read, under 30 seconds to run. Before this: notebooks 06
-# (attention) and 07 (positions).
+# Time: 60 minutes to read, under 30 seconds to run. Before this: notebooks 02
+# (residual networks), 06 (attention) and 07 (positions).
 # %% [markdown] lang="zh"
 # ## 你将理解什么
 #
-# - LayerNorm 与 RMSNorm 计算什么、对哪些变换保持不变、梯度是什么形状；
+# - LayerNorm 与 RMSNorm 计算什么、对哪些变换保持不变、梯度有什么特点；
 # - residual stream（残差流）：为什么模型的输出是各子层写入量的*和*；
 # - pre-norm 与 post-norm 分别把 norm 放在哪里；
 # - 带门控的 feed-forward（SwiGLU），以及它的宽度为什么约为 $8d/3$；
 # - 没有残差连接时，24 层之后梯度和 token 表示会变成什么样。
 #
-# 用时：阅读约 60 分钟，运行不到 30 秒。前置：06（attention）与 07（位置编码）。
+# 用时：阅读约 60 分钟，运行不到 30 秒。前置：02（残差网络）、06（attention）与
+# 07（位置编码）。
 # %%
 import dataclasses
 
@@ -225,8 +226,8 @@ assert along < 1e-5, 'the direction of x itself has to be projected out'
 #
 # The vector $x$, which runs through all layers unchanged except for additions,
 # is called the *residual stream*. Sublayers read from it and write to it. The
-# derivative of one step is $I + \partial F / \partial x$: the identity lets the
-# gradient of the last layer reach the first one, whatever $F$ does.
+# derivative of one step is $I + \partial F / \partial x$: through the identity,
+# the gradient of the last layer reaches the first one without passing any $F$.
 #
 # *Pre-norm* is the form above: the norm stands inside the branch, and nothing
 # but additions is on the stream. *Post-norm*, in the original Transformer
@@ -256,8 +257,8 @@ assert along < 1e-5, 'the direction of x itself has to be projected out'
 # $$x_{2L} = x_0 + \sum_{i=1}^{2L} F_i(\operatorname{norm}(x_{i-1})).$$
 #
 # 向量 $x$ 穿过所有层，只被做加法，叫做 *residual stream*（残差流）：
-# 各子层从中读取，再写回去。一步的导数是 $I + \partial F / \partial x$：不管 $F$
-# 是什么，单位矩阵都让最后一层的梯度能到达第一层。
+# 各子层从中读取，再写回去。一步的导数是 $I + \partial F / \partial x$：
+# 通过单位矩阵，最后一层的梯度不经过任何 $F$ 就能到达第一层。
 #
 # *Pre-norm* 就是上面的形式：norm 在支路里，残差流上只有加法。
 # *Post-norm*（最初的 Transformer，arXiv:1706.03762）对和做归一化：
@@ -276,35 +277,35 @@ assert along < 1e-5, 'the direction of x itself has to be projected out'
 # ## 4. The feed-forward sublayer
 #
 # Attention moves information between tokens; the feed-forward works on each
-# token alone. The original is a two-layer network, $W_o\,\phi(W_i x)$ with
-# $W_i: d \to f$ and $f = 4d$. Llama, Qwen and T5 1.1 use a *gated* form
-# (Shazeer, arXiv:2002.05202):
+# token alone. The original is a two-layer network, $\phi(x W_i)\,W_o$ with an
+# activation function $\phi$, $W_i: [d, f]$, $W_o: [f, d]$ and $f = 4d$. Llama,
+# Qwen and T5 1.1 use a *gated* form (Shazeer, arXiv:2002.05202):
 #
 # $$\operatorname{FFN}(x) = \big(\phi(x W_0) \odot x W_1\big) W_o, \qquad W_0,
 # W_1: [d, f],\; W_o: [f, d].$$
 #
 # With $\phi(z) = \operatorname{silu}(z) = z / (1 + e^{-z})$ it is called
-# SwiGLU, with GELU GEGLU. The product of two linear functions of $x$ lets a
-# hidden unit scale one feature by another, which a sum of activations can only
-# approximate.
+# SwiGLU, with GELU GEGLU. Both factors depend on $x$, so a hidden unit can
+# scale one feature by another, which a sum of activations can only approximate.
 #
-# Three matrices instead of two: to keep the number of parameters,
-# $3 d f' = 2 d \cdot 4d$ gives $f' = 8d/3$. Llama 2's 7B model has $d = 4096$
-# and $f = 11008$, which is $8d/3 = 10922.\overline{6}$ rounded up to a multiple
-# of 256.
+# Three matrices instead of two: to keep the number of parameters, the width
+# $f'$ must satisfy $3 d f' = 2 d \cdot 4d$, so $f' = 8d/3$. Llama 2's 7B model
+# has $d = 4096$ and $f = 11008$, which is $8d/3 = 10922.\overline{6}$ rounded
+# up to a multiple of 256.
 # %% [markdown] lang="zh"
 # ## 4. Feed-forward 子层
 #
 # Attention 在 token 之间传递信息；feed-forward 对每个 token 单独计算。
-# 最初是两层网络 $W_o\,\phi(W_i x)$，$W_i: d \to f$，$f = 4d$。Llama、Qwen 和 T5
-# 1.1 使用*带门控*的形式（Shazeer，arXiv:2002.05202）：
+# 最初是两层网络 $\phi(x W_i)\,W_o$，$\phi$ 是激活函数，$W_i: [d, f]$，
+# $W_o: [f, d]$，$f = 4d$。Llama、Qwen 和 T5 1.1 使用*带门控*的形式（Shazeer，
+# arXiv:2002.05202）：
 #
 # $$\operatorname{FFN}(x) = \big(\phi(x W_0) \odot x W_1\big) W_o, \qquad W_0,
 # W_1: [d, f],\; W_o: [f, d].$$
 #
 # 取 $\phi(z) = \operatorname{silu}(z) = z / (1 + e^{-z})$ 时叫 SwiGLU，取 GELU
-# 时叫 GEGLU。两个 $x$ 的线性函数相乘，
-# 使一个隐藏单元能用一个特征去缩放另一个特征；只对激活求和则只能近似做到。
+# 时叫 GEGLU。两个因子都依赖 $x$，所以一个隐藏单元能用一个特征去缩放另一个特征；
+# 只对激活求和则只能近似做到。
 #
 # 矩阵从两个变成三个：要保持参数量不变，由 $3 d f' = 2 d \cdot 4d$ 得
 # $f' = 8d/3$。Llama 2 7B 的 $d = 4096$、$f = 11008$，正是
@@ -418,11 +419,12 @@ def attention(x, p):
 # %% [markdown] lang="en"
 # The block itself is two lines, one for each sublayer. Its parameters are
 # $d h (2n + 2k) + 3df + 2d$: for $n$ query heads and $k$ key-value heads of
-# size $h$, the matrices q and o have $dnh$ numbers each, k and v have $dkh$.
+# size $h$, the matrices q and o have $dnh$ numbers each, k and v have $dkh$;
+# the feed-forward has $3df$ and the two norms have $2d$.
 # %% [markdown] lang="zh"
 # Block 本身只有两行，每个子层一行。参数量为 $d h (2n + 2k) + 3df + 2d$：有 $n$
 # 个 query head、$k$ 个 key-value head，head size 为 $h$；q 和 o 各有 $dnh$
-# 个数，k 和 v 各有 $dkh$ 个。
+# 个数，k 和 v 各有 $dkh$ 个；feed-forward 有 $3df$ 个，两个 norm 共 $2d$ 个。
 
 
 # %%
@@ -449,10 +451,10 @@ expected = DecoderBlock(config).apply(
   {'params': jax.tree.map(jnp.float32, layer(0))},
   jnp.array(states_in),
   ctx,
-  None,
+  None,  # no bias of positions
   causal,
-  None,
-  None,
+  None,  # no mask of a window
+  None,  # no structured mask
 )
 difference = np.abs(block(states_in, layer(0)) - expected).max()
 print('largest difference from the package:', difference)
@@ -487,16 +489,19 @@ print('logits', logits.shape, 'largest difference', difference)
 assert difference < 1e-3, 'each block agreed, so look at embed, norm and head'
 total = rms_norm(sum(writes), params['decoder']['norm']['scale'], config.eps)
 assert np.allclose(total @ params['head']['kernel'], logits, atol=1e-9)
-for name, write in zip(['embedding', *range(3)], writes, strict=True):
-  print(
-    name, 'wrote a vector of rms', round(float(np.sqrt((write**2).mean())), 3)
-  )
+writers = ['embedding', *(f'block {i}' for i in range(config.layers))]
+for writer, write in zip(writers, writes, strict=True):
+  rms = np.sqrt((write**2).mean())
+  print(f'{writer} wrote a vector of rms {rms:.3f}')
 # %% [markdown] lang="en"
 # ## 6. Why residual connections: measure the gradient
 #
 # Stack 24 blocks at their initial random weights and ask how large the gradient
-# of a fixed random loss, $\sum_{t} c_t \cdot x_{L,t}$, is with respect to the
-# output of each layer. Five forms of a sublayer:
+# of a loss is with respect to the output of each layer, that is of each block.
+# The loss is $\sum_{t} c_t \cdot x_{L,t}$, where $x_{L,t}$ is the state of
+# token $t$ after the last block and the $c_t$ are fixed random vectors (`probe`
+# in the code). There are five forms of a sublayer, where $F$ is attention or
+# the feed-forward:
 #
 # - **neither**: $x \leftarrow F(x)$,
 # - **norm only**: $x \leftarrow F(\operatorname{norm}(x))$,
@@ -505,18 +510,21 @@ for name, write in zip(['embedding', *range(3)], writes, strict=True):
 # - **pre-norm**: $x \leftarrow x + F(\operatorname{norm}(x))$.
 #
 # We measure a second quantity in the forward pass. Attention averages values
-# over tokens, and averages of averages make all tokens alike: without residual
+# over tokens, and repeated averaging makes all tokens alike: without residual
 # connections their differences shrink layer by layer (Dong et al.,
 # arXiv:2103.03404, *rank collapse*). The measure is the share of $x$ that is
 # not the mean over tokens, $\lVert x - \bar x \rVert / \lVert x \rVert$.
 # Attention sees all tokens here, and the feed-forward is the ungated one with
-# GELU, whose output grows in proportion to its input; both keep the comparison
-# simple.
+# GELU, whose output grows about in proportion to its input; both keep the
+# comparison simple. The right plot draws values below $10^{-8}$, zero included,
+# at $10^{-8}$.
 # %% [markdown] lang="zh"
 # ## 6. 为什么要残差连接：测量梯度
 #
-# 堆 24 个随机初始化的 block，取一个固定的随机 loss：
-# $\sum_{t} c_t \cdot x_{L,t}$，看它对每一层输出的梯度有多大。子层有五种形式：
+# 堆 24 个随机初始化的 block，看 loss 对每一层（每个 block）输出的梯度有多大。
+# loss 取 $\sum_{t} c_t \cdot x_{L,t}$，其中 $x_{L,t}$ 是 token $t$ 经过最后一个
+# block 的状态，$c_t$ 是固定的随机向量（代码中的 `probe`）。子层有五种形式，
+# $F$ 是 attention 或 feed-forward：
 #
 # - **neither**：$x \leftarrow F(x)$；
 # - **norm only**：$x \leftarrow F(\operatorname{norm}(x))$；
@@ -525,11 +533,12 @@ for name, write in zip(['embedding', *range(3)], writes, strict=True):
 # - **pre-norm**：$x \leftarrow x + F(\operatorname{norm}(x))$。
 #
 # 第二个量在前向计算中测量。Attention 对各 token 的 value 求平均，
-# 平均的平均会使所有 token 越来越像：没有残差连接时，token
+# 反复求平均会使所有 token 越来越像：没有残差连接时，token
 # 之间的差异逐层缩小（Dong 等，arXiv:2103.03404，称为 *rank collapse*）。度量是
 # $x$ 中不属于 token 均值的部分：$\lVert x - \bar x \rVert / \lVert x \rVert$。
 # 为了便于比较，这里的 attention 能看到所有 token，feed-forward 用不带门控的
-# GELU 版本，其输出大致与输入成正比。
+# GELU 版本，其输出大致与输入成正比。右图把低于 $10^{-8}$ 的值（包括零）画在
+# $10^{-8}$ 处。
 # %%
 depth, width, length = 24, 64, 16
 
@@ -638,7 +647,7 @@ plt.show()
 #
 # Post-norm models can be trained: the original Transformer and BERT are
 # post-norm. They need a warm-up of the learning rate, because at the start the
-# gradients of the layers near the output are large (Xiong et al.,
+# gradients of the parameters near the output are large (Xiong et al.,
 # arXiv:2002.04745). Pre-norm has a price as well: as the stream grows, the
 # write of a late layer is a smaller part of it.
 # %% [markdown] lang="zh"
@@ -657,7 +666,7 @@ plt.show()
 #   第一层与最后一层的梯度只差一个不大的倍数，token 之间的差异得以保留。
 #
 # Post-norm 模型可以训练：最初的 Transformer 和 BERT 都是 post-norm。
-# 但需要学习率 warm-up，因为开始时靠近输出的层梯度很大（Xiong 等，
+# 但需要学习率 warm-up，因为开始时靠近输出的参数梯度很大（Xiong 等，
 # arXiv:2002.04745）。Pre-norm 也有代价：残差流越来越大，
 # 后面的层写入的量占比就越来越小。
 # %%
@@ -680,7 +689,7 @@ assert 1.5 < growth < 3
 #    $\operatorname{gelu}(x W_i + b_i) W_o + b_o$ with the tanh approximation of
 #    GELU. Write it, compare it with
 #    `Mlp(..., gated=False, activation='gelu', bias=True)`, and count its
-#    parameters.
+#    parameters. They are `wi` and `wo`, each with a `kernel` and a `bias`.
 # 2. (Medium) Gemma 2 also normalizes the *output* of each sublayer, before it
 #    is added. Write `sandwich_block` and compare it with the package's
 #    `DecoderBlock` for a config with `post_norms=True`; its parameters have
@@ -694,6 +703,7 @@ assert 1.5 < growth < 3
 # 1. （易）GPT-2 的 feed-forward 没有门控，有偏置：
 #    $\operatorname{gelu}(x W_i + b_i) W_o + b_o$，GELU 用 tanh 近似。写出来，与
 #    `Mlp(..., gated=False, activation='gelu', bias=True)` 比较，并计算参数量。
+#    参数是 `wi` 和 `wo`，各有 `kernel` 和 `bias`。
 # 2. （中）Gemma 2 在相加之前还对每个子层的*输出*做归一化。写出
 #    `sandwich_block`，与 config 为 `post_norms=True` 时的 `DecoderBlock` 比较；
 #    它的参数在 `self`、`mlp` 之外还有 `self_post_norm` 和 `mlp_post_norm`。
@@ -725,8 +735,8 @@ assert 1.5 < growth < 3
 # Gating needs three matrices of $d \times f$ instead of two. For the parameters
 # of $f = 4d$ without a gate, $3df' = 8d^2$, so $f' = 8d/3 \approx 10923$,
 # rounded up to a multiple that suits the hardware: 11008 in Llama 2 7B. It is a
-# convention, no law: Llama 3 8B has 14336 $= 3.5d$, spending the parameters
-# that grouped-query attention saves.
+# convention, not a law: Llama 3 8B has 14336 $= 3.5d$ and spends there the
+# parameters that grouped-query attention saves.
 #
 # </details>
 # %% [markdown] lang="zh"

@@ -90,7 +90,7 @@ from moepeft.nn import initializers, positions
 #
 # T5 的 logits 是 $q \cdot k + \text{bias}$，没有 $1/\sqrt h$：这个因子包含在
 # $q$ 的初始化里。bias 对每个 head、每个距离桶是一个数，它是唯一的位置信息；
-# 同一个栈的各层共用，cross-attention 没有。
+# encoder 的各层共用一组，decoder 的各层共用另一组，cross-attention 没有。
 # %%
 def rms_norm(x, p, eps):
   x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
@@ -155,12 +155,13 @@ for side in (True, False):
 # Blocks are pre-norm (notebook 08). A layer of the encoder has two sublayers,
 # one of the decoder has three: self-attention, cross-attention, feed-forward.
 # Parameters of all layers are stacked on the first axis, as in the package.
+# `real` is True on tokens of the input and False on padding.
 # %% [markdown] lang="zh"
-# ## 2. 两个栈
+# ## 2. Encoder 与 decoder 的各层
 #
 # block 是 pre-norm（08）。encoder 的一层有两个子层，decoder 的一层有三个：
 # self-attention、cross-attention、feed-forward。所有层的参数堆叠在第一个轴上，
-# 与 moepeft 相同。
+# 与 moepeft 相同。`real` 在输入的 token 处为 True，在 padding 处为 False。
 # %%
 def layers(stack):
   count = len(jax.tree.leaves(stack['layers'])[0])
@@ -207,15 +208,15 @@ def decode(params, ids, encoded, real, config):
 # `package:t5_tiny` is a T5 1.1 of three encoder and two decoder layers,
 # pretrained on the package's own tasks. Its weights go into the functions
 # above, with inputs of different lengths in one batch. Logits are of size 10 to
-# 20, so float32 leaves about $10^{-5}$; a wrong mask or a wrong bucket changes
-# them by more than $0.1$.
+# 20, so float32 leaves about $10^{-5}$; without the mask of padding they change
+# by more than $0.1$.
 # %% [markdown] lang="zh"
 # ## 3. moepeft 的 T5
 #
 # `package:t5_tiny` 是三层 encoder、两层 decoder 的 T5 1.1，在 moepeft
 # 自己的任务上预训练。把它的权重放进上面的函数，一个 batch 里有不同长度的输入。
-# logits 大小在 10 到 20 之间，float32 的误差约 $10^{-5}$；mask 或桶写错，
-# 差异会超过 $0.1$。
+# logits 大小在 10 到 20 之间，float32 的误差约 $10^{-5}$；去掉 padding 的
+# mask，差异会超过 $0.1$。
 # %%
 tiny = hf.load(resolve('package:t5_tiny'), 'float32')
 print(tiny.config)
@@ -245,15 +246,16 @@ assert np.abs(wrong - expected).max() > 0.1
 # ## 4. A task: sorting digits
 #
 # Inputs are 3 to 7 random digits, targets the same digits sorted, with
-# repetitions: `5 2 2 9` gives `2 2 5 9`. Every output depends on all of the
-# input, and each on how many were already written. Ids: 0 is padding and also
-# the decoder's start token (as in T5), 1 ends a sequence, digits are 2 to 11.
+# repetitions: `5 2 2 9` gives `2 2 5 9`. Every output depends on the whole
+# input and on how many digits are already written. Ids: 0 is padding and also
+# the decoder's start token (as in T5), 1 ends a sequence, and the id of a digit
+# is the digit plus 2.
 # %% [markdown] lang="zh"
 # ## 4. 任务：数字排序
 #
 # 输入是 3 到 7 个随机数字，目标是排好序的同样的数字，可以重复：`5 2 2 9` 得
-# `2 2 5 9`。每个输出都依赖全部输入，也依赖已写出的个数。id：0 是 padding，也是
-# decoder 的起始 token（与 T5 相同），1 表示结束，数字是 2 到 11。
+# `2 2 5 9`。每个输出都依赖全部输入，也依赖已写出多少个数字。id：0 是 padding，
+# 也是 decoder 的起始 token（与 T5 相同），1 表示结束，数字的 id 是数字加 2。
 # %%
 START = PAD = 0
 END, FIRST, LONGEST = 1, 2, 7
@@ -289,8 +291,10 @@ for source, target in zip(*examples, strict=True):
 #
 # Rows have different lengths, so the loss is a sum over real target tokens
 # divided by their number: $\sum_{b,i} w_{bi} (-\ln p_{bi}) / \sum_{b,i} w_{bi}$
-# with $w = 1$ on real tokens, the end token included. Without the end token the
-# model could never learn to stop.
+# where $p_{bi}$ is the model's probability of target $i$ of row $b$, $w = 1$ on
+# real tokens, the end token included, and $w = 0$ on padding. Without the end
+# token the model could never learn to stop. Before training the loss should be
+# near $\ln V$, that of a uniform guess among $V$ tokens.
 # %% [markdown] lang="zh"
 # ## 5. Teacher forcing 与 loss mask
 #
@@ -300,8 +304,10 @@ for source, target in zip(*examples, strict=True):
 # 一次前向就得到全部预测。生成时，输入是模型自己写的 token，一个接一个。
 #
 # 各行长度不同，所以 loss 是对真实目标 token 求和，再除以它们的个数：
-# $\sum_{b,i} w_{bi} (-\ln p_{bi}) / \sum_{b,i} w_{bi}$，真实 token（包括结束
-# token）处 $w = 1$。不包括结束 token，模型就学不会停下来。
+# $\sum_{b,i} w_{bi} (-\ln p_{bi}) / \sum_{b,i} w_{bi}$，其中 $p_{bi}$
+# 是模型给第 $b$ 行第 $i$ 个目标的概率，真实 token（包括结束 token）处 $w = 1$，
+# padding 处 $w = 0$。不包括结束 token，模型就学不会停下来。训练前的 loss 应接近
+# $\ln V$，即在 $V$ 个 token 中均匀猜测的 loss。
 # %%
 config = dataclasses.replace(
   tiny.config,
@@ -316,7 +322,7 @@ config = dataclasses.replace(
 
 
 def shift_right(targets):
-  return np.pad(targets, ((0, 0), (1, 0)))[:, :-1] + 0 * START
+  return np.pad(targets, ((0, 0), (1, 0)), constant_values=START)[:, :-1]
 
 
 def loss_and_hits(params, inputs, decoder_inputs, targets):
@@ -359,8 +365,15 @@ wrong, _ = loss_and_hits(params, wider[0], noisy, unmasked)
 print('loss', float(padded_loss), 'with padding as targets', float(wrong))
 # %% [markdown] lang="en"
 # ## 6. Training
+#
+# 700 steps of Adam, each with 64 new random rows: there is no fixed training
+# set. The plots are means over 20 steps; a row is without an error if all its
+# tokens are right under teacher forcing.
 # %% [markdown] lang="zh"
 # ## 6. 训练
+#
+# 用 Adam 训练 700 步，每步 64 行新的随机数据，没有固定的训练集。图中是每 20
+# 步的平均；在 teacher forcing 下所有 token 都对，这一行才算没有错误。
 # %%
 STEPS, ROWS = 700, 64
 optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, STEPS))
@@ -454,8 +467,8 @@ assert exact > 0.97, 'train longer; below 0.5 look at the masks'
 # functions:
 # %% [markdown] lang="zh"
 # 这些输入是新的吗？共有 $10^3 + \ldots + 10^7$ 种输入，训练只见过不到 45,000
-# 个，因此 5 位以上的测试行大多没见过。另外，moepeft 的 T5 装入训练好的权重，
-# 与我们的函数给出同样的 logits：
+# 个，因此 5 位及以上的测试输入大多没见过。另外，moepeft 的 T5
+# 装入训练好的权重，与我们的函数给出同样的 logits：
 # %%
 real = test_inputs != PAD
 encoded = encode(params, test_inputs, real, config)
@@ -471,21 +484,30 @@ expected = jax.jit(model.apply)({'params': params}, batch)
 difference = np.abs(logits - expected).max()
 print('logits up to', np.abs(expected).max(), 'largest difference', difference)
 assert difference < 1e-3
+
+
 # %% [markdown] lang="en"
 # What does cross-attention read when a digit is written? The picture has the
 # weights of one test row, the mean of the heads of the last layer: rows are
-# what is written, columns the input.
+# what is written, columns the input; the darker, the larger the weight. For
+# most digits the darkest columns are those of the same digit. This is one row
+# of one trained model, an illustration and not a proof.
 # %% [markdown] lang="zh"
-# 写出一个数字时，cross-attention 在读什么？图中是一个测试行的权重，取最后一层各
-# head 的平均：行是写出的 token，列是输入。
+# 写出一个数字时，cross-attention 在读什么？图中是一个测试样本的权重，
+# 取最后一层各 head 的平均：行是写出的 token，列是输入，颜色越深权重越大。
+# 对多数数字，颜色最深的列正是相同的数字。这只是一个模型的一个样本，用作示意，
+# 不是证明。
 # %%
+def tick_labels(ids):
+  return ['end' if i == END else str(i - FIRST) for i in ids]
+
+
 row = int(np.argmax((test_targets != PAD).sum(1)))
 size = int(real[row].sum())
-name = lambda ids: ['end' if i == END else str(i - FIRST) for i in ids]  # noqa: E731
 plt.figure(figsize=(3.6, 3))
 plt.imshow(np.asarray(weights[-1][row]).mean(0)[:size, :size], cmap='Blues')
-plt.xticks(range(size), name(test_inputs[row][:size]))
-plt.yticks(range(size), name(test_targets[row][:size]))
+plt.xticks(range(size), tick_labels(test_inputs[row][:size]))
+plt.yticks(range(size), tick_labels(test_targets[row][:size]))
 plt.xlabel('input')
 plt.ylabel('written')
 plt.tight_layout()
@@ -511,7 +533,7 @@ plt.show()
 #    上再加 $\epsilon / V$。写出一个 batch 的带 mask 的 loss，与
 #    `optax.smooth_labels` 比较。
 # 3. （难）写出 `step_with_cache`：一个 decoder token $[b, 1]$，之前 token 的
-#    key 和 value 来自 cache，encoder 状态的 key 和 value 只算一次。证明 logits
+#    key 和 value 来自 cache，encoder 状态的 key 和 value 只算一次。验证 logits
 #    与 `decode` 相同。
 # %% [markdown] lang="en"
 # ## Interview questions
@@ -562,10 +584,10 @@ plt.show()
 # <details><summary>答案</summary>
 #
 # 输入用双向 attention 一次读完，decoder 可以很小：适合输入长而固定、
-# 输出短的翻译、摘要、分类。decoder-only 用一个栈处理所有文本，每个 token
+# 输出短的翻译、摘要、分类。decoder-only 用同一组层处理所有文本，每个 token
 # 都参与训练，对话只需在一个序列后追加并复用 KV cache，预训练也更简单。
 # 参数量相同时，encoder-decoder 每个 token 的计算量约为一半，因为一个 token
-# 只经过两个栈之一。
+# 只经过 encoder 和 decoder 之一。
 #
 # </details>
 # %% [markdown] lang="en"
