@@ -12,8 +12,6 @@ import collections
 import re
 from collections.abc import Iterator
 
-import networkx
-
 from examples.knowledge_base.search import (
   Hit,
   KnowledgeBase,
@@ -50,7 +48,18 @@ class PassageGraph:
   """
 
   def __init__(self, base: KnowledgeBase, seed: int = 0):
-    """`seed`: of the search for communities."""
+    """`seed`: of the search for communities.
+
+    Raises:
+      ValueError: networkx is not installed.
+    """
+    try:
+      import networkx
+    except ImportError:
+      raise ValueError(
+        'a graph of passages needs networkx: pip install networkx'
+      ) from None
+
     self._base = base
     ids = range(len(base.store))
     names = dict(zip(ids, map(entities, base.store.read(ids)), strict=True))
@@ -101,6 +110,8 @@ class PassageGraph:
 
   def rank(self, question: str) -> Ranking:
     """Passages by PageRank from the question's entities; [] without any."""
+    import networkx
+
     # In a question without capital letters, any word may be a name.
     words = _NAME.findall(question.partition(' ')[2]) or question.split()
     seeds = {
