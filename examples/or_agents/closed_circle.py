@@ -9,7 +9,10 @@ with as many parameters, on all families (SFT), then on pairs of its own answers
 by the solver's verdict (DPO). One server has the base and all adapters; the
 agents solve problems whose sentences were held out. table.md and table.json
 have the accuracy and the execution rate with 95 % intervals. A step whose
-result is in --output is not done again.
+result is in --output is not done again. RATES were chosen by
+
+  python -m examples.or_agents.closed_circle --output=workdirs/circle \
+    --rates 7.5e-4 1.5e-3 3e-3 6e-3 1.2e-2
 """
 
 import argparse
@@ -17,6 +20,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -48,6 +52,8 @@ METHODS = {
   'lora': 'lora(rank=4)',
   'molora': 'molora(experts=10, rank=4)',
 }
+# Learning rates of SFT.
+RATES = {'lora': 1.5e-3, 'molora': 6e-3}
 STAGES = ('sft', 'dpo')
 BASE = 'base'
 # Small problems, whose texts and formulations a small model can hold.
@@ -68,6 +74,7 @@ class Sizes:
     seeds: seeds of each arm.
     rows: problems to train on.
     test_rows: problems with held-out templates.
+    validation_rows: further ones, to choose learning rates by.
     base_steps, sft_steps, dpo_steps: training steps.
     batch_size: rows of a step.
     pair_rows: problems to train on that are answered for pairs.
@@ -77,6 +84,7 @@ class Sizes:
   seeds: int = 2
   rows: int = 20_000
   test_rows: int = 100
+  validation_rows: int = 200
   base_steps: int = 2000
   sft_steps: int = 300
   dpo_steps: int = 20
@@ -143,12 +151,30 @@ class Circle:
     files.write_text(self.path('table.md'), format_table(table))
     return table
 
+  def search_rates(self, rates: Sequence[float]) -> None:
+    """Prints SFT's accuracy at each rate on the validation rows, one seed."""
+    self.write_data()
+    self.train_base()
+    rows = _read_lines(self.path('validation.jsonl'))
+    prompts = [row['text'] for row in rows]
+    for rate, method in itertools.product(rates, METHODS):
+      workdir = self.path('runs', f'{method}_rate_{rate:g}')
+      self._train_adapter(workdir, method, 0, rate)
+      replies = moepeft.load(workdir).generate(prompts, TARGETS_LENGTH)
+      right = [
+        rewards.judge(reply.text, row['value']).is_right
+        for reply, row in zip(replies, rows, strict=True)
+      ]
+      print(f'{method}, learning rate {rate:g}: {np.mean(right):.1%} right')
+
   def write_data(self) -> None:
-    """Writes base.jsonl, train.jsonl and test.jsonl."""
+    """Writes base.jsonl, train.jsonl, validation.jsonl and test.jsonl."""
     if os.path.exists(self.path('test.jsonl')):
       return
     train: list[dict[str, Any]] = []
-    test: list[dict[str, Any]] = []
+    held_out: list[dict[str, Any]] = []
+    test_rows = self.sizes.test_rows
+    held_out_rows = test_rows + self.sizes.validation_rows
     for sample in samples(
       0, SCALE, sentences.FAMILIES, draw_template=sentences.draw_template
     ):
@@ -162,14 +188,16 @@ class Circle:
         row |= {'problem': target}
         train.append(direct_row(row, len(train)) | {'value': row['value']})
       if row['split'] == 'held_out_template':
-        test.append(row)
-      if len(train) == self.sizes.rows and len(test) >= self.sizes.test_rows:
+        held_out.append(row)
+      if len(train) == self.sizes.rows and len(held_out) >= held_out_rows:
         break
     base = (row for row in train if row['dataset'] in BASE_FAMILIES)
     write_rows(self.path('base.jsonl'), base)
     write_rows(self.path('train.jsonl'), iter(train))
+    validation = held_out[test_rows:held_out_rows]
+    write_rows(self.path('validation.jsonl'), iter(validation))
     # The last one, as its presence says that all are there.
-    write_rows(self.path('test.jsonl'), iter(test[: self.sizes.test_rows]))
+    write_rows(self.path('test.jsonl'), iter(held_out[:test_rows]))
 
   def train_base(self) -> None:
     """Trains all weights on one family, and writes a model to serve."""
@@ -195,12 +223,7 @@ class Circle:
   def train_sft(self, method: str, seed: int) -> str:
     """Trains an adapter on all families; returns its work directory."""
     workdir = self.path('runs', f'{method}_sft_{seed}')
-    self._train(
-      workdir,
-      f'--config.steps={self.sizes.sft_steps}',
-      f'--config.data.path={self.path("train.jsonl")}',
-      *self._adapter(method, seed),
-    )
+    self._train_adapter(workdir, method, seed, RATES[method])
     return workdir
 
   def train_dpo(self, sft: str, method: str, seed: int) -> str:
@@ -295,6 +318,17 @@ class Circle:
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
       return list(pool.map(solve_row, test))
+
+  def _train_adapter(
+    self, workdir: str, method: str, seed: int, rate: float
+  ) -> None:
+    self._train(
+      workdir,
+      f'--config.steps={self.sizes.sft_steps}',
+      f'--config.data.path={self.path("train.jsonl")}',
+      *self._adapter(method, seed),
+      f'--config.optimizer.learning_rate={rate}',
+    )
 
   def _pairs(self, method: str, seed: int) -> str:
     return self.path(f'pairs_{method}_{seed}.jsonl')
@@ -554,6 +588,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument(
     '--output', default='workdirs/circle', help='The folder of the results.'
   )
+  parser.add_argument(
+    '--rates',
+    type=number_in_range(float, 1e-6, 1.0),
+    nargs='+',
+    metavar='RATE',
+    help="SFT's accuracy at these learning rates on other problems, instead.",
+  )
   for field in dataclasses.fields(Sizes):
     parser.add_argument(
       f'--{field.name}',
@@ -562,13 +603,18 @@ def main(argv: Sequence[str] | None = None) -> int:
       help=f'Default: {field.default}.',
     )
   flags = vars(parser.parse_args(argv))
+  rates = flags.pop('rates')
   started = time.monotonic()
   try:
     circle = Circle(flags.pop('output'), Sizes(**flags))
-    circle.run()
+    if rates:
+      circle.search_rates(rates)
+    else:
+      circle.run()
   except (ValueError, OSError, ImportError) as e:
     parser.exit(2, f'error: {e}\n')
-  print(files.read_text(circle.path('table.md')))
+  if not rates:
+    print(files.read_text(circle.path('table.md')))
   print(f'{(time.monotonic() - started) / 60:.0f} minutes')
   return 0
 

@@ -135,13 +135,17 @@ def test_the_majority_baseline_is_the_most_frequent_value_of_the_family(
 
 
 def test_training_and_test_share_no_template_and_no_problem(tmp_path):
-  circle = closed_circle.Circle(str(tmp_path), Sizes(rows=60, test_rows=20))
-  circle.write_data()
-  train, base, test = (
-    [json.loads(x) for x in (tmp_path / f'{name}.jsonl').open()]
-    for name in ('train', 'base', 'test')
+  circle = closed_circle.Circle(
+    str(tmp_path), Sizes(rows=60, test_rows=20, validation_rows=5)
   )
-  assert (len(train), len(test)) == (60, 20)
+  circle.write_data()
+  train, base, validation, test = (
+    [json.loads(x) for x in (tmp_path / f'{name}.jsonl').open()]
+    for name in ('train', 'base', 'validation', 'test')
+  )
+  assert (len(train), len(validation), len(test)) == (60, 5, 20)
+  assert not {row['text'] for row in validation} & {r['text'] for r in test}
+  assert all(row['template'].startswith('held_out/') for row in validation)
   assert {row['dataset'] for row in base} == set(closed_circle.BASE_FAMILIES)
   assert all(row['template'].startswith('held_out/') for row in test)
   assert not any(row['template'].startswith('held_out/') for row in train)
@@ -200,6 +204,7 @@ def test_the_circle_runs_from_end_to_end(tmp_path, capsys):
   )
   flags = [f'--{name}={value}' for name, value in sizes.items()]
   flags += ['--batch_size=4', '--pair_rows=4', '--votes=2']
+  flags += ['--validation_rows=2']
   assert closed_circle.main([f'--output={tmp_path}', *flags]) == 0
   table = json.loads((tmp_path / 'table.json').read_text())
   # Four steps teach nothing: no answer is right, with pairs or without.
@@ -212,3 +217,7 @@ def test_the_circle_runs_from_end_to_end(tmp_path, capsys):
   assert '| molora_dpo | 0.0 (0.0 to 0.0)' in capsys.readouterr().out
   # The second call finds every step done.
   assert closed_circle.main([f'--output={tmp_path}', *flags]) == 0
+  assert (
+    closed_circle.main([f'--output={tmp_path}', *flags, '--rates', '0.1']) == 0
+  )
+  assert 'molora, learning rate 0.1: 0.0% right' in capsys.readouterr().out
