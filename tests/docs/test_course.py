@@ -89,6 +89,16 @@ def test_notebook_has_a_check_a_picture_and_questions(name, language):
   assert [c.source for c in solutions.cells if c.cell_type == 'code'][1:]
 
 
+@pytest.mark.parametrize('language', ['en', 'zh'])
+def test_map_links_to_every_notebook_once(language):
+  page = ROOT / 'docs' / {'en': 'course.md', 'zh': 'course.zh.md'}[language]
+  links = re.findall(
+    r'\[`(\w+)`\]\(\.\./notebooks/([\w.]+)\)', page.read_text('utf-8')
+  )
+  assert links == [(name, _path(name, language).name) for name in NAMES]
+  assert all((notebooks.FOLDER / file).is_file() for _, file in links)
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_nothing_was_written_to_stderr(name):
   outputs = notebooks.outputs_of_files(name)
