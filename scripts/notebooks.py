@@ -9,8 +9,9 @@ common; cells with `tags=["solution"]` are the solutions of the exercises. This
 command runs the code from the first cell to the last, solutions included, and
 writes notebooks/NN_name.ipynb and .zh.ipynb, and both of notebooks/solutions/.
 In a text, {{moepeft.nn.attention.attend}} becomes a link to the line of the
-definition. --text_only keeps the outputs of the files that are there: enough
-after a change of texts or of line numbers.
+definition, in a module or in a package's __init__.py. --text_only keeps the
+outputs of the files that are there: enough after a change of texts or of line
+numbers.
 """
 
 import argparse
@@ -127,19 +128,22 @@ def link(symbol: str, above: str) -> str:
   """
   parts = symbol.split('.')
   for i in range(len(parts), 0, -1):
-    path = ROOT.joinpath(*parts[:i]).with_suffix('.py')
-    if path.is_file():
-      line = _line(path, parts[i:])
+    module, name = '/'.join(parts[:i]), '.'.join(parts[i:])
+    for place in (f'{module}.py', f'{module}/__init__.py'):
+      line = _line(ROOT / place, parts[i:])
       if line:
-        place = path.relative_to(ROOT).as_posix()
-        name = '.'.join(parts[i:])
         text = f'`{name}`, {place}:{line}' if name else f'`{place}`'
         return f'[{text}]({above}{place}#L{line})'
   raise ValueError(f'{{{{{symbol}}}}}: nothing of this name is defined')
 
 
 def _line(path: Path, parts: Sequence[str]) -> int | None:
-  """The line of a class, a function or a constant, also within a class."""
+  """The line of a class, a function or a constant, also within a class.
+
+  None where the file or the name is not there.
+  """
+  if not path.is_file():
+    return None
   body: list[Any] = ast.parse(path.read_text(encoding='utf-8')).body
   line = 1
   for part in parts:
@@ -178,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.text_only:
       outputs = outputs_of_files(name)
     else:
+      # A wrong link or text cell raises here, before minutes of running.
+      pages(name, {})
       with tempfile.TemporaryDirectory() as folder:
         outputs = execute(name, folder)
     for path, notebook in pages(name, outputs).items():

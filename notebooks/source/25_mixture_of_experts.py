@@ -707,7 +707,7 @@ assert np.abs(theirs - ours).max() < 1e-6
 #
 # ## In the package
 #
-# - {{moepeft.moe.__init__.ROUTERS}}: the registry of routers;
+# - {{moepeft.moe.ROUTERS}}: the registry of routers;
 #   {{moepeft.moe.routers.topk.TopK}}, {{moepeft.moe.routers.switch.Switch}},
 #   {{moepeft.moe.routers.balanced.Balanced}}.
 # - {{moepeft.moe.aux_losses.load_balance}} and
@@ -769,7 +769,7 @@ assert np.abs(theirs - ours).max() < 1e-6
 #
 # ## 在 moepeft 中
 #
-# - {{moepeft.moe.__init__.ROUTERS}}：路由器注册表；
+# - {{moepeft.moe.ROUTERS}}：路由器注册表；
 #   {{moepeft.moe.routers.topk.TopK}}、 {{moepeft.moe.routers.switch.Switch}}、
 #   {{moepeft.moe.routers.balanced.Balanced}}。
 # - {{moepeft.moe.aux_losses.load_balance}} 和

@@ -89,6 +89,39 @@ def test_notebook_has_a_check_a_picture_and_questions(name, language):
   assert [c.source for c in solutions.cells if c.cell_type == 'code'][1:]
 
 
+@pytest.mark.parametrize('language', ['en', 'zh'])
+def test_map_links_to_every_notebook_once(language):
+  page = ROOT / 'docs' / {'en': 'course.md', 'zh': 'course.zh.md'}[language]
+  links = re.findall(
+    r'\[`(\w+)`\]\(\.\./notebooks/([\w.]+)\)', page.read_text('utf-8')
+  )
+  assert links == [(name, _path(name, language).name) for name in NAMES]
+  assert all((notebooks.FOLDER / file).is_file() for _, file in links)
+
+
+@pytest.mark.parametrize(
+  'symbol, place',
+  [
+    ('moepeft.nn.attention.attend', 'moepeft/nn/attention.py'),
+    ('moepeft.moe.ROUTERS', 'moepeft/moe/__init__.py'),
+  ],
+)
+def test_link_leads_to_the_definition_in_a_module_or_a_package(symbol, place):
+  link = notebooks.link(symbol, '../')
+  (line,) = re.findall(rf'\(\.\./{place}#L(\d+)\)$', link)
+  definition = (ROOT / place).read_text('utf-8').splitlines()[int(line) - 1]
+  assert symbol.rpartition('.')[2] in definition
+
+
+def test_wrong_link_fails_before_the_first_cell(tmp_path, monkeypatch):
+  source = '# %% [markdown] lang="en"\n# {{moepeft.moe.LOST}}\n'
+  (tmp_path / '00_lost.py').write_text(source, encoding='utf-8')
+  monkeypatch.setattr(notebooks, 'SOURCE', tmp_path)
+  monkeypatch.setattr(notebooks, 'execute', lambda *_: pytest.fail('it ran'))
+  with pytest.raises(ValueError, match='LOST.*nothing of this name'):
+    notebooks.main(['00_lost'])
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_nothing_was_written_to_stderr(name):
   outputs = notebooks.outputs_of_files(name)
