@@ -591,7 +591,8 @@ labels = [
 ]
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.4))
 stacked = np.concatenate(list(shares.values()))
-left.imshow(stacked, cmap='Blues', vmin=0, aspect='auto')
+image = left.imshow(stacked, cmap='Blues', vmin=0, aspect='auto')
+fig.colorbar(image, ax=left)
 left.set_yticks(range(len(labels)), labels, fontsize=7)
 left.set(xlabel='expert', title=f'share, step {logged[-1]["step"]}')
 for path in last:
@@ -780,7 +781,7 @@ total_growth = growth @ frequency
 order = np.argsort(total_growth)
 print(
   'growth of the error:',
-  dict(zip(order.tolist(), total_growth[order].round(3), strict=True)),
+  dict(zip(order.tolist(), total_growth[order].round(3).tolist(), strict=True)),
 )
 load = p.mean(axis=0)
 assert load[order[-1]] > load[order[0]], 'the least missed has less load'
