@@ -9,8 +9,8 @@
 # writes both in a few lines of NumPy, finds the order of products in which they
 # are cheap, and shows that the package computes the same numbers.
 #
-# About 60 minutes. Before it: the notebooks about LoRA and about mixtures of
-# experts.
+# About 60 minutes. Before it: notebooks 15 (LoRA), 16 ((IA)³) and 25 (mixture
+# of experts).
 #
 # ## What you will understand
 #
@@ -28,9 +28,9 @@
 # Zadouri 等人的两种方法（[arXiv:2309.05444](https://arxiv.org/abs/2309.05444)）
 # 把混合专家做得足够小，可以放在模型每个冻结层的旁边：MoLoRA 的专家是一个 LoRA，
 # MoV 的专家是 (IA)³ 的一个向量。本篇用几行 NumPy 写出二者，
-# 找出代价小的乘法顺序，并验证 moepeft 算出同样的数。
+# 找出代价小的乘法顺序，并验证 moepeft 得到相同的数值。
 #
-# 大约 60 分钟。先修：LoRA 一篇、混合专家一篇。
+# 大约 60 分钟。先修：笔记 15（LoRA）、16（(IA)³）、25（混合专家）。
 #
 # ## 你将理解什么
 #
@@ -71,24 +71,28 @@ def softmax(z):
 # %% [markdown] lang="en"
 # ## MoLoRA: the definition
 #
-# A frozen projection $f(x) = xW$ with $W [i, o]$ gets $e$ experts. Expert $j$
-# has $A_j [i, r]$ and $B_j [r, o]$, and a router $W_g [i, e]$ weights them for
-# each token:
+# A frozen projection $f(x) = xW$ with $W [i, o]$, from width $i$ to width $o$,
+# gets $e$ experts of rank $r$. Expert $j$ has $A_j [i, r]$ and $B_j [r, o]$,
+# and a router $W_g [i, e]$ weights them for each of the $t$ tokens, the rows of
+# $x$:
 #
 # $$y = xW + \frac{\alpha}{r} \sum_{j=1}^{e} p_j\, (x A_j) B_j, \qquad p =
 # \mathrm{softmax}(x W_g).$$
 #
-# The released code computes it as written: all experts' outputs, an array
-# $[t, e, o]$, then their weighted sum.
+# The second summand is the *term* that MoLoRA adds; $\alpha$ is a constant, 16
+# in the released code. That code computes it as written: all experts' outputs,
+# an array $[t, e, o]$, then their weighted sum.
 # %% [markdown] lang="zh"
 # ## MoLoRA 的定义
 #
-# 冻结投影 $f(x) = xW$（$W [i, o]$）旁有 $e$ 个专家。专家 $j$ 有 $A_j [i, r]$ 和
-# $B_j [r, o]$，路由器 $W_g [i, e]$ 为每个 token 给出权重：
+# 冻结投影 $f(x) = xW$（$W [i, o]$，从宽度 $i$ 到宽度 $o$）旁有 $e$ 个秩为 $r$
+# 的专家。专家 $j$ 有 $A_j [i, r]$ 和 $B_j [r, o]$，路由器 $W_g [i, e]$ 为 $t$
+# 个 token（$x$ 的各行）分别给出权重：
 #
 # $$y = xW + \frac{\alpha}{r} \sum_{j=1}^{e} p_j\, (x A_j) B_j, \qquad p =
 # \mathrm{softmax}(x W_g).$$
 #
+# 第二项就是 MoLoRA 的*附加项*；$\alpha$ 是常数，官方代码取 16。
 # 官方代码照定义计算：先得到所有专家的输出，即数组 $[t, e, o]$，再加权求和。
 # %%
 T, IN, OUT, E, R, ALPHA = 7, 12, 15, 4, 3, 16.0
@@ -115,7 +119,9 @@ print('outputs of all experts:', (T, E, OUT), ' their sum:', term.shape)
 # $$z = xA \in [t, e, r], \qquad z'_{tjk} = p_{tj} z_{tjk}, \qquad \text{term} =
 # \mathrm{reshape}(z', [t, er])\; B.$$
 #
-# Two matrix products and a scaling. The sum over experts *and* over the rank is
+# Here $t$, $j$ and $k$ are the indices of token, expert and column of the rank,
+# and the factor $\alpha / r$ is left out. Two matrix products and a scaling.
+# The sum over experts *and* over the rank is
 # the inner sum of the second product: nothing of shape $[t, e, o]$ exists. In
 # other words, MoLoRA is one LoRA of rank $er$ with a diagonal matrix between
 # $A$ and $B$ that depends on the token.
@@ -128,6 +134,7 @@ print('outputs of all experts:', (T, E, OUT), ' their sum:', term.shape)
 # $$z = xA \in [t, e, r], \qquad z'_{tjk} = p_{tj} z_{tjk}, \qquad \text{term} =
 # \mathrm{reshape}(z', [t, er])\; B.$$
 #
+# 这里 $t$、$j$、$k$ 分别是 token、专家和秩的下标，系数 $\alpha / r$ 从略。
 # 只有两个矩阵乘和一次缩放。对专家求和与对秩求和，合并为第二个矩阵乘的内部求和：
 # 任何时候都没有形状 $[t, e, o]$ 的数组。换句话说，MoLoRA 是一个秩为 $er$ 的
 # LoRA，$A$ 与 $B$ 之间夹着一个随 token 变化的对角矩阵。
@@ -159,12 +166,13 @@ for function in (in_rank_space, by_merged_kernel):
 # | --- | --- | --- |
 # | outputs | $t\,e\,o$ | $2ter(i+o) + 2teo$ |
 # | rank space | $t\,e\,r$ | $2ter(i+o) + ter$ |
-# | a kernel for each token | $t\,i\,o$ | $2tero\,i$ and more |
+# | a kernel for each token | $t\,i\,o$ | $2t\,e\,r\,i\,o$ and more |
 #
-# The operations of the first two are nearly equal. The bytes are not: they
-# differ by $o/r$. In training, the array is kept for the backward pass, at each
-# of the adapted layers. Take a feed-forward projection of T5 large, $o = 2816$,
-# with the paper's batch of 32 rows of 1,024 tokens, in bfloat16 (2 bytes).
+# The operations of the first two differ little: by 18 % in the example below.
+# The bytes differ by a factor of $o/r$. In training, the array is kept for the
+# backward pass, at each adapted projection. The example is a feed-forward
+# projection of T5 large, $i = 1024$, $o = 2816$ and $r = 4$, with the paper's
+# batch of 32 rows of 1,024 tokens, in bfloat16 (2 bytes).
 # %% [markdown] lang="zh"
 # ## 字节数与运算量
 #
@@ -174,12 +182,12 @@ for function in (in_rank_space, by_merged_kernel):
 # | --- | --- | --- |
 # | 先算输出 | $t\,e\,o$ | $2ter(i+o) + 2teo$ |
 # | 秩空间 | $t\,e\,r$ | $2ter(i+o) + ter$ |
-# | 每个 token 一个核矩阵 | $t\,i\,o$ | $2tero\,i$ 以上 |
+# | 每个 token 一个权重矩阵 | $t\,i\,o$ | $2t\,e\,r\,i\,o$ 以上 |
 #
-# 前两种的运算量几乎相同，字节数却相差 $o/r$ 倍。训练时，
-# 这个数组要为反向传播保留，而且每个被适配的层都有一个。以 T5 large
-# 的前馈投影为例，$o = 2816$，论文的 batch 为 32 行、每行 1,024 个 token，
-# bfloat16（2 字节）。
+# 前两种的运算量相差不大（下例中为 18%），字节数却相差 $o/r$ 倍。训练时，
+# 这个数组要为反向传播保留，而且每个被适配的投影都有一个。以 T5 large
+# 的前馈投影为例，$i = 1024$、$o = 2816$、$r = 4$，论文的 batch 为 32 行、每行
+# 1,024 个 token，bfloat16（2 字节）。
 # %%
 tokens, d_model, ffn, rank = 32 * 1024, 1024, 2816, 4
 experts = np.array([1, 2, 5, 10, 15, 30, 60])
@@ -198,14 +206,14 @@ ten = list(experts).index(10)
 print({name: round(float(v[ten]), 4) for name, v in gigabytes.items()})
 assert round(gigabytes['outputs [t, e, o]'][ten], 2) == 1.85
 # %% [markdown] lang="en"
-# A formula is one thing, a compiler another: does XLA perhaps remove the large
-# array by itself? Ask it. `memory_analysis` of a compiled function has the
-# bytes of its temporary arrays. We compile the gradient of both forms, for 512
-# tokens.
+# Does XLA perhaps remove the large array by itself? `memory_analysis` of a
+# compiled function has the bytes of its temporary arrays. We compile the
+# gradient of both forms, for 512 tokens. The first form needs about twice the
+# bytes of $[t, e, o]$: the outputs and their gradient.
 # %% [markdown] lang="zh"
-# 公式是一回事，编译器是另一回事：XLA 会不会自己消去这个大数组？问它便知。
-# 编译后的函数有 `memory_analysis`，给出临时数组的字节数。我们为 512 个 token
-# 编译两种算法的梯度。
+# XLA 会不会自己消去这个大数组？编译后的函数有 `memory_analysis`，
+# 给出临时数组的字节数。我们为 512 个 token 编译两种算法的梯度。
+# 第一种需要约两倍于 $[t, e, o]$ 的字节：各专家的输出及其梯度。
 # %%
 N, WIDE_I, WIDE_O, MANY = 512, 64, 512, 10
 
@@ -236,17 +244,20 @@ assert temporary['outputs_jax'] > 3 * temporary['rank_space_jax']
 # %% [markdown] lang="en"
 # ## Equal to the package
 #
-# A method of the package is text. `build` turns it into Flax modules for the
-# sites of a model, the places where an adapter may act. We take the one at the
-# encoder's query projection, give it our arrays, and a frozen layer of our own.
-# $W$ has heads there, $[d, n, h]$; a product does not care.
+# In the package a method is a string, such as `molora(experts=4, rank=3)`.
+# `build` turns it into Flax modules for the *sites* of a model, the places
+# where an adapter may act. We take the module at the encoder's query
+# projection, and give it our arrays and a frozen layer of our own. There $W$
+# has the shape $[d, n, h]$ with $n$ heads of size $h$, so we reshape ours:
+# $d = i$ and $n h = o$. The string leaves `alpha` at its default, 16.
 # %% [markdown] lang="zh"
 # ## 与 moepeft 相等
 #
-# moepeft 用一段文本表示方法。`build` 把文本变成 Flax 模块，放到模型的各个
-# site（适配器可以作用的位置）。取编码器 query 投影处的模块，
-# 把我们的数组和自己的冻结层交给它。这里的 $W$ 带有头，$[d, n, h]$；
-# 对乘积没有影响。
+# moepeft 用字符串表示方法，例如 `molora(experts=4, rank=3)`。`build` 把它变成
+# Flax 模块，放到模型的各个 *site*（适配器可以作用的位置）。取编码器 query
+# 投影处的模块，把我们的数组和自己的冻结层交给它。那里 $W$ 的形状是
+# $[d, n, h]$，即 $n$ 个大小为 $h$ 的头，所以要把我们的 $W$ 变形：$d = i$，
+# $n h = o$。字符串中没有写 `alpha`，默认值为 16。
 # %%
 sites = t5.sites(t5.config('tiny'))
 HEADS = 3
@@ -278,20 +289,20 @@ print('largest difference', np.abs(theirs - ours).max())
 # ## At the first step
 #
 # $B$ starts at zero, so the term is zero and the model computes its base's
-# function. What does the first gradient look like? With the error
-# $g = \partial L/\partial y$ at the output, it is for $B_j$:
-# $\frac{\alpha}{r} p_j (xA_j)^\top g$; for $A_j$ and for $p_j$ it has the
-# factor $B_j = 0$. So in the first step **only $B$ moves**. The experts differ
-# because their random $A_j$ do, and because the random router gives them
-# slightly different weights.
+# function. What is the first gradient? For one token (a row $x$) with the
+# gradient $g = \partial L/\partial y$ at the output, that of $B_j$ is
+# $\frac{\alpha}{r} p_j (xA_j)^\top g$, summed over the tokens; those of $A_j$
+# and of $p_j$ have the factor $B_j = 0$. So in the first step **only $B$
+# changes**. The experts become different because their random $A_j$ are, and
+# because the random router gives them different weights.
 # %% [markdown] lang="zh"
 # ## 第一步
 #
-# $B$ 从零开始，所以附加项为零，模型就是基座的函数。第一次的梯度是什么样？
-# 设输出处误差 $g = \partial L/\partial y$，对 $B_j$ 是
-# $\frac{\alpha}{r} p_j (xA_j)^\top g$；对 $A_j$ 和 $p_j$ 则含因子 $B_j = 0$。
-# 所以第一步**只有 $B$ 移动**。专家之间的差别来自随机的 $A_j$，
-# 以及随机路由器给出的略有不同的权重。
+# $B$ 从零开始，所以附加项为零，模型就是基座的函数。第一次的梯度是什么？对单个
+# token（行向量 $x$），设损失对输出的梯度为 $g = \partial L/\partial y$，则
+# $B_j$ 的梯度是 $\frac{\alpha}{r} p_j (xA_j)^\top g$，再对 token 求和；$A_j$ 和
+# $p_j$ 的梯度含因子 $B_j = 0$。所以第一步**只有 $B$ 更新**。
+# 专家之间的差别来自随机的 $A_j$，以及随机路由器给出的不同权重。
 # %%
 target = normal(T, HEADS, OUT // HEADS)
 
@@ -352,16 +363,17 @@ assert gap > 0.05, 'these must differ'
 # $$\sum_j p_j\, (f(x) \odot l_j) = f(x) \odot \Bigl(\sum_j p_j l_j\Bigr).$$
 #
 # The paper calls it soft merging: first one vector for the token, then one
-# multiplication. The left side would build $[t, e, o]$ again.
+# multiplication of the activation, of width $o$. The left side would build
+# $[t, e, o]$ again.
 #
 # The vectors act at three places: on keys, on values, and on the hidden
-# activation of the feed-forward. A detail where text and code differ is what
-# the router reads. In the released code, the keys are $[t, n, h]$ (heads, size
-# of a head), the router's kernel is $[h, e]$ and *each head of each token has
-# weights of its own*, by one router that the heads share. The paper's text has
-# one router on the whole width. The package calls them `reads='heads'`
-# (semantics `official`) and `reads='output'` (`paper`). Both read the
-# activation that they are about to scale, not the layer's input.
+# activation of the feed-forward. Text and released code differ in what the
+# router reads at keys and values. In the code, the keys are $[t, n, h]$, the
+# router's kernel is $[h, e]$, and *each head of each token has weights of its
+# own*, from one router that the heads share. The paper's text has one router on
+# the whole width, with a kernel $[n h, e]$. The package calls them
+# `reads='heads'` (semantics `official`) and `reads='output'` (`paper`). Both
+# read the activation that is then scaled, not the layer's input.
 # %% [markdown] lang="zh"
 # ## MoV：向量的混合
 #
@@ -371,15 +383,16 @@ assert gap > 0.05, 'these must differ'
 #
 # $$\sum_j p_j\, (f(x) \odot l_j) = f(x) \odot \Bigl(\sum_j p_j l_j\Bigr).$$
 #
-# 论文称之为软合并（soft merging）：先为 token 得到一个向量，再做一次乘法。
-# 左边的写法又会构造 $[t, e, o]$。
+# 论文称之为软合并（soft merging）：先为 token 得到一个向量，再与宽度为 $o$
+# 的激活做一次乘法。左边的写法又会构造 $[t, e, o]$。
 #
-# 向量作用于三处：键、值、前馈的隐藏激活。文字与代码不同的细节是路由器读什么。
-# 官方代码里键的形状是 $[t, n, h]$（头数、头大小），路由器的核为 $[h, e]$，*每个
-# token 的每个头有自己的权重*，各头共用一个路由器。
-# 论文文字则是在整个宽度上用一个路由器。moepeft 分别称为 `reads='heads'`（语义
-# `official`）与 `reads='output'`（`paper`）。二者读的都是将要缩放的激活，
-# 而不是该层的输入。
+# 向量作用于三处：键、值、前馈的隐藏激活。
+# 论文文字与官方代码的差别在于路由器在键和值处读什么。代码里键的形状是
+# $[t, n, h]$，路由器的权重矩阵（kernel）为 $[h, e]$，*每个 token
+# 的每个头有自己的权重*，各头共用一个路由器。
+# 论文文字则是在整个宽度上用一个路由器，kernel 为 $[n h, e]$。moepeft 分别称为
+# `reads='heads'`（语义 `official`）与 `reads='output'`（`paper`）。
+# 二者读的都是随后要缩放的激活，而不是该层的输入。
 # %%
 H = OUT // HEADS
 vectors = 1 + 0.3 * normal(E, HEADS, H)
@@ -413,10 +426,11 @@ ours = mov(keys, vectors, kernels['official'], 'official')
 assert np.abs(mixed_late - ours).max() < 1e-5, 'soft merging is exact'
 # %% [markdown] lang="en"
 # MoV starts at the base's function too: all vectors are ones, and weights that
-# sum to one give ones. And again something has no gradient at first: while all
+# sum to one give ones. Here, too, one part has no gradient at first: while all
 # $l_j$ are equal, the mixed vector does not depend on $p$, so the **router**
-# has a zero gradient. The vectors get $p_j$ times the same gradient; only the
-# random differences between the $p_j$ make them different at all.
+# has a zero gradient (but for rounding). For each token, the vectors get $p_j$
+# times the same gradient; only the differences between the $p_j$ of the random
+# router make them different.
 #
 # With top-k *without* renormalization the weights sum to less than one, and the
 # model does not start at the base's function. For top-1 of $e$ experts, keys,
@@ -424,8 +438,9 @@ assert np.abs(mixed_late - ours).max() < 1e-5, 'soft merging is exact'
 # %% [markdown] lang="zh"
 # MoV 同样从基座的函数出发：所有向量为 1，权重之和为 1，混合后还是 1。
 # 这里也有一处最初没有梯度：只要所有 $l_j$ 相等，混合向量就不依赖 $p$，
-# 所以**路由器**的梯度为零。各向量得到的是同一梯度的 $p_j$ 倍；只有 $p_j$
-# 的随机差别使它们开始分化。
+# 所以**路由器**的梯度为零（只剩舍入误差）。对每个 token，
+# 各向量得到的是同一梯度的 $p_j$ 倍；只有随机路由器给出的 $p_j$
+# 之间的差别使它们开始分化。
 #
 # 若用*不*归一化的 top-k，权重之和小于 1，模型就不再从基座的函数出发。对 $e$
 # 个专家的 top-1，键、值和激活都被乘以约 $1/e$。
@@ -453,9 +468,9 @@ for renormalize in (True, False):
 # ## One expert
 #
 # The softmax of one logit is 1, so a mixture of one expert is the expert, and
-# its router is idle. This is a good test of any implementation, and it fixes
-# the meaning of $\alpha$ and $r$: MoLoRA's rank is that of *one* expert, and so
-# is its scale $\alpha/r$.
+# its router has no effect. This is a good test of any implementation, and it
+# shows the meaning of $\alpha$ and $r$: MoLoRA's rank is that of *one* expert,
+# and so is its scale $\alpha/r$.
 # %% [markdown] lang="zh"
 # ## 一个专家
 #
@@ -482,29 +497,36 @@ assert np.abs(alone - call(mixture, tree, query, x)).max() < 1e-5
 # ## Counting parameters
 #
 # At a projection $i \to o$, a LoRA has $r(i + o)$ parameters and MoLoRA
-# $e\,r(i+o)$ and a router of $e\,i$. At a key or value projection MoV has
-# $e\,o$ and a router of $e\,h$; at the feed-forward's activation $e\,f$ and
-# $e\,f$. The released code adapts these sites of T5:
+# $e\,r(i+o)$ and a router of $e\,i$. In the released code, MoV has at a key or
+# value projection $e\,o$ and a router of $e\,h$, and at the feed-forward's
+# activation, of width $f$, $e\,f$ and a router of $e\,f$. T5's feed-forward is
+# gated: $\mathrm{gelu}(x W_0) \odot (x W_1)$, then $W_o$, whose sites are
+# `wi_0`, `wi_1` and `wo`. The released code adapts these sites of T5:
 #
 # - LoRA and MoLoRA: q, k, v, o of every attention, and `wi_0` and `wo` of every
 #   feed-forward (not `wi_1`);
 # - (IA)³ and MoV: k and v of every attention, and the activation of `wi_0`.
 #
-# An encoder layer has one attention, a decoder layer two. For L layers in each,
-# with $d$ the model's width and $k = n h$ the width of all heads:
+# An encoder layer has one attention, a decoder layer two (self and cross). In
+# the code, `d` is the model's width and `k`, $n h$, the width of all heads. The
+# cell prints per cent of the base's parameters: the base is tiny, so that ten
+# experts of MoLoRA are half of it.
 # %% [markdown] lang="zh"
 # ## 参数计数
 #
 # 在投影 $i \to o$ 处，LoRA 有 $r(i + o)$ 个参数，MoLoRA 有 $e\,r(i+o)$，
-# 外加路由器 $e\,i$。MoV 在键或值投影处有 $e\,o$ 和路由器 $e\,h$；在前馈激活处有
-# $e\,f$ 和 $e\,f$。官方代码在 T5 的这些位置放适配器：
+# 外加路由器 $e\,i$。官方代码中，MoV 在键或值投影处有 $e\,o$ 和路由器 $e\,h$；
+# 在宽度为 $f$ 的前馈激活处有 $e\,f$ 和路由器 $e\,f$。T5 的前馈带门控：
+# $\mathrm{gelu}(x W_0) \odot (x W_1)$，再乘 $W_o$，对应的位置是 `wi_0`、`wi_1`
+# 和 `wo`。官方代码在 T5 的这些位置放适配器：
 #
 # - LoRA 与 MoLoRA：每个注意力的 q、k、v、o，以及每个前馈的 `wi_0` 和 `wo`（没有
 #   `wi_1`）；
 # - (IA)³ 与 MoV：每个注意力的 k 和 v，以及 `wi_0` 之后的激活。
 #
-# 编码器层有一个注意力，解码器层有两个。设两边各 L 层，$d$ 为模型宽度，$k = n h$
-# 为所有头的总宽度：
+# 编码器层有一个注意力，解码器层有两个（自注意力和交叉注意力）。代码中 `d`
+# 为模型宽度，`k` 即 $n h$，为所有头的总宽度。打印的是占基座参数量的百分比：
+# 基座很小，所以 MoLoRA 的十个专家约为它的一半。
 # %%
 
 
@@ -541,11 +563,11 @@ for config.method, formula in formulas.items():
   assert counts['peft'] == formula, config.method
 # %% [markdown] lang="en"
 # The same from the command line. It counts from shapes and allocates nothing,
-# so it works for the paper's models of 11 billion parameters as well (the
-# notebook about the paper does).
+# so it works for the paper's models of 11 billion parameters as well (notebook
+# 29 does that).
 # %% [markdown] lang="zh"
 # 命令行给出同样的结果。它只看形状，不分配内存，所以对论文中 110
-# 亿参数的模型也能用（见论文一篇）。
+# 亿参数的模型也能用（见笔记 29）。
 # %%
 command = [
   *(sys.executable, '-m', 'moepeft.count', '--noflops'),
@@ -578,7 +600,8 @@ assert counts['peft'] == lora_count(tiny, 3, 2, 1)
 #
 # <details><summary>Answer</summary>
 #
-# LoRA adds $xAB$, a linear map that is the same for all tokens, so
+# LoRA adds $\frac{\alpha}{r} xAB$, a linear map that is the same for all
+# tokens, so
 # $W + \frac{\alpha}{r}AB$ computes the same. MoLoRA's map depends on the token
 # through $p(x)$; it is not linear in $x$, and no fixed kernel has this
 # function. A served MoLoRA therefore pays its two thin products and a router at
@@ -624,9 +647,9 @@ assert counts['peft'] == lora_count(tiny, 3, 2, 1)
 # 1. *预算。* 对 T5 large（`t5.config('large')`），求 LoRA 的秩，
 #    使其参数量约等于 `molora(experts=10, rank=4)`。MoLoRA
 #    的参数中有多少是路由器？
-# 2. *何时可以合并？* 若路由器对所有 token 给出相同权重，把 MoLoRA 写成一个核
-#    $W'$ 并用数据验证。再用两个 token 说明：对我们的路由器 `w_g`，
-#    这样的核不存在。
+# 2. *何时可以合并？* 若路由器对所有 token 给出相同权重，把 MoLoRA
+#    写成一个权重矩阵 $W'$ 并用数据验证。再用两个 token 说明：对我们的路由器
+#    `w_g`，这样的矩阵不存在。
 # 3. *交叉项。* 把 $\bar A \bar B$ 展开为对专家的双重求和，用 einsum 计算。验证
 #    moepeft 的 `mixture(expert=lora(rank=3), experts=4, combine='parameters')`
 #    正是这个函数。
@@ -637,11 +660,12 @@ assert counts['peft'] == lora_count(tiny, 3, 2, 1)
 #
 # **LoRA 为什么能合并进基座权重，而 MoLoRA 不能？这对部署意味着什么？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
-# LoRA 加的是 $xAB$，对所有 token 都是同一个线性映射，所以
+# LoRA 加的是 $\frac{\alpha}{r} xAB$，对所有 token 都是同一个线性映射，所以
 # $W + \frac{\alpha}{r}AB$ 算出同样的结果。MoLoRA 的映射通过 $p(x)$ 依赖 token；
-# 它对 $x$ 不是线性的，没有固定的核等于它。因此部署 MoLoRA 时，每个位置、每个
+# 它对 $x$ 不是线性的，没有一个固定的权重矩阵等于它。因此部署 MoLoRA 时，
+# 每个位置、每个
 # token 都要付出两个窄矩阵乘和一个路由器的代价。好处是冻结的基座仍可共享，一个
 # batch 里可以混合不同适配器的请求。
 #
@@ -649,7 +673,7 @@ assert counts['peft'] == lora_count(tiny, 3, 2, 1)
 #
 # **同事说 MoLoRA 的激活内存是 LoRA 的十倍。你会检查哪里？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
 # 检查乘法顺序。先算每个专家的输出再加权求和，会为反向传播保留 $[t, e, o]$。
 # 改为对 $xA$ 加权，只保留 $[t, e, r]$，小 $o/r$ 倍，也就是几百倍。结果相同，
@@ -699,12 +723,12 @@ assert equal_rank > 40 and abs(at_equal / target_count - 1) < 0.02
 #
 # With constant $p$, the map is $W' = W + \frac{\alpha}{r}\sum_j p_j A_j B_j$.
 # For a linear map, the outputs of two tokens and of their sum satisfy
-# $y(x_1 + x_2) = y(x_1) + y(x_2)$; ours do not.
+# $y(x_1 + x_2) = y(x_1) + y(x_2)$; with our router they do not.
 # %% [markdown] lang="zh" tags=["solution"]
 # ## 练习 2
 #
 # $p$ 为常数时，映射是 $W' = W + \frac{\alpha}{r}\sum_j p_j A_j B_j$。
-# 线性映射满足 $y(x_1 + x_2) = y(x_1) + y(x_2)$；我们的路由器不满足。
+# 线性映射满足 $y(x_1 + x_2) = y(x_1) + y(x_2)$；用我们的路由器时不满足。
 # %% tags=["solution"]
 constant = np.tile(softmax(normal(1, E)), (T, 1))
 merged = w + ALPHA / R * np.einsum('e,ier,ero->io', constant[0], a, b)

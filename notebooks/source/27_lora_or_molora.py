@@ -9,8 +9,7 @@
 # so that a mixture could help, the other so that it could not. The result is
 # stated as it comes out.
 #
-# About 45 minutes. Before it: the notebooks about LoRA, and about MoV and
-# MoLoRA.
+# About 45 minutes. Before it: notebooks 15 (LoRA) and 26 (MoV and MoLoRA).
 #
 # ## What you will understand
 #
@@ -18,7 +17,7 @@
 #   the learning rate is *not* one of them;
 # - what validation data is for, and why the test data may be used once;
 # - a bootstrap interval of a difference, over examples and over seeds;
-# - what it means that an interval holds zero, and what it does not mean;
+# - what it means that an interval contains zero, and what it does not mean;
 # - on which kind of data a mixture of low-rank experts can do what one LoRA of
 #   equal size cannot.
 # %% [markdown] lang="zh"
@@ -29,7 +28,7 @@
 # 多个随机种子、并给出差值的区间。一个问题是为“混合可能有用”设计的，
 # 另一个则相反。结果如实报告。
 #
-# 大约 45 分钟。先修：LoRA 一篇、MoV 与 MoLoRA 一篇。
+# 大约 45 分钟。先修：笔记 15（LoRA）、26（MoV 与 MoLoRA）。
 #
 # ## 你将理解什么
 #
@@ -129,10 +128,10 @@ for name, splits in problems.items():
 # 1. *Parameters.* At a projection $i \to o$, MoLoRA has $e\,r(i+o) + e\,i$,
 #    LoRA $r'(i+o)$. For $e = 4$, $r = 2$ we solve for $r'$: the routers count
 #    too.
-# 2. *Scale.* Both add $\frac{\alpha}{r} \cdot$ something, and $\alpha$ is a
-#    constant in most libraries. With $\alpha$ equal, the LoRA of a larger rank
-#    has a smaller scale, and a comparison at one learning rate compares scales.
-#    So $\alpha / r = 2$ for both.
+# 2. *Scale.* Both multiply their term by $\frac{\alpha}{r}$, and the default of
+#    $\alpha$ does not depend on the rank in most libraries. With $\alpha$
+#    equal, the LoRA of a larger rank has a smaller scale, and a comparison at
+#    one learning rate compares scales. So $\alpha / r = 2$ for both.
 # 3. *Data, steps, batch, optimizer, schedule, frozen weights.*
 # 4. *Effort.* Both choose from the same grid of learning rates.
 #
@@ -144,8 +143,8 @@ for name, splits in problems.items():
 #
 # 1. *参数量。* 在投影 $i \to o$ 处，MoLoRA 有 $e\,r(i+o) + e\,i$ 个参数，LoRA
 #    有 $r'(i+o)$ 个。取 $e = 4$、$r = 2$，解出 $r'$：路由器也要计入。
-# 2. *缩放。* 两者都加上 $\frac{\alpha}{r}$ 倍的某项，而 $\alpha$
-#    在多数库里是常数。$\alpha$ 相等时，秩大的 LoRA 缩放较小，
+# 2. *缩放。* 两者的附加项都乘以 $\frac{\alpha}{r}$，而在多数库里 $\alpha$
+#    的默认值不随秩变化。$\alpha$ 相等时，秩大的 LoRA 缩放较小，
 #    在同一学习率下比较，比的其实是缩放。所以两者都取 $\alpha / r = 2$。
 # 3. *数据、步数、batch、优化器、学习率曲线、冻结权重。*
 # 4. *调参力度。* 两者从同一组学习率里选。
@@ -218,15 +217,15 @@ assert float(values['alpha']) / int(values['rank']) == 16 / 4
 # ## Training
 #
 # Adam with a linear decay to zero, 400 steps of 64 examples. The function takes
-# a learning rate and a seed; `vmap` trains six of them at once, so that the
-# grid of six rates and the six seeds of the final comparison are one compiled
-# program for each method.
+# a learning rate and a seed; `vmap` trains six of them at once: the grid of six
+# rates is one call for each method and problem, and so are the six seeds of the
+# final comparison.
 # %% [markdown] lang="zh"
 # ## 训练
 #
 # Adam，学习率线性衰减到零，400 步，每步 64 个样本。函数的参数是学习率和种子；
-# `vmap` 同时训练六组，因此六个学习率的网格与最终比较的六个种子，
-# 对每种方法都是同一个编译好的程序。
+# `vmap` 同时训练六组：对每种方法和每个问题，六个学习率的网格只需一次调用，
+# 最终比较的六个种子也是。
 # %%
 STEPS, BATCH = 400, 64
 
@@ -307,12 +306,15 @@ for problem in problems:
 # ## The table
 #
 # Six seeds each, at the chosen rate, on the *test* split, once. A seed is
-# another initialization and another order of the data.
+# another initialization and another order of the data. `error` is the mean over
+# examples and seeds, `from` and `to` are the smallest and the largest error of
+# a seed.
 # %% [markdown] lang="zh"
 # ## 结果表
 #
 # 各用六个种子，在选定的学习率下，在*测试集*上测一次。
-# 换种子即换初始化和数据顺序。
+# 换种子即换初始化和数据顺序。`error` 是对样本和种子的平均，`from` 与 `to`
+# 是单个种子的最小与最大误差。
 # %%
 SEEDS = range(1, 7)
 test = {}
@@ -335,8 +337,9 @@ print(f'noise alone: {NOISE**2:.4f}')
 # means, and repeat. The middle 95 % of the results is the interval.
 #
 # Both methods are measured on the same examples, so we resample the
-# *difference* of each example, $D_{ns}$ for example $n$ and seed $s$: an
-# example that is hard for both does not widen the interval.
+# *difference* of each example, $D_{ns}$ for example $n$ and seed $s$, the
+# squared error of LoRA minus that of MoLoRA: an example that is hard for both
+# does not widen the interval. A positive mean says that MoLoRA is better.
 # %% [markdown] lang="zh"
 # ## 差值的区间
 #
@@ -345,7 +348,8 @@ print(f'noise alone: {NOISE**2:.4f}')
 # 结果中间的 95% 就是区间。
 #
 # 两种方法在同样的样本上测量，所以重采样的是每个样本的*差值* $D_{ns}$（样本
-# $n$、种子 $s$）：对两者都难的样本不会使区间变宽。
+# $n$、种子 $s$），即 LoRA 的平方误差减去 MoLoRA 的：
+# 对两者都难的样本不会使区间变宽。均值为正表示 MoLoRA 更好。
 # %%
 
 
@@ -371,7 +375,7 @@ def verdict(low, high):
     return 'MoLoRA has the lower error'
   if high < 0:
     return 'LoRA has the lower error'
-  return 'the interval holds zero: no difference is shown'
+  return 'the interval contains zero: no difference is shown'
 
 
 intervals = {}
@@ -408,26 +412,34 @@ plt.show()
 #   region of the input, and the router can see the region. It shows that a
 #   mixture *can* be worth its routers at equal parameters. It does not show
 #   that language data is like this.
-# - Problem *one group* has nothing to route. There MoLoRA pays for routers and
-#   for a rank of 8 in place of 10, and it must learn that its experts should
+# - Problem *one group* has nothing to route. A rank of 8 is enough for it, so
+#   MoLoRA with even weights could represent the solution that LoRA finds almost
+#   to the noise. Within these steps it does not learn that its experts should
 #   work together.
-# - An interval that holds zero does not show that the methods are equal. It
-#   says that these examples and seeds cannot tell them apart. The width of the
-#   interval is what one may claim: differences larger than that are excluded.
-# - With six seeds (often three, in papers one), the resampling of seeds is
-#   coarse. With one seed it is impossible, and the interval silently ignores
-#   that source.
+# - That a solution exists does not mean that training finds it: on *four
+#   groups*, too, MoLoRA's error is far above the noise, and differs by a factor
+#   of almost three between seeds.
+# - Here neither interval contains zero. One that does would not show that the
+#   methods are equal, only that these examples and seeds cannot tell them
+#   apart. What one may claim are the ends of the interval: differences outside
+#   it are excluded, at the level of 95 %.
+# - With six seeds, the resampling of seeds is coarse; papers often have three
+#   seeds or one. With one seed it is impossible, and the interval leaves that
+#   source out.
 # %% [markdown] lang="zh"
 # 上面打印的句子就是结果，请先读它们。此外可以说的是：
 #
 # - *four groups* 是为混合设计的：函数随输入区域而变，路由器能看到区域。
 #   它说明在参数相等时，混合*可以*值回路由器的代价；并不说明语言数据就是这样。
-# - *one group* 没有什么可路由的。此时 MoLoRA 要为路由器付出参数，秩只有 8
-#   而不是 10，还必须学会让专家协同工作。
-# - 区间包含零，不表示两种方法相等，只表示这些样本和种子分不出高下。
-#   能够声称的是区间宽度：更大的差别被排除。
-# - 六个种子（常见是三个，论文里往往一个）时，对种子的重采样很粗糙；
-#   只有一个种子时无法重采样，区间便悄悄忽略了这一来源。
+# - *one group* 没有什么可路由的。秩 8 已经足够，所以权重均匀的 MoLoRA 可以表示
+#   LoRA 几乎达到噪声水平的那个解。但在这些步数内，它没有学会让专家协同工作。
+# - 解存在不等于训练能找到它：在 *four groups* 上，MoLoRA 的误差也远高于噪声，
+#   不同种子之间相差将近三倍。
+# - 这里两个区间都不包含零。即使包含零，也不表示两种方法相等，
+#   只表示这些样本和种子分不出高下。能够声称的是区间的两端：区间之外的差别在 95%
+#   的水平上被排除。
+# - 六个种子时，对种子的重采样很粗糙；论文里常见三个或一个。
+#   只有一个种子时无法重采样，区间就不包含这一来源。
 # %%
 assert intervals['four groups'][0] > 0, 'the router should see the clusters'
 share = (
@@ -439,12 +451,12 @@ print(f'four groups: MoLoRA has {share:.2f} of the error of LoRA')
 #
 # 1. *One rate for both.* From `tuned`, compute for each rate of the grid the
 #    validation difference LoRA - MoLoRA at that common rate, for problem *one
-#    group*. How far do the differences spread, beside the difference at the two
-#    chosen rates?
+#    group*. How far do they spread, compared with the difference when each has
+#    its own best rate?
 # 2. *Is it the routing?* Train
 #    `molora(experts=4, rank=2, alpha=4.0, router=uniform)` on *four groups* as
-#    above (rate on validation, six seeds on test) and give the interval of its
-#    difference from MoLoRA.
+#    above (rate on validation, in a grid that does not end at the best rate;
+#    six seeds on test) and give the interval of its difference from MoLoRA.
 # 3. *A comparison with nothing to find.* Compare LoRA with itself: seeds 1, 2,
 #    3 against 4, 5, 6. Give the interval over examples and seeds, and over
 #    examples alone. Which one is narrower, and why is that a problem?
@@ -459,11 +471,12 @@ print(f'four groups: MoLoRA has {share:.2f} of the error of LoRA')
 #
 # <details><summary>Answer</summary>
 #
-# Parameters: routers and $e$ times the experts come on top, if rank is that of
-# one expert. Scale: $\alpha/r$ differs where $r$ does, and the mixture's
-# weights sum to one over experts. The rate: it was probably chosen for one of
-# the two. The seed: one run has no measure of the difference that chance makes.
-# Also steps and data may be equal while time and memory are not.
+# Parameters: if the rank is that of one expert, the mixture has $e$ times as
+# many, and routers. Scale: if it is the rank of all experts together, each has
+# a smaller $r$ and so a larger $\alpha/r$; and the mixture's term is a weighted
+# mean of the experts' terms, not their sum. The rate: it was probably chosen
+# for one of the two. The seed: one run has no measure of the difference that
+# chance makes. Also steps and data may be equal while time and memory are not.
 #
 # </details>
 #
@@ -472,9 +485,9 @@ print(f'four groups: MoLoRA has {share:.2f} of the error of LoRA')
 # <details><summary>Answer</summary>
 #
 # The data is compatible with a small loss, with no difference, and with a gain
-# of up to about one point. It excludes larger gains. It does not say that zero
-# is likely, and not that the methods are equal. If a point matters, take more
-# examples and more seeds.
+# of up to about one point. It excludes larger gains, at the level of 95 %. It
+# does not say that zero is likely, and not that the methods are equal. If a
+# point matters, take more examples and more seeds.
 #
 # </details>
 #
@@ -488,7 +501,7 @@ print(f'four groups: MoLoRA has {share:.2f} of the error of LoRA')
 #   some examples, with draws that all runs share.
 # - `python -m moepeft.sweep` trains grids with rates chosen on validation data,
 #   and `python -m moepeft.tables` prints a figure in bold only if no interval
-#   of its difference from the others holds zero.
+#   of its difference from the others contains zero.
 # - Papers: LoRA [arXiv:2106.09685](https://arxiv.org/abs/2106.09685), MoLoRA
 #   [arXiv:2309.05444](https://arxiv.org/abs/2309.05444), scale and rank: rsLoRA
 #   [arXiv:2312.03732](https://arxiv.org/abs/2312.03732).
@@ -499,7 +512,7 @@ print(f'four groups: MoLoRA has {share:.2f} of the error of LoRA')
 #    在网格中每个共同学习率下的验证误差差值 LoRA - MoLoRA。
 #    与各自最佳学习率下的差值相比，这些差值分布多宽？
 # 2. *是路由的功劳吗？* 在 *four groups* 上按同样流程（验证集选学习率，
-#    测试集六个种子）训练
+#    最佳值不能落在网格端点；测试集六个种子）训练
 #    `molora(experts=4, rank=2, alpha=4.0, router=uniform)`，给出它与 MoLoRA
 #    差值的区间。
 # 3. *没有差别可找的比较。* 让 LoRA 与自己比：种子 1、2、3 对 4、5、6。
@@ -513,20 +526,23 @@ print(f'four groups: MoLoRA has {share:.2f} of the error of LoRA')
 # **某论文在等秩、alpha 都为 16、同一学习率、单个种子下比较混合与 LoRA。
 # 除了混合本身，还有什么能解释差别？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
-# 参数量：若秩是单个专家的秩，路由器和 $e$ 倍的专家都是额外的。缩放：$r$ 不同则
-# $\alpha/r$ 不同，而混合的权重之和为 1。学习率：多半是为其中一方选的。种子：
-# 单次运行无法衡量偶然造成的差别。此外，步数和数据相等时，时间和内存未必相等。
+# 参数量：若秩是单个专家的秩，混合的参数是 $e$ 倍，还要加上路由器。缩放：
+# 若秩是所有专家的总和，单个专家的 $r$ 较小，$\alpha/r$ 就较大；
+# 而且混合的附加项是各专家附加项的加权平均，不是求和。学习率：
+# 多半是为其中一方选的。种子：单次训练无法衡量偶然造成的差别。此外，
+# 步数和数据相等时，时间和内存未必相等。
 #
 # </details>
 #
 # **差值的 95% 区间为 -0.2 到 1.1 个点，说明什么？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
-# 数据与小幅下降、没有差别、以及约一个点以内的提升都相容；它排除了更大的提升。
-# 它不说明零很可能，也不说明两种方法相等。如果一个点很重要，就增加样本和种子。
+# 数据与小幅下降、没有差别、以及约一个点以内的提升都相容；在 95% 的水平上，
+# 它排除了更大的提升。它不说明差值很可能为零，也不说明两种方法相等。
+# 如果一个点很重要，就增加样本和种子。
 #
 # </details>
 #
@@ -563,17 +579,27 @@ print(f'each at its best: {at_best:+.4f}')
 assert np.ptp(at_one_rate) > abs(at_best), 'the rate matters more'
 # %% [markdown] lang="en" tags=["solution"]
 # The spread that the choice of a common rate makes is larger than the
-# difference between the methods.
+# difference between the methods; at one rate even its sign is another.
 #
 # ## Exercise 2
+#
+# With weights of 1/4 the mixture is one LoRA of rank 8 at the scale $2/4$. The
+# smaller scale needs a larger rate: on the grid above, the best rate is the
+# last one. So the grid goes further up here.
 # %% [markdown] lang="zh" tags=["solution"]
-# 共同学习率的选择造成的差距，比两种方法之间的差别更大。
+# 共同学习率的选择造成的差距，比两种方法之间的差别更大；
+# 有一个学习率下连符号都相反。
 #
 # ## 练习 2
+#
+# 权重都是 1/4 时，混合就是一个秩为 8、缩放为 $2/4$ 的 LoRA。缩放较小，
+# 需要较大的学习率：在前面的网格上，最佳值是最后一个。所以这里把网格向上延伸。
 # %% tags=["solution"]
 even = f'molora(experts={E}, rank={R}, alpha={SCALE * R}, router=uniform)'
-curve = errors(even, 'four groups', 'validation', RATES, [0] * 6).mean(axis=0)
-rate = RATES[int(np.nanargmin(curve))]
+rates = (*RATES[2:], 3e-1, 1.0)
+curve = errors(even, 'four groups', 'validation', rates, [0] * 6).mean(axis=0)
+rate = rates[int(np.nanargmin(curve))]
+assert rates[0] < rate < rates[-1], 'the grid is too short'
 uniform = errors(even, 'four groups', 'test', [rate] * 6, SEEDS)
 low, high = bootstrap_interval(uniform - test['four groups', 'MoLoRA'])
 print(f'rate {rate:g}, error {uniform.mean():.4f}')
@@ -590,7 +616,7 @@ assert low > 0, 'without routing the experts are one LoRA of rank 8'
 # ## 练习 3
 #
 # 只对样本重采样的区间回答的是另一个问题：*这六次运行*在别的样本上会相差多少？
-# 它对别的运行一无所说；当种子之间的差别大于样本之间的差别时，
+# 它对其他训练什么也没有说明；当种子之间的差别大于样本之间的差别时，
 # 即使两边是同一方法，它也会排除零。
 # %% tags=["solution"]
 runs = test['one group', 'LoRA']

@@ -10,8 +10,8 @@
 # routing must not depend on later tokens, and a test shows it. At the end, the
 # same views on a run of the package.
 #
-# About 60 minutes. Before it: the notebooks about mixtures of experts, MoV and
-# MoLoRA, and LoRA or MoLoRA.
+# About 60 minutes. Before it: notebooks 25 (mixture of experts), 26 (MoV and
+# MoLoRA) and 27 (LoRA or MoLoRA).
 #
 # ## What you will understand
 #
@@ -32,14 +32,15 @@
 # 路由不能依赖之后的 token，我们用测试来证明。结尾在 moepeft
 # 的一次运行上看同样的图。
 #
-# 大约 60 分钟。先修：混合专家、MoV 与 MoLoRA、LoRA 还是 MoLoRA 各篇。
+# 大约 60 分钟。先修：笔记 25（混合专家）、26（MoV 与 MoLoRA）、27（LoRA 还是
+# MoLoRA）。
 #
 # ## 你将理解什么
 #
 # - 路由的熵、负载、互信息各说明什么，以及它们都不能说明什么；
 # - 怎样不构造大矩阵就比较专家的权重；
 # - 为什么关于路由的结论需要随机路由器或恒定路由器作对照；
-# - 路由器的因果性是什么，测试怎样发现违例，句子级路由器可以汇聚什么；
+# - 路由器的因果性是什么，测试怎样发现违例，句子级路由器可以对什么做池化；
 # - moepeft 把一次运行的路由写在哪里。
 # %%
 import functools
@@ -168,31 +169,35 @@ assert max(error(adapter, tree) for tree in trees) < 0.5 * base_error
 # %% [markdown] lang="en"
 # ## Shares by group
 #
-# The weights of the first seed's run on the test data, $p [t, e]$. Their mean
-# over the tokens of a group is one row of the picture. Beside it, three
-# numbers:
+# We take the weights of the first seed's run on the test data, $p [t, e]$.
+# $\bar p$ is their mean over all tokens and $\bar p_g$ that over the tokens of
+# group $g$, one row of the picture below; $P(g)$ is the share of the tokens
+# that are in the group. Beside the picture, three numbers, in nats:
 #
 # - the mean **entropy** of a token's weights, $H(p) = -\sum_i p_i \ln p_i$: 0
 #   if one expert has everything, $\ln e$ if all are equal;
 # - the entropy of the **mean** weights, $H(\bar p)$: $\ln e$ if the loads are
 #   even;
-# - the **mutual information** of group and expert,
-#   $I = H(\bar p) - \sum_g P(g)\, H(\bar p_g)$: 0 if the expert says nothing
-#   about the group; at most $\ln 4$ here.
+# - the **mutual information** of group and expert (if each token drew its
+#   expert with probabilities $p$), $I = H(\bar p) - \sum_g P(g)\, H(\bar p_g)$:
+#   0 if the expert says nothing about the group; at most $\ln 4$ here, with
+#   four groups.
 #
 # An even load is compatible with $I = 0$: each group may be spread over all
 # experts alike. "Balanced" is not "specialized".
 # %% [markdown] lang="zh"
 # ## 按组的占比
 #
-# 第一个种子的运行在测试数据上的权重为 $p [t, e]$。对一组的 token 求平均，
-# 就是图中的一行。另外看三个数：
+# 取第一个种子的训练在测试数据上的权重 $p [t, e]$。$\bar p$ 是它对所有 token
+# 的平均，$\bar p_g$ 是对第 $g$ 组 token 的平均，即下图中的一行；$P(g)$ 是该组
+# token 所占的比例。另外看三个数（单位 nat）：
 #
 # - 单个 token 权重的平均**熵** $H(p) = -\sum_i p_i \ln p_i$：某专家独占时为 0，
 #   全部相等时为 $\ln e$；
 # - **平均权重**的熵 $H(\bar p)$：负载均匀时为 $\ln e$；
-# - 组与专家的**互信息** $I = H(\bar p) - \sum_g P(g)\, H(\bar p_g)$：
-#   专家与组无关时为 0；这里至多为 $\ln 4$。
+# - 组与专家的**互信息**（设每个 token 按概率 $p$ 抽取专家）
+#   $I = H(\bar p) - \sum_g P(g)\, H(\bar p_g)$：专家与组无关时为 0；
+#   这里有四组，至多为 $\ln 4$。
 #
 # 负载均匀与 $I = 0$ 并不矛盾：每组都可以平均地分给所有专家。
 # “均衡”不等于“专业化”。
@@ -228,13 +233,14 @@ print(f'information {information(p, test_group):.2f}, at most {np.log(4):.2f}')
 shuffled = information(p, rng.permutation(test_group))
 assert information(p, test_group) > 5 * shuffled, 'the router sees the groups'
 # %% [markdown] lang="en"
-# The second assertion compares with shuffled group labels: a plug-in estimate
-# of the information is never exactly 0, and this is what remains by chance.
+# The assertion compares with shuffled group labels: an estimate of the
+# information from a sample is never exactly 0, and this is what remains by
+# chance.
 #
 # The package's statistics are the same numbers from sums (so that they add up
 # over batches and devices); `weight_entropy` is our first one.
 # %% [markdown] lang="zh"
-# 上面的断言与打乱的组标签比较：互信息的插入式估计从不恰好为 0，
+# 上面的断言与打乱的组标签比较：由样本估计的互信息从不恰好为 0，
 # 打乱后剩下的就是偶然部分。
 #
 # moepeft 的统计量由求和得到同样的数（所以可以在 batch 和设备之间相加）；
@@ -254,8 +260,9 @@ assert np.abs(numbers.share - p.mean(axis=0)).max() < 1e-5
 # $$\langle A_1 B_1, A_2 B_2\rangle = \mathrm{tr}\,(B_1^\top A_1^\top A_2 B_2) =
 # \mathrm{sum}\bigl((A_1^\top A_2) \odot (B_1 B_2^\top)\bigr),$$
 #
-# a sum over $[r, r]$. Comparing $A$ with $A$ instead would be wrong:
-# $A \to A M$, $B \to M^{-1} B$ leaves the expert as it is.
+# a sum over $[r, r]$. Comparing $A$ with $A$ instead would be wrong: with any
+# invertible $M [r, r]$, $A \to A M$ and $B \to M^{-1} B$ leave the expert as it
+# is.
 # %% [markdown] lang="zh"
 # ## 相似的专家
 #
@@ -265,8 +272,8 @@ assert np.abs(numbers.share - p.mean(axis=0)).max() < 1e-5
 # $$\langle A_1 B_1, A_2 B_2\rangle = \mathrm{tr}\,(B_1^\top A_1^\top A_2 B_2) =
 # \mathrm{sum}\bigl((A_1^\top A_2) \odot (B_1 B_2^\top)\bigr),$$
 #
-# 只对 $[r, r]$ 求和。直接比较 $A$ 与 $A$ 是错的：$A \to A M$、$B \to M^{-1} B$
-# 不改变专家。
+# 只对 $[r, r]$ 求和。直接比较 $A$ 与 $A$ 是错的：对任何可逆的 $M [r, r]$，
+# $A \to A M$、$B \to M^{-1} B$ 不改变专家。
 # %%
 
 
@@ -307,13 +314,16 @@ plt.show()
 # Shares show where tokens go, not whether it matters. The direct question is:
 # how much does the error of each group grow if one expert is removed? We set
 # its weight to zero and renormalize the rest; in the package's terms, an
-# `expert_mask`, which takes the expert out before the softmax.
+# `expert_mask`, which takes the expert out before the softmax. In the printed
+# table the first row has all experts, and the rows below lack expert 0, 1 and
+# so on.
 # %% [markdown] lang="zh"
 # ## 删除一个专家
 #
 # 占比只说明 token 去了哪里，不说明是否重要。直接的问题是：删掉一个专家，
 # 每组的误差增加多少？我们把它的权重置零并对其余归一化；在 moepeft 中就是
-# `expert_mask`，在 softmax 之前去掉该专家。
+# `expert_mask`，在 softmax 之前去掉该专家。打印的表中，第一行是全部专家，
+# 以下各行依次去掉专家 0、1 等。
 # %%
 
 
@@ -343,23 +353,34 @@ correlation = np.corrcoef(shares.ravel(), growth.ravel())[0, 1]
 print(f'correlation of share and growth {correlation:.2f}')
 assert correlation > 0.5, 'experts with weight in a group should matter there'
 # %% [markdown] lang="en"
+# Removing an expert raises the error of the groups that give it weight, and
+# hardly that of the others. Groups 0 and 3 share two experts here and keep the
+# largest errors; the first seed is the worst of the three. Training does not
+# always find an expert for each group.
+#
 # ## Other routers
 #
 # A claim that *routing* helps needs a control in which everything but the
 # routing is there. Two are cheap: `uniform` gives all experts $1/e$ for every
 # token (the mixture is then one LoRA of rank $er$), and `random` sends each
-# token to an expert by a fixed random projection (equal tokens go to equal
-# experts, but nothing is learned). All routers train the same experts at the
-# same rate; the rate was not tuned for each, so read large differences only
-# (the previous notebook shows how to do better).
+# token to an expert by a fixed random projection (nothing is learned; but as
+# similar tokens often go to one expert, its information is not 0). All routers
+# train the same experts at the same rate; the rate was not tuned for each, so
+# read large differences only (notebook 27 shows how to do better). Weights that
+# do not sum to one are normalized before entropy and information are computed.
 # %% [markdown] lang="zh"
+# 删掉一个专家，给它权重的那些组误差上升，其他组几乎不变。这里第 0 组和第 3
+# 组共用两个专家，误差仍是最大的；第一个种子也是三个中最差的。
+# 训练并不总能为每组找到一个专家。
+#
 # ## 其他路由器
 #
 # 要说*路由*有用，需要一个除路由外一切相同的对照。有两个很便宜：`uniform` 给每个
 # token 的所有专家 $1/e$（混合就成了一个秩 $er$ 的 LoRA）；`random`
-# 用固定的随机投影把 token 送到专家（相同的 token 去同一专家，但什么也没学）。
-# 所有路由器以同样的学习率训练同样的专家；学习率没有为每个分别调过，
-# 所以只看大的差别（上一篇说明怎样做得更好）。
+# 用固定的随机投影把 token 送到专家（什么也没学；但相似的 token 常去同一专家，
+# 所以互信息不为 0）。所有路由器以同样的学习率训练同样的专家；
+# 学习率没有为每个分别调过，所以只看大的差别（笔记 27 说明怎样做得更好）。
+# 权重之和不为 1 时，先归一化，再计算熵和互信息。
 # %%
 NAMES = (
   'softmax',
@@ -404,7 +425,7 @@ plt.show()
 # token $t+1$ from tokens up to $t$. This is legitimate only if nothing at
 # position $t$ depends on later tokens. Attention has its mask. A *router* that
 # reads more than its own token needs the same care. Take a router that pools
-# the whole row, "one routing for the sentence":
+# the whole row of $T$ tokens, "one routing for the sentence":
 #
 # $$p = \mathrm{softmax}\Bigl(\frac1T\sum_{s=1}^{T} x_s W_g\Bigr).$$
 #
@@ -412,20 +433,28 @@ plt.show()
 # it has to predict: the loss looks better than it is, and at generation, where
 # later tokens do not exist, the model computes something else. No error appears
 # anywhere. So it must be tested: **change the tokens from position $j$ on, and
-# compare the routing before $j$.**
+# compare the routing before $j$.** The cell does it with $j = 5$ in rows of 8
+# tokens, for this router and six of the package. Of these, `token_mean` gives
+# all tokens of a row the mean of their softmaxes, `expert_choice` lets each
+# expert take the tokens of the row with the largest $p$, and `sentence` is
+# explained below. `causal` is what the router's entry in the registry says.
 # %% [markdown] lang="zh"
 # ## 因果性
 #
 # 解码器一次在文本的所有位置上训练：位置 $t$ 用到 $t$ 为止的 token 预测第 $t+1$
 # 个。只有当位置 $t$ 的一切都不依赖之后的 token 时，这才正当。
 # 注意力有掩码；*路由器*若读取自身 token 之外的内容，同样要小心。
-# 设想一个汇聚整行的路由器，“整句一个路由”：
+# 设想一个对整行 $T$ 个 token 做池化的路由器，“整句一个路由”：
 #
 # $$p = \mathrm{softmax}\Bigl(\frac1T\sum_{s=1}^{T} x_s W_g\Bigr).$$
 #
 # 训练时，第一个 token 的路由是它要预测的 token 的函数：损失看上去比实际好；
 # 而生成时之后的 token 不存在，模型算的是另一个函数。哪里都不会报错。
-# 所以必须测试：**改变位置 $j$ 及之后的 token，比较 $j$ 之前的路由。**
+# 所以必须测试：**改变位置 $j$ 及之后的 token，比较 $j$ 之前的路由。** 下面取
+# $j = 5$，每行 8 个 token，检验这个路由器和 moepeft 的六个路由器。其中
+# `token_mean` 给一行的所有 token 同一个权重，即各 token softmax 的平均；
+# `expert_choice` 让每个专家挑选该行中 $p$ 最大的 token；`sentence` 见下文。
+# `causal` 是注册表中该路由器的属性。
 # %%
 LENGTH, PROMPT = 8, 3
 row = rng.normal(size=(1, LENGTH, DIM)).astype(np.float32)
@@ -474,14 +503,14 @@ for name, value in leaks.items():
 for name in leaks.keys() & set(ROUTERS):
   assert (leaks[name] == 0) == ROUTERS[name].causal, name
 # %% [markdown] lang="en"
-# `sentence` passes, and pools nevertheless: it takes the mean over the
-# **prompt** alone, which is there before the first token is generated. Its own
-# fact is `pools_prompt`. (Within the prompt, later tokens do count; nothing is
+# `sentence` passes although it pools: it takes the mean over the **prompt**
+# alone, which is there before the first token is generated. Its entry has
+# `pools_prompt=True`. (Within the prompt, later tokens do count; nothing is
 # predicted there.) `expert_choice` and `token_mean` are for encoders, and the
 # package refuses them elsewhere:
 # %% [markdown] lang="zh"
-# `sentence` 通过了测试，却仍然做汇聚：它只对**提示**（prompt）求平均，
-# 而提示在生成第一个 token 之前就已存在。它对应的属性是 `pools_prompt`。
+# `sentence` 也做池化，却通过了测试：它只对**提示**（prompt）求平均，
+# 而提示在生成第一个 token 之前就已存在。它的属性 `pools_prompt` 为 True。
 # （在提示内部，后面的 token 确实有影响，但那里不做预测。）`expert_choice` 和
 # `token_mean` 只用于编码器，moepeft 在别处拒绝它们：
 # %%
@@ -500,15 +529,16 @@ for name, sites, targets in (
 # %% [markdown] lang="en"
 # ## The same on a run
 #
-# Now a T5 with a real method. The next cell trains MoLoRA on the embedded
-# tasks, for a few steps only, at the output projections of the feed-forwards.
+# Now a whole T5. The next cell trains MoLoRA on the tasks that the package
+# generates, for 24 steps only, at the output projections `wo` of the
+# feed-forwards.
 # Set the variable `MOEPEFT_WORKDIR` to the directory of a run of your own (a
 # mixture) to look at that instead.
 # %% [markdown] lang="zh"
 # ## 在一次运行上看
 #
-# 下面换成 T5 和真实的方法。下一格在内置任务上训练 MoLoRA，只训练几步，
-# 位置是前馈的输出投影。把环境变量 `MOEPEFT_WORKDIR`
+# 下面换成完整的 T5。下一个代码单元在 moepeft 自己生成的任务上训练 MoLoRA，
+# 只训练 24 步，位置是前馈的输出投影 `wo`。把环境变量 `MOEPEFT_WORKDIR`
 # 设为你自己的运行目录（需是混合方法），就会改看那次运行。
 # %%
 workdir = os.environ.get('MOEPEFT_WORKDIR', '')
@@ -537,12 +567,15 @@ for path, array in flax.traverse_util.flatten_dict(tree, sep='/').items():
 # the seed and the base's hash. The first axis of each array is the layer.
 # `metrics.jsonl` has a `routing` entry at each log interval: for each site and
 # layer the experts' shares (`weight` for dense routers, `tokens` for sparse
-# ones) and the mean entropy in nats.
+# ones) and the mean entropy in nats. On the left of the figure, a row is a
+# layer's shares at the last log; on the right is the entropy, a mean over the
+# layers, with $\ln e$ dashed.
 # %% [markdown] lang="zh"
 # 检查点只含适配器和一张卡片：方法、语义、种子、基座的哈希。
 # 每个数组的第一个轴是层。`metrics.jsonl` 在每个日志间隔有一项 `routing`：
 # 每个位置、每一层的专家占比（稠密路由器为 `weight`，稀疏的为 `tokens`）
-# 以及平均熵（单位 nat）。
+# 以及平均熵（单位 nat）。图左每行是最后一次记录时某一层的占比；
+# 图右是对各层平均的熵，虚线为 $\ln e$。
 # %%
 logged = [
   line
@@ -558,7 +591,8 @@ labels = [
 ]
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.4))
 stacked = np.concatenate(list(shares.values()))
-left.imshow(stacked, cmap='Blues', vmin=0, aspect='auto')
+image = left.imshow(stacked, cmap='Blues', vmin=0, aspect='auto')
+fig.colorbar(image, ax=left)
 left.set_yticks(range(len(labels)), labels, fontsize=7)
 left.set(xlabel='expert', title=f'share, step {logged[-1]["step"]}')
 for path in last:
@@ -577,12 +611,14 @@ assert all(
 )
 assert np.abs(stacked.sum(axis=1) - 1).max() < 1e-3
 # %% [markdown] lang="en"
-# Last, one text, token by token. Full weights leave the layers only on request,
-# by naming the collection `weights`; `moepeft.load` opens the run with its
-# adapter.
+# Last, one text, token by token. The layers return full weights only on
+# request, by naming the collection `weights` in `mutable`; `moepeft.load` opens
+# the run with its adapter. The cell prints each token with its strongest expert
+# in the encoder's last layer; the tokens of this small model are characters.
 # %% [markdown] lang="zh"
-# 最后逐 token 看一段文本。完整的权重只在请求时离开各层：在 `mutable`
-# 中写上集合名 `weights`；`moepeft.load` 打开运行及其适配器。
+# 最后逐 token 看一段文本。各层只在请求时返回完整的权重：在 `mutable`
+# 中写上集合名 `weights`；`moepeft.load` 打开运行及其适配器。打印的是每个 token
+# 及其在编码器最后一层权重最大的专家；这个小模型的 token 是单个字符。
 # %%
 model = moepeft.load(workdir).loaded
 (example,) = tasks.examples(tasks.task_names('B'), 1, seed=1, split='held_out')
@@ -604,16 +640,18 @@ assert np.abs(weights.sum(axis=1) - 1).max() < 1e-3
 # %% [markdown] lang="en"
 # The entropy leaves $\ln e$ within a few steps: the routers prefer experts
 # early. Whether a preference means something is another question, and these few
-# steps do not answer it: ask with the tools from above (shares by task, removal
-# of an expert), on a run of `configs/molora_t5.py`, which takes minutes.
+# steps do not answer it: use the tools from above (shares by task, removal of
+# an expert) on a full run of `configs/molora_t5.py`, which takes minutes.
 # `python -m moepeft.routing RUN --output=DIR` writes all of these views as a
 # page, with ablations and tokens.
 #
 # ## Exercises
 #
-# 1. *Effective number of experts.* $\exp(H(\bar p))$ is the number of experts
-#    that are used. Compute it for the run with softmax, for each group and in
-#    all. Which experts can be dropped with the smallest growth of the error?
+# 1. *Effective number of experts.* $\exp(H(\bar p))$ is 1 if one expert has all
+#    weight and $e$ if the loads are even, so it is the number of experts that
+#    are used. Compute it for the run with softmax (its first seed, `p`), for
+#    each group and in all. Which experts can be dropped with the smallest
+#    growth of the error?
 # 2. *Causal pooling.* Write a router that pools the tokens up to and including
 #    its own (a running mean). Show by `leak` that it is causal, and compute it
 #    one token at a time as generation does, from a running sum. Both must
@@ -633,7 +671,7 @@ assert np.abs(weights.sum(axis=1) - 1).max() < 1e-3
 # <details><summary>Answer</summary>
 #
 # No. Even loads say that $\bar p$ is even; each kind of token may still be
-# spread over all experts alike, as with a random router. Measure the
+# spread over all experts alike, as with the router `uniform`. Measure the
 # dependence: shares by task or token kind, their mutual information against
 # shuffled labels, and above all the effect of removing an expert on each kind.
 # The control is a run with a random router of the same size.
@@ -677,10 +715,11 @@ assert np.abs(weights.sum(axis=1) - 1).max() < 1e-3
 #
 # ## 练习
 #
-# 1. *有效专家数。* $\exp(H(\bar p))$ 是实际使用的专家数。对 softmax 的运行，
+# 1. *有效专家数。* 某专家独占时 $\exp(H(\bar p))$ 为 1，负载均匀时为 $e$，
+#    所以它是实际使用的专家数。对 softmax 的训练（第一个种子，`p`），
 #    按组和总体分别计算。去掉哪些专家，误差增加最小？
-# 2. *因果汇聚。* 写一个只汇聚到自身为止的 token 的路由器（滑动平均）。用 `leak`
-#    验证它是因果的，再像生成那样逐 token 用累加和计算，两者必须一致。
+# 2. *因果池化。* 写一个只对到自身为止的 token 做池化的路由器（累积平均）。用
+#    `leak` 验证它是因果的，再像生成那样逐 token 用累加和计算，两者必须一致。
 # 3. *合并混合。* 用平均权重 $\bar p$ 代替路由器：
 #    混合变成一个可以并入基座的矩阵。与 `uniform` 相比，误差增加多少？（moepeft
 #    的 `evaluation.routing.reduce` 对运行做这件事。）
@@ -691,10 +730,10 @@ assert np.abs(weights.sum(axis=1) - 1).max() < 1e-3
 #
 # **MoE 各专家负载均匀。这说明它们专业化了吗？该测什么？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
 # 不能。负载均匀只说明 $\bar p$ 均匀；每类 token 仍可能平均分给所有专家，
-# 就像随机路由器那样。应测依赖关系：按任务或 token 类别的占比、
+# 就像路由器 `uniform` 那样。应测依赖关系：按任务或 token 类别的占比、
 # 与打乱标签对比的互信息，最重要的是删除某专家对每类的影响。对照是同样大小、
 # 用随机路由器的运行。
 #
@@ -702,7 +741,7 @@ assert np.abs(weights.sum(axis=1) - 1).max() < 1e-3
 #
 # **一个句子级路由的解码器，训练损失低得可疑。你测什么？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
 # 测某位置的路由是否依赖之后的 token：改变行尾，比较改变处之前的路由和 logits，
 # 必须逐位或几乎相等。对整行求平均会把答案泄漏给自己的预测。允许读取的是 token
@@ -742,7 +781,7 @@ total_growth = growth @ frequency
 order = np.argsort(total_growth)
 print(
   'growth of the error:',
-  dict(zip(order.tolist(), total_growth[order].round(3), strict=True)),
+  dict(zip(order.tolist(), total_growth[order].round(3).tolist(), strict=True)),
 )
 load = p.mean(axis=0)
 assert load[order[-1]] > load[order[0]], 'the least missed has less load'

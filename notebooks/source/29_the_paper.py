@@ -11,8 +11,8 @@
 # code differ, both are shown.
 #
 # **No row of the paper's tables is trained here**: this is an exercise in
-# reading, counting and checking. About 60 minutes. Before it: the notebooks
-# about MoV and MoLoRA, and LoRA or MoLoRA.
+# reading, counting and checking. About 60 minutes. Before it: notebooks 26 (MoV
+# and MoLoRA) and 27 (LoRA or MoLoRA).
 #
 # ## What you will understand
 #
@@ -34,7 +34,7 @@
 # 论文文字与官方代码不同之处，两者都给出。
 #
 # **本篇不训练论文表格中的任何一行**：这是阅读、计数和核对的练习。大约 60 分钟。
-# 先修：MoV 与 MoLoRA、LoRA 还是 MoLoRA 两篇。
+# 先修：笔记 26（MoV 与 MoLoRA）、27（LoRA 还是 MoLoRA）。
 #
 # ## 你将理解什么
 #
@@ -108,21 +108,23 @@ assert (full.optimizer.learning_rate, full.batch_size, full.steps) == (
   10_000,
 )
 # %% [markdown] lang="en"
-# What is behind these lines:
+# What these lines mean:
 #
 # - *rows a step*: 32 **packed** rows. A row holds several examples, so a step
 #   has more than 32 of them, and "batch size 32" means another thing than in a
 #   library that pads.
 # - *averaged over sequences*: each example weighs the same, however long its
 #   target is.
+# - *z-loss*: that of the vocabulary's logits, not of a router's.
 # - *steps*: 500,000 for adapters, 10,000 with eight times the rows for full
 #   fine-tuning: adapters see 6.25 times as many rows. Comparing the two
 #   compares these budgets as well.
 # - *router losses*: the released `Router` has a flag for load balancing that
 #   nothing reads. All routers of the tables are dense, so that no expert is
 #   without tokens.
-# - *the seed*: there is none; runs differ each time, and how the reported
-#   checkpoint of the 60 that are saved was chosen is not documented.
+# - *the seed*: there is none, so that runs differ each time. A MoV or MoLoRA
+#   run saves a checkpoint every 10,000 steps and keeps up to 60, so all 50; how
+#   the reported one was chosen is not documented.
 #
 # ## Where the adapters stand
 #
@@ -134,12 +136,14 @@ assert (full.optimizer.learning_rate, full.batch_size, full.steps) == (
 # - *rows a step*：32 个**打包后**的行。一行含多个样本，所以一步不止 32 个样本；
 #   “batch size 32”与做 padding 的库不是一回事。
 # - *averaged over sequences*：每个样本权重相同，与目标长度无关。
+# - *z-loss*：作用于词表的 logits，不是路由器的。
 # - *steps*：适配器 500,000 步；全量微调 10,000 步、行数为八倍。
 #   适配器看到的行数是 6.25 倍。比较两者，同时也在比较这些预算。
 # - *router losses*：官方 `Router` 有负载均衡的开关，但没有代码读它。
 #   表中所有路由器都是稠密的，所以没有专家分不到 token。
-# - *种子*：没有固定；每次运行都不同。保存的 60 个检查点中，报告的是哪一个、
-#   怎样选的，没有说明。
+# - *种子*：没有固定，每次运行都不同。MoV 或 MoLoRA 的一次训练每 10,000
+#   步保存一个检查点，最多保留 60 个，即全部 50 个；报告的是哪一个、怎样选的，
+#   没有说明。
 #
 # ## 适配器放在哪里
 #
@@ -182,14 +186,15 @@ assert extra == 2 * 24, 'wi_1 of each feed-forward'
 #
 # | | `official`: the released code | `paper`: the text |
 # | --- | --- | --- |
-# | MoV's router at keys and values reads | each head | the whole width |
+# | MoV's router at k and v reads | each head, one kernel | the whole width |
 # | LoRA and MoLoRA at the feed-forward | `wi_0`, `wo` | also `wi_1` |
 # | top-k | the weights that remain, as they are | renormalized |
 #
 # The last line matters at the start. With $e$ experts and weights near $1/e$,
-# un-normalized top-k scales MoV's activations by about $k/e$, so that the model
-# does not start at the function of its base. We check what `build` makes of
-# each.
+# top-k that is not renormalized scales MoV's activations by about $k/e$, so
+# that the model does not start at the function of its base. We check what
+# `build` makes of each; the cell prints what MoV's router reads, whether top-k
+# renormalizes, and whether MoLoRA is at `wi_1`.
 # %% [markdown] lang="zh"
 # ## 文字与代码的差别
 #
@@ -198,12 +203,13 @@ assert extra == 2 * 24, 'wi_1 of each feed-forward'
 #
 # | | `official`：官方代码 | `paper`：论文文字 |
 # | --- | --- | --- |
-# | MoV 在键和值处的路由器读 | 每个头各自，各头共用一个核 | 整个宽度 |
+# | MoV 在键和值处的路由器读 | 每个头各自，各头共用一个 kernel | 整个宽度 |
 # | LoRA 与 MoLoRA 在前馈处 | `wi_0`、`wo` | 还有 `wi_1` |
 # | top-k | 剩下的权重保持原值 | 重新归一化 |
 #
 # 最后一行在起点很要紧。$e$ 个专家、权重接近 $1/e$ 时，不归一化的 top-k 把 MoV
-# 的激活缩放到约 $k/e$，模型就不是从基座的函数出发。下面检查 `build` 的结果。
+# 的激活缩放到约 $k/e$，模型就不是从基座的函数出发。下面检查 `build` 的结果，
+# 依次打印 MoV 的路由器读什么、top-k 是否重新归一化、MoLoRA 是否作用于 `wi_1`。
 # %%
 facts = {}
 for semantics in ('official', 'paper'):
@@ -222,15 +228,17 @@ assert facts['paper'] == ('output', True, True)
 # ## Counting the tables
 #
 # The formulas, from the notebook about MoV and MoLoRA: at a projection
-# $i \to o$ a LoRA has $r(i + o)$ and MoLoRA $e(r(i+o) + i)$; MoV has $e(o + h)$
-# at keys and values and $2ef$ at the feed-forward, (IA)³ $o$ and $f$. Full
+# $i \to o$ a LoRA of rank $r$ has $r(i + o)$ and MoLoRA with $e$ experts
+# $e(r(i+o) + i)$; MoV has $e(o + h)$ at keys and values, with heads of size
+# $h$, and $2ef$ at the feed-forward of width $f$, (IA)³ $o$ and $f$. Full
 # fine-tuning trains everything; its count is the base's.
 # %% [markdown] lang="zh"
 # ## 核对表格的参数量
 #
-# 公式来自 MoV 与 MoLoRA 一篇：在投影 $i \to o$ 处，LoRA 有 $r(i + o)$ 个，
-# MoLoRA 有 $e(r(i+o) + i)$ 个；MoV 在键和值处有 $e(o + h)$，在前馈处有 $2ef$；
-# (IA)³ 为 $o$ 和 $f$。全量微调训练全部，参数量就是基座的。
+# 公式来自 MoV 与 MoLoRA 一篇：在投影 $i \to o$ 处，秩为 $r$ 的 LoRA 有
+# $r(i + o)$ 个，$e$ 个专家的 MoLoRA 有 $e(r(i+o) + i)$ 个；MoV 在键和值处有
+# $e(o + h)$ 个（$h$ 为头的大小），在宽度为 $f$ 的前馈处有 $2ef$ 个；(IA)³ 为
+# $o$ 和 $f$。全量微调训练全部，参数量就是基座的。
 # %%
 
 
@@ -273,7 +281,7 @@ for size, method, values in checked:
   counts = count(config)
   bases[size] = counts['params']
   ours = formula(size, config.method)
-  print(f't5_{size:5} {config.method:27} {ours:13,} {counts["percent"]:7.3f} %')
+  print(f't5_{size:5} {config.method:27} {ours:13,} {counts["percent"]:8.4f} %')
   assert ours == counts['peft'], (size, method)
 print({size: f'{n:,}' for size, n in bases.items()})
 # %% [markdown] lang="en"
@@ -347,20 +355,20 @@ with_wi_1 = 100 * low_rank(xl, 4, wi_1=True) / 3e9
 print(f'a LoRA of rank 4 with wi_1 as well: {with_wi_1:.4f} %')
 assert abs(lines['mov'][0] - 100 * vectors(xl) / 3e9) < 1e-3
 assert all(abs(offset - 0.14) < 0.02 for _, offset in lines.values())
-# MoLoRA's slope lies between LoRA without and with wi_1, near the latter.
+# MoLoRA's slope is near the count of a LoRA with wi_1, not of one without.
 assert abs(lines['molora'][0] - with_wi_1) < 0.02
 # %% [markdown] lang="en"
 # In the 3B column, an expert counts as the adapter alone, and the routers are a
 # constant of about 0.14 %, however many experts there are. That cannot be: a
 # router has a column for each expert. And LoRA's rows fit projections *with*
-# `wi_1`. So the paper's 3B column is not comparable with its other two. The
-# lesson is not that someone was careless; it is that a percentage needs its
-# count and its denominator beside it. The package prints both.
+# `wi_1`. So the paper's 3B column is not comparable with its other two. A
+# percentage needs its count and its denominator beside it; the package prints
+# both.
 # %% [markdown] lang="zh"
 # 在 3B 一列里，一个专家只按适配器本身计数，而路由器是约 0.14% 的常数，
 # 不随专家数变化。这不可能：路由器对每个专家都有一列。LoRA 的各行则与*包含*
-# `wi_1` 的投影相符。所以论文的 3B 列与另外两列不可比。教训不是有人粗心，
-# 而是百分比旁边必须写明计数和分母。moepeft 两者都打印。
+# `wi_1` 的投影相符。所以论文的 3B 列与另外两列不可比。
+# 百分比旁边必须写明计数和分母，moepeft 两者都打印。
 # %%
 figure_rows = [r for r in published.table('t5_xl') if r.average and r.method]
 fig, ax = plt.subplots(figsize=(6, 2.8))
@@ -381,14 +389,16 @@ fig.tight_layout()
 plt.show()
 # %% [markdown] lang="en"
 # The picture has the paper's averages over eight held-out datasets at 3B, at
-# our counts. All points but (IA)³ lie within a few points of each other and of
-# full fine-tuning; each is one run, without an interval.
+# our counts. All points but (IA)³ lie within about three points of each other
+# and of full fine-tuning; each is one run, as far as is known, without an
+# interval.
 #
 # ## Adafactor, and its clock
 #
 # Adafactor ([arXiv:1804.04235](https://arxiv.org/abs/1804.04235)) without
-# factoring keeps, for each parameter, a mean of squared gradients whose memory
-# grows with the step $t$:
+# factoring keeps, for each parameter $\theta$ with the gradient $g$, a mean $v$
+# of squared gradients whose memory grows with the step $t$. With the learning
+# rate $\eta$, and rms over the entries of an array:
 #
 # $$\beta_t = 1 - t^{-0.8},\quad v \leftarrow \beta_t v + (1-\beta_t)\,
 # g^2,\quad u = \frac{g}{\sqrt v},\quad
@@ -402,12 +412,14 @@ plt.show()
 # all past steps.
 # %% [markdown] lang="zh"
 # 图中是论文在 3B 上八个留出数据集的平均值，横轴用我们的计数。除 (IA)³ 外，
-# 所有点彼此之间、与全量微调之间相差只有几个点；每个点是一次运行，没有区间。
+# 所有点彼此之间、与全量微调之间相差约三个百分点以内；据我们所知，
+# 每个点只是一次训练，没有区间。
 #
 # ## Adafactor 与它的时钟
 #
 # 不做分解的 Adafactor（[arXiv:1804.04235](https://arxiv.org/abs/1804.04235)）
-# 为每个参数保存梯度平方的均值，记忆长度随步数 $t$ 增长：
+# 为每个参数 $\theta$（梯度为 $g$）保存梯度平方的均值 $v$，记忆长度随步数 $t$
+# 增长。$\eta$ 为学习率，rms 对一个数组的所有元素计算：
 #
 # $$\beta_t = 1 - t^{-0.8},\quad v \leftarrow \beta_t v + (1-\beta_t)\,
 # g^2,\quad u = \frac{g}{\sqrt v},\quad
@@ -417,7 +429,7 @@ plt.show()
 # $t = 1$ 时 $\beta = 0$：第一个 $v$ 就是 $g^2$。官方运行恢复了基座的步数
 # 1,100,000，而适配器的 $v$ 是新的、为零。于是
 # $1 - \beta = t^{-0.8} \approx 1.5\cdot 10^{-5}$，第一个 $u$ 是 $g$ 的符号的
-# $t^{0.4}$ 倍，$v$ 慢慢充满，过去所有步的权重几乎相等。
+# $t^{0.4}$ 倍，$v$ 缓慢累积，过去所有步的权重几乎相等。
 # %%
 
 
@@ -442,22 +454,25 @@ assert late[-1] < 1.2 and late[50_000] > 1
 # %% [markdown] lang="en"
 # For a constant gradient the clip hides the difference: both clocks make steps
 # of rms 1. It shows when gradients change. Let them shrink to a tenth after 100
-# steps, as at the end of a warm-up of the loss. From step 0, $v$ remembers
-# about the last hundred steps, so updates shrink at once and recover. With the
-# late clock, $u$ is far above 1 before the clip either way: **the update keeps
-# its full size**, whatever the gradient's size is. It is a normalized gradient
-# for tens of thousands of steps.
+# steps. With the clock at 0, $v$ then has a memory of about $t^{0.8} = 40$
+# steps, so updates shrink at once and recover slowly. With the clock at
+# 1,100,000 the rms of $u$ before the clip is about 26 at step 100 and about
+# 2.6 after the change, nearly always above 1: **the update keeps its full
+# size**, whatever the gradient's size is. It is a normalized gradient for tens
+# of thousands of steps.
 #
-# We compare three things: our formula with the clip, the package's `adafactor`
-# with `decay_initial_step`, and the same from step 0.
+# For both clocks we compare our formula, clipped, with the package's
+# `adafactor`, whose option is `decay_initial_step`. The figure has the rms of
+# $\hat u$.
 # %% [markdown] lang="zh"
 # 对恒定梯度，裁剪掩盖了差别：两种时钟的步长 rms 都是 1。梯度变化时差别才显现。
-# 让梯度在 100 步后缩小到十分之一。从 0 开始的时钟，$v$ 大约记得最近一百步，
-# 更新会立即变小，再慢慢恢复。晚时钟下，裁剪前的 $u$ 无论如何都远大于
+# 让梯度在 100 步后缩小到十分之一。时钟从 0 开始时，$v$ 此时的记忆约为
+# $t^{0.8} = 40$ 步，更新会立即变小，再慢慢恢复。时钟从 1,100,000 开始时，裁剪前
+# $u$ 的 rms 在第 100 步约为 26，变化后约为 2.6，几乎总是大于
 # 1：**更新保持完整大小**，与梯度大小无关。在几万步之内，它就是归一化的梯度。
 #
-# 比较三者：我们带裁剪的公式、moepeft 的 `adafactor`（设
-# `decay_initial_step`）、以及从 0 开始的同一算法。
+# 对两种时钟，都把我们带裁剪的公式与 moepeft 的 `adafactor`（选项
+# `decay_initial_step`）比较。图中是 $\hat u$ 的 rms。
 # %%
 rng = np.random.default_rng(0)
 N, RATE = 5, 3e-4
@@ -494,14 +509,17 @@ plt.show()
 # ## How large is a step?
 #
 # $\eta = 3\cdot 10^{-4}$ is not the size of a step;
-# $\eta \cdot \max(10^{-3}, \mathrm{rms}(\theta))$ is. So one rate means four
-# different things for four kinds of parameters, at the start:
+# $\eta \cdot \max(10^{-3}, \mathrm{rms}(\theta))$ is. So at the start one rate
+# gives steps of three sizes to four kinds of parameters, as their initial
+# values are ones (MoV's vectors), normal with a standard deviation of 0.02
+# (routers and $A$) and zeros ($B$):
 # %% [markdown] lang="zh"
 # ## 一步有多大？
 #
 # $\eta = 3\cdot 10^{-4}$ 并不是步长；步长是
-# $\eta \cdot \max(10^{-3}, \mathrm{rms}(\theta))$。所以起点处，
-# 同一个学习率对四类参数有不同的含义：
+# $\eta \cdot \max(10^{-3}, \mathrm{rms}(\theta))$。四类参数的初始值是 1（MoV
+# 的向量）、标准差 0.02 的正态分布（路由器和 $A$）和 0（$B$），所以起点处，
+# 同一个学习率给出三种大小的步长：
 # %%
 params = {
   'mov vectors': jnp.ones((10, 64)),
@@ -527,19 +545,21 @@ for name, p in params.items():
 # ## What it costs
 #
 # A product with a weight costs 2 operations a token forwards and 2 backwards to
-# the activations; frozen weights need no gradient of their own. An encoder's
-# weights see the 1,024 input tokens of a row, a decoder's the 256 target
-# tokens, except that the keys and values of cross-attention are of the input.
+# the activations; frozen weights need no gradient of their own. The encoder's
+# weights see the 1,024 input tokens of a row, those of the decoder and of the
+# head the 256 target tokens, except that the keys and values of cross-attention
+# are of the input. Attention scores and adapters are left out.
 # %% [markdown] lang="zh"
-# 路由器的移动比 MoV 的向量慢五十倍，$B$ 在长大之前比向量慢一千倍。用 AdamW、
-# 所有参数同一学习率，是另一个实验：它让路由器相对移动得更快。
+# 路由器的更新比 MoV 的向量慢五十倍，$B$ 在长大之前比向量慢一千倍。用 AdamW、
+# 所有参数同一学习率，是另一个实验：它让路由器相对更新得更快。
 # 这可能是换优化器后路由表现不同的原因之一；要下结论，需要实际运行。
 #
 # ## 代价
 #
 # 与一个权重相乘，每个 token 前向 2 次运算，反向到激活 2 次；
 # 冻结的权重自身不需要梯度。编码器的权重处理一行的 1,024 个输入 token，
-# 解码器的处理 256 个目标 token，只有交叉注意力的键和值属于输入一侧。
+# 解码器和输出层的处理 256 个目标 token，只有交叉注意力的键和值属于输入一侧。
+# 注意力分数和适配器不计入。
 # %%
 
 
@@ -567,13 +587,14 @@ assert f'{training_operations("large"):.1e}' == '3.0e+19'
 #
 # - **exactly, on a laptop**: shapes, sites, parameter counts, initial values,
 #   the optimizer's arithmetic, the metric (median over prompts);
-# - **with an accelerator and the data**: a row of the large table: about a day;
-#   no seed is given, so only up to the spread between runs;
+# - **with an accelerator and the data**: a row of the 770M table, in about a
+#   day; no seed is given, so only up to the spread between runs;
 # - **not from the release**: routing by sentence embeddings (no such router is
 #   in it); load balancing (a flag that nothing reads); the choice of the
 #   checkpoint; ablations of rate and batch;
-# - **not from the documentation alone**: LoRA and MoLoRA: the documented
-#   version of the model library lacks the places they need; a branch has them.
+# - **not with the documented set-up**: LoRA and MoLoRA; it installs the main
+#   branch of the authors' fork of flaxformer, which lacks the sites that they
+#   need. The fork's branch `lora` has them.
 # %% [markdown] lang="zh"
 # 小时数按一块持续 400 TFLOP/s 的加速器估算，这是假设。数字与本仓库的
 # `docs/reproduce.md` 一致，那里有数据和命令。
@@ -582,12 +603,12 @@ assert f'{training_operations("large"):.1e}' == '3.0e+19'
 #
 # - **在笔记本上，精确**：形状、位置、参数量、初始值、优化器的算术、评测指标（对
 #   prompt 取中位数）。
-# - **有加速器和数据**：large 表的一行：约一天；没有给种子，
+# - **有加速器和数据**：770M 表的一行，约一天；没有给种子，
 #   只能复现到运行间的波动。
 # - **发布的代码里没有**：按句向量路由（没有这样的路由器）；
 #   负载均衡（没有代码读的开关）；检查点的选择；学习率与 batch 的消融。
-# - **只按文档做不到**：LoRA 与 MoLoRA：文档所指的模型库版本缺少它们需要的位置，
-#   一个分支里才有。
+# - **按文档的安装步骤做不到**：LoRA 与 MoLoRA；文档安装的是作者的 flaxformer
+#   fork 的主分支，缺少它们需要的位置，该 fork 的 `lora` 分支里才有。
 # %% [markdown] lang="en"
 # ## Exercises
 #
@@ -601,8 +622,11 @@ assert f'{training_operations("large"):.1e}' == '3.0e+19'
 # 3. *The metric.* The paper reports, for each dataset, the median accuracy over
 #    prompts, and then the mean of eight datasets, where ANLI is the mean of its
 #    three rounds' medians. Write it, and compare with
-#    {{moepeft.evaluation.paper_metric.scores}} on made-up numbers. How much can
-#    one bad prompt of ten change the median, and the mean?
+#    {{moepeft.evaluation.paper_metric.scores}} on made-up numbers. It reads
+#    `task` (a name in `ROUNDS` or `EIGHT`), `prompt`, `metric` (`ACCURACY`) and
+#    `value` of each row, and `each=None` and `majority=None` leave out what is
+#    not needed; a `types.SimpleNamespace` will do as a row. How much can one
+#    bad prompt of ten change the median, and the mean?
 #
 # Solutions are in `solutions/`.
 #
@@ -614,11 +638,12 @@ assert f'{training_operations("large"):.1e}' == '3.0e+19'
 # <details><summary>Answer</summary>
 #
 # Everything that depends on the step: schedules (warm-up is over, decay may be
-# at its end), Adam's bias correction (off at large t, so that the first updates
-# of fresh zero moments are wrong by large factors), Adafactor's decay (its
-# memory is a million steps long, so the fresh second moment stays far too small
-# and only the clip bounds the update). Give the new parameters an optimizer
-# state of their own, with its own step; or state that you did not.
+# at its end), Adam's bias correction (none at large t, so that with the usual
+# 0.9 and 0.999 the first update of fresh zero moments is about three times too
+# large), Adafactor's decay (its memory is tens of thousands of steps long, so
+# the fresh second moment stays far too small and only the clip bounds the
+# update). Give the new parameters an optimizer state of their own, with its own
+# step; or state that you did not.
 #
 # </details>
 #
@@ -660,7 +685,10 @@ assert f'{training_operations("large"):.1e}' == '3.0e+19'
 #    rms 降到 1.5 以下的步数（闭式或数值），并用 `unclipped` 验证。
 # 3. *指标。* 论文对每个数据集取各 prompt 准确率的中位数，再对八个数据集求平均，
 #    其中 ANLI 是三轮中位数的平均。请实现它，并用虚构的数与
-#    {{moepeft.evaluation.paper_metric.scores}} 比较。十个 prompt 中有一个很差，
+#    {{moepeft.evaluation.paper_metric.scores}} 比较。它读取每行的
+#    `task`（`ROUNDS` 或 `EIGHT` 中的名字）、`prompt`、`metric`（`ACCURACY`）和
+#    `value`；`each=None`、`majority=None` 表示略去其余内容；一行可以用
+#    `types.SimpleNamespace` 表示。十个 prompt 中有一个很差，
 #    中位数和均值各会变多少？
 #
 # 答案在 `solutions/`。
@@ -669,18 +697,19 @@ assert f'{training_operations("large"):.1e}' == '3.0e+19'
 #
 # **从第 1,000,000 步恢复检查点，并加入全新的参数。优化器里可能出什么问题？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
-# 一切依赖步数的东西：学习率曲线（预热已结束，衰减可能到底）；Adam 的偏差修正（t
-# 很大时等于关闭，全新的零矩最初的更新会差很大倍数）；Adafactor
-# 的衰减（记忆长达百万步，全新的二阶矩长期过小，只有裁剪在限制更新）。
+# 所有依赖步数的部分：学习率曲线（预热已结束，衰减可能到底）；Adam 的偏差修正（t
+# 很大时不起作用，在通常的 0.9 和 0.999 下，
+# 动量从零开始的新参数第一次更新约大三倍）；Adafactor 的衰减（记忆长达数万步，
+# 全新的二阶矩长期过小，只有裁剪在限制更新）。
 # 应给新参数单独的优化器状态和步数；否则要明说。
 #
 # </details>
 #
 # **表里写着“0.32% 的参数”。你会问什么？**
 #
-# <details><summary>Answer</summary>
+# <details><summary>答案</summary>
 #
 # 分母是什么：真实参数量还是模型的名义大小，含不含 embedding。怎么计数：
 # 是否含路由器，哪些投影，训练的还是存储的。同一张表里的基线是否按同一规则计数。
@@ -727,7 +756,8 @@ assert rank == 45 and share < 0.4, 'the table has no LoRA of equal size'
 #
 # ## Exercise 2
 #
-# With $g = 1$, $1 - v_n = \prod_{t=s+1}^{s+n} (1 - t^{-0.8})$, about
+# Let $s$ be the clock's start and $v_n$ the value after $n$ steps. With
+# $g = 1$, $1 - v_n = \prod_{t=s+1}^{s+n} (1 - t^{-0.8})$, about
 # $\exp(-n s^{-0.8})$ for $n \ll s$. The rms is $v_n^{-1/2} = 1.5$ at
 # $v_n = 4/9$: $n = s^{0.8} \ln(9/5)$.
 # %% [markdown] lang="zh" tags=["solution"]
@@ -736,8 +766,9 @@ assert rank == 45 and share < 0.4, 'the table has no LoRA of equal size'
 #
 # ## 练习 2
 #
-# 取 $g = 1$，则 $1 - v_n = \prod_{t=s+1}^{s+n} (1 - t^{-0.8})$, about
-# $\exp(-n s^{-0.8})$（$n \ll s$）。 rms 为 $v_n^{-1/2} = 1.5$，即 $v_n = 4/9$：
+# 设 $s$ 为时钟的起点，$v_n$ 为 $n$ 步后的值。取 $g = 1$，则
+# $1 - v_n = \prod_{t=s+1}^{s+n} (1 - t^{-0.8})$，当 $n \ll s$ 时约为
+# $\exp(-n s^{-0.8})$。rms 为 $v_n^{-1/2} = 1.5$，即 $v_n = 4/9$：
 # $n = s^{0.8} \ln(9/5)$。
 # %% tags=["solution"]
 by_formula = CLOCK**0.8 * np.log(9 / 5)
