@@ -17,7 +17,8 @@ class Balanced(LinearGate):
   """weights = p for the k largest p + b, else 0; p = softmax(x W).
 
   b chooses experts and weights none. It is state, which moves by `rate`
-  towards even loads after each optimizer step.
+  towards even loads after each optimizer step. So a token may be sent to an
+  expert whose weight p is small; `renormalize` keeps the sum of its weights 1.
 
   Source: Wang et al., arXiv:2408.15664, with a softmax as the gate.
 
