@@ -10,9 +10,9 @@
 # %% [markdown] lang="zh"
 # # 在莎士比亚十四行诗上训练一个小 GPT
 #
-# GPT 是一叠带 causal mask 的 transformer block，在每个位置预测下一个 token。
-# 本篇用五十行 JAX 写出 GPT-2 的结构，在三十首莎士比亚十四行诗上训练，
-# 与在同一文本上统计的 n-gram 模型比较 loss，然后让它写诗。结果并不惊艳，
+# GPT 由若干带 causal mask 的 transformer block 堆叠而成，在每个位置预测下一个
+# token。本篇用五十行 JAX 写出 GPT-2 的结构，在三十首莎士比亚十四行诗上训练，
+# 与在同一文本上统计的 n-gram 模型比较 loss，然后让它写诗。写得不算好，
 # 你会看到原因。
 # %% [markdown] lang="en"
 # ## What you will understand
@@ -105,30 +105,44 @@ assert decode(encode(text)) == text
 print(len(sonnets), 'sonnets,', vocab, 'characters in the alphabet')
 print('characters for train, valid, test:', len(train), len(valid), len(test))
 # %% [markdown] lang="en"
-# ## 2. What has to be beaten: n-grams
+# ## 2. The baselines: n-grams
 #
 # A language model gives a probability to every next character. Its loss on a
-# text is the mean of $-\ln p(c_i \mid c_{<i})$, in nats. A model that knows
-# nothing has $\ln V$. An n-gram model counts: $p(c \mid h) = N(hc) / N(h)$,
-# where $h$ is the last $n - 1$ characters. Counts of zero would give an
-# infinite loss, so each order is interpolated with the one below it,
+# text is the mean of $-\ln p(c_i \mid c_{<i})$, in nats; divided by $\ln 2$ it
+# is in bits. $e^{\text{loss}}$ is the *perplexity*: a uniform choice among that
+# many characters has the same loss. With an alphabet of $V$ characters, a model
+# that knows nothing has the loss $\ln V$ and the perplexity $V$.
+#
+# An n-gram model counts: $p(c \mid h) = N(hc) / N(h)$, where $h$ is the last
+# $n - 1$ characters and $N$ says how often a string occurs in the training
+# text. Counts of zero would give an infinite loss, so each order is
+# interpolated with the one below it,
 #
 # $$p_n(c \mid h) = \frac{N(hc) + \alpha\, p_{n-1}(c \mid h')}{N(h) + \alpha},$$
 #
-# where $h'$ is $h$ without its first character and $p_0 = 1/V$. All are counted
-# on the training text and measured on the same test characters as the GPT.
+# where $h'$ is $h$ without its first character and $p_0 = 1/V$. The number
+# $\alpha$, here 3, is the weight of the lower order: $p_n$ is close to
+# $p_{n-1}$ where $h$ is rare, and to the ratio of the counts where it is
+# frequent. All are counted on the training text and measured on the same test
+# characters as the GPT.
 # %% [markdown] lang="zh"
-# ## 2. 要超过的对手：n-gram
+# ## 2. Baseline：n-gram
 #
 # 语言模型给每个可能的下一个字符一个概率。它在一段文本上的 loss 是
-# $-\ln p(c_i \mid c_{<i})$ 的平均值，单位是 nat。一无所知的模型的 loss 是
-# $\ln V$。n-gram 模型靠计数：$p(c \mid h) = N(hc) / N(h)$，$h$ 是前 $n - 1$
-# 个字符。计数为零会使 loss 无穷大，因此每一阶与低一阶插值：
+# $-\ln p(c_i \mid c_{<i})$ 的平均值，单位是 nat；除以 $\ln 2$ 就以 bit 为单位。
+# $e^{\text{loss}}$ 是 *perplexity*（困惑度）：在这么多个字符中均匀地选一个，
+# loss 与它相同。字母表有 $V$ 个字符时，一无所知的模型的 loss 是 $\ln V$，
+# perplexity 是 $V$。
+#
+# n-gram 模型靠计数：$p(c \mid h) = N(hc) / N(h)$，$h$ 是前 $n - 1$ 个字符，$N$
+# 是字符串在训练文本中出现的次数。计数为零会使 loss 无穷大，
+# 因此每一阶与低一阶插值：
 #
 # $$p_n(c \mid h) = \frac{N(hc) + \alpha\, p_{n-1}(c \mid h')}{N(h) + \alpha},$$
 #
-# 其中 $h'$ 是去掉第一个字符的 $h$，$p_0 = 1/V$。全部在训练文本上计数，在与 GPT
-# 相同的测试字符上测量。
+# 其中 $h'$ 是去掉第一个字符的 $h$，$p_0 = 1/V$。$\alpha$（这里取 3）
+# 是低一阶的权重：$h$ 很少出现时 $p_n$ 接近 $p_{n-1}$，经常出现时接近计数之比。
+# 全部在训练文本上计数，在与 GPT 相同的测试字符上测量。
 # %%
 CONTEXT = 48
 
@@ -174,34 +188,40 @@ assert baselines['bigram'] < baselines['unigram'] < baselines['uniform']
 #
 # GPT-2 is notebook 08's pre-norm block with other parts:
 #
-# - *learned positions*: a table $[t, d]$ is added to the token embeddings, so
-#   the context has a fixed length;
+# - *learned positions*: a table $[T, d]$ with a vector for each of $T$
+#   positions (here 48) is added to the token embeddings, so no input can be
+#   longer than $T$;
 # - LayerNorm with scale and bias, an ungated feed-forward with GELU of width
 #   $4d$, biases everywhere;
 # - a *tied head*: logits are $x E^\top$ with the embedding table $E: [v, d]$
-#   itself.
+#   itself;
+# - *dropout* in training: a tenth of the numbers is set to 0 after the
+#   embedding and after each sublayer.
 #
-# Initialization: weights from $\mathcal N(0, 0.02^2)$; the two projections that
-# write to the residual stream are smaller by $1/\sqrt{2L}$, because the stream
-# sums $2L$ of them. Logits are then close to 0, the prediction close to
-# uniform, and the first loss has to be close to $\ln V$. That is a cheap and
-# sharp test of a new model: a loss far above it means a wrong initialization,
-# below it a leak of the answer.
+# Initialization: weights from $\mathcal N(0, 0.02^2)$; the two projections of
+# each layer that write to the residual stream (notebook 08) are smaller by
+# $1/\sqrt{2L}$, because with $L$ layers the stream is a sum of $2L$ of them.
+# Logits are then close to 0, the prediction close to uniform, and the first
+# loss has to be close to $\ln V$. That is a cheap and sensitive test of a new
+# model: a first loss far above it means a wrong initialization, one below it
+# means that the model sees the answer.
 # %% [markdown] lang="zh"
 # ## 3. 模型
 #
 # GPT-2 就是 08 的 pre-norm block，换了一些部件：
 #
-# - *可学习的位置向量*：把一张 $[t, d]$ 的表加到 token embedding 上，因此
-#   context 长度是固定的；
+# - *可学习的位置向量*：一张 $[T, d]$ 的表，$T$ 个位置（这里是 48）
+#   各有一个向量，加到 token embedding 上，因此输入不能超过 $T$ 个 token；
 # - 带缩放和偏置的 LayerNorm，不带门控、宽度 $4d$ 的 GELU feed-forward，
-#   处处有偏置；
-# - *tied head*：logits 是 $x E^\top$，直接用 embedding 表 $E: [v, d]$。
+#   每个线性层都有偏置；
+# - *tied head*：logits 是 $x E^\top$，直接用 embedding 表 $E: [v, d]$；
+# - 训练时的 *dropout*：embedding 之后和每个子层之后，把十分之一的数置零。
 #
-# 初始化：权重取自 $\mathcal N(0, 0.02^2)$；两个向残差流写入的投影再缩小
-# $1/\sqrt{2L}$，因为残差流是 $2L$ 个写入量的和。这样 logits 接近 0，
-# 预测接近均匀分布，最初的 loss 应接近 $\ln V$。这是对新模型既便宜又灵敏的检验：
-# 远高于它说明初始化有误，低于它说明答案泄漏了。
+# 初始化：权重取自 $\mathcal N(0, 0.02^2)$；每层有两个投影向残差流写入（见
+# 08），它们的权重再乘以 $1/\sqrt{2L}$，因为 $L$ 层的残差流是 $2L$
+# 个写入量的和。这样 logits 接近 0，预测接近均匀分布，最初的 loss 应接近
+# $\ln V$。这样检验新模型，成本低而且灵敏：最初的 loss 远高于它说明初始化有误，
+# 低于它说明模型看到了答案。
 # %%
 D, HEADS, LAYERS, FFN = 64, 4, 2, 256
 
@@ -299,18 +319,19 @@ print(size, 'parameters for', len(train), 'characters of training text')
 #
 # At position $i$ the model sees tokens $0 \ldots i$ and predicts token $i + 1$:
 # inputs are a window without its last token, targets the window without its
-# first. The causal mask makes the $t$ predictions of a row independent examples
-# that one forward pass computes together. If the mask were wrong, the model
-# would read the answer, and the training loss would look wonderful; hence a
-# check that changes the *last* character and looks at all earlier predictions.
+# first. Because of the causal mask, the $t$ predictions of a row are $t$
+# training examples, all computed by one forward pass. If the mask were wrong,
+# the model would read the answer, and the training loss would be far too low;
+# hence a check that changes the *last* character of the input: no earlier
+# prediction may change.
 # %% [markdown] lang="zh"
 # ## 4. Loss
 #
 # 在位置 $i$，模型看到 token $0 \ldots i$，预测 token $i + 1$：
 # 输入是去掉最后一个 token 的窗口，目标是去掉第一个 token 的窗口。有了 causal
 # mask，一行的 $t$ 个预测就是 $t$ 个样本，一次前向计算全部得到。如果 mask 写错，
-# 模型会直接读到答案，训练 loss 会好得不真实；所以这里做一个检验：
-# 只改*最后*一个字符，看前面的预测是否不变。
+# 模型会直接读到答案，训练 loss 会低得不合理；所以这里做一个检验：
+# 只改输入的*最后*一个字符，前面的预测都不应改变。
 # %%
 def token_losses(params, window, key=None):
   """window int [b, t + 1] -> -ln p of each target [b, t]."""
@@ -374,13 +395,17 @@ assert difference(params) < 1e-5, 'compare one layer with notebook 08'
 # AdamW with a warm-up of 50 steps, then a cosine to a tenth of the rate;
 # gradients are clipped to norm 1. Each batch has 16 random windows. Every 50
 # steps the loss is measured on all of the validation sonnets, each scored
-# character with at least 24 characters of context.
+# character with at least 24 characters of context. In the figure, the training
+# loss is the mean over the 50 steps before, with dropout; the validation loss
+# is that of the step itself, without dropout. So the training loss is the
+# higher one while both fall fast.
 # %% [markdown] lang="zh"
 # ## 5. 训练
 #
 # AdamW，前 50 步 warm-up，之后按余弦降到十分之一；梯度裁剪到范数 1。每个 batch
 # 有 16 个随机窗口。每 50 步在全部验证诗上测量 loss，每个计分字符前面至少有 24
-# 个字符的 context。
+# 个字符的 context。图中的训练 loss 是此前 50 步的平均值，带 dropout；验证 loss
+# 是当前这一步的，不带 dropout。所以两者快速下降时，训练 loss 反而更高。
 # %%
 STEPS, BATCH, RATE = 500, 16, 5e-3
 schedule = optax.warmup_cosine_decay_schedule(0, RATE, 50, STEPS, RATE / 10)
@@ -443,16 +468,16 @@ plt.show()
 # ## 6. The result
 #
 # The checkpoint with the lowest validation loss is measured once on the test
-# sonnets. Choosing by validation makes that number slightly too good, so the
-# test text is a third part that no choice has seen. The uncertainty: characters
-# of one line are not independent, so we take the standard error over lines of
-# 24 characters rather than over characters.
+# sonnets. The validation loss of a checkpoint that was chosen by it is slightly
+# too low, so the test text is a third part that no choice has seen.
+# Neighbouring characters are not independent, so the standard error (the number
+# after `+-`) is taken over pieces of 24 characters and not over characters.
 # %% [markdown] lang="zh"
 # ## 6. 结果
 #
 # 取验证 loss 最低的 checkpoint，在测试诗上测量一次。按验证集挑选会使验证 loss
-# 略微偏好，因此测试文本是没有参与任何选择的第三部分。不确定度：
-# 同一行的字符并不独立，所以标准误按 24 个字符的段计算，而不按字符计算。
+# 略微偏低，因此测试文本是没有参与任何选择的第三部分。相邻的字符并不独立，
+# 所以标准误（`+-` 之后的数）以 24 个字符为一段来计算，而不按单个字符计算。
 # %%
 valid_loss, params, best_step = best
 losses = held_out_losses(params, test)
@@ -470,12 +495,15 @@ print('largest difference from the package:', difference(params))
 assert difference(params) < 1e-4
 # %% [markdown] lang="en"
 # The GPT beats the bigram model clearly, although it has seven times as many
-# parameters as the training text has characters. Dropout, weight decay and the
-# choice of the checkpoint by validation keep it from learning the text by
-# heart. Real models have fewer parameters than tokens: Chinchilla's rule
-# (arXiv:2203.15556) is about 20 tokens for each parameter. With so little text
-# it is not certain that a GPT beats longer n-grams, too: exercise 3 measures
-# it.
+# parameters as the training text has characters. It has not learned the text by
+# heart: 500 steps are 26 passes over the text, training and validation loss are
+# still close, and the lowest validation loss is that of the last step. Dropout
+# and weight decay help. With `STEPS = 3000` the training loss falls to 1.4
+# while the validation loss rises after about 1250 steps, and then it matters
+# which checkpoint is kept. Real models have fewer parameters than tokens:
+# Chinchilla's rule (arXiv:2203.15556) is about 20 tokens for each parameter.
+# With so little text it is not certain that a GPT beats longer n-grams, too:
+# exercise 3 measures it.
 #
 # ## 7. A sample
 #
@@ -484,10 +512,13 @@ assert difference(params) < 1e-4
 # Notebook 11 is about better ways to choose and about not computing everything
 # again at each step.
 # %% [markdown] lang="zh"
-# GPT 明显优于 bigram，尽管参数量是训练字符数的七倍。dropout、weight decay
-# 以及按验证集选择 checkpoint，使它不至于把文本背下来。真正的模型参数比 token
-# 少：Chinchilla 法则（arXiv:2203.15556）是每个参数约 20 个 token。文本这么少，
-# GPT 能否超过更长的 n-gram 并不确定：练习 3 来测量。
+# GPT 明显优于 bigram，尽管参数量是训练字符数的七倍。它没有把文本背下来：500
+# 步相当于把文本读 26 遍，训练 loss 与验证 loss 仍然接近，验证 loss
+# 最低的就是最后一步。dropout 和 weight decay 有帮助。取 `STEPS = 3000` 时，训练
+# loss 降到 1.4，而验证 loss 在约 1250 步之后上升，这时保留哪个 checkpoint
+# 才重要。真实的大模型参数比训练 token 少：Chinchilla 法则（arXiv:2203.15556）
+# 是每个参数约 20 个 token。文本这么少，GPT 能否超过更长的 n-gram 并不确定：练习
+# 3 来测量。
 #
 # ## 7. 采样
 #
@@ -533,9 +564,9 @@ assert share_of_words(verse) > share_of_words(random_verse) + 0.15
 # 1. (Easy) How many parameters would an *untied* head add, and which share of
 #    this model would that be? What is the share for GPT-2 small ($V = 50257$,
 #    $d = 768$, 124,439,808 parameters)?
-# 2. (Medium) Measure the test loss by position: predict all test characters
-#    with exactly 1, 2, 4, 8, 16 and 32 characters of context. From which length
-#    on does more context help no more?
+# 2. (Medium) Measure the test loss by length of context: predict test
+#    characters (every fourth is enough) from exactly 1, 2, 4, 8, 16 and 32
+#    characters before them. From which length on does more context hardly help?
 # 3. (Hard) Extend the n-grams to order 3 and 4 with `interpolate`. Which is
 #    best on the test sonnets, and does the GPT beat it? Then mix the GPT with
 #    the best n-gram, $\lambda p_{\text{GPT}} + (1 - \lambda) p_n$, with
@@ -547,7 +578,8 @@ assert share_of_words(verse) > share_of_words(random_verse) + 0.15
 #    占这个模型的多大比例？GPT-2 small（$V = 50257$，$d = 768$，124,439,808
 #    个参数）呢？
 # 2. （中）按 context 长度测量测试 loss：用恰好 1、2、4、8、16、32 个字符的
-#    context 预测所有测试字符。超过多长之后更长的 context 不再有帮助？
+#    context 预测测试字符（每四个取一个即可）。超过多长之后，更长的 context
+#    几乎不再有帮助？
 # 3. （难）用 `interpolate` 把 n-gram 扩展到 3 阶和 4 阶。哪一个在测试诗上最好？
 #    GPT 能超过它吗？再把 GPT 与最好的 n-gram 混合：
 #    $\lambda p_{\text{GPT}} + (1 - \lambda) p_n$，$\lambda$ 在验证诗上选择。
@@ -613,8 +645,8 @@ assert share_of_words(verse) > share_of_words(random_verse) + 0.15
 #   not means, so that parts of a batch add up;
 #   {{moepeft.objectives.cross_entropy}} has z-loss and label smoothing.
 # - `python -m moepeft.train --config=configs/pretrain_gpt_tiny.py:text=PATH`
-#   pretrains a GPT on text of your own, with packing, checkpoints that resume
-#   to the same bytes, and {{moepeft.ngrams}} as the baseline.
+#   pretrains a GPT on text of your own, with packing, checkpoints from which a
+#   run resumes exactly, and {{moepeft.ngrams}} as the baseline.
 # - {{moepeft.training.step}} is the training step; compare it with `step`
 #   above.
 #
@@ -630,7 +662,7 @@ assert share_of_words(verse) > share_of_words(random_verse) + 0.15
 #   batch 的各部分可以相加；{{moepeft.objectives.cross_entropy}} 有 z-loss 和
 #   label smoothing。
 # - `python -m moepeft.train --config=configs/pretrain_gpt_tiny.py:text=PATH`
-#   在你自己的文本上预训练 GPT，带 packing、可逐字节恢复的 checkpoint，并以
+#   在你自己的文本上预训练 GPT，带 packing、可精确恢复训练的 checkpoint，并以
 #   {{moepeft.ngrams}} 为 baseline。
 # - {{moepeft.training.step}} 是训练的一步，可与上面的 `step` 比较。
 #
@@ -660,11 +692,14 @@ assert 0.3 < gpt2_extra / gpt2_size < 0.32
 # %% [markdown] lang="en" tags=["solution"]
 # ## Exercise 2
 #
-# Windows of exactly $c$ characters end before each target.
+# Windows of exactly $c$ characters end before each target. From 4 characters on
+# the loss hardly falls: with so little text the model has learned short
+# sequences of letters and not much more.
 # %% [markdown] lang="zh" tags=["solution"]
 # ## 练习 2
 #
-# 每个目标之前取恰好 $c$ 个字符的窗口。
+# 每个目标之前取恰好 $c$ 个字符的窗口。从 4 个字符起 loss 几乎不再下降：
+# 文本这么少，模型学到的主要是很短的字母序列。
 # %% tags=["solution"]
 by_context = {}
 at = np.arange(33, len(test), 4)
@@ -676,16 +711,15 @@ assert by_context[4] < by_context[1], 'four characters help against one'
 # %% [markdown] lang="en" tags=["solution"]
 # ## Exercise 3
 #
-# Read the numbers: a four-gram that is counted in milliseconds is hard to beat
-# with so little text, and the mixture is better than each part. The n-gram
-# remembers letter sequences that it has seen, the GPT has a longer context;
-# their errors differ.
+# With so little text, a four-gram that is counted in milliseconds is better
+# than the GPT, and the mixture is better than each part. The n-gram remembers
+# letter sequences that it has seen, the GPT has a longer context; their errors
+# differ.
 # %% [markdown] lang="zh" tags=["solution"]
 # ## 练习 3
 #
-# 看数字：文本这么少，几毫秒就能数完的 four-gram 很难超过，
-# 而混合模型比两个部分都好。n-gram 记住见过的字母序列，GPT 有更长的 context，
-# 两者的错误不同。
+# 文本这么少，几毫秒就能数完的 four-gram 比 GPT 好，而混合模型比两者都好。n-gram
+# 记住见过的字母序列，GPT 有更长的 context，两者的错误不同。
 # %% tags=["solution"]
 trigram = interpolate(count(3), bigram)
 fourgram = interpolate(count(4), trigram)

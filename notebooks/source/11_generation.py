@@ -70,7 +70,7 @@ from moepeft.nn import initializers
 # ## 1. 一个小模型
 #
 # 两层的字符级 Llama，在 10 的十四行诗上训练几秒钟。它写的文本很差，
-# 但分布是真实的：单词内部很尖，词首很平。权重来自 moepeft，
+# 但分布是真实的：在单词内部很集中，在词首很分散。权重来自 moepeft，
 # 本节之后的计算全部手写。
 # %%
 repository = Path(moepeft.__file__).parents[1]
@@ -136,7 +136,9 @@ params = jax.tree.map(np.float64, params32)
 # that position's attention, the query is new; the keys and values of the
 # earlier tokens are what they were in the step before, because with a causal
 # mask nothing before position $t$ depends on token $t$. So we keep them: the
-# *KV cache*, for each layer two arrays $[s, k, h]$.
+# *KV cache*, for each layer two arrays $[s, k, h]$ for $s$ tokens and $k$
+# key-value heads of size $h$. Reading the prompt, many tokens in one call, is
+# called *prefill*; the steps of one token that follow are *decoding*.
 #
 # `forward` reads new tokens after those of the cache and appends their keys and
 # values. With an empty cache and the whole text it is the ordinary forward
@@ -147,7 +149,9 @@ params = jax.tree.map(np.float64, params32)
 # 生成第 $t + 1$ 个 token 只需要最后一个位置的 logits。在这个位置的 attention
 # 中，query 是新的；之前 token 的 key 和 value 与上一步相同，因为有 causal
 # mask，位置 $t$ 之前的一切都不依赖 token $t$。所以把它们保存下来，这就是 *KV
-# cache*：每层两个数组 $[s, k, h]$。
+# cache*：每层两个数组 $[s, k, h]$，$s$ 是 token 数，$k$ 是大小为 $h$ 的
+# key-value head 的个数。一次读入整个 prompt 叫做 *prefill*，之后每步一个 token
+# 叫做 *decode*（解码）。
 #
 # `forward` 读入 cache 之后的新 token，并把它们的 key 和 value 接到 cache 上。
 # cache 为空、输入为全文时，就是普通的前向计算。它同时统计乘加次数。
@@ -228,13 +232,13 @@ def forward(ids, caches):
 # Three checks. The forward pass is the package's. The text in pieces, through
 # the cache, gives the same logits as in one piece. And the package's own cached
 # step, `Decoder.extend`, gives them too. NumPy computes in float64 here, the
-# package in float32; logits are of size 10, so $10^{-4}$ is some units in the
-# last place.
+# package in float32; logits are of size 10, where neighbouring float32 numbers
+# differ by $10^{-6}$, and $10^{-4}$ leaves room for the rounding in many sums.
 # %% [markdown] lang="zh"
 # 三个检验：前向计算与 moepeft 一致；文本分段经过 cache，与一次输入得到同样的
 # logits；moepeft 自己的带 cache 的步骤 `Decoder.extend` 也给出同样的结果。这里
-# NumPy 使用 float64，moepeft 使用 float32；logits 大小约为 10，$10^{-4}$
-# 只是最后几位的差异。
+# NumPy 使用 float64，moepeft 使用 float32；logits 大小约为 10，此处相邻的
+# float32 数相差 $10^{-6}$，$10^{-4}$ 为多次求和的舍入误差留有余量。
 # %%
 prompt = encode("Shall I compare thee to a summer's")
 whole, _ = forward(prompt, empty_cache())
@@ -270,10 +274,12 @@ assert np.abs(np.concatenate(cached) - whole).max() < 1e-4
 # %% [markdown] lang="en"
 # ### What it saves
 #
-# Let $P$ be the number of weights in matrices that a token is multiplied with.
-# One token costs $P$ multiply-adds in them, and $2 d_a s$ for each layer in
-# attention over $s$ keys, where $d_a = nh$. Generating $T$ tokens without a
-# cache reads $1, 2, \ldots, T$ tokens:
+# Let $P$ be the number of weights in all matrices that a token is multiplied
+# with, the head included. One token costs $P$ multiply-adds in them, and
+# $2 d_a s$ in each of the $L$ layers for attention over $s$ keys: $d_a s$ for
+# the logits and as many for the sum of the values, where $d_a = nh$ with $n$
+# query heads. Generating $T$ tokens without a cache reads $1, 2, \ldots, T$
+# tokens:
 #
 # $$\text{uncached} = \sum_{t=1}^{T} (tP + 2 L d_a t^2) \approx \tfrac12 P T^2 +
 # \tfrac23 L d_a T^3, \qquad
@@ -284,9 +290,10 @@ assert np.abs(np.concatenate(cached) - whole).max() < 1e-4
 # %% [markdown] lang="zh"
 # ### 省了多少
 #
-# 设 $P$ 是一个 token 要乘的矩阵的权重总数。一个 token 在矩阵中花费 $P$ 次乘加，
-# 每层 attention 对 $s$ 个 key 花费 $2 d_a s$ 次，$d_a = nh$。生成 $T$ 个
-# token，不用 cache 要依次读 $1, 2, \ldots, T$ 个 token：
+# 设 $P$ 是一个 token 要乘的矩阵的权重总数（包括 head）。一个 token 在矩阵中花费
+# $P$ 次乘加；$L$ 层中每层 attention 对 $s$ 个 key 花费 $2 d_a s$ 次：logits 要
+# $d_a s$ 次，对 value 求和也要 $d_a s$ 次，$d_a = nh$，$n$ 是 query head 数。
+# 生成 $T$ 个 token，不用 cache 要依次读 $1, 2, \ldots, T$ 个 token：
 #
 # $$\text{uncached} = \sum_{t=1}^{T} (tP + 2 L d_a t^2) \approx \tfrac12 P T^2 +
 # \tfrac23 L d_a T^3, \qquad
@@ -336,18 +343,19 @@ print('the price:', cache_bytes, 'bytes for each token in float32')
 # %% [markdown] lang="en"
 # ## 3. Temperature
 #
-# $p_T(i) \propto \exp(z_i / T)$. $T \to 0$ puts all probability on the largest
-# logit (greedy), $T = 1$ is the model, $T \to \infty$ is uniform. The entropy
-# grows with $T$: its derivative with respect to $\beta = 1/T$ is
-# $-\beta \operatorname{Var}_{p_T}(z) \le 0$. So temperature is a knob for
-# entropy, and nothing else: the order of tokens stays.
+# For logits $z_i$, $p_T(i) \propto \exp(z_i / T)$. $T \to 0$ puts all
+# probability on the largest logit (greedy), $T = 1$ is the model,
+# $T \to \infty$ is uniform. The entropy grows with $T$: its derivative with
+# respect to $\beta = 1/T$ is $-\beta \operatorname{Var}_{p_T}(z) \le 0$. So
+# temperature changes the entropy; the order of the tokens stays the same.
 # %% [markdown] lang="zh"
 # ## 3. Temperature
 #
-# $p_T(i) \propto \exp(z_i / T)$。$T \to 0$ 时全部概率在最大的 logit
-# 上（贪心），$T = 1$ 是模型本身，$T \to \infty$ 是均匀分布。熵随 $T$ 增大：它对
-# $\beta = 1/T$ 的导数是 $-\beta \operatorname{Var}_{p_T}(z) \le 0$。因此
-# temperature 只调节熵，不改变 token 的顺序。
+# 设 logits 为 $z_i$，$p_T(i) \propto \exp(z_i / T)$。$T \to 0$
+# 时全部概率在最大的 logit 上（贪心），$T = 1$ 是模型本身，$T \to \infty$
+# 是均匀分布。熵随 $T$ 增大：它对 $\beta = 1/T$ 的导数是
+# $-\beta \operatorname{Var}_{p_T}(z) \le 0$。因此 temperature 改变的是熵，token
+# 按概率的排序不变。
 # %%
 def entropy(p):
   return -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
@@ -367,9 +375,9 @@ assert np.allclose(sample_logits / 0.7, expected, atol=1e-4)
 # %% [markdown] lang="en"
 # ## 4. Top-k, top-p, min-p
 #
-# At $T = 1$ a long tail of bad tokens has a small probability each, but
-# together perhaps 10 % at every step; over 100 steps one of them is almost sure
-# to come. Filters set the tail to zero and renormalize what remains:
+# At $T = 1$ each token of a long tail has a small probability, but together
+# they may have 10 % at every step; over 100 steps it is almost sure that one of
+# them is drawn. Filters set the tail to zero and renormalize what remains:
 #
 # - **top-k**: the $k$ most probable tokens.
 # - **top-p** (nucleus): the fewest most probable tokens whose probabilities sum
@@ -377,19 +385,24 @@ assert np.allclose(sample_logits / 0.7, expected, atol=1e-4)
 # - **min-p**: tokens with probability at least $p_{\min} \cdot \max_i p_i$.
 #
 # Top-k takes the same number where the model is sure and where it is not. The
-# other two adapt. On equal probabilities our versions follow the package.
+# other two adapt. A remark on ties: top-k and min-p keep all tokens that are as
+# probable as the last one kept. Top-p keeps only as many of them as it needs;
+# the package prefers greater ids, `np.argsort` promises no order, and the
+# logits below have no such ties.
 # %% [markdown] lang="zh"
 # ## 4. Top-k、top-p、min-p
 #
-# $T = 1$ 时，长尾中每个坏 token 的概率都很小，但合起来每一步可能有 10 %；100
-# 步里几乎必然抽到一个。过滤器把尾部置零，再对剩下的归一化：
+# $T = 1$ 时，长尾中每个 token 的概率都很小，但合起来每一步可能有 10 %；100
+# 步里几乎必然抽到其中一个。过滤器把尾部置零，再对剩下的归一化：
 #
 # - **top-k**：概率最大的 $k$ 个 token。
 # - **top-p**（nucleus）：概率之和至少为 $p$ 的最少的 token。
 # - **min-p**：概率至少为 $p_{\min} \cdot \max_i p_i$ 的 token。
 #
 # 不管模型有没有把握，top-k 都取同样多的 token；另外两种会随分布变化。
-# 概率相等时的处理与 moepeft 一致。
+# 关于概率相等的情况：top-k 和 min-p 会保留所有与最后一个入选 token 概率相同的
+# token；top-p 只保留所需的个数，moepeft 优先取 id 较大的，`np.argsort`
+# 不保证顺序，而下面的 logits 没有这种情况。
 # %%
 def top_k(z, k):
   """z [v]: keeps the k largest, others become -inf."""
@@ -474,29 +487,34 @@ assert deviation[p > 0].max() < 5 and frequency[p == 0].sum() == 0
 # attention makes its continuation more probable, and greedy never leaves the
 # most probable path. Remedies change the logits of tokens that occurred:
 #
-# - the *repetition penalty* (CTRL, arXiv:1909.05858) divides positive and
-#   multiplies negative logits by $\theta > 1$. It depends on where zero is,
-#   although adding a constant to all logits does not change the distribution:
-#   an inelegant rule that is in wide use;
+# - the *repetition penalty* (CTRL, arXiv:1909.05858) divides these logits by
+#   $\theta > 1$; implementations multiply negative ones instead, so that they
+#   fall, too. Adding a constant to all logits would not change the
+#   distribution, but it changes what this rule does. It is in wide use all the
+#   same;
 # - the *frequency penalty* subtracts $\alpha \cdot \text{count}$, the *presence
 #   penalty* $\beta$ once.
 #
 # With characters as tokens they are crude: all letters have occurred after a
-# few lines. Measured below as the share of 6-grams that are repeated.
+# few lines, so the penalty below looks at the last 20 characters only.
+# Repetition is measured as the share of 6-grams (6 characters in a row) that
+# have occurred before.
 # %% [markdown] lang="zh"
 # ## 5. 重复
 #
 # 贪心解码会陷入循环：某个短语出现过之后，attention 会使它的后续概率更大，
 # 而贪心从不离开概率最大的路径。对策是改变出现过的 token 的 logits：
 #
-# - *repetition penalty*（CTRL，arXiv:1909.05858）：正的 logit 除以
-#   $\theta > 1$，负的乘以 $\theta$。它依赖零点的位置，而给所有 logits
-#   加同一常数并不改变分布：规则不够优雅，但用得很广；
+# - *repetition penalty*（CTRL，arXiv:1909.05858）：把这些 logit 除以
+#   $\theta > 1$；各种实现对负的 logit 改为乘以 $\theta$，使它们同样变小。给所有
+#   logits 加同一常数不会改变分布，却会改变这条规则的效果。尽管如此，
+#   它用得很广；
 # - *frequency penalty* 减去 $\alpha \cdot \text{count}$，*presence penalty*
 #   只减一次 $\beta$。
 #
-# 以字符为 token 时这些方法很粗糙：几行之后所有字母都出现过。下面用重复的 6-gram
-# 所占比例来测量。
+# 以字符为 token 时这些方法很粗糙：几行之后所有字母都出现过，
+# 所以下面的惩罚只看最近 20 个字符。重复程度用先前已出现过的 6-gram（连续 6
+# 个字符）所占的比例来衡量。
 # %%
 def repetition_penalty(z, previous, theta):
   y = z.copy()
@@ -561,30 +579,37 @@ assert repeated(results['greedy']) > 2 * repeated(results['T = 1'])
 # ## 6. Beam search
 #
 # Greedy takes the best token at each step, which need not give the best
-# sequence. Beam search keeps the $m$ best beginnings: extend each by every
-# token, and of the $mV$ candidates keep the $m$ with the highest sum of
-# log-probabilities. Beginnings that end (here with a newline, the end of a
-# verse) move to a list of finished answers.
+# sequence. Beam search keeps the $m$ best prefixes, the *beams*: it extends
+# each by every token, and of the $mV$ candidates it keeps the $m$ with the
+# highest sum of log-probabilities. Prefixes that end (here with a newline, the
+# end of a verse) move to a list of finished answers.
 #
 # Sums of log-probabilities fall with every token, so longer answers have lower
-# sums. The *length penalty* compares
-# $\frac{1}{|y|^{\alpha}} \sum_i \ln p(y_i)$: $\alpha = 0$ is the sum,
-# $\alpha = 1$ the mean, and greater $\alpha$ favours longer answers. The rules
-# below are those of `transformers`, which the package follows: of the $2m$ best
-# candidates, those among the first $m$ that end are finished, and the others go
-# on.
+# sums. The *length penalty* compares $\frac{1}{|y|^{\alpha}} \sum_i \ln p(y_i)$
+# for answers $y$ of $|y|$ tokens: $\alpha = 0$ is the sum, $\alpha = 1$ the
+# mean, and greater $\alpha$ favours longer answers.
+#
+# The rules below are those of `transformers`, which the package follows. Of the
+# $2m$ best candidates, those that end are finished answers if they are among
+# the first $m$, and the first $m$ that do not end go on. (With one end token at
+# most $m$ of the $2m$ end, so $m$ are left.) The search stops when $m$ answers
+# are finished and no beam has a better score than the worst of them.
 # %% [markdown] lang="zh"
 # ## 6. Beam search
 #
 # 贪心每一步取最好的 token，但不一定得到最好的序列。Beam search 保留 $m$
-# 个最好的开头：每个开头用每个 token 扩展，在 $mV$
-# 个候选中保留对数概率之和最大的 $m$ 个。结束的开头（这里以换行结束，
+# 个最好的前缀，称为 *beam*：每个前缀用每个 token 扩展，在 $mV$
+# 个候选中保留对数概率之和最大的 $m$ 个。结束的前缀（这里以换行结束，
 # 即一行诗的结尾）移入已完成的列表。
 #
-# 对数概率之和随每个 token 减小，因此答案越长和越小。*Length penalty* 比较
-# $\frac{1}{|y|^{\alpha}} \sum_i \ln p(y_i)$：$\alpha = 0$ 是和，$\alpha = 1$
-# 是平均，$\alpha$ 越大越偏向长答案。下面的规则与 `transformers` 相同，moepeft
-# 也遵循：在最好的 $2m$ 个候选中，前 $m$ 个里结束的算完成，其余继续。
+# 对数概率之和随每个 token 减小，因此答案越长和越小。*Length penalty* 对有 $|y|$
+# 个 token 的答案 $y$ 比较 $\frac{1}{|y|^{\alpha}} \sum_i \ln p(y_i)$：
+# $\alpha = 0$ 是和，$\alpha = 1$ 是平均，$\alpha$ 越大越偏向长答案。
+#
+# 下面的规则与 `transformers` 相同，moepeft 也遵循。在最好的 $2m$ 个候选中，
+# 已结束且排在前 $m$ 的成为完成的答案，前 $m$ 个未结束的继续。（结束 token
+# 只有一个时，$2m$ 个中至多 $m$ 个结束，还剩 $m$ 个。）已有 $m$ 个完成的答案，
+# 且没有 beam 的分数高于其中最差的一个时，搜索停止。
 # %%
 END = encode('\n')[0]
 
@@ -672,8 +697,9 @@ for (answer, score), theirs_one in zip(mine, theirs, strict=True):
 
 # %% [markdown] lang="en"
 # Beam search looks for the most probable text, which need not be good text:
-# here it is a loop of frequent words. For tasks with one right answer
-# (translation, recognition) it helps; for open text, sampling does.
+# here it is a loop of frequent words. It helps in tasks whose input nearly
+# fixes the answer (translation, speech recognition); for open text, sampling is
+# better.
 #
 # The length penalty is best seen on one fixed set of finished answers: 40
 # sampled verses with their sums of log-probabilities. As $\alpha$ grows, the
@@ -682,7 +708,7 @@ for (answer, score), theirs_one in zip(mine, theirs, strict=True):
 # grows with $\alpha$; scores are negative, so the longer answer gains.)
 # %% [markdown] lang="zh"
 # Beam search 寻找概率最大的文本，但它不一定是好文本：这里是常见词的循环。
-# 对有唯一正确答案的任务（翻译、识别）有帮助；对开放式文本，采样更合适。
+# 对答案基本由输入决定的任务（翻译、语音识别）有帮助；对开放式文本，采样更合适。
 #
 # 在一组固定的已完成答案上最容易看清 length penalty：采样 40 行诗，
 # 记下各自的对数概率之和。$\alpha$ 增大时，胜出的答案不会变短。（设两个答案的和
@@ -720,22 +746,24 @@ assert chosen[-1] > chosen[0]
 # 2. (Medium) Write `no_repeat(z, text, n)`: forbid every token that would
 #    complete an n-gram that already occurred. Show that greedy text with
 #    $n = 6$ has no repeated 6-gram.
-# 3. (Hard) Contiguous prefixes can share a cache: generate four samples of 30
-#    characters from one prompt with one prefill, and count the multiply-adds
-#    saved. Then show that every sample is the one that its own prefill gives.
+# 3. (Hard) Samples from one prompt can share its cache: take the first 200
+#    characters of the text as the prompt, generate four samples of 30
+#    characters with one prefill, and count the multiply-adds saved. Then show
+#    that each sample is the same as with a prefill of its own.
 # %% [markdown] lang="zh"
 # ## 练习
 #
 # 1. （易）用二分法求使 `sample_logits` 平均熵为 1 nat 的 temperature。
 # 2. （中）写出 `no_repeat(z, text, n)`：禁止所有会构成已出现过的 n-gram 的
-#    token。证明 $n = 6$ 时贪心文本没有重复的 6-gram。
-# 3. （难）相同的前缀可以共用 cache：同一个 prompt 只做一次 prefill，生成四个 30
-#    字符的样本，计算省下的乘加次数。再证明每个样本与各自做 prefill 得到的相同。
+#    token。验证 $n = 6$ 时贪心文本没有重复的 6-gram。
+# 3. （难）同一个 prompt 的各个样本可以共用 cache：以文本的前 200 个字符为
+#    prompt，只做一次 prefill，生成四个 30 字符的样本，计算省下的乘加次数。
+#    再验证每个样本与各自做 prefill 得到的相同。
 # %% [markdown] lang="en"
 # ## Interview questions
 #
-# **What does a KV cache cost for Llama 3 8B with 8192 tokens in bfloat16, and
-# what are the ways to shrink it?**
+# **What does a KV cache cost for Llama 3 8B (32 layers, 8 key-value heads of
+# size 128) with 8192 tokens in bfloat16, and what are the ways to shrink it?**
 #
 # <details><summary>Answer</summary>
 #
@@ -763,7 +791,8 @@ assert chosen[-1] > chosen[0]
 # %% [markdown] lang="zh"
 # ## 面试题
 #
-# **Llama 3 8B、8192 个 token、bfloat16 的 KV cache 有多大？有哪些缩小的办法？**
+# **Llama 3 8B（32 层，8 个大小为 128 的 key-value head）、8192 个
+# token、bfloat16 的 KV cache 有多大？有哪些缩小的办法？**
 #
 # <details><summary>答案</summary>
 #
@@ -788,9 +817,9 @@ assert chosen[-1] > chosen[0]
 # %% [markdown] lang="en"
 # ## In the package
 #
-# - {{moepeft.inference.sampling}} has the filters as pure functions, with a
-#   number for each row; {{moepeft.inference.engine.sampler}} runs them one row
-#   at a time, so that rows without filters pay for no sort.
+# - {{moepeft.inference.sampling}} has the filters as pure functions, whose
+#   settings may differ by row; {{moepeft.inference.engine.sampler}} runs them
+#   one row at a time, so that rows without filters need no sort.
 # - {{moepeft.nn.causal_attention.CausalAttention}} writes keys and values at
 #   each row's position; {{moepeft.inference.engine.kv_cache.read_rows}} copies
 #   the rows of the running sequences out of a cache with slots.
@@ -798,16 +827,15 @@ assert chosen[-1] > chosen[0]
 #   prefixes between requests; {{moepeft.inference.engine.prompt_lookup}}
 #   proposes several tokens and verifies them in one step.
 # - {{moepeft.inference.beam_search.search}} runs beams of several requests in
-#   one batch, and copies a slot where two beams continue one.
+#   one batch, and copies a slot when two beams continue the same one.
 #
 # Papers: top-p arXiv:1904.09751, min-p 2407.01082, repetition penalty
 # 1909.05858, grouped-query attention 2305.13245.
 # %% [markdown] lang="zh"
 # ## 在 moepeft 中
 #
-# - {{moepeft.inference.sampling}} 把各过滤器写成纯函数，每行可以有不同的数值；
-#   {{moepeft.inference.engine.sampler}} 逐行运行，
-#   不用过滤器的行不必付排序的代价。
+# - {{moepeft.inference.sampling}} 把各过滤器写成纯函数，每行可以有不同的设置；
+#   {{moepeft.inference.engine.sampler}} 逐行运行，不用过滤器的行不需要排序。
 # - {{moepeft.nn.causal_attention.CausalAttention}} 在每行各自的位置写入 key 和
 #   value；{{moepeft.inference.engine.kv_cache.read_rows}} 从带 slot 的 cache
 #   中取出正在运行的序列。
@@ -815,7 +843,7 @@ assert chosen[-1] > chosen[0]
 #   {{moepeft.inference.engine.prompt_lookup}} 一次提出多个 token，
 #   并在一步中验证。
 # - {{moepeft.inference.beam_search.search}} 在一个 batch 中运行多个请求的
-#   beam，两个 beam 来自同一个时复制 slot。
+#   beam，两个 beam 延续同一个 beam 时复制 slot。
 #
 # 论文：top-p arXiv:1904.09751，min-p 2407.01082，repetition penalty
 # 1909.05858，grouped-query attention 2305.13245。

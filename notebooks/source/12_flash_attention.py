@@ -11,7 +11,7 @@
 # # 手写 FlashAttention
 #
 # $t$ 个 token 的 attention 公式里有一个 $t \times t$ 矩阵。FlashAttention
-# 计算完全相同的输出，却从不把这个矩阵写入内存。思想只需四十行 NumPy：
+# 计算完全相同的输出，却从不把这个矩阵写入内存。核心只需四十行 NumPy：
 # 分块（tile）、累计最大值、累计和。本篇写出前向和反向，
 # 并统计它们搬运了多少数据。
 # %% [markdown] lang="en"
@@ -56,19 +56,20 @@ rng = np.random.default_rng(0)
 # $$S = q k^\top / \sqrt h \;[t, t], \qquad P = \operatorname{softmax}(S) \;[t,
 # t], \qquad O = P v \;[t, h].$$
 #
-# An accelerator has a large slow memory (HBM) and a small fast one on the chip
-# (SRAM). Run step by step, $S$ is written to HBM, read for the softmax, $P$ is
-# written and read again. Counted in numbers:
+# An accelerator has a large slow memory (HBM, high-bandwidth memory) and a
+# small fast one on the chip (SRAM). Run step by step, $S$ is written to HBM,
+# read for the softmax, $P$ is written and read again. Counted in numbers:
 #
 # $$\text{traffic} = \underbrace{3th + th}_{q,\,k,\,v,\,O} +
 # \underbrace{4t^2}_{S,\,P \text{ written and read}}, \qquad \text{arithmetic} =
 # 2 \cdot 2 t^2 h \text{ FLOPs}.$$
 #
 # For $t \gg h$ that is $h$ FLOPs for each number moved. With $h = 128$ in
-# bfloat16 it is 64 FLOPs a byte; an H100 needs about 300 to be busy (about
-# $10^{15}$ FLOP/s, $3.35 \cdot 10^{12}$ bytes/s). So most of the time the
-# arithmetic units wait. The memory itself is the other problem: $t^2$ numbers
-# for each head and row, also for the backward pass.
+# bfloat16 it is 64 FLOPs a byte; an H100 needs about 300 to keep its arithmetic
+# units busy (about $10^{15}$ FLOP/s, $3.35 \cdot 10^{12}$ bytes/s). So most of
+# the time the arithmetic units wait. The memory itself is the other problem:
+# $t^2$ numbers for each head of each sequence, to be kept until the backward
+# pass.
 # %% [markdown] lang="zh"
 # ## 1. 时间花在哪里
 #
@@ -77,17 +78,19 @@ rng = np.random.default_rng(0)
 # $$S = q k^\top / \sqrt h \;[t, t], \qquad P = \operatorname{softmax}(S) \;[t,
 # t], \qquad O = P v \;[t, h].$$
 #
-# 加速器有一块大而慢的内存（HBM）和一块小而快的片上内存（SRAM）。按步骤执行时，
-# $S$ 写入 HBM，再读出来做 softmax，$P$ 又写入、再读出。以数的个数计：
+# 加速器有一块大而慢的内存（HBM，高带宽内存）和一块小而快的片上内存（SRAM）。
+# 按步骤执行时，$S$ 写入 HBM，再读出来做 softmax，$P$ 又写入、再读出。
+# 以数的个数计：
 #
 # $$\text{traffic} = \underbrace{3th + th}_{q,\,k,\,v,\,O} +
 # \underbrace{4t^2}_{S,\,P \text{ written and read}}, \qquad \text{arithmetic} =
 # 2 \cdot 2 t^2 h \text{ FLOPs}.$$
 #
 # 当 $t \gg h$ 时，每搬运一个数只做 $h$ 次 FLOP。$h = 128$、bfloat16 时是每字节
-# 64 FLOP；H100 要忙起来约需 300（约 $10^{15}$ FLOP/s，$3.35 \cdot 10^{12}$
-# 字节/s）。所以大部分时间计算单元在等待。内存容量是另一个问题：每个 head、
-# 每行数据都有 $t^2$ 个数，反向传播也要用。
+# 64 FLOP；要让 H100 的计算单元满载约需 300（约 $10^{15}$ FLOP/s，
+# $3.35 \cdot 10^{12}$ 字节/s）。所以大部分时间计算单元在等待。
+# 内存容量是另一个问题：每个序列的每个 head 都有 $t^2$ 个数，
+# 而且要保留到反向传播。
 
 
 # %%
@@ -156,7 +159,7 @@ print('numbers moved:', Memory.traffic, 'largest array:', Memory.largest)
 # Softmax 需要所有指数的和；为了安全还需要最大值：float32 中 $e^{89}$
 # 就是无穷大。看起来必须先有一整行 $S$，才能得到第一个输出。
 #
-# 其实不必。分段读这一行，维护三样东西：目前的最大值 $m$，和
+# 其实不必。分段读这一行，维护三个量：目前的最大值 $m$，和
 # $\ell = \sum_j e^{s_j - m}$，加权的 value 之和 $a = \sum_j e^{s_j - m} v_j$。
 # 读入一段分数 $s$ 和 value $v$ 之后：
 #
@@ -186,12 +189,13 @@ values = rng.standard_normal((100, 5))
 with np.errstate(over='ignore', invalid='ignore'):
   naive = np.exp(scores.astype(np.float32))
   naive = naive / naive.sum()
-print('naive softmax:', np.isfinite(naive).all(), ' online: True')
+print('all finite? naive:', np.isfinite(naive).all())
 assert not np.isfinite(naive).all()
 for piece in (1, 7, 100):
   online = online_softmax_average(scores, values, piece)
   # float64, and sums in another order.
   assert np.allclose(online, softmax(scores) @ values, atol=1e-12), piece
+print('all finite? online:', np.isfinite(online).all())
 
 
 # %% [markdown] lang="en"
@@ -200,8 +204,8 @@ for piece in (1, 7, 100):
 # Dao et al. (arXiv:2205.14135) apply this to tiles of $B_r$ queries and $B_c$
 # keys: load a tile of queries, run over the tiles of keys and values with the
 # online softmax, write the finished tile of outputs. The $B_r \times B_c$ tile
-# of $S$ lives and dies on the chip. (This is the loop order of
-# FlashAttention-2, arXiv:2307.08691: queries outside.)
+# of $S$ never leaves the chip. (This is the loop order of FlashAttention-2,
+# arXiv:2307.08691: queries outside.)
 #
 # With a causal mask, tiles of keys that lie after all queries of the tile are
 # skipped, and only tiles on the diagonal need the mask.
@@ -251,24 +255,29 @@ def flash_attention(q, k, v, rows=64, columns=64, causal=False):
   return o, log_sums
 
 
+largest = 0.0
 for causal in (False, True):
   expected = plain_attention(q, k, v, causal)
   for rows, columns in ((64, 64), (1, 200), (13, 37), (200, 1)):
     o, _ = flash_attention(q, k, v, rows, columns, causal)
-    difference = np.abs(o - expected).max()
-    assert difference < 1e-12, (causal, rows, columns, difference)
-print('largest difference:', difference)
+    largest = max(largest, np.abs(o - expected).max())
+    assert largest < 1e-12, (causal, rows, columns, largest)
+print('largest difference:', largest)
 
 
 # %% [markdown] lang="en"
 # The difference is rounding of float64, for tiles of any shape: the algorithm
 # is exact. Now against the package, with several heads and its causal mask:
 # `attend` (plain), `chunked_attention.attend` (the same idea in JAX), and JAX's
-# own function. These are in float32, hence the tolerance.
+# own function. The package describes the mask without an array of $t \times t$,
+# by the position of each token and its segment, the number of its text in a
+# packed row (here all 0). All three compute in float32, hence the tolerance.
 # %% [markdown] lang="zh"
 # 差异只是 float64 的舍入，与分块形状无关：算法是精确的。再与 moepeft 比较，多个
 # head、causal mask：`attend`（普通）、`chunked_attention.attend`（同样的思想，
-# 用 JAX 写成），以及 JAX 自带的函数。它们使用 float32，因此容差较大。
+# 用 JAX 写成），以及 JAX 自带的函数。moepeft 不用 $t \times t$ 的数组描述
+# mask，而用每个 token 的位置和 segment（它在 packed 行中属于第几段文本，
+# 这里全为 0）。三者都使用 float32，因此容差较大。
 # %%
 def heads_of(b, t, n, h):
   q, k, v = rng.standard_normal((3, b, t, n, h)).astype(np.float32)
@@ -319,11 +328,15 @@ for name, result in results.items():
 #
 # $$\text{traffic} = th + 2th \lceil t/B_r \rceil + th + t.$$
 #
-# The number of columns $B_c$ does not enter; it only has to fit. What is on the
-# chip at once is about $M = B_r h \cdot 2 + B_c h \cdot 2 + B_r B_c$ numbers.
-# With $B_r \sim M / 4h$ the traffic is of order $t^2 h^2 / M$, against $t^2$:
-# less by $h^2 / M$, and $M$ is some $10^5$ where $h^2 = 16384$. Dao et al.
-# prove that no exact algorithm does better for all $M$.
+# The terms are those of $q$, of $k$ and $v$, of $O$ and of $L$. The number of
+# columns $B_c$ does not enter; it only has to fit. What is on the chip at once
+# is about $M = B_r h \cdot 2 + B_c h \cdot 2 + B_r B_c$ numbers: the tiles of
+# $q$ and of its output, of $k$ and $v$, and of $S$.
+#
+# With $B_r \approx M / 4h$ the traffic is of order $t^2 h^2 / M$, against $t^2$
+# for plain attention: the ratio is of order $h^2 / M$. On a GPU $M$ is about
+# $10^5$, and $h^2 = 128^2 = 16384$. Dao et al. prove that no exact algorithm is
+# of a lower order for all $M$.
 # %% [markdown] lang="zh"
 # ## 4. 访存量
 #
@@ -331,11 +344,13 @@ for name, result in results.items():
 #
 # $$\text{traffic} = th + 2th \lceil t/B_r \rceil + th + t.$$
 #
-# 列数 $B_c$ 不出现，只要放得下。片上同时存放约
-# $M = B_r h \cdot 2 + B_c h \cdot 2 + B_r B_c$ 个数。取 $B_r \sim M / 4h$，
-# 访存量是 $t^2 h^2 / M$ 量级，而普通方法是 $t^2$：相差 $h^2 / M$ 倍；$M$
-# 约为几十万，而 $h^2 = 16384$。Dao 等证明，没有精确算法能对所有 $M$
-# 都做得更好。
+# 各项依次来自 $q$、$k$ 和 $v$、$O$、$L$。列数 $B_c$ 不出现，只要放得下。
+# 片上同时存放约 $M = B_r h \cdot 2 + B_c h \cdot 2 + B_r B_c$ 个数：$q$
+# 和输出的块，$k$ 和 $v$ 的块，$S$ 的块。
+#
+# 取 $B_r \approx M / 4h$，访存量是 $t^2 h^2 / M$ 量级，而普通方法是 $t^2$
+# 量级：两者之比是 $h^2 / M$ 量级。在 GPU 上 $M$ 约为 $10^5$，而
+# $h^2 = 128^2 = 16384$。Dao 等证明，没有精确算法能对所有 $M$ 都达到更低的量级。
 # %%
 def count(function, *args, **kwargs):
   Memory.traffic = Memory.largest = 0
@@ -376,15 +391,15 @@ plt.tight_layout()
 plt.show()
 # %% [markdown] lang="en"
 # All are quadratic; the factor differs, and small tiles are *worse* than plain
-# attention ($h = 32$, 8 queries: $2h/B_r = 8$, twice the plain factor). What is
-# linear is the memory: no array that moves has more than a tile, and only $O$
-# and $L$ remain.
+# attention ($h = 32$, 8 queries: the factor of $t^2$ is $2h/B_r = 8$, against
+# 4). What is linear is the memory: no array that moves is larger than a tile,
+# and only $O$ and $L$ are kept.
 #
 # The causal version skips tiles above the diagonal. With equal square tiles and
 # $n = t/B$, it computes $n(n+1)/2$ of $n^2$ tiles.
 # %% [markdown] lang="zh"
 # 全都是平方增长，差别在系数；分块太小反而*不如*普通 attention（$h = 32$，8 个
-# query：$2h/B_r = 8$，是普通方法系数的两倍）。变成线性的是内存：
+# query：$t^2$ 的系数是 $2h/B_r = 8$，普通方法是 4）。变成线性的是内存：
 # 搬运的数组都不超过一个分块，最后只留下 $O$ 和 $L$。
 #
 # causal 版本跳过对角线以上的块。块为正方形、$n = t/B$ 时，$n^2$ 块中只计算
@@ -436,7 +451,8 @@ assert growth['attend'] > 8 and growth['chunked'] < 4
 #
 # Automatic differentiation would save $P$, which is what we wanted to avoid.
 # Instead the backward pass computes tiles of $S$ and $P$ again from $q$, $k$
-# and $L$. With $dO$ given, the chain rule reads
+# and $L$. We write $dX$ for the gradient of the loss with respect to $X$, and
+# $Q$, $K$, $V$ for $q$, $k$, $v$. With $dO$ given, the chain rule reads
 #
 # $$dV = P^\top dO, \qquad dP = dO\, V^\top, \qquad dS_{ij} = P_{ij} \big(
 # dP_{ij} - D_i \big), \qquad dQ = \frac{dS\, K}{\sqrt h}, \qquad dK =
@@ -448,13 +464,14 @@ assert growth['attend'] > 8 and growth['chunked'] < 4
 # $$D_i = \sum_j P_{ij} \sum_c dO_{ic} V_{jc} = \sum_c dO_{ic} \sum_j P_{ij}
 # V_{jc} = \sum_c dO_{ic}\, O_{ic}.$$
 #
-# So $D$ is the row sum of $dO \odot O$, known before any tile is touched. Then
-# every tile is independent.
+# So $D$ is the row sum of $dO \odot O$ (the product element by element), known
+# before any tile is touched. Then every tile is independent.
 # %% [markdown] lang="zh"
 # ## 5. 反向计算：重新计算
 #
 # 自动微分会保存 $P$，这正是要避免的。反向计算改为由 $q$、$k$、$L$ 重新算出 $S$
-# 和 $P$ 的各块。给定 $dO$，链式法则是
+# 和 $P$ 的各块。用 $dX$ 表示 loss 对 $X$ 的梯度，$Q$、$K$、$V$ 就是 $q$、$k$、
+# $v$。给定 $dO$，链式法则是
 #
 # $$dV = P^\top dO, \qquad dP = dO\, V^\top, \qquad dS_{ij} = P_{ij} \big(
 # dP_{ij} - D_i \big), \qquad dQ = \frac{dS\, K}{\sqrt h}, \qquad dK =
@@ -465,7 +482,7 @@ assert growth['attend'] > 8 and growth['chunked'] < 4
 # $$D_i = \sum_j P_{ij} \sum_c dO_{ic} V_{jc} = \sum_c dO_{ic} \sum_j P_{ij}
 # V_{jc} = \sum_c dO_{ic}\, O_{ic}.$$
 #
-# 所以 $D$ 就是 $dO \odot O$ 的行和，在处理任何块之前就已知。
+# 所以 $D$ 就是 $dO \odot O$（逐元素的乘积）的行和，在处理任何块之前就已知。
 # 之后每一块都是独立的。
 # %%
 def flash_backward(q, k, v, o, log_sums, do, rows=64, columns=64, causal=False):
@@ -531,33 +548,38 @@ print('largest difference of the last gradient:', difference)
 # memory: a good trade where arithmetic is cheap and memory is not.
 # %% [markdown] lang="zh"
 # 重新计算的代价：前向有 2 个 $t \times t \times h$ 的乘积，反向有 5 个（重算
-# $S$、$dV$、$dP$、$dQ$、$dK$），而不是 4 个。算力变为 $7/6$，
+# $S$、$dV$、$dP$、$dQ$、$dK$），而不是 4 个。计算量变为原来的 $7/6$，
 # 换来更少的访存和线性的内存：在算力便宜、访存昂贵的地方很划算。
 # %% [markdown] lang="en"
 # ## Exercises
 #
 # 1. (Easy) *Flash decoding*: one query against 1000 cached keys has only one
-#    row of tiles. Split the keys into 8 parts, compute $(o, L)$ of each part
-#    independently with `flash_attention`, and merge them.
+#    row of tiles, computed one after the other. Split the keys into 8 parts,
+#    compute $(o, L)$ of each part independently with `flash_attention`, and
+#    merge them: what are $o$ and $L$ of all keys together?
 # 2. (Medium) Add a sliding window of $w$ tokens to the forward pass, with
-#    skipped tiles on both sides. Compare with the package's mask
-#    (`attention.attention_mask(..., window=w)`), and show by the counter that
-#    traffic is linear in $t$.
+#    skipped tiles on both sides. Compare with the package's mask,
+#    `attention.attention_mask(real, real, causal=True, window=w)` where `real`
+#    is `jnp.ones((1, t), bool)`, and show by the counter that traffic is linear
+#    in $t$.
 # 3. (Hard) *Ring attention* (arXiv:2310.01889): four devices hold 64 tokens
 #    each. In each of four rounds a device attends to the keys and values that
 #    it holds, then passes them on to its neighbour. Simulate it with a causal
-#    mask and show that the outputs are those of `plain_attention`.
+#    mask, merge as in exercise 1, and show that the outputs are those of
+#    `plain_attention`.
 # %% [markdown] lang="zh"
 # ## 练习
 #
-# 1. （易）*Flash decoding*：一个 query 对 1000 个缓存的 key，只有一行分块。把
-#    key 分成 8 份，用 `flash_attention` 独立算出每份的 $(o, L)$，再合并。
+# 1. （易）*Flash decoding*：一个 query 对 1000 个缓存的 key，只有一行分块，
+#    只能依次计算。把 key 分成 8 份，用 `flash_attention` 独立算出每份的
+#    $(o, L)$，再合并：全部 key 的 $o$ 和 $L$ 是多少？
 # 2. （中）给前向计算加上 $w$ 个 token 的滑动窗口，两侧都跳过不需要的块。与
-#    moepeft 的 mask（`attention.attention_mask(..., window=w)`）比较，
-#    并用计数器说明访存量与 $t$ 成线性。
+#    moepeft 的 mask 比较：
+#    `attention.attention_mask(real, real, causal=True, window=w)`，其中 `real`
+#    是 `jnp.ones((1, t), bool)`；并用计数器说明访存量与 $t$ 成线性。
 # 3. （难）*Ring attention*（arXiv:2310.01889）：四个设备各存 64 个 token。
 #    共四轮，每轮中设备对手头的 key 和 value 做 attention，再把它们传给邻居。用
-#    causal mask 模拟，并证明输出与 `plain_attention` 相同。
+#    causal mask 模拟，像练习 1 那样合并，并验证输出与 `plain_attention` 相同。
 # %% [markdown] lang="en"
 # ## Interview questions
 #
@@ -730,13 +752,15 @@ assert traffic[2] / traffic[1] < 2.1
 #
 # In round $r$, device $i$ holds the keys of device $(i - r) \bmod 4$: those
 # before it are seen whole, its own with the causal mask, those after it not at
-# all. Half of the work is idle time; variants give each device an early and a
-# late part of the text.
+# all. Of the $4 \cdot 4$ pairs of a device and a round, 6 are computed whole, 4
+# to a half and 6 not at all: half of the time is idle. Variants give each
+# device an early and a late part of the text.
 # %% [markdown] lang="zh" tags=["solution"]
 # ## 练习 3
 #
 # 第 $r$ 轮，设备 $i$ 手里是设备 $(i - r) \bmod 4$ 的 key：在它之前的全部可见，
-# 自己的用 causal mask，在它之后的完全不可见。一半的时间是空闲的；
+# 自己的用 causal mask，在它之后的完全不可见。在 $4 \cdot 4$ 个（设备，轮次）
+# 组合中，6 个全算，4 个算一半，6 个不算，所以一半的时间是空闲的；
 # 改进的方法让每个设备同时持有文本靠前和靠后的一段。
 # %% tags=["solution"]
 devices, size = 4, 64

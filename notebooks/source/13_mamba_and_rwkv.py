@@ -12,8 +12,8 @@
 #
 # Attention 保留每一个 token；循环模型只保留大小固定的状态。Mamba 和 RWKV
 # 是可以像 transformer 一样并行训练的循环模型。本篇由公式写出两者，
-# 证明并行形式与逐步形式一致，计算开销，再与 attention 一起在一个任务上训练，
-# 这个任务恰好是固定大小的状态不擅长的。
+# 验证并行形式与逐步形式的结果一致，计算开销，再与 attention
+# 一起在一个任务上训练，这个任务恰好是固定大小的状态不擅长的。
 # %% [markdown] lang="en"
 # ## What you will understand
 #
@@ -28,7 +28,7 @@
 #   it pays.
 #
 # Time: 75 minutes to read, one to two minutes to run. Before this: notebooks
-# 06, 08 and 11.
+# 06, 08, 11 and 12.
 # %% [markdown] lang="zh"
 # ## 你将理解什么
 #
@@ -36,9 +36,9 @@
 # - 状态空间模型（SSM）：从微分方程到递推，再到卷积；
 # - Mamba 的选择机制（S6）：哪些量依赖输入，为什么因此不能用卷积；
 # - RWKV 的 time mixing：带衰减的加权平均，以及数值稳定的形式；
-# - 开销随长度的变化，以及从固定状态中回忆：attention 赢在哪里，付出什么。
+# - 开销随长度的变化，以及从固定状态中回忆：attention 好在哪里，代价是什么。
 #
-# 用时：阅读约 75 分钟，运行一到两分钟。前置：06、08、11。
+# 用时：阅读约 75 分钟，运行一到两分钟。前置：06、08、11、12。
 # %%
 import jax
 import jax.numpy as jnp
@@ -66,10 +66,11 @@ rng = np.random.default_rng(0)
 #
 # $$(a_1, b_1) \circ (a_2, b_2) = (a_1 a_2,\; a_2 b_1 + b_2).$$
 #
-# The operator is associative, hence all prefixes can be computed as a tree:
-# `jax.lax.associative_scan` needs about $2\log_2 t$ parallel steps instead of
-# $t$. (A recurrence with a nonlinearity, $h_t = \tanh(\ldots h_{t-1} \ldots)$,
-# as in an LSTM, has no such form.)
+# The operator is associative, hence the products of all prefixes can be
+# computed as a tree. The second number of the product up to $t$ is $h_t$,
+# because $h_0 = 0$. `jax.lax.associative_scan` needs about $2\log_2 t$ parallel
+# steps instead of $t$. (A recurrence with a nonlinearity,
+# $h_t = \tanh(\ldots h_{t-1} \ldots)$, as in an LSTM, has no such form.)
 # %% [markdown] lang="zh"
 # ## 1. 并行计算线性递推
 #
@@ -83,8 +84,9 @@ rng = np.random.default_rng(0)
 #
 # $$(a_1, b_1) \circ (a_2, b_2) = (a_1 a_2,\; a_2 b_1 + b_2).$$
 #
-# 这个运算满足结合律，所以所有前缀可以按树形计算：`jax.lax.associative_scan`
-# 只需约 $2\log_2 t$ 个并行步，而不是 $t$ 步。（带非线性的递推，如 LSTM 的
+# 这个运算满足结合律，所以所有前缀的乘积可以按树形计算。由于 $h_0 = 0$，到 $t$
+# 为止的乘积的第二个数就是 $h_t$。`jax.lax.associative_scan` 只需约 $2\log_2 t$
+# 个并行步，而不是 $t$ 步。（带非线性的递推，如 LSTM 的
 # $h_t = \tanh(\ldots h_{t-1} \ldots)$，没有这种形式。）
 # %%
 def combine(first, second):
@@ -129,12 +131,12 @@ assert np.allclose(left, right, atol=1e-6), 'the operator has to associate'
 # $$h_t = \bar A h_{t-1} + \bar B x_t, \qquad \bar A = e^{\Delta A}, \qquad \bar
 # B = \frac{e^{\Delta A} - 1}{A} B \approx \Delta B.$$
 #
-# $\Delta$ decides about memory: small, the state hardly changes and remembers;
-# large, $\bar A \to 0$ and the state is replaced by the present input. If
-# $\Delta, A, B, C$ are constant (S4, arXiv:2111.00396), the output is a
-# convolution $y = K * x$ with $K_j = \sum_n C_n \bar A_n^j \bar B_n$, by
-# unrolling. We check it three ways; the third is SciPy's filter for such
-# recurrences.
+# $\Delta$ decides how long the state remembers: where it is small, the state
+# hardly changes; where it is large, $\bar A \to 0$ and the present input
+# replaces the state. If $\Delta, A, B, C$ are constant (S4, arXiv:2111.00396),
+# the output is a convolution $y = K * x$ with
+# $K_j = \sum_n C_n \bar A_n^j \bar B_n$, by unrolling. We check it three ways;
+# the third is SciPy's filter for such recurrences.
 # %% [markdown] lang="zh"
 # ## 2. 状态空间模型
 #
@@ -149,10 +151,11 @@ assert np.allclose(left, right, atol=1e-6), 'the operator has to associate'
 # $$h_t = \bar A h_{t-1} + \bar B x_t, \qquad \bar A = e^{\Delta A}, \qquad \bar
 # B = \frac{e^{\Delta A} - 1}{A} B \approx \Delta B.$$
 #
-# $\Delta$ 决定记忆：小则状态几乎不变，记得久；大则 $\bar A \to 0$，
-# 状态被当前输入取代。如果 $\Delta, A, B, C$ 都是常数（S4，arXiv:2111.00396），
-# 展开后输出是卷积 $y = K * x$，$K_j = \sum_n C_n \bar A_n^j \bar B_n$。
-# 用三种方式检验；第三种是 SciPy 中计算这类递推的滤波器。
+# $\Delta$ 决定状态能记多久：$\Delta$ 小，状态几乎不变；$\Delta$ 大，
+# $\bar A \to 0$，状态被当前输入取代。如果 $\Delta, A, B, C$ 都是常数（S4，
+# arXiv:2111.00396），展开后输出是卷积 $y = K * x$，
+# $K_j = \sum_n C_n \bar A_n^j \bar B_n$。用三种方式检验；第三种是 SciPy
+# 中计算这类递推的滤波器。
 # %%
 N, t, delta = 4, 50, 0.3
 A = -np.arange(1, N + 1.0)
@@ -188,13 +191,19 @@ print('the kernel begins with', kernel[:4])
 # $$h_t[c, n] = e^{\Delta_t[c] A[c, n]}\, h_{t-1}[c, n] + \Delta_t[c]\, B_t[n]\,
 # x_t[c], \qquad y_t[c] = \sum_n C_t[n]\, h_t[c, n] + D[c]\, x_t[c].$$
 #
+# $A < 0$ and $D$ are learned and do not depend on the input; $D$ lets the input
+# pass the state by. $\operatorname{softplus}(z) = \ln(1 + e^z)$ keeps $\Delta$
+# positive, and $\bar B \approx \Delta B$ is the approximation of section 2.
+#
 # Compare with attention: $B_t$ acts as a key, $x_t$ as a value, $C_t$ as a
 # query; the state is a $d \times N$ table of values by key, with forgetting. As
 # $\bar A$ now depends on $t$ there is no convolution, and the parallel scan of
 # section 1 takes its place.
 #
-# Around the scan stand a short causal convolution over 4 tokens, which lets a
-# channel see its neighbours, and a gate $\operatorname{silu}(z_t)$.
+# A Mamba layer first projects its input to $x$ and to $z$, each twice as wide
+# as the input. A short causal convolution lets each channel of $x$ see the last
+# 4 tokens; then comes the scan. Its output is multiplied by the gate
+# $\operatorname{silu}(z_t)$ and projected back.
 # %% [markdown] lang="zh"
 # ## 3. Mamba：selective scan（S6）
 #
@@ -207,12 +216,17 @@ print('the kernel begins with', kernel[:4])
 # $$h_t[c, n] = e^{\Delta_t[c] A[c, n]}\, h_{t-1}[c, n] + \Delta_t[c]\, B_t[n]\,
 # x_t[c], \qquad y_t[c] = \sum_n C_t[n]\, h_t[c, n] + D[c]\, x_t[c].$$
 #
+# $A < 0$ 和 $D$ 是学到的参数，不依赖输入；$D$ 让输入绕过状态直接到输出。
+# $\operatorname{softplus}(z) = \ln(1 + e^z)$ 使 $\Delta$ 为正，
+# $\bar B \approx \Delta B$ 是第 2 节的近似。
+#
 # 与 attention 比较：$B_t$ 相当于 key，$x_t$ 相当于 value，$C_t$ 相当于 query；
 # 状态是一张按 key 存 value 的 $d \times N$ 的表，会遗忘。由于 $\bar A$ 依赖
 # $t$，不能再用卷积，改用第 1 节的并行 scan。
 #
-# scan 前有一个覆盖 4 个 token 的短 causal 卷积，让每个通道看到相邻 token；scan
-# 后有门控 $\operatorname{silu}(z_t)$。
+# Mamba 层先把输入投影为 $x$ 和 $z$，宽度都是输入的两倍。一个短的 causal 卷积让
+# $x$ 的每个通道看到最近 4 个 token，然后是 scan；scan 的输出乘以门控
+# $\operatorname{silu}(z_t)$，再投影回原来的宽度。
 # %%
 def normal(key, *shape):
   return jax.random.normal(key, shape) * shape[0] ** -0.5
@@ -312,8 +326,8 @@ print('stepwise and parallel differ by', difference)
 #
 # RWKV-4 (Peng et al., arXiv:2305.13048) has for each channel a key $k_t$, a
 # value $v_t$ and a receptance $r_t$, all linear in a mixture of the present and
-# the previous token (*token shift*). The output is a weighted average of all
-# values so far,
+# the previous token, $\mu \odot x_t + (1 - \mu) \odot x_{t-1}$ with a learned
+# $\mu$ (*token shift*). The output is a weighted average of all values so far,
 #
 # $$\text{wkv}_t = \frac{\sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t}
 # v_t}{\sum_{i<t} e^{-(t-1-i) w + k_i} + e^{u + k_t}}, \qquad y_t = (\sigma(r_t)
@@ -322,7 +336,8 @@ print('stepwise and parallel differ by', difference)
 # with a learned decay $w > 0$ for each channel and a bonus $u$ for the present
 # token. It is attention whose weights depend on the key and on the distance,
 # and not on a query; the query's part is the gate $\sigma(r_t)$. Because of
-# that, numerator and denominator are two linear recurrences.
+# that, the sums in numerator and denominator are linear recurrences as in
+# section 1, with $a_t = e^{-w}$.
 #
 # The exponentials overflow if $k$ is large, so the recurrence carries a running
 # maximum, as the online softmax of notebook 12 does. We write the direct sum
@@ -331,8 +346,9 @@ print('stepwise and parallel differ by', difference)
 # ## 4. RWKV：time mixing
 #
 # RWKV-4（Peng 等，arXiv:2305.13048）的每个通道有 key $k_t$、value $v_t$ 和
-# receptance $r_t$，都是当前 token 与前一个 token 的混合（*token shift*）
-# 的线性函数。输出是到目前为止所有 value 的加权平均：
+# receptance $r_t$，都是当前 token 与前一个 token 的混合
+# $\mu \odot x_t + (1 - \mu) \odot x_{t-1}$ 的线性函数，$\mu$
+# 是学到的参数（*token shift*）。输出是到目前为止所有 value 的加权平均：
 #
 # $$\text{wkv}_t = \frac{\sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t}
 # v_t}{\sum_{i<t} e^{-(t-1-i) w + k_i} + e^{u + k_t}}, \qquad y_t = (\sigma(r_t)
@@ -340,7 +356,8 @@ print('stepwise and parallel differ by', difference)
 #
 # 每个通道有可学习的衰减 $w > 0$，以及对当前 token 的加成 $u$。
 # 它是一种权重只依赖 key 和距离、不依赖 query 的 attention；query 的作用由门控
-# $\sigma(r_t)$ 承担。正因如此，分子和分母是两个线性递推。
+# $\sigma(r_t)$ 承担。正因如此，分子和分母中的和都是第 1 节那样的线性递推，
+# $a_t = e^{-w}$。
 #
 # $k$ 很大时指数会溢出，所以递推像 12 的 online softmax 那样携带一个累计最大值。
 # 下面写出直接求和与稳定的递推，并比较。
@@ -381,9 +398,13 @@ k, v = rng.standard_normal((2, 30, 6))
 difference = np.abs(wkv(w, u, k, v) - wkv_direct(w, u, k, v)).max()
 print('recurrence and direct sum differ by', difference)
 assert difference < 1e-5, 'look at the order: read, then decay, then add'
-# Keys in the hundreds overflow in the direct form of float32 only.
-large = wkv(w, u, 100 + 50 * k, v)
-assert np.isfinite(large).all()
+# The exponential of such keys is infinite in float32. The direct sum is in
+# float64; float32 has steps of 1e-5 at keys of 200.
+k_large = 100 + 50 * k
+with np.errstate(over='ignore'):
+  assert np.isinf(np.exp(k_large.astype(np.float32).max()))
+difference = np.abs(wkv(w, u, k_large, v) - wkv_direct(w, u, k_large, v)).max()
+assert difference < 1e-3, 'is the maximum subtracted from every exponent?'
 # %% [markdown] lang="en"
 # As a bridge to attention: with $w = 0$ and $u = 0$ there is neither decay nor
 # bonus, and wkv is softmax attention in which every query gives the logit
@@ -437,35 +458,48 @@ def rwkv(x, p):
 # %% [markdown] lang="en"
 # ## 5. Cost by length
 #
-# For one layer with $d$ channels ($2d$ inside Mamba and a state of $N = 16$),
-# counting the products and, for the scans, two multiply-adds for each number of
-# the state:
+# For one layer with $d$ channels ($2d$ inside Mamba, each with a state of
+# $N = 16$ numbers), counting the products of matrices, three multiply-adds for
+# each number of Mamba's state (decay, write, read) and four for each channel of
+# its convolution:
 #
 # | | multiply-adds for $t$ tokens | state in generation |
 # | --- | --- | --- |
 # | attention | $4d^2 t + d t^2$ (causal) | $2 d t$ |
-# | Mamba | $6d^2t + 4d^2t + 2dt(2N) + \ldots$ | $2d(N + 3)$ |
+# | Mamba | $6d^2 t + 4d^2 t + (10N + 8)\, d t$ | $2d(N + 3)$ |
 # | RWKV-4 | $4d^2 t + O(dt)$ | $4d$ |
 #
-# (Mamba's $\Delta$ has a low-rank projection in the released models; ours is
-# full, hence $4d^2$.) The quadratic term of attention equals its projections at
-# $t = 4d$. Before that length the linear models have no advantage in
-# arithmetic; the state in generation is smaller much earlier.
+# Of Mamba's terms, $6d^2$ are the projections at its two ends and $4d^2$ is
+# that of $\Delta$, which has a low rank in the released models and is full
+# here; $10N$ are $W_B$, $W_C$ and the state. RWKV-4 keeps a numerator, a
+# denominator, a maximum and the previous token.
+#
+# The quadratic term of attention equals its projections at $t = 4d$. Up to that
+# length, attention takes at most twice the multiply-adds of RWKV-4 and fewer
+# than this Mamba, which is cheaper for $t > 6d + 10N + 8$ only: 6312 tokens in
+# the figure, whose lengths are powers of 2. The numbers kept in generation are
+# fewer than those of attention from 20 tokens on.
 # %% [markdown] lang="zh"
 # ## 5. 开销随长度的变化
 #
-# 一层，$d$ 个通道（Mamba 内部为 $2d$，状态 $N = 16$），计算矩阵乘积；scan
-# 对状态的每个数计两次乘加：
+# 一层，$d$ 个通道（Mamba 内部为 $2d$，每个通道的状态有 $N = 16$ 个数），
+# 计入矩阵乘积；Mamba 状态的每个数计三次乘加（衰减、写入、读出），
+# 卷积的每个通道计四次：
 #
 # | | $t$ 个 token 的乘加次数 | 生成时的状态 |
 # | --- | --- | --- |
 # | attention | $4d^2 t + d t^2$（causal） | $2 d t$ |
-# | Mamba | $6d^2t + 4d^2t + 2dt(2N) + \ldots$ | $2d(N + 3)$ |
+# | Mamba | $6d^2 t + 4d^2 t + (10N + 8)\, d t$ | $2d(N + 3)$ |
 # | RWKV-4 | $4d^2 t + O(dt)$ | $4d$ |
 #
-# （发布的 Mamba 模型中 $\Delta$ 用低秩投影，这里用满秩，所以是 $4d^2$。）
-# attention 的平方项在 $t = 4d$ 时等于投影的开销。在此之前，
-# 线性模型在计算量上没有优势；生成时的状态则早得多就更小。
+# Mamba 的各项中，$6d^2$ 是首尾的投影，$4d^2$ 是 $\Delta$
+# 的投影（发布的模型用低秩，这里用满秩），$10N$ 来自 $W_B$、$W_C$ 和状态。RWKV-4
+# 保存分子、分母、最大值和前一个 token。
+#
+# attention 的平方项在 $t = 4d$ 时等于投影的开销。在此长度以内，attention
+# 的乘加次数至多是 RWKV-4 的两倍，并少于这里的 Mamba；Mamba 要到
+# $t > 6d + 10N + 8$ 才更便宜：图中是 6312 个 token（图中的长度取 2 的幂）。
+# 生成时保存的数，从 20 个 token 起就比 attention 少。
 # %%
 def attention_cost(t, d):
   return 4 * d * d * t + d * t * t, 2 * d * t
@@ -504,27 +538,29 @@ assert attention_cost(4 * width, width)[0] == 2 * 4 * width**2 * 4 * width
 # %% [markdown] lang="en"
 # ## 6. Recall
 #
-# Now the price of a constant state. The task is *associative recall*: a row
-# shows $P$ pairs of a key and a value, then asks for the value of each key in
-# random order. A pair is one token (the sum of two embeddings), a question is
-# the key's embedding and a marker. Keys are $P$ different ones of 32, values
-# one of 8. Chance is $1/8$.
+# Now the price of a constant state. The task is *associative recall* (Arora et
+# al., arXiv:2312.04927): a row shows $P$ pairs of a key and a value, then asks
+# for the value of each key in random order. A pair is one token (the sum of two
+# embeddings), a question is the key's embedding and a marker. The $P$ keys are
+# different ones of 32, and each value is one of 8, so guessing is right with
+# probability $1/8$.
 #
 # Attention can look the key up. A recurrent model has to have stored the pair
 # before it knows whether it will be asked for. Each model is one layer: norm,
-# mixer, residual, head; same $d = 32$, and the same training. Attention has no
-# positions; it needs none here.
+# mixer, residual, head; same $d = 32$ (inside Mamba and RWKV 64), and the same
+# training. Attention has no positions; it needs none here.
 # %% [markdown] lang="zh"
 # ## 6. 回忆
 #
-# 现在来看固定状态的代价。任务是*联想回忆*：一行先给出 $P$ 个 key-value 对，
-# 然后按随机顺序询问每个 key 的 value。一对是一个 token（两个 embedding 之和），
-# 一个问题是 key 的 embedding 加一个标记。key 是 32 个中不同的 $P$ 个，value 是
-# 8 个之一。随机猜对的概率是 $1/8$。
+# 现在来看固定状态的代价。任务是*联想回忆*（associative recall，Arora 等，
+# arXiv:2312.04927）：一行先给出 $P$ 个 key-value 对，然后按随机顺序询问每个 key
+# 的 value。一对是一个 token（两个 embedding 之和），一个问题是 key 的 embedding
+# 加一个标记。key 是 32 个中不同的 $P$ 个，value 是 8 个之一。随机猜对的概率是
+# $1/8$。
 #
 # Attention 可以直接查找 key。循环模型在不知道会不会被问到时就必须存下这一对。
-# 每个模型只有一层：norm、mixer、残差、head；$d = 32$ 相同，训练也相同。这里的
-# attention 没有位置编码，也不需要。
+# 每个模型只有一层：norm、mixer、残差、head；$d = 32$ 相同（Mamba 和 RWKV 内部为
+# 64），训练也相同。这里的 attention 没有位置编码，也不需要。
 # %%
 KEYS, VALUES, D = 32, 8, 32
 
@@ -645,12 +681,14 @@ assert accuracy['rwkv'][-1] < accuracy['attention'][-1] - 0.2
 # But every fixed state has such a limit, and a cache has none.
 #
 # Two cautions. This is one seed and 300 steps; RWKV-4 gets better with more of
-# them, so read the order and not the digits. And details decide: with a random
-# kernel of the convolution (`normal(key, 4, inner)`) instead of one that begins
-# as the identity, the same 300 steps are not enough for Mamba. Try it.
+# them, so read the order and not the digits. With 2 pairs a row has 2 answers
+# only and so teaches less in 300 steps: that RWKV-4 is not better there than
+# with 6 does not come from the size of its state. And details decide: with a
+# random kernel of the convolution (`normal(key, 4, inner)`) instead of one that
+# begins as the identity, the same 300 steps are not enough for Mamba. Try it.
 #
 # What this does not show: language modelling quality. Published Mamba models
-# match transformers of their size in perplexity up to some billion parameters,
+# match transformers of their size in perplexity up to a few billion parameters,
 # and fall behind in copying and recall from long contexts (Jelassi et al.,
 # arXiv:2402.01032). Hybrids, with a few attention layers among many recurrent
 # ones, get most of both (Jamba, arXiv:2403.19887). Later RWKV versions have a
@@ -663,7 +701,8 @@ assert accuracy['rwkv'][-1] < accuracy['attention'][-1] - 0.2
 # 但任何固定大小的状态都有这样的上限，cache 没有。
 #
 # 两点提醒。这里只有一个随机种子、300 步；RWKV-4 再多训练会更好，所以只看排序，
-# 不看具体数字。另外细节很关键：
+# 不看具体数字。只有 2 对时，一行只有 2 个答案，300 步里能学到的更少：RWKV-4
+# 此时不比 6 对时好，原因不在状态的大小。另外细节很关键：
 # 如果卷积核随机初始化（`normal(key, 4, inner)`），而不是从恒等开始，同样的 300
 # 步对 Mamba 就不够。可以试一试。
 #
@@ -680,14 +719,15 @@ assert accuracy['rwkv'][-1] < accuracy['attention'][-1] - 0.2
 #    $\tilde h_t = x_t W_h$. Write it with `scan_parallel`, and check it against
 #    a loop.
 # 2. (Medium) Write the associative scan yourself: combine neighbours, scan the
-#    half as long list, fill in the rest. Count combinations and levels for 64
-#    steps. How does that compare with a loop?
+#    list of half the length, fill in the rest. Count combinations and levels
+#    for 64 steps. How does that compare with a loop?
 # 3. (Hard) *Linear attention with decay* has a matrix as state:
 #    $S_t = \gamma S_{t-1} + k_t^\top v_t$, $y_t = q_t S_t$. Write it
 #    recurrently and as $y = (q k^\top \odot M)\, v$ with
 #    $M_{ij} = \gamma^{i-j}$ for $j \le i$, and show that they agree. Then train
-#    it as a mixer ($\gamma = 1$) on 12 pairs. Is it better than RWKV-4 with its
-#    vector state?
+#    it as a mixer ($\gamma = 1$, two heads, a new entry of `MIXERS` with the
+#    parameters of `init_attention`) on 12 pairs. Is it better than RWKV-4 with
+#    its vector state?
 # %% [markdown] lang="zh"
 # ## 练习
 #
@@ -699,8 +739,9 @@ assert accuracy['rwkv'][-1] < accuracy['attention'][-1] - 0.2
 # 3. （难）*带衰减的线性 attention* 的状态是矩阵：
 #    $S_t = \gamma S_{t-1} + k_t^\top v_t$，$y_t = q_t S_t$。写出递推形式，以及
 #    $y = (q k^\top \odot M)\, v$，其中 $j \le i$ 时 $M_{ij} = \gamma^{i-j}$，
-#    证明两者一致。再把它作为 mixer（$\gamma = 1$）在 12 对上训练。
-#    它比状态为向量的 RWKV-4 好吗？
+#    验证两者一致。再把它作为 mixer（$\gamma = 1$，两个 head，在 `MIXERS`
+#    中新增一项，参数用 `init_attention`）在 12 对上训练。它比状态为向量的
+#    RWKV-4 好吗？
 # %% [markdown] lang="en"
 # ## Interview questions
 #

@@ -2,18 +2,18 @@
 # %% [markdown] lang="en"
 # # Model families: GPT-2, Llama 3, Qwen, DeepSeek, GLM
 #
-# Open models of ten years differ in a handful of choices: which norm, which
+# Open models since GPT-2 differ in a handful of choices: which norm, which
 # positions, how many key-value heads, which feed-forward, tied or not. You
 # write the number of parameters of each family as a formula, and get the
-# published totals to the last digit, for models from 124 million to 671 billion
-# parameters. Then you compare the memory that their KV caches take.
+# published totals, from 124 million to 671 billion parameters, most of them to
+# the last digit. Then you compare the memory that their KV caches take.
 # %% [markdown] lang="zh"
 # # 模型系列：GPT-2、Llama 3、Qwen、DeepSeek、GLM
 #
-# 这些年的开源模型只在几处选择上不同：哪种 norm、哪种位置编码、多少个 key-value
-# head、哪种 feed-forward、head 是否共享。本篇把每个系列的参数量写成公式，从
-# 1.24 亿到 6710 亿参数，与公布的总数一位不差；再比较它们的 KV cache
-# 占多少内存。
+# GPT-2 以来的开源模型只在几处选择上不同：哪种 norm、哪种位置编码、多少个
+# key-value head、哪种 feed-forward、head 是否共享。
+# 本篇把每个系列的参数量写成公式，从 1.24 亿到 6710 亿参数，与公布的总数相符，
+# 多数一位不差；再比较它们的 KV cache 占多少内存。
 # %% [markdown] lang="en"
 # ## What you will understand
 #
@@ -56,12 +56,12 @@ from moepeft.models.decoder.model import Decoder
 # | --- | --- | --- | --- | --- | --- | --- |
 # | year | 2019 | 2024 | 2024 | 2025 | 2024 | 2024 |
 # | norm | LayerNorm | RMSNorm | RMSNorm | RMSNorm | RMSNorm | RMSNorm |
-# | positions | learned | RoPE | RoPE | RoPE | RoPE, own part | RoPE, half |
+# | positions | learned | RoPE | RoPE | RoPE | RoPE, extra part | RoPE, half |
 # | attention | MHA | GQA | GQA | GQA | MLA | GQA |
 # | biases | all | none | q, k, v | none | none | q, k, v |
 # | norm of q, k | no | no | no | yes | latents | no |
-# | feed-forward | GELU | SwiGLU | SwiGLU | SwiGLU, MoE | MoE | SwiGLU |
-# | tied head | yes | 1B, 3B | small ones | small ones | no | no |
+# | feed-forward | GELU | SwiGLU | SwiGLU | SwiGLU, MoE | SwiGLU, MoE | SwiGLU |
+# | tied head | yes | 1B, 3B | up to 3B | up to 4B | no | no |
 #
 # The reasons, in brief:
 #
@@ -70,15 +70,16 @@ from moepeft.models.decoder.model import Decoder
 #   frequencies.
 # - *GQA* shrinks the KV cache by the number of query heads that share a key
 #   head; *MLA* caches one latent vector for all heads.
-# - *Biases* of q, k, v in Qwen2.5 and GLM-4 are said to help with longer
-#   contexts; Qwen3 replaces them with norms of q and k, which keep attention
-#   logits from growing in training.
+# - *Biases* of q, k, v in Qwen2.5 and GLM-4 are meant to help with contexts
+#   longer than those of training (arXiv:2309.16609, 2406.12793); Qwen3 replaces
+#   them with norms of q and k, which keep attention logits from growing in
+#   training.
 # - A *tied* head saves $Vd$ parameters. That matters in a small model: at
 #   $V = 152$ thousand and $d = 896$ the table is more than a quarter of Qwen2.5
 #   0.5B.
 # - *GLM*: the first GLM (arXiv:2103.10360) filled blanks with a prefix that
-#   sees both ways; since GLM-4 it is a causal decoder like the others, with
-#   RoPE on half of each head's dimensions.
+#   sees both ways; later ones, GLM-4 among them, are causal decoders like the
+#   others, with RoPE on half of each head's dimensions.
 # %% [markdown] lang="zh"
 # ## 1. 各种选择
 #
@@ -90,8 +91,8 @@ from moepeft.models.decoder.model import Decoder
 # | attention | MHA | GQA | GQA | GQA | MLA | GQA |
 # | 偏置 | 全部 | 无 | q、k、v | 无 | 无 | q、k、v |
 # | q、k 的 norm | 无 | 无 | 无 | 有 | 潜向量 | 无 |
-# | feed-forward | GELU | SwiGLU | SwiGLU | SwiGLU、MoE | MoE | SwiGLU |
-# | tied head | 是 | 1B、3B | 小模型 | 小模型 | 否 | 否 |
+# | feed-forward | GELU | SwiGLU | SwiGLU | SwiGLU、MoE | SwiGLU、MoE | SwiGLU |
+# | tied head | 是 | 1B、3B | 至 3B | 至 4B | 否 | 否 |
 #
 # 理由简述：
 #
@@ -99,12 +100,14 @@ from moepeft.models.decoder.model import Decoder
 #   缩放频率就能扩展到更长的 context。
 # - *GQA* 让多个 query head 共用一个 key head，KV cache 按这个倍数缩小；*MLA*
 #   为所有 head 只缓存一个潜向量。
-# - Qwen2.5 和 GLM-4 的 q、k、v *偏置* 据称有助于长 context；Qwen3 改用 q、k 的
-#   norm，防止训练中 attention logits 变大。
+# - Qwen2.5 和 GLM-4 的 q、k、v *偏置* 意在帮助模型处理比训练时更长的
+#   context（arXiv:2309.16609，2406.12793）；Qwen3 改用 q、k 的 norm，防止训练中
+#   attention logits 变大。
 # - *tied* head 省下 $Vd$ 个参数。这对小模型很重要：$V$ 为 15.2 万、$d = 896$
 #   时，这张表占 Qwen2.5 0.5B 的四分之一以上。
-# - *GLM*：最初的 GLM（arXiv:2103.10360）是填空式的，前缀双向可见；从 GLM-4
-#   起与其他模型一样是 causal decoder，RoPE 只用在每个 head 一半的维度上。
+# - *GLM*：最初的 GLM（arXiv:2103.10360）是填空式的，前缀双向可见；
+#   后来的模型（包括 GLM-4）与其他系列一样是 causal decoder，RoPE 只用在每个
+#   head 一半的维度上。
 # %% [markdown] lang="en"
 # ## 2. A formula
 #
@@ -115,8 +118,11 @@ from moepeft.models.decoder.model import Decoder
 # \underbrace{2dnh + 2dkh}_{q,\,o,\,k,\,v} + \underbrace{3df \text{ or }
 # 2df}_{\text{feed-forward}} + \underbrace{2d}_{\text{norms}} \Big) + d$$
 #
-# weights, and biases where a family has them. Everything comes from the fields
-# of `config.json`.
+# weights. The embedding counts twice if the head has a table of its own; the
+# feed-forward has $3df$ with a gate; the last $d$ is the final norm. Some
+# families add biases, a table of positions, or norms of q and k, whose $2h$
+# scales all heads of a layer share; a LayerNorm has $2d$, as it has a bias.
+# Everything comes from the fields of `config.json`.
 # %% [markdown] lang="zh"
 # ## 2. 公式
 #
@@ -127,11 +133,17 @@ from moepeft.models.decoder.model import Decoder
 # \underbrace{2dnh + 2dkh}_{q,\,o,\,k,\,v} + \underbrace{3df \text{ or }
 # 2df}_{\text{feed-forward}} + \underbrace{2d}_{\text{norms}} \Big) + d$$
 #
-# 有偏置的系列再加上偏置。所需的数都在 `config.json` 里。
+# head 有自己的表时 embedding 计两次；带门控的 feed-forward 是 $3df$；最后的 $d$
+# 是末尾的 norm。有的系列还有偏置、位置表，或 q、k 的 norm（$2h$ 个缩放系数，
+# 由一层的所有 head 共用）；LayerNorm 有偏置，所以是 $2d$。所需的数都在
+# `config.json` 里。
 # %%
 @dataclasses.dataclass(frozen=True)
 class Dense:
-  """The fields of a dense decoder that its size depends on."""
+  """The fields of a dense decoder that its size depends on.
+
+  n query heads and k key-value heads of size h; layer_norm instead of RMSNorm.
+  """
 
   v: int
   d: int
@@ -145,7 +157,7 @@ class Dense:
   qkv_bias: bool = False
   other_biases: bool = False
   qk_norm: bool = False
-  centred: bool = False
+  layer_norm: bool = False
   positions: int = 0
 
 
@@ -161,7 +173,7 @@ def feed_forward_size(c):
 
 def parts(c):
   """{part: its number of parameters}."""
-  norm = c.d * (2 if c.centred else 1)
+  norm = c.d * (2 if c.layer_norm else 1)
   return {
     'embedding': c.v * c.d + c.positions * c.d,
     'attention': c.layers * attention_size(c),
@@ -184,7 +196,7 @@ def gpt2(d, layers):
     gated=False,
     qkv_bias=True,
     other_biases=True,
-    centred=True,
+    layer_norm=True,
     positions=1024,
   )
 
@@ -300,47 +312,52 @@ assert share['Llama 3 70B'] > 0.75 and small > 0.25
 # %% [markdown] lang="en"
 # ## 3. DeepSeek: latent attention and experts
 #
-# **Mixture of experts.** The feed-forward is replaced by many small ones of
-# width $f_e$, of which each token uses a few, chosen by a router ($[d, e]$),
-# plus shared experts that all tokens use. The first layers stay dense. Total
-# and *active* parameters part ways.
+# **Mixture of experts.** The feed-forward is replaced by $e$ small ones of
+# width $f_e$, of which each token uses a few, chosen by a router, a matrix
+# $[d, e]$. DeepSeek adds shared experts that all tokens use, and its first
+# layers stay dense. The *active* parameters, those that a token uses, are then
+# fewer than the total.
 #
 # **MLA.** For each token one latent vector $c = x W_{dkv} \in \mathbb{R}^{512}$
-# is computed, from which all heads get their keys and values:
-# $k_i = c\, W^{uk}_i$, $v_i = c\, W^{uv}_i$. RoPE cannot be applied to keys
-# made this way (see below), so each head also has a rotary part of 64
-# dimensions, whose key is one for all heads. Queries go through a latent of
-# 1536 in the large models. Parameters of the attention:
+# is computed, from which head $i$ gets its key $k_i = c\, W^{uk}_i$ and its
+# value $v_i = c\, W^{uv}_i$ (notebook 06). RoPE cannot be applied to keys made
+# this way (see section 4), so each head also has a rotary part of 64
+# dimensions, whose key all heads share. Queries go through a latent of 1536 in
+# the large models. Parameters of the attention:
 #
 # $$\underbrace{d r_q + r_q n (h_n + h_r)}_{q} + \underbrace{d (r +
 # h_r)}_{\text{latent, rotary key}} + \underbrace{r n (h_n +
 # h_v)}_{W^{uk},\,W^{uv}} + \underbrace{n h_v d}_{o} + \underbrace{r_q +
 # r}_{\text{norms of the latents}}$$
 #
-# with $r_q = 1536$, $r = 512$, $h_n = h_v = 128$, $h_r = 64$.
+# with $n$ heads, latents of $r_q = 1536$ and $r = 512$ numbers, and for each
+# head $h_n = 128$ dimensions of q and k without rotation, $h_r = 64$ with it,
+# and $h_v = 128$ of the value.
 # %% [markdown] lang="zh"
 # ## 3. DeepSeek：潜在注意力与专家
 #
-# **混合专家（MoE）。** feed-forward 换成许多宽度为 $f_e$ 的小 feed-forward，
-# 每个 token 只用其中几个，由 router（$[d, e]$）选择，另有所有 token
-# 都用的共享专家。最前面几层仍是 dense。总参数与*激活*参数因此不同。
+# **混合专家（MoE）。** feed-forward 换成 $e$ 个宽度为 $f_e$ 的小 feed-forward，
+# 每个 token 只用其中几个，由 router（矩阵 $[d, e]$）选择。DeepSeek 另有所有
+# token 都用的共享专家，最前面几层仍是 dense。*激活*参数，即一个 token
+# 用到的参数，因此少于总参数。
 #
-# **MLA。** 每个 token 计算一个潜向量 $c = x W_{dkv} \in \mathbb{R}^{512}$，所有
-# head 的 key 和 value 都由它得到：$k_i = c\, W^{uk}_i$，$v_i = c\, W^{uv}_i$。
-# RoPE 不能用在这样得到的 key 上（见下文），所以每个 head 另有 64 维的 rotary
-# 部分，其 key 由所有 head 共用。大模型的 query 也经过 1536 维的潜向量。
-# attention 的参数量：
+# **MLA。** 每个 token 计算一个潜向量 $c = x W_{dkv} \in \mathbb{R}^{512}$，第
+# $i$ 个 head 由它得到 key $k_i = c\, W^{uk}_i$ 和 value
+# $v_i = c\, W^{uv}_i$（见 06）。RoPE 不能用在这样得到的 key 上（见第 4 节），
+# 所以每个 head 另有 64 维的 rotary 部分，其 key 由所有 head 共用。大模型的
+# query 也经过 1536 维的潜向量。attention 的参数量：
 #
 # $$\underbrace{d r_q + r_q n (h_n + h_r)}_{q} + \underbrace{d (r +
 # h_r)}_{\text{latent, rotary key}} + \underbrace{r n (h_n +
 # h_v)}_{W^{uk},\,W^{uv}} + \underbrace{n h_v d}_{o} + \underbrace{r_q +
 # r}_{\text{norms of the latents}}$$
 #
-# 其中 $r_q = 1536$，$r = 512$，$h_n = h_v = 128$，$h_r = 64$。
+# 其中有 $n$ 个 head，潜向量的维数是 $r_q = 1536$ 和 $r = 512$；每个 head 的 q
+# 和 k 有 $h_n = 128$ 维不旋转、$h_r = 64$ 维旋转，value 有 $h_v = 128$ 维。
 # %%
 @dataclasses.dataclass(frozen=True)
 class Experts:
-  """A mixture of experts; GQA if `r` is 0, else MLA."""
+  """A decoder with mixtures of experts; GQA if `r` is 0, else MLA."""
 
   v: int
   d: int
@@ -421,10 +438,17 @@ for name, (c, published) in SPARSE.items():
   )
   assert total == published, f'{name}: formula {total}, published {published}'
 # %% [markdown] lang="en"
+# DeepSeek-V3 is published as 671 billion. Its files have 14 billion more for
+# multi-token prediction, which the count leaves out, so here only the first
+# three digits are a check.
+#
 # The papers name 21 billion active parameters for V2 and 37 billion for V3; the
 # count above includes the embedding, of which a token reads one row, and the
 # head. Without the embedding:
 # %% [markdown] lang="zh"
+# DeepSeek-V3 公布的总数是 6710 亿。它的文件中还有 140 亿用于 multi-token
+# prediction 的参数，这里不计，所以只有前三位数字可作检验。
+#
 # 论文给出的激活参数是 V2 210 亿、V3 370 亿；上面的计数包括 embedding（一个
 # token 只读其中一行）和 head。去掉 embedding：
 # %%
@@ -436,10 +460,11 @@ for name, billions in (('DeepSeek-V2', 21), ('DeepSeek-V3', 37)):
 # %% [markdown] lang="en"
 # ## 4. MLA in twenty lines
 #
-# What is cached for each token is $c$ [r] and the rotary key [$h_r$]:
-# $512 + 64$ numbers for all heads, where MHA with 128 heads would store
-# $2 \cdot 128 \cdot 128$. Must keys and values be expanded at every step? No,
-# because matrix products associate:
+# What is cached for each token is the latent $c: [r]$ and the rotary key of
+# $h_r$ numbers: $512 + 64$ numbers for all heads, where MHA with 128 heads
+# would store $2 \cdot 128 \cdot 128$. Must keys and values be expanded at every
+# step? No, because matrix products associate. For head $i$, cached tokens $j$
+# and attention weights $w_{ij}$:
 #
 # $$q_i \cdot k_{ij} = q_i \cdot (c_j W^{uk}_i) = (q_i W^{uk\top}_i) \cdot c_j,
 # \qquad \sum_j w_{ij}\, c_j W^{uv}_i = \Big(\sum_j w_{ij}\, c_j\Big)
@@ -453,9 +478,10 @@ for name, billions in (('DeepSeek-V2', 21), ('DeepSeek-V3', 37)):
 # %% [markdown] lang="zh"
 # ## 4. 二十行的 MLA
 #
-# 每个 token 缓存的是 $c$ [r] 和 rotary key [$h_r$]：所有 head 共 $512 + 64$
-# 个数；128 个 head 的 MHA 则要存 $2 \cdot 128 \cdot 128$ 个。每一步都必须展开
-# key 和 value 吗？不必，因为矩阵乘法满足结合律：
+# 每个 token 缓存的是潜向量 $c: [r]$ 和 $h_r$ 维的 rotary key：所有 head 共
+# $512 + 64$ 个数；128 个 head 的 MHA 则要存 $2 \cdot 128 \cdot 128$ 个。
+# 每一步都必须展开 key 和 value 吗？不必，因为矩阵乘法满足结合律。对第 $i$ 个
+# head、缓存的第 $j$ 个 token 和 attention 权重 $w_{ij}$：
 #
 # $$q_i \cdot k_{ij} = q_i \cdot (c_j W^{uk}_i) = (q_i W^{uk\top}_i) \cdot c_j,
 # \qquad \sum_j w_{ij}\, c_j W^{uv}_i = \Big(\sum_j w_{ij}\, c_j\Big)
@@ -525,13 +551,14 @@ print('numbers cached a token:', r + rotary, 'instead of', 2 * n * h)
 # %% [markdown] lang="en"
 # ## 5. The KV cache
 #
-# Bytes a token in bfloat16: $2 \cdot L \cdot 2kh$ for MHA ($k = n$), GQA
-# ($1 < k < n$) and MQA ($k = 1$); $2 \cdot L (r + h_r)$ for MLA.
+# Bytes a token in bfloat16, of 2 bytes a number: $2 \cdot L \cdot 2kh$ for MHA
+# ($k = n$), GQA ($1 < k < n$) and MQA ($k = 1$); $2 \cdot L (r + h_r)$ for MLA.
 # %% [markdown] lang="zh"
 # ## 5. KV cache
 #
-# bfloat16 下每个 token 的字节数：MHA（$k = n$）、GQA（$1 < k < n$）、
-# MQA（$k = 1$）为 $2 \cdot L \cdot 2kh$；MLA 为 $2 \cdot L (r + h_r)$。
+# bfloat16（每个数 2 字节）下每个 token 的字节数：MHA（$k = n$）、
+# GQA（$1 < k < n$）、MQA（$k = 1$）为 $2 \cdot L \cdot 2kh$；MLA 为
+# $2 \cdot L (r + h_r)$。
 # %%
 def cache_bytes(c):
   """Bytes of the KV cache for each token, in bfloat16."""
@@ -578,12 +605,13 @@ plt.show()
 # GPT-2 xl with its 1.6 billion parameters has a larger cache than Llama 3 8B:
 # it has full multi-head attention. (Its context ends at 1024 tokens; the line
 # goes on for comparison only.) DeepSeek-V3 with 671 billion parameters caches
-# less than Llama 3 8B. GLM-4 9B goes far with GQA: two key heads.
+# less than Llama 3 8B. GLM-4 9B has the smallest cache of the five: two
+# key-value heads.
 # %% [markdown] lang="zh"
 # 16 亿参数的 GPT-2 xl 的 cache 比 Llama 3 8B 还大，因为它是完整的 multi-head
 # attention。（它的 context 到 1024 个 token 为止，曲线后面的部分只作比较。）
-# 6710 亿参数的 DeepSeek-V3 的 cache 比 Llama 3 8B 还小。GLM-4 9B 的 GQA
-# 走得很远：只有两个 key head。
+# 6710 亿参数的 DeepSeek-V3 的 cache 比 Llama 3 8B 还小。五个模型中 GLM-4 9B 的
+# cache 最小：只有两个 key-value head。
 # %% [markdown] lang="en"
 # ## Exercises
 #
@@ -635,7 +663,7 @@ plt.show()
 # a layer, less than GQA with 3 key heads of size 128, while every head still
 # has keys and values of its own. The cost: in the absorbed form each head's dot
 # products are over 512 + 64 dimensions instead of 128 + 64, so decoding does
-# more arithmetic for each cached token (welcome where memory traffic is the
+# more arithmetic for each cached token (acceptable where memory traffic is the
 # limit); more matrices; and positions need a separate rotary part.
 #
 # </details>
@@ -681,9 +709,9 @@ plt.show()
 #   `kv_heads`. MLA and base models that are mixtures of experts are not in the
 #   package; its mixtures are of adapters.
 #
-# Papers: Llama 3 arXiv:2407.21783, Qwen2.5 2412.15115, Qwen3 2505.09388,
-# DeepSeek-V2 2405.04434, DeepSeek-V3 2412.19437, GLM 2103.10360, GLM-4
-# 2406.12793, GQA 2305.13245, MQA 1911.02150; GPT-2: Radford et al., 2019.
+# Papers: Llama 3 arXiv:2407.21783, Qwen 2309.16609, Qwen2.5 2412.15115, Qwen3
+# 2505.09388, DeepSeek-V2 2405.04434, DeepSeek-V3 2412.19437, GLM 2103.10360,
+# GLM-4 2406.12793, GQA 2305.13245, MQA 1911.02150; GPT-2: Radford et al., 2019.
 # %% [markdown] lang="zh"
 # ## 在 moepeft 中
 #
@@ -700,9 +728,9 @@ plt.show()
 #   或 MQA。moepeft 没有 MLA，也没有本身是 MoE 的 base 模型；它的混合是 adapter
 #   的混合。
 #
-# 论文：Llama 3 arXiv:2407.21783，Qwen2.5 2412.15115，Qwen3 2505.09388，
-# DeepSeek-V2 2405.04434，DeepSeek-V3 2412.19437，GLM 2103.10360，GLM-4
-# 2406.12793，GQA 2305.13245，MQA 1911.02150；GPT-2：Radford 等，2019。
+# 论文：Llama 3 arXiv:2407.21783，Qwen 2309.16609，Qwen2.5 2412.15115，Qwen3
+# 2505.09388，DeepSeek-V2 2405.04434，DeepSeek-V3 2412.19437，GLM 2103.10360，
+# GLM-4 2406.12793，GQA 2305.13245，MQA 1911.02150；GPT-2：Radford 等，2019。
 # %% [markdown] lang="en" tags=["solution"]
 # # Solutions: model families
 # %% [markdown] lang="zh" tags=["solution"]
