@@ -77,6 +77,7 @@ REQUESTS = {
     (
       'I want to send something back.',
       'How can I return my order?',
+      'I want to return order 12345.',
       'I would like a refund.',
       'Please take this article back.',
       'The lamp is broken, I want my money back.',

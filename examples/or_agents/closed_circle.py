@@ -53,7 +53,7 @@ METHODS = {
   'molora': 'molora(experts=10, rank=4)',
 }
 # Learning rates of SFT.
-RATES = {'lora': 1.5e-3, 'molora': 6e-3}
+RATES = {'lora': 3e-3, 'molora': 6e-3}
 STAGES = ('sft', 'dpo')
 BASE = 'base'
 # Small problems, whose texts and formulations a small model can hold.
