@@ -12,7 +12,7 @@ have the accuracy and the execution rate with 95 % intervals. A step whose
 result is in --output is not done again. RATES were chosen by
 
   python -m examples.or_agents.closed_circle --output=workdirs/circle \
-    --rates 7.5e-4 1.5e-3 3e-3 6e-3 1.2e-2
+    --rates 1.5e-3 3e-3 6e-3 1.2e-2
 """
 
 import argparse
